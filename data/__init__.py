@@ -1,0 +1,1 @@
+"""What flows: schemas, the artifact store, recipes, readers, templates, the built-in data set."""

@@ -1,0 +1,37 @@
+"""Files that are complete or absent: temporary name, fsync, rename, fsync of the folder."""
+
+import os
+import uuid
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Give a written file or folder its final name, durably."""
+    sync(source)
+    os.replace(source, target)
+    sync(target.parent)
+
+
+def temporary(path: Path) -> Path:
+    """A name beside `path` that no reader looks at."""
+    return path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a small file so that it is complete or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = temporary(path)
+    try:
+        scratch.write_bytes(content)
+        rename(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -1,0 +1,372 @@
+"""The recipe: one YAML file that drives a run. Typed, every key documented, unknown keys refused.
+
+The section models live here, below the stages that use them, because a recipe names all stages and no stage may know
+the others.
+"""
+
+import difflib
+import graphlib
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cpo_pipe.data.errors import InputError
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+GROUND_TRUTH = "ground-truth"
+"""The name of the targets themselves among the systems that evaluation compares."""
+
+
+class Section(BaseModel):
+    """What all parts of a recipe share: unknown keys are errors, values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Columns(Section):
+    """Which column of the source holds what."""
+
+    prompt: str = Field("prompt", description="column with the prompt")
+    target: str = Field("target", description="column with the ground-truth continuation")
+    context: str | None = Field(None, description="column with extra input, for templates that have a place for it")
+    category: str | None = Field(None, description="column with a category, kept for reports")
+
+
+class TrainedTokenizer(Section):
+    """A byte-level BPE tokenizer made from the data."""
+
+    vocab_size: int = Field(gt=256, description="entries in the vocabulary")
+
+
+class Data(Section):
+    """Where the ground-truth pairs come from and how they become token ids."""
+
+    preset: Literal["dolly", "gsm8k", "text", "python-docs"] | None = Field(
+        None,
+        description="a known data set: its columns, template and split; `text` cuts plain articles; "
+        "`python-docs` is the documentation of the running Python",
+    )
+    source: str | None = Field(
+        None, description="a .jsonl, .csv, .parquet or .txt file, or a Hugging Face data set (name or folder)"
+    )
+    subset: str | None = Field(None, description="configuration name of a Hugging Face data set")
+    source_split: str = Field("train", description="split of a Hugging Face data set to read")
+    revision: str | None = Field(None, description="commit or tag of a Hugging Face data set")
+    columns: Columns = Field(default_factory=Columns, description="column mapping")
+    tokenizer: str | TrainedTokenizer = Field(
+        description="a folder or hub name, or {vocab_size: N} to make one from the data"
+    )
+    template: str = Field(
+        "plain",
+        description="`plain` (the prompt as it is), `dolly`, `chat` (the tokenizer's own), or a text with {prompt}",
+    )
+    max_rows: Positive | None = Field(None, description="rows to read at most (default: all)")
+    train: Positive | None = Field(None, description="training examples (default: what is left)")
+    validation: int = Field(0, ge=0, description="validation examples")
+    test: Positive | None = Field(None, description="test examples (default: what is left)")
+    split_seed: int = Field(0, description="seed of the split; it orders rows by hash(split_seed, prompt)")
+    max_prompt_tokens: Positive = Field(512, description="longest prompt, in tokens; longer rows are rejected")
+    max_target_tokens: Positive = Field(512, description="longest target, in tokens; longer rows are rejected")
+    piece_tokens: int = Field(512, ge=2, description="`text` and `python-docs`: tokens of one piece, prompt and target")
+    prompt_share: Share = Field(0.15, description="`text` and `python-docs`: leading share of a piece that is the prompt")
+    max_rejected: Share = Field(0.1, description="largest share of rows that may be rejected before it is an error")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Data":
+        if self.source is None and self.preset in (None, "text"):
+            raise ValueError("source is missing: name a file or a Hugging Face data set")
+        if self.template not in ("plain", "dolly", "chat") and "{prompt}" not in self.template:
+            raise ValueError(f"template {self.template!r} is not plain, dolly, chat or a text with {{prompt}}")
+        if self.train is None and self.test is None:
+            raise ValueError("train or test must be given: they say where the split is")
+        return self
+
+
+class ScratchModel(Section):
+    """A model made on the spot with random weights, of any causal architecture in transformers."""
+
+    architecture: str = Field(description="model type in transformers, such as llama or gpt2")
+    config: dict[str, Any] = Field(
+        default_factory=dict, description="that architecture's config; the vocabulary and special tokens are filled in"
+    )
+    seed: int = Field(0, description="seed of the random weights")
+
+
+Objective = Literal["mle", "cpo", "cpo-ranked"]
+
+
+class Training(Section):
+    """One named training. The defaults are the paper's settings."""
+
+    init: str | ScratchModel = Field(description="where it starts: a training's name, a folder, a hub name, or a scratch model")
+    objective: Objective = Field(description="`mle`; `cpo` (eq. 1, softmax); `cpo-ranked` (eq. 2, Plackett–Luce)")
+    reference: str | None = Field(None, description="the frozen model of cpo and cpo-ranked: a training's name, folder or hub name")
+    steps: Positive = Field(1000, description="optimizer steps")
+    batch_size: Positive = Field(64, description="groups (for mle: examples) per optimizer step")
+    lr: float = Field(1e-5, gt=0, description="peak learning rate")
+    beta: float = Field(5.0, gt=0, description="β of the reward β·(log π_θ − log π_ref)")
+    mle_weight: float = Field(0.0, ge=0, description="weight of the MLE loss beside CPO")
+    length_normalize: bool = Field(False, description="mean log-probs over a continuation's tokens instead of sums")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW's decoupled weight decay")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's ε")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="learning rate after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    max_grad_norm: float | None = Field(None, gt=0, description="clip gradients to this norm (default: no clipping)")
+    seed: int = Field(0, description="seed of the data order")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of weights and arithmetic")
+    micro_batch: Positive = Field(8, description="groups (for mle: examples) in memory at once; does not change the result")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Training":
+        if self.objective == "mle":
+            for field in ("reference", "mle_weight", "length_normalize", "beta"):
+                if field in self.model_fields_set and getattr(self, field):
+                    raise ValueError(f"{field} has no meaning for the objective mle: leave it out")
+        elif self.reference is None:
+            raise ValueError(f"reference is missing: {self.objective} needs a frozen reference model")
+        return self
+
+    def upstream(self) -> list[str]:
+        """Names of the models it needs: trainings, folders or hub names."""
+        names = [self.init] if isinstance(self.init, str) else []
+        return [*names, *([self.reference] if self.reference else [])]
+
+
+class Counts(Section):
+    """How many negatives of each strategy a group gets."""
+
+    autoregressive: int = Field(11, ge=0, lt=1 << 16, description="sampled continuations per prompt")
+
+
+class Negatives(Section):
+    """How negatives are made. The defaults are the paper's settings."""
+
+    model: str = Field(description="the generator: a training's name, a folder or a hub name")
+    counts: Counts = Field(default_factory=Counts, description="negatives per prompt, by strategy")
+    top_k: int = Field(50, ge=0, description="sample among the k likeliest tokens (0: all)")
+    temperature: float = Field(1.0, gt=0, description="softmax temperature")
+    max_new_tokens: Positive | None = Field(None, description="longest negative, in tokens (default: data.max_target_tokens)")
+    seed: int = Field(0, description="seed of all samples")
+    engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="`auto`: vllm where it is installed and supports the model")
+    batch_size: Positive = Field(64, description="prompts per engine call; does not change the distribution")
+    max_examples: Positive | None = Field(None, description="make groups for the first N training examples only (default: all)")
+
+
+class Rank(Section):
+    """How negatives are put in order, and which are dropped."""
+
+    model: str = Field("minilm", description="sentence-transformers model: `minilm` (packaged, offline), a folder or a hub name")
+    drop_duplicates: bool = Field(True, description="drop negatives equal to the target or to each other, after tokenization")
+    batch_size: Positive = Field(64, description="texts per call of the embedding model")
+
+
+class Decoding(Section):
+    """How a system writes."""
+
+    top_k: int = Field(0, ge=0, description="sample among the k likeliest tokens (0: all)")
+    temperature: float = Field(1.0, ge=0, description="softmax temperature; 0 is greedy")
+
+
+class System(Section):
+    """A model that evaluation compares: one model, or a weight-space ensemble of several."""
+
+    model: str | None = Field(None, description="a training's name, a folder or a hub name")
+    merge: dict[str, float] | None = Field(None, description="weights of an ensemble, by model; they sum to 1")
+
+    @model_validator(mode="after")
+    def _check(self) -> "System":
+        if (self.model is None) == (self.merge is None):
+            raise ValueError("give either model or merge")
+        if self.merge is not None and abs(sum(self.merge.values()) - 1) > 1e-6:
+            raise ValueError(f"merge weights sum to {sum(self.merge.values()):g}, not to 1")
+        return self
+
+    def upstream(self) -> list[str]:
+        """Names of the models it needs."""
+        return list(self.merge) if self.merge is not None else [self.model or ""]
+
+
+class Evaluate(Section):
+    """Which systems are compared, on what, and how."""
+
+    systems: dict[Name, System] = Field(description="the models to compare, by name")
+    baseline: str = Field(description="the system that the others are compared with")
+    split: Literal["validation", "test"] = Field("test", description="held-out split to evaluate on")
+    examples: Positive | None = Field(None, description="evaluate on the first N examples of the split (default: all)")
+    decodings: dict[Name, Decoding] = Field(
+        default_factory=lambda: {"greedy": Decoding(temperature=0)}, description="decoding configurations, by name"
+    )
+    max_new_tokens: Positive | None = Field(None, description="longest output, in tokens (default: data.max_target_tokens)")
+    judges: list[Literal["exact", "similarity"]] = Field(
+        default_factory=lambda: ["similarity"], description="pairwise judges against the baseline"
+    )
+    exact_pattern: str | None = Field(
+        None, description="regular expression whose first group is the answer that `exact` compares (default: whole text)"
+    )
+    embedder: str = Field("minilm", description="sentence-transformers model of the similarity judge and of MAUVE")
+    mauve_seeds: int = Field(3, ge=0, description="k-means seeds that MAUVE is averaged over (0: no MAUVE)")
+    bootstrap: Positive = Field(2000, description="resamples of the bootstrap intervals")
+    seed: int = Field(0, description="seed of sampling and of the bootstrap")
+    engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="as in negatives")
+    batch_size: Positive = Field(64, description="prompts per engine call")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Evaluate":
+        if self.baseline not in self.systems:
+            raise ValueError(f"baseline {self.baseline!r} is not among the systems ({', '.join(self.systems)})")
+        if GROUND_TRUTH in self.systems:
+            raise ValueError(f"systems: the name {GROUND_TRUTH} is taken by the targets themselves")
+        return self
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: Name = Field(description="names the run's folder")
+    data: Data = Field(description="ground-truth pairs")
+    train: dict[Name, Training] = Field(description="named trainings")
+    negatives: Negatives | None = Field(None, description="synthetic negatives")
+    rank: Rank | Literal["none"] = Field(default_factory=Rank, description="order of the negatives, or `none`")
+    evaluate: Evaluate | None = Field(None, description="comparison of the results")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        self.training_order()
+        for name, training in self.train.items():
+            if training.objective != "mle" and self.negatives is None:
+                raise ValueError(f"negatives is missing: train.{name} has the objective {training.objective}")
+            if training.objective == "cpo-ranked" and self.rank == "none":
+                raise ValueError(f"rank is none, but train.{name} has the objective cpo-ranked: use cpo, or rank")
+        return self
+
+    def training_order(self) -> list[str]:
+        """Names of the trainings, each after those it needs."""
+        graph = {name: self._trainings_before(training) for name, training in self.train.items()}
+        try:
+            return list(graphlib.TopologicalSorter(graph).static_order())
+        except graphlib.CycleError as error:
+            raise ValueError(f"train has a cycle: {' needs '.join(reversed(error.args[1]))}") from error
+
+    def _trainings_before(self, training: Training) -> list[str]:
+        models = training.upstream()
+        if training.objective != "mle" and self.negatives is not None:
+            models.append(self.negatives.model)
+        return [name for name in models if name in self.train]
+
+
+def builtin_recipes() -> dict[str, Path]:
+    """The packaged recipes, by name."""
+    folder = Path(str(files("cpo_pipe.pipeline"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe from a path or a built-in name, with `section.key=value` overrides applied.
+
+    Raises:
+        InputError: the file is missing, is not YAML, or breaks a rule; the message is one line.
+    """
+    builtin = builtin_recipes()
+    path = Path(source)
+    if not path.is_file() and source in builtin:
+        path = builtin[source]
+    if not path.is_file():
+        near = difflib.get_close_matches(source, builtin, n=1)
+        hint = f"did you mean the built-in {near[0]}?" if near else f"built-in recipes: {', '.join(builtin)}"
+        raise InputError(f"recipe {source}: no such file; {hint}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {source}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"recipe {source}: must be a mapping with the sections {', '.join(Recipe.model_fields)}")
+    content.setdefault("name", path.stem)
+    for override in overrides or []:
+        _override(content, override)
+    return parse_recipe(content, source)
+
+
+def parse_recipe(content: dict[str, Any], source: str) -> Recipe:
+    """Validate a recipe's content; `source` is only named in messages.
+
+    Raises:
+        InputError: a rule is broken; the message names the field, its value, the rule and the fix.
+    """
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"recipe {source}: {_explain(error)}") from error
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise InputError(f"--set {override}: must be section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: the value is not valid YAML") from error
+    *parents, last = path.split(".")
+    node: Any = content
+    for key in parents:
+        node = node.setdefault(key, {}) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
+        raise InputError(f"--set {override}: {'.'.join(parents)} is not a section")
+    node[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first broken rule, as one line."""
+    # Of a union's branches the one that was followed furthest is the one that was meant.
+    detail = max(error.errors(include_url=False), key=lambda detail: len(detail["loc"]))
+    # pydantic puts the branch of a union (a class name, `literal[...]`) into the location; users did not write it.
+    where = ".".join(str(part) for part in detail["loc"] if not _is_branch(str(part)))
+    value = detail.get("input")
+    if detail["type"] == "extra_forbidden":
+        known = _known_keys(detail["loc"][:-1])
+        near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
+        return f"{where} is not a known key; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
+    if detail["type"] == "missing":
+        return f"{where} is missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where} is {value!r}: {message[0].lower()}{message[1:]}"
+
+
+def _is_branch(part: str) -> bool:
+    return part in _SECTIONS or part == "str" or part.startswith(("literal[", "constrained-", "function-", "[key]"))
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the section that a location leads to."""
+    section: type[Section] = Recipe
+    parts = iter(str(part) for part in location)
+    for part in parts:
+        if part in _SECTIONS:
+            section = _SECTIONS[part]
+        elif part in section.model_fields:
+            annotation = section.model_fields[part].annotation
+            section = next(_sections_in(annotation), section)
+            if get_origin(annotation) is dict:
+                next(parts, None)  # a name that the user chose
+    return list(section.model_fields)
+
+
+def _sections_in(annotation: Any) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections_in(inner)
+
+
+_SECTIONS = {section.__name__: section for section in Section.__subclasses__()}

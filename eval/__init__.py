@@ -1,0 +1,1 @@
+"""Decoding, judges, win-rate statistics, text measures and the report."""

@@ -1,0 +1,1 @@
+"""Losses, log-probs, the training loop, checkpoints and weight-space merging."""

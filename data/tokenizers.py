@@ -1,0 +1,71 @@
+"""Tokenizers made from the data: a byte-level BPE, addressed by its corpus."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+from cpo_pipe.data.fingerprint import Spec, tokenizer_fingerprint
+from cpo_pipe.data.models import TokenizerFiles
+from cpo_pipe.data.store import Store
+
+log = logging.getLogger(__name__)
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class TrainedBPE:
+    """The tokenizer of a corpus, kept as a store product of the kind `tokenizers`.
+
+    It is trained on the whole corpus, held-out rows included: which rows are held out depends on what is rejected and,
+    for cut text, on where it is cut, and both depend on the tokenizer. It learns which strings are frequent, no more.
+    """
+
+    def __init__(self, corpus: Spec, vocab_size: int, store: Store):
+        """`corpus` is what decides the texts; a small one fills fewer than `vocab_size` entries."""
+        spec = {"corpus": corpus, "vocab_size": vocab_size, "algorithm": "byte-level-bpe"}
+        self._product = store.product("tokenizers", spec)
+        self._vocab_size = vocab_size
+        self._hash_file = store.hash_file
+
+    def found(self) -> TokenizerFiles | None:
+        """The tokenizer, where it was trained before."""
+        if not self._product.complete():
+            return None
+        return TokenizerFiles(self._product.path, tokenizer_fingerprint(self._product.path, self._hash_file))
+
+    def trained(self, texts: Iterable[str]) -> TokenizerFiles:
+        """The tokenizer, trained on the corpus's `texts` where it was not before."""
+        with self._product.lock():
+            found = self.found()
+            if found is None:
+                with self._product.create() as writer:
+                    entries = train_bpe(texts, self._vocab_size, writer.path)
+                    writer.facts["vocab_size"] = entries
+                log.info("tokenizer: trained a byte-level BPE with %s entries (%s)", f"{entries:,}", self._product.name)
+                found = TokenizerFiles(self._product.path, tokenizer_fingerprint(self._product.path, self._hash_file))
+        return found
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> int:
+    """Train a byte-level BPE and save it as a transformers tokenizer; returns the number of its entries."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    wrapped = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+    wrapped.save_pretrained(folder)
+    return len(wrapped)

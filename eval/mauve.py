@@ -1,0 +1,89 @@
+"""MAUVE (Pillutla et al. 2021): how far a set of texts is from another, as the area under a divergence curve.
+
+Both sets' features are quantized together by k-means; the two histograms P and Q are compared with every mixture
+R = w·P + (1 − w)·Q, and the curve of exp(−c·KL(Q|R)) against exp(−c·KL(P|R)) encloses an area between 0 (nothing in
+common) and 1 (the same). Any features will do; ours are sentence embeddings, so figures are not those of the paper's
+GPT-2 features, and compare only with each other.
+
+Legend: N texts, D features, k clusters.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+MIN_TEXTS = 100
+"""With fewer texts a side there are fewer than ten clusters, and the score says nothing."""
+
+SCALING = 5.0
+MIXTURES = 25
+EXPLAINED_VARIANCE = 0.9
+RESTARTS = 5
+_EPSILON = 1e-6
+
+Histogram = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class MauveScore:
+    """MAUVE over several k-means seeds. Differences smaller than `sd` are noise of the quantization."""
+
+    mean: float
+    sd: float | None
+    """Standard deviation over the seeds; None for a single one."""
+
+
+def mauve(p_ND: NDArray[np.float32], q_ND: NDArray[np.float32], seeds: Sequence[int]) -> MauveScore:
+    """MAUVE between the features of two sets of texts."""
+    clusters = max(2, round(min(len(p_ND), len(q_ND)) / 10))
+    reduced = _reduce(np.concatenate([p_ND, q_ND]))
+    scores = [_score(reduced, len(p_ND), clusters, seed) for seed in seeds]
+    return MauveScore(statistics.fmean(scores), statistics.stdev(scores) if len(scores) > 1 else None)
+
+
+def divergence_area(p: Histogram, q: Histogram) -> float:
+    """Area under the divergence curve of two histograms that each sum to 1."""
+    weights = np.linspace(_EPSILON, 1 - _EPSILON, MIXTURES)
+    mixtures = [w * p + (1 - w) * q for w in weights]
+    x = np.exp([-SCALING * _kl(q, r) for r in mixtures])
+    y = np.exp([-SCALING * _kl(p, r) for r in mixtures])
+    # w → 0 makes R = Q, where KL(Q|R) vanishes: the curve's ends are (1, 0) and (0, 1).
+    x, y = np.concatenate([[1.0], x, [0.0]]), np.concatenate([[0.0], y, [1.0]])
+    return (_area(x, y) + _area(y, x)) / 2
+
+
+def _reduce(features: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Unit length, then the leading principal components that together explain 90% of the variance."""
+    from sklearn.decomposition import PCA
+    from sklearn.preprocessing import normalize
+
+    unit = normalize(features.astype(np.float64))
+    pca = PCA(svd_solver="full").fit(unit)
+    kept = int(np.searchsorted(np.cumsum(pca.explained_variance_ratio_), EXPLAINED_VARIANCE)) + 1
+    components: NDArray[np.float64] = pca.transform(unit)[:, :kept]
+    return components
+
+
+def _score(features: NDArray[np.float64], n_p: int, clusters: int, seed: int) -> float:
+    from sklearn.cluster import KMeans
+
+    labels = KMeans(clusters, init="random", n_init=RESTARTS, max_iter=500, random_state=seed % (1 << 32)).fit_predict(
+        features
+    )
+    p = np.bincount(labels[:n_p], minlength=clusters) / n_p
+    q = np.bincount(labels[n_p:], minlength=clusters) / (len(labels) - n_p)
+    return divergence_area(p, q)
+
+
+def _kl(p: Histogram, r: Histogram) -> float:
+    """KL(p|r); r is a mixture of p and another, so it is nowhere 0 where p is not."""
+    here = p > 0
+    return float(np.sum(p[here] * np.log(p[here] / r[here])))
+
+
+def _area(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    order = np.argsort(x, kind="stable")
+    return float(np.trapezoid(y[order], x[order]))

@@ -1,0 +1,285 @@
+"""The report: one HTML file that needs nothing but itself, and its main table for the terminal.
+
+All text of models and data is escaped by the template engine; the page's policy lets only its own script run.
+"""
+
+import base64
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+
+from cpo_pipe.data import atomic
+from cpo_pipe.eval.charts import Bar, Chart, similarity_histogram, training_curves, win_rates
+from cpo_pipe.eval.measure import ANY_DECODING
+
+MAX_EXAMPLES = 50
+"""Examples shown, of the evaluation and of the groups each."""
+
+DAGGER = " †"
+SHARED_NOTE = (
+    "† Measured with the same embedding model that ranked the negatives: what was trained on that ranking has an "
+    "advantage here. Weigh it with the other figures."
+)
+
+MEANINGS = {
+    "rep-4": "share of a text's 4-grams that repeat an earlier one, 0 to 1; nearer to the ground truth's is better",
+    "distinct-2": "different 2-grams by all 2-grams of all outputs together, 0 to 1; low: the outputs are all alike",
+    "length": "tokens of an output, without the one that ends it",
+    "chrF": "mean sentence chrF2 against the target, 0 to 100; higher is better",
+    "target NLL": "negative log-likelihood of the targets' tokens, nats per token; lower is better",
+    "MAUVE": "likeness of all outputs to all targets, 0 to 1, ± standard deviation over k-means seeds, on sentence "
+    "embeddings; higher is better; differences within the spread are noise",
+    "exact match": "share of the outputs that are right; higher is better",
+    "cosine to target": "mean cosine of an output's embedding to its target's, −1 to 1; higher is better",
+}
+_JUDGED = {
+    "win": "share of the examples that the judge gives to the system",
+    "tie": "share that it gives to neither",
+    "loss": "share that it gives to the baseline",
+    "win rate": "wins and half of the ties, 0 to 1; above 0.5 is better than the baseline",
+}
+
+# What has no shape of its own, or changes the direction of what follows it: shown by name instead of done.
+_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+SCRIPT = """
+const box = document.getElementById("search"), count = document.getElementById("found");
+const cards = [...document.querySelectorAll("details.card")];
+box.addEventListener("input", () => {
+  const words = box.value.toLowerCase();
+  let shown = 0;
+  for (const card of cards) {
+    card.hidden = !card.textContent.toLowerCase().includes(words);
+    shown += !card.hidden;
+  }
+  count.textContent = words ? `${shown} of ${cards.length} shown` : "";
+});
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """All that a report shows."""
+
+    run: str
+    created: str
+    """Date and time, as shown."""
+    versions: Mapping[str, str]
+    recipe: str
+    """The resolved recipe, as YAML."""
+    artifacts: Mapping[str, str]
+    """Addresses in the store, by what they are."""
+    baseline: str
+    metrics: pa.Table
+    """METRICS schema."""
+    shared_metrics: AbstractSet[str]
+    notes: Sequence[str]
+    examples: pa.Table
+    """The evaluated examples, in order (EXAMPLES schema)."""
+    outputs: pa.Table
+    """`example_id`, `system`, `decoding`, `text`."""
+    trainings: Mapping[str, pa.Table] = field(default_factory=dict)
+    """Step metrics, by training: `step`, and what of `loss`, `won`, `margin`, `target_logprob` there is."""
+    similarities: Sequence[float] = ()
+    """Cosine of every negative to its target."""
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """Dropped negatives, by reason."""
+    group_examples: pa.Table | None = None
+    """The examples of `groups` (EXAMPLES schema)."""
+    groups: pa.Table | None = None
+    """Some groups to show (GROUPS schema)."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The figures under one decoding: a row per metric, a column per system."""
+
+    decoding: str
+    systems: list[str]
+    rows: list[tuple[str, list[str]]]
+
+
+@dataclass(frozen=True)
+class Negative:
+    """A ranked negative, as shown."""
+
+    rank: int | None
+    similarity: float | None
+    strategy: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """One prompt with all that was written for it."""
+
+    prompt: str
+    target: str
+    outputs: list[tuple[str, str, str]]
+    """System, decoding, text."""
+    negatives: list[Negative]
+
+
+def write_report(path: Path, data: ReportData) -> None:
+    """Write the report as one HTML file, complete or absent."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["visible"] = visible
+    source = files("cpo_pipe.eval").joinpath("report.html.j2").read_text(encoding="utf-8")
+    evaluated, grouped = example_cards(data), group_cards(data)
+    html = environment.from_string(source).render(
+        data=data,
+        grids=[_marked(grid, data) for grid in grids(data.metrics)],
+        meanings=_meanings(data.metrics),
+        shared_note=SHARED_NOTE if _shared_here(data.metrics, data.shared_metrics) else "",
+        win_charts=list(_win_charts(data)),
+        training_charts=[chart for name, steps in data.trainings.items() if (chart := training_curves(name, steps))],
+        histogram=similarity_histogram(data.similarities),
+        evaluated=evaluated,
+        grouped=grouped,
+        script=SCRIPT,
+        script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
+    )
+    atomic.write_bytes(path, html.encode())
+
+
+def print_table(metrics: pa.Table, baseline: str, shared_metrics: AbstractSet[str], notes: Sequence[str] = ()) -> None:
+    """Show the figures on the terminal, a table per decoding."""
+    console = Console()
+    for grid in grids(metrics):
+        table = Table(title=f"decoding {grid.decoding}", title_justify="left")
+        table.add_column("")
+        for system in grid.systems:
+            table.add_column(f"{system}\n(baseline)" if system == baseline else system, justify="right")
+        for metric, cells in grid.rows:
+            table.add_row(metric + (DAGGER if metric in shared_metrics else ""), *cells)
+        console.print(table)
+    for note in [*notes, *([SHARED_NOTE] if _shared_here(metrics, shared_metrics) else [])]:
+        console.print(note, markup=False, highlight=False)
+
+
+def visible(text: str) -> str:
+    r"""Text with its control and direction characters shown as `\x1b`, and lines ended as HTML ends them."""
+    lines = text.replace("\r\n", "\n")
+    return _INVISIBLE.sub(lambda match: match[0].encode("unicode_escape").decode(), lines)
+
+
+# ── figures ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def grids(metrics: pa.Table) -> list[Grid]:
+    """The figures by decoding; those that depend on none stand under each."""
+    rows = metrics.to_pylist()
+    systems = list(dict.fromkeys(row["system"] for row in rows))
+    names = [name for name in dict.fromkeys(row["metric"] for row in rows) if name != "MAUVE sd"]
+    decodings = [name for name in dict.fromkeys(row["decoding"] for row in rows) if name != ANY_DECODING]
+    found = {(row["system"], row["decoding"], row["metric"]): row for row in rows}
+
+    def cell(system: str, decoding: str, metric: str) -> str:
+        row = found.get((system, decoding, metric)) or found.get((system, ANY_DECODING, metric))
+        spread = found.get((system, decoding, "MAUVE sd")) if metric == "MAUVE" else None
+        return _cell(row, spread) if row else "–"
+
+    return [
+        Grid(decoding, systems, [(metric, [cell(system, decoding, metric) for system in systems]) for metric in names])
+        for decoding in decodings
+    ]
+
+
+def _cell(row: Mapping[str, Any], spread: Mapping[str, Any] | None) -> str:
+    digits = 1 if row["metric"] in ("length", "chrF") else 3
+    text = f"{row['value']:.{digits}f}"
+    if spread is not None:
+        text += f" ± {spread['value']:.{digits}f}"
+    if row["ci_low"] is not None:
+        text += f" [{row['ci_low']:.{digits}f}, {row['ci_high']:.{digits}f}]"
+    return text
+
+
+def _marked(grid: Grid, data: ReportData) -> Grid:
+    systems = [f"{system} (baseline)" if system == data.baseline else system for system in grid.systems]
+    rows = [(metric + (DAGGER if metric in data.shared_metrics else ""), cells) for metric, cells in grid.rows]
+    return Grid(grid.decoding, systems, rows)
+
+
+def _shared_here(metrics: pa.Table, shared_metrics: AbstractSet[str]) -> bool:
+    return not shared_metrics.isdisjoint(metrics["metric"].to_pylist())
+
+
+def _meanings(metrics: pa.Table) -> dict[str, str]:
+    names = dict.fromkeys(metrics["metric"].to_pylist())
+    meanings = {name: MEANINGS[name] for name in names if name in MEANINGS}
+    for name in names:
+        judge, _, figure = name.partition(" ")
+        if name not in MEANINGS and figure in _JUDGED:
+            meanings[name] = f"{_JUDGED[figure]} (judge {judge})"
+    return meanings
+
+
+def _win_charts(data: ReportData) -> Iterator[Chart]:
+    rates = [row for row in data.metrics.to_pylist() if row["metric"].endswith(" win rate")]
+    for metric in dict.fromkeys(row["metric"] for row in rates):
+        bars = [
+            Bar(f"{row['system']}, {row['decoding']}", row["value"], row["ci_low"], row["ci_high"])
+            for row in rates
+            if row["metric"] == metric
+        ]
+        title = metric[0].upper() + metric[1:] + (DAGGER if metric in data.shared_metrics else "")
+        yield win_rates(title, data.baseline, bars)
+
+
+# ── examples ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def example_cards(data: ReportData) -> list[Card]:
+    """The first evaluated prompts, with what each system wrote and, where they are of a group, its negatives."""
+    shown = data.examples.slice(0, MAX_EXAMPLES).select(["example_id", "rendered", "target"]).to_pylist()
+    ids = {example["example_id"] for example in shown}
+    written: dict[str, list[tuple[str, str, str]]] = {example_id: [] for example_id in ids}
+    for row in data.outputs.to_pylist():
+        if row["example_id"] in ids:
+            written[row["example_id"]].append((row["system"], row["decoding"], row["text"]))
+    negatives = _negatives(data.groups)
+    return [
+        Card(example["rendered"], example["target"], written[example["example_id"]],
+             negatives.get(example["example_id"], []))
+        for example in shown
+    ]  # fmt: skip
+
+
+def group_cards(data: ReportData) -> list[Card]:
+    """The first training prompts, with their ranked negatives."""
+    if data.group_examples is None:
+        return []
+    negatives = _negatives(data.groups)
+    shown = data.group_examples.select(["example_id", "rendered", "target"]).to_pylist()
+    cards = [
+        Card(example["rendered"], example["target"], [], negatives[example["example_id"]])
+        for example in shown
+        if example["example_id"] in negatives
+    ]
+    return cards[:MAX_EXAMPLES]
+
+
+def _negatives(groups: pa.Table | None) -> dict[str, list[Negative]]:
+    """Each group's negatives in the order of their rank."""
+    found = {}
+    for group in groups.to_pylist() if groups is not None else []:
+        negatives = [
+            Negative(candidate["rank"], candidate["similarity"], candidate["strategy"], candidate["text"])
+            for candidate in group["candidates"]
+            if candidate["strategy"] != "target"
+        ]
+        found[group["example_id"]] = sorted(negatives, key=lambda negative: negative.rank or 0)
+    return found

@@ -1,0 +1,61 @@
+"""Tiny real models and tokenizers, made on the spot."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A byte-level BPE of 300 entries; `<|endoftext|>` (id 0) is EOS and padding."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 9, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    fast.save_pretrained(folder)
+
+
+def make_model(folder: Path, *, seed: int = 0, architecture: str = "llama", **config: object) -> Path:
+    """A model folder with random weights, scaled up so that its distribution is far from uniform."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    make_tokenizer(folder)
+    sizes: dict[str, object] = {"vocab_size": 300, "eos_token_id": 0, "bos_token_id": None, "pad_token_id": 0}
+    if architecture == "llama":
+        sizes |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+                  "num_key_value_heads": 1, "max_position_embeddings": 128, "initializer_range": 0.3}  # fmt: skip
+    elif architecture == "gpt2":
+        sizes |= {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128, "initializer_range": 0.3}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **{**sizes, **config}))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def new_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    return lambda **config: make_model(tmp_path_factory.mktemp("model"), **config)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the real data sets are not on this machine")
+    return SHARED_DATA

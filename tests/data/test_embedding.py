@@ -1,0 +1,83 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cpo_pipe.data.embedding import EmbeddingMemo, locate_embedder
+from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.store import Store
+
+TEXTS = ["a longer sentence about the weather in spring", "cat", "", "cat", "word " * 700, "a cat sat on the mat"]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def test_vectors_are_those_of_the_plain_library(store: Store) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    embedder = locate_embedder("minilm", store)
+    plain = SentenceTransformer(str(embedder.path)).encode(TEXTS, normalize_embeddings=True)
+
+    vectors = embedder.encode(TEXTS, batch_size=2)
+
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(vectors, plain, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    np.testing.assert_array_equal(vectors[1], vectors[3])  # equal texts, equal bits
+
+
+def test_no_texts_give_no_vectors(store: Store) -> None:
+    assert locate_embedder("minilm", store).encode([]).shape == (0, 384)
+
+
+def test_a_memo_embeds_a_text_once(store: Store) -> None:
+    embedder = locate_embedder("minilm", store)
+    memo = EmbeddingMemo(embedder)
+    first = memo.encode(TEXTS)
+    again = memo.encode(["cat", "dog", ""])
+    np.testing.assert_array_equal(again[0], first[1])
+    np.testing.assert_array_equal(again[2], first[2])
+    np.testing.assert_allclose(again[1], embedder.encode(["dog"])[0], atol=1e-6)
+
+
+def test_a_model_is_known_by_its_content(store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    (folder / "1_Pooling").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    before = locate_embedder(str(folder), store)
+    assert before.name == str(folder)
+
+    (folder / "README.md").write_text("a card")
+    assert locate_embedder(str(folder), store).fingerprint == before.fingerprint
+
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    assert locate_embedder(str(folder), store).fingerprint != before.fingerprint
+
+
+def test_a_model_without_safetensors_is_refused(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(InputError, match=r"embedding model .*: no \*\.safetensors there"):
+        locate_embedder(str(tmp_path), store)
+
+
+def test_a_missing_model_is_refused(store: Store) -> None:
+    with pytest.raises(InputError, match="embedding model no/such/folder: no such folder"):
+        locate_embedder("no/such/folder", store)
+
+
+def test_locating_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from cpo_pipe.data.embedding import locate_embedder
+from cpo_pipe.data.store import Store
+locate_embedder("minilm", Store(Path({str(tmp_path)!r})))
+print([name for name in ("torch", "transformers", "sentence_transformers") if name in sys.modules])
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

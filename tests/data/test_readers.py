@@ -1,0 +1,207 @@
+"""Expected labels and reasons are counted by hand from the bytes written in each test."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import HfApi, constants
+
+from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.fingerprint import sha256_file
+from cpo_pipe.data.readers import Refusal, Row, Source, locate_source
+
+PAIR = {"prompt": "q", "target": "a"}
+WIKITEXT = Path(__file__).parents[3] / "shared" / "data" / "wikitext2-test.txt"
+
+
+def read(path: Path, required=PAIR, **kwargs) -> list[Row | Refusal]:
+    return list(locate_source(str(path)).read(required, **kwargs))
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def test_jsonl_labels_rows_by_line_and_refuses_bad_lines(tmp_path):
+    lines = [b'\xef\xbb\xbf{"q": "1", "a": "x"}', b"", b"[1]", b"{oops", b'{"q": "\xff", "a": "y"}', b'{"q": "5"}']
+    rows = read(write(tmp_path / "a.jsonl", b"\n".join(lines)))
+    assert [(row.source, getattr(row, "reason", None)) for row in rows] == [
+        ("a.jsonl:1", None), ("a.jsonl:3", "not an object"), ("a.jsonl:4", "not JSON"),
+        ("a.jsonl:5", "not UTF-8"), ("a.jsonl:6", None),
+    ]  # fmt: skip
+    assert rows[0].values == {"q": "1", "a": "x"}
+    assert rows[3].detail == '{"q": "\\xff", "a": "y"}\n'
+
+
+def test_jsonl_line_separators_inside_a_text_do_not_end_the_row(tmp_path):
+    line = json.dumps({"q": "one\u2028two\x85three", "a": "x"}, ensure_ascii=False)
+    assert read(write(tmp_path / "a.jsonl", line.encode()))[0].values["q"] == "one\u2028two\x85three"
+
+
+def test_jsonl_column_in_no_row_is_one_error_with_the_columns_there(tmp_path):
+    path = write(tmp_path / "a.jsonl", b'{"question": "1", "a": "x"}\n{"question": "2", "b": "x"}\n')
+    with pytest.raises(InputError) as error:
+        read(path)
+    assert str(error.value) == (
+        f"data.source {path}: no column 'q' (data.columns.prompt); the columns there are question, a, b; "
+        "set data.columns.prompt to the one that is meant"
+    )
+
+
+def test_jsonl_of_empty_objects_lacks_its_columns(tmp_path):
+    with pytest.raises(InputError, match="no column 'q'"):
+        read(write(tmp_path / "a.jsonl", b"{}\n"))
+
+
+def test_csv_labels_a_row_by_its_first_line(tmp_path):
+    content = b'q,a\n"one\ntwo",x\n\xff,y\n3\n4,z,more\n"bad"quote,z\n5,"v"\n'
+    rows = read(write(tmp_path / "a.csv", content))
+    assert [row.source for row in rows] == ["a.csv:2", "a.csv:4", "a.csv:5", "a.csv:6", "a.csv:7", "a.csv:8"]
+    assert rows[0].values == {"q": "one\ntwo", "a": "x"}
+    assert rows[1].values == {"q": "\udcff", "a": "y"}
+    assert rows[2].values == {"q": "3"}
+    assert (rows[3].reason, rows[3].detail) == ("more fields than columns", "4,z,more")
+    assert rows[4].reason == "not CSV"
+    assert rows[5].values == {"q": "5", "a": "v"}
+
+
+def test_csv_quote_that_swallows_the_rest_is_an_error(tmp_path):
+    with pytest.raises(InputError, match=r"the quote opened at a\.csv:3 is not closed"):
+        read(write(tmp_path / "a.csv", b'q,a\n1,x\n"2,y\n3,z\n'))
+
+
+def test_csv_and_parquet_without_a_mapped_column_fail_before_the_first_row(tmp_path):
+    csv_file = write(tmp_path / "a.csv", b"q,b\n1,x\n")
+    pq.write_table(pa.table({"q": ["1"], "b": ["x"]}), tmp_path / "a.parquet")
+    for path in (csv_file, tmp_path / "a.parquet"):
+        with pytest.raises(InputError) as error:
+            next(locate_source(str(path)).read(PAIR))
+        assert f"{path}: no column 'a' (data.columns.target); the columns there are q, b; set" in str(error.value)
+
+
+def test_parquet_reads_mapped_columns_and_bytes_that_are_not_utf8(tmp_path):
+    bad = pa.Array.from_buffers(pa.string(), 2, pa.array([b"x", b"\xff"]).buffers())
+    pq.write_table(pa.table({"q": ["1", "2"], "a": bad, "unused": [1, 2], "c": [None, "k"]}), tmp_path / "a.parquet")
+    rows = read(tmp_path / "a.parquet", optional=["c", "absent"])
+    assert [(row.source, row.values) for row in rows] == [
+        ("a.parquet:1", {"q": "1", "a": "x", "c": None}),
+        ("a.parquet:2", {"q": "2", "a": "\udcff", "c": "k"}),
+    ]
+
+
+def test_parquet_that_is_none_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="not a Parquet file"):
+        read(write(tmp_path / "a.parquet", b"nothing of the kind"))
+
+
+def test_text_file_is_one_article(tmp_path):
+    rows = read(write(tmp_path / "a.txt", b"\nOne.\n\n= Two =\n\n = = Three = = \n\n"), {"target": "text"})
+    assert rows == [Row("a.txt:1", {"text": "One.\n\n= Two =\n\n = = Three = ="})]
+
+
+def test_wikitext_titles_begin_articles_only_between_blank_lines(tmp_path):
+    lines = [
+        " ",
+        " = First = ",
+        " ",
+        " text ",
+        " = 1 and then = ",
+        " more ",
+        " = = Part = = ",
+        " ",
+        " = Second = ",
+        " ",
+        " x ",
+    ]
+    rows = read(write(tmp_path / "a.txt", "\n".join(lines).encode()), {"target": "text"})
+    first, second = "= First = \n \n text \n = 1 and then = \n more \n = = Part = =", "= Second = \n \n x"
+    assert rows == [Row("a.txt:2", {"text": first}), Row("a.txt:9", {"text": second})]
+
+
+def test_article_that_is_not_utf8_is_refused_alone(tmp_path):
+    rows = read(write(tmp_path / "a.txt", b" = A = \n \n \xff \n \n = B = \n \n ok \n"), {"target": "text"})
+    assert [(row.source, getattr(row, "reason", None)) for row in rows] == [("a.txt:1", "not UTF-8"), ("a.txt:5", None)]
+
+
+@pytest.mark.skipif(not WIKITEXT.exists(), reason="needs ../shared/data, which is not part of the project")
+def test_wikitext2_has_the_60_articles_of_its_test_set():
+    source = locate_source(str(WIKITEXT))
+    assert source.count() == 60
+    assert next(source.read({"target": "text"})).values["text"].startswith("= Robert <unk> =")
+
+
+def test_text_file_read_as_pairs_names_the_preset(tmp_path):
+    with pytest.raises(InputError, match=r"a \.txt file holds articles, not pairs; set data\.preset: text"):
+        read(write(tmp_path / "a.txt", b"One."))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", b"\n \n"), ("a.csv", b""), ("b.csv", b"q,a\n"), ("a.txt", b" \n")]
+)
+def test_no_rows_is_an_error(tmp_path, name, content):
+    required = {"target": "text"} if name.endswith(".txt") else PAIR
+    with pytest.raises(InputError, match="there are no rows in it"):
+        read(write(tmp_path / name, content), required)
+
+
+def test_limit_and_count(tmp_path):
+    path = write(tmp_path / "a.jsonl", b'{"q": "1", "a": "x"}\n\n' * 5)
+    assert [row.source for row in read(path, limit=2)] == ["a.jsonl:1", "a.jsonl:3"]
+    assert locate_source(str(path)).count() == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("gone.jsonl", "no such file; give the path"), ("a b", "no such file or folder, and not the name"),
+     ("a.xlsx", "the suffix '.xlsx' is none of .jsonl, .csv, .parquet, .txt")],
+)  # fmt: skip
+def test_sources_that_are_not_there(tmp_path, name, message):
+    (tmp_path / "a.xlsx").touch()
+    with pytest.raises(InputError) as error:
+        locate_source(str(tmp_path / name))
+    assert message in str(error.value)
+
+
+def test_folder_is_read_as_a_hugging_face_data_set(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    pq.write_table(pa.table({"q": ["1", "2"], "a": ["x", None]}), folder / "train.parquet")
+    source = locate_source(str(folder))
+    assert list(source.read(PAIR)) == [
+        Row(f"{folder}/train:1", {"q": "1", "a": "x"}),
+        Row(f"{folder}/train:2", {"q": "2", "a": None}),
+    ]
+    assert source.count() == 2
+    with pytest.raises(InputError, match="no column 'z' "):
+        next(source.read({"prompt": "z"}))
+    with pytest.raises(InputError, match="not readable as a data set"):
+        locate_source(str(folder), split="absent").count()
+    assert source.identity(sha256_file)["files"] == {"train.parquet": sha256_file(folder / "train.parquet")}
+
+
+def test_identity_is_the_content_not_the_name(tmp_path):
+    one, same, other = (write(tmp_path / f"{n}.jsonl", c) for n, c in (("1", b"{}"), ("2", b"{}"), ("3", b"[]")))
+    identities = [locate_source(str(path)).identity(sha256_file) for path in (one, same, other)]
+    assert identities[0] == identities[1] != identities[2]
+
+
+def test_hub_data_set_is_pinned_to_a_commit_also_offline(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(HfApi, "dataset_info", offline)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    with pytest.raises(InputError, match=r"the hub gave no such data set \(no network\)"):
+        locate_source("owner/set")
+    assert locate_source("owner/set", revision=commit).commit == commit
+    refs = tmp_path / "datasets--owner--set" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text(commit)
+    source = locate_source("owner/set", "main", "test")
+    assert source == Source("owner/set", "hub", "main", "test", commit)
+    assert source.identity(sha256_file) == {"kind": "hub", "commit": commit, "subset": "main", "split": "test"}

@@ -1,0 +1,367 @@
+"""The store: rows are the unit of reuse, shards are atomic, damage is found, two processes do not collide."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpo_pipe.data import atomic
+from cpo_pipe.data.errors import InputError, RunError
+from cpo_pipe.data.fingerprint import address, model_fingerprint, row_seed
+from cpo_pipe.data.store import Rows, Store
+
+SPEC = {"model": "m", "dtype": "float32"}
+
+
+def row(example: str, candidate: str = "c", value: float = 0.0) -> dict[str, Any]:
+    return {"example_id": example, "candidate_id": candidate, "logprob": value, "num_tokens": 1}
+
+
+def keys(*pairs: tuple[str, str]) -> pa.Table:
+    return pa.table({"example_id": [e for e, _ in pairs], "candidate_id": [c for _, c in pairs]})
+
+
+def rows_of(root: Path) -> Rows:
+    """As another process would see them: nothing cached."""
+    return Store(root).rows("reference-logprobs", SPEC)
+
+
+def write(rows: Rows, *content: dict[str, Any]) -> None:
+    with rows.lock(), rows.writer() as writer:
+        writer.add(content)
+
+
+def values(rows: Rows, *examples: str) -> list[tuple[str, str, float]]:
+    table = rows.read(examples)
+    return list(zip(*(table[name].to_pylist() for name in ("example_id", "candidate_id", "logprob")), strict=True))
+
+
+# ── addresses ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_address_is_the_spec_and_not_its_spelling() -> None:
+    assert address({"a": 1, "b": [2, "x"]}) == address({"b": [2, "x"], "a": 1})
+    assert address({"a": 1}) != address({"a": 2})
+    assert address({"a": 1}) != address({"a": 1, "b": None})
+
+
+@given(st.integers(0, 2**31), st.text())
+def test_seeds_leave_room_for_samples_and_stay_below_the_limit(seed: int, example: str) -> None:
+    first = row_seed(seed, example)
+    assert first % (1 << 16) == 0
+    assert 0 <= first < 2**61
+    assert first == row_seed(seed, example)
+    assert first != row_seed(seed + 1, example)
+
+
+def test_a_model_is_its_content(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+
+    def fingerprint(name: str, weights: bytes, **config: Any) -> str:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+        (folder / "model.safetensors").write_bytes(weights)
+        return model_fingerprint(folder, store.hash_file)
+
+    one = fingerprint("one", b"w" * 10)
+    assert fingerprint("other-name", b"w" * 10, transformers_version="9") == one
+    assert fingerprint("one", b"v" * 10) != one  # the same name, other weights
+    assert fingerprint("one", b"w" * 10, rope_theta=5) != one
+    (tmp_path / "one" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"no \*\.safetensors"):
+        model_fingerprint(tmp_path / "one", store.hash_file)
+
+
+# ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_reads_in_the_order_asked_for_and_only_what_was_asked_for(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path)
+    write(rows, row("b", "1", 1), row("a", "2", 2))
+    write(rows, row("c", "3", 3), row("a", "1", 4))
+    assert values(rows, "a", "c", "b") == [("a", "1", 4), ("a", "2", 2), ("c", "3", 3), ("b", "1", 1)]
+    assert values(rows, "b", "nowhere") == [("b", "1", 1)]
+    assert [t.num_rows for t in rows.batches(["a", "b", "c"], size=2)] == [3, 1]
+
+
+def test_missing_keeps_the_order_and_grows_less(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path)
+    wanted = keys(("z", "1"), ("a", "1"), ("m", "1"), ("a", "2"))
+    assert rows.missing(wanted).to_pylist() == wanted.to_pylist()
+    write(rows, row("a", "1"))
+    assert rows.missing(wanted).to_pylist() == keys(("z", "1"), ("m", "1"), ("a", "2")).to_pylist()
+    write(rows, row("z", "1"), row("m", "1"), row("a", "2"))
+    assert rows.missing(wanted).num_rows == 0
+    assert rows_of(tmp_path).missing(wanted).num_rows == 0
+
+
+def test_the_first_of_two_equal_keys_wins_and_is_counted_once(tmp_path: Path) -> None:
+    first, second = rows_of(tmp_path), rows_of(tmp_path)
+    write(first, row("a", value=1), row("b", value=1))
+    write(second, row("a", value=2), row("c", value=2))
+    for reader in (first, second, rows_of(tmp_path)):
+        assert values(reader, "a", "b", "c") == [("a", "c", 1), ("b", "c", 1), ("c", "c", 2)]
+        assert reader.num_rows() == 3
+
+
+def test_one_shard_never_holds_a_key_twice(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="twice"):
+        rows_of(tmp_path).append(pa.Table.from_pylist([row("a"), row("a")]))
+
+
+def test_a_null_where_none_is_allowed_is_refused(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path)
+    with pytest.raises(RunError, match="schema"):
+        rows.append(pa.Table.from_pylist([row("a") | {"logprob": None}]))
+    assert rows.num_rows() == 0
+
+
+def test_the_readable_spec_stands_beside_the_shards(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path)
+    write(rows, row("a"))
+    assert json.loads((rows.path / "spec.json").read_text()) == SPEC
+    assert rows.path.name == address(SPEC)
+
+
+def test_collected_rows_survive_an_error(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path)
+    with pytest.raises(KeyboardInterrupt), rows.lock(), rows.writer() as writer:
+        writer.add([row("a", value=7)])
+        raise KeyboardInterrupt
+    assert values(rows_of(tmp_path), "a") == [("a", "c", 7)]
+
+
+def test_reasons_are_recorded_before_what_they_explain(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    cause, effect = store.rows("reference-logprobs", {"a": 1}), store.rows("reference-logprobs", {"b": 1})
+    with cause.writer() as first, effect.writer(after=first) as second:
+        first.add([row("a")])
+        second.add([row("a")])
+        second.flush()
+        assert cause.num_rows() == 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from("12")), unique=True), max_size=5))
+def test_like_a_dictionary_in_which_the_first_value_stays(
+    tmp_path_factory: pytest.TempPathFactory, shards: list[list[tuple[str, str]]]
+) -> None:
+    rows = rows_of(tmp_path_factory.mktemp("store"))
+    expected: dict[tuple[str, str], float] = {}
+    for number, shard in enumerate(shards):
+        rows.append(pa.Table.from_pylist([row(*pair, value=number) for pair in shard], schema=rows.schema))
+        for pair in shard:
+            expected.setdefault(pair, float(number))
+    everything = [(e, c) for e in "abcdef" for c in "12"]
+    assert rows.missing(keys(*everything)).num_rows == len(everything) - len(expected)
+    assert values(rows, *"abcdef") == [(*pair, expected[pair]) for pair in everything if pair in expected]
+
+
+# ── damage ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "fault"),
+    [
+        (lambda shard: shard.write_bytes(shard.read_bytes()[:-4]), "bytes instead of"),
+        (flip, "checksum differs"),
+        (lambda shard: shard.unlink(), "its file is gone"),
+        (lambda shard: (shard.parents[1] / "manifests" / f"{shard.stem}.json").write_text("{"), "manifest is unreadable"),
+    ],
+    ids=["truncated", "one bit", "gone", "manifest"],
+)
+def test_a_damaged_shard_is_named_set_aside_and_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: Callable[[Path], object], fault: str
+) -> None:
+    rows = rows_of(tmp_path)
+    write(rows, row("a", value=1))
+    write(rows, row("b", value=2))
+    shard = rows.files()[0]
+    harm(shard)
+    again = rows_of(tmp_path)
+    assert again.missing(keys(("a", "c"), ("b", "c"))).to_pylist() == [{"example_id": "a", "candidate_id": "c"}]
+    assert shard.stem in caplog.text
+    assert fault in caplog.text
+    assert any(path.stem == shard.stem for path in (rows.path / "damaged").iterdir())
+    write(again, row("a", value=3))
+    assert values(rows_of(tmp_path), "a", "b") == [("a", "c", 3), ("b", "c", 2)]
+
+
+# ── interruption ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Crash(BaseException):
+    """Stands for the process dying: nothing in the code under test may catch it and carry on."""
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, point: int) -> None:
+    """Make the `point`-th write operation fail half way."""
+    count = 0
+
+    def guarded(real: Callable[..., Any], half: Callable[..., None]) -> Callable[..., Any]:
+        def operation(*arguments: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == point:
+                half(*arguments)
+                raise Crash
+            return real(*arguments, **options)
+
+        return operation
+
+    def half_write(path: Path, content: bytes) -> None:
+        path.open("wb").write(content[: len(content) // 2])
+
+    def half_table(_: pa.Table, path: Path) -> None:
+        path.write_bytes(b"PAR1 half")
+
+    nothing: Callable[..., None] = lambda *_: None  # noqa: E731
+    monkeypatch.setattr(atomic.os, "fsync", guarded(os.fsync, nothing))
+    monkeypatch.setattr(atomic.os, "replace", guarded(os.replace, nothing))
+    monkeypatch.setattr(Path, "write_bytes", guarded(Path.write_bytes, half_write))
+    monkeypatch.setattr(pq, "write_table", guarded(pq.write_table, half_table))
+    # A killed process cleans nothing up either.
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+
+
+def test_interrupted_at_every_write_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    point, crashed = 0, True
+    while crashed:
+        point += 1
+        root = tmp_path / str(point)
+        write(rows_of(root), row("old", value=1))
+        with monkeypatch.context() as patch:
+            crash_at(patch, point)
+            try:
+                rows_of(root).append(pa.Table.from_pylist([row("a", value=2), row("b", value=2)]))
+                crashed = False
+            except Crash:
+                pass
+        after = rows_of(root)
+        assert after.num_rows() in (1, 3), "a shard is there whole or not at all"
+        assert values(after, "old") == [("old", "c", 1)]
+        missing = after.missing(keys(("a", "c"), ("b", "c"))).num_rows
+        assert missing in (0, 2)
+        write(after, *[row(name, value=2) for name in "ab"][:missing])
+        assert values(rows_of(root), "a", "b", "old") == [("a", "c", 2), ("b", "c", 2), ("old", "c", 1)]
+        with after.lock():
+            leftovers = [path for path in after.path.rglob("*") if path.name.startswith(".tmp")]
+        assert not leftovers, "the next writer clears what a dead one left"
+    assert point > 8, "the loop must really have passed through the write points"
+
+
+WORKER = """
+import sys, time
+from pathlib import Path
+from cpo_pipe.data.store import Store
+import pyarrow as pa
+rows = Store(Path(sys.argv[1])).rows("reference-logprobs", {"model": "m", "dtype": "float32"})
+wanted = pa.table({"example_id": [f"{i:04d}" for i in range(300)], "candidate_id": ["c"] * 300})
+with rows.lock():
+    todo = rows.missing(wanted)["example_id"].to_pylist()
+    print("ready", flush=True)
+    for start in range(0, len(todo), 4):
+        with rows.writer() as writer:
+            writer.add([{"example_id": e, "candidate_id": "c", "logprob": float(e), "num_tokens": 1}
+                        for e in todo[start:start + 4]])
+"""
+
+
+def test_killed_for_real_and_resumed(tmp_path: Path) -> None:
+    random.seed(0)
+    progress = []
+    for attempt in range(40):
+        process = subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path)], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        if attempt < 5:
+            time.sleep(random.uniform(0.01, 0.15))
+            process.send_signal(signal.SIGKILL)
+        process.wait(60)
+        process.stdout.close()
+        progress.append(rows_of(tmp_path).num_rows())
+        if progress[-1] == 300:
+            break
+    assert progress == sorted(progress), "nothing is ever lost"
+    assert progress[-1] == 300
+    rows = rows_of(tmp_path)
+    assert sum(pq.read_metadata(path).num_rows for path in rows.files()) == 300, "nothing is doubled"
+    everyone = [f"{i:04d}" for i in range(300)]
+    assert values(rows, *everyone) == [(name, "c", float(name)) for name in everyone]
+
+
+def test_two_processes_share_the_work(tmp_path: Path) -> None:
+    both = [subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path)], stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(60) for process in both] == [0, 0]
+    rows = rows_of(tmp_path)
+    assert sum(pq.read_metadata(path).num_rows for path in rows.files()) == rows.num_rows() == 300
+
+
+# ── products ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def make(store: Store, content: str) -> None:
+    product = store.product("checkpoints", {"p": 1})
+    with product.lock(), product.create() as writer:
+        (writer.path / "weights").write_text(content)
+        writer.facts["steps"] = 3
+
+
+def test_a_product_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    point, crashed = 0, True
+    while crashed:
+        point += 1
+        store = Store(tmp_path / str(point))
+        with monkeypatch.context() as patch:
+            crash_at(patch, point)
+            patch.setattr("shutil.rmtree", lambda *_, **__: None)
+            try:
+                make(store, "new")
+                crashed = False
+            except Crash:
+                pass
+        product = Store(tmp_path / str(point)).product("checkpoints", {"p": 1})
+        if not product.complete():
+            assert not product.path.exists()
+            make(store, "new")
+        assert product.complete()
+        assert (product.path / "weights").read_text() == "new"
+        assert product.manifest["steps"] == 3
+        assert [path.name for path in product.path.parent.iterdir() if not path.name.startswith(".locks")] == [product.path.name]
+    assert point > 5
+
+
+@pytest.mark.parametrize("harmed", ["weights", "manifest.json"])
+def test_a_damaged_product_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture, harmed: str) -> None:
+    make(Store(tmp_path), "good")
+    product = Store(tmp_path).product("checkpoints", {"p": 1})
+    (product.path / harmed).write_text("bad")
+    assert not product.complete()
+    assert harmed in caplog.text
+    make(Store(tmp_path), "good")
+    assert product.complete()
+
+
+def test_a_store_without_write_permission_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--store .*file.*cannot be made"):
+        Store(tmp_path / "file")

@@ -1,0 +1,371 @@
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.fingerprint import digest, example_id, tokenizer_fingerprint
+from cpo_pipe.data.recipe import Data
+from cpo_pipe.data.schemas import EXAMPLES, REJECTED
+from cpo_pipe.data.store import Store
+from cpo_pipe.data.tokenizers import train_bpe
+from cpo_pipe.pipeline.prepare import cut, find_examples, prepare, split_ends, with_preset
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data, which is not part of the project")
+EOS = 0
+"""The only special token of the byte tokenizer below comes first."""
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory):
+    """One token per byte."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_bpe([], 257, folder)
+    return str(folder)
+
+
+def jsonl(path: Path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def pairs(n, start=0):
+    return [{"prompt": f"question {i}", "target": f"answer {i}"} for i in range(start, start + n)]
+
+
+def by_split(examples, column="prompt"):
+    return {name: examples.read(name)[column].to_pylist() for name in ("train", "validation", "test")}
+
+
+# ── pairs ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_pair_as_stored(tmp_path, store, byte_tokenizer):
+    row = {"q": "hi", "c": "ctx", "a": "yo", "k": "kind"}
+    source = jsonl(tmp_path / "a.jsonl", [row, {"q": "hi", "a": "no"}])
+    columns = {"prompt": "q", "target": "a", "context": "c", "category": "k"}
+    config = Data(source=source, columns=columns, tokenizer=byte_tokenizer, template="<{prompt}|{context}>", train=2)
+    examples = prepare(config, store)
+    assert pq.read_schema(examples.product.path / "examples.parquet").equals(EXAMPLES)
+    first, second = sorted(examples.read("train").to_pylist(), key=lambda example: -len(example["prompt"]))
+    tokenizer = AutoTokenizer.from_pretrained(byte_tokenizer)
+    assert first == {
+        "example_id": example_id("hi\n\nctx", "yo"), "split": "train", "prompt": "hi\n\nctx", "rendered": "<hi|ctx>",
+        "target": "yo", "prompt_ids": tokenizer.convert_tokens_to_ids(list("<hi|ctx>")),
+        "target_ids": [*tokenizer.convert_tokens_to_ids(["y", "o"]), EOS], "ends": True, "category": "kind",
+    }  # fmt: skip
+    assert (second["rendered"], second["category"]) == ("<hi|>", None)
+    assert examples.tokenizer.path == Path(byte_tokenizer)
+    assert examples.rendering == {"template": config.template, "tokenizer": examples.tokenizer.fingerprint}
+    assert tokenizer_fingerprint(examples.product.path / "tokenizer", store.hash_file) == examples.tokenizer.fingerprint
+
+
+def test_refused_rows_carry_their_reason_and_are_counted(tmp_path, store, byte_tokenizer, caplog):
+    lines = [json.dumps(row) for row in pairs(8)]
+    lines += [
+        '{"prompt": "  ", "target": "a"}', '{"prompt": "p", "target": ""}', '{"prompt": "p"}', '{"prompt": "p", "target": null}',
+        '{"prompt": "p", "target": 7}', '{"prompt": "p", "target": "\\ud800"}', "nonsense",
+        json.dumps({"prompt": "x" * 21, "target": "a"}), json.dumps({"prompt": "p", "target": "y" * 20}),
+        json.dumps({"prompt": "x" * 20, "target": "y" * 19}), lines[0],
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    limits = {"max_prompt_tokens": 20, "max_target_tokens": 20, "max_rejected": 0.6}
+    config = Data(source=str(tmp_path / "a.jsonl"), tokenizer=byte_tokenizer, train=5, **limits)
+    with caplog.at_level(logging.INFO):
+        examples = prepare(config, store)
+    rejected = pq.read_table(examples.product.path / "rejected.parquet")
+    assert rejected.schema.equals(REJECTED)
+    rows = sorted(rejected.to_pylist(), key=lambda row: int(row["source"].split(":")[1]))
+    assert [(row["source"], row["reason"], row["detail"]) for row in rows] == [
+        ("a.jsonl:9", "empty prompt", "  "),
+        ("a.jsonl:10", "empty target", ""),
+        ("a.jsonl:11", "missing field", "target (data.columns.target)"),
+        ("a.jsonl:12", "missing field", "target (data.columns.target)"),
+        ("a.jsonl:13", "not text", "target: 7"),
+        ("a.jsonl:14", "not UTF-8", "target: \\ud800"),
+        ("a.jsonl:15", "not JSON", "nonsense\n"),
+        ("a.jsonl:16", "prompt too long", "21 tokens, at most 20"),
+        ("a.jsonl:17", "target too long", "21 tokens, at most 20"),  # 20 bytes and the EOS token
+        ("a.jsonl:19", "duplicate", "question 0"),
+    ]
+    assert rows[-1]["example_id"] == example_id("question 0", "answer 0")
+    summary = (
+        "examples: 5 train, 0 validation, 4 test; 10 rejected (2 missing field, 1 empty prompt, 1 empty target, "
+        "1 not text, 1 not UTF-8, 1 not JSON, 1 prompt too long, 1 target too long, 1 duplicate)"
+    )
+    facts = examples.product.manifest
+    assert (facts["rows_read"], facts["examples"]) == (19, {"train": 5, "validation": 0, "test": 4})
+    assert sorted(caplog.messages[-1]) == sorted(summary)
+    assert caplog.messages[-1].startswith("examples: 5 train, 0 validation, 4 test; 10 rejected (2 missing field, 1 ")
+
+
+def test_too_many_refused_rows_are_an_error_and_leave_nothing(tmp_path, store, byte_tokenizer):
+    rows = [*pairs(8), {"prompt": "", "target": "a"}, {"prompt": "p", "target": ""}]
+    source = jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(InputError) as error:
+        prepare(Data(source=source, tokenizer=byte_tokenizer, train=5, max_rejected=0.19), store)
+    assert str(error.value) == (
+        f"data.source {source}: 2 of 10 rows were rejected (1 empty prompt, 1 empty target), more than data.max_rejected "
+        "0.19 allows; see a.jsonl:9 (empty prompt), a.jsonl:10 (empty target); mend them or raise the limit"
+    )
+    assert [path.name for path in (store.root / "examples").iterdir()] == [".locks"]
+    assert prepare(Data(source=source, tokenizer=byte_tokenizer, train=5, max_rejected=0.2), store).count("test") == 3
+
+
+def test_context_column_named_by_the_user_must_be_there_but_a_presets_need_not(tmp_path, store, byte_tokenizer):
+    source = jsonl(tmp_path / "a.jsonl", [{"instruction": f"i{n}", "response": "r"} for n in range(3)])
+    shared = {"preset": "dolly", "source": source, "tokenizer": byte_tokenizer, "train": 2}
+    assert prepare(Data(**shared), store).read("train")["rendered"][0].as_py().startswith("Below is an instruction")
+    with pytest.raises(InputError, match=r"no column 'ctx' \(data\.columns\.context\); the columns there are"):
+        prepare(Data(**shared, columns={"context": "ctx"}), store)
+
+
+def test_errors_of_the_source_pass_through_the_training_of_a_tokenizer(tmp_path, store):
+    shared = {
+        "source": jsonl(tmp_path / "a.jsonl", [{"q": "1", "a": "x"}]),
+        "tokenizer": {"vocab_size": 300},
+        "train": 1,
+    }
+    with pytest.raises(InputError, match="no column 'prompt'"):
+        prepare(Data(**shared), store)
+    with pytest.raises(InputError, match=r"data\.template is chat"):
+        prepare(Data(**shared, columns={"prompt": "q", "target": "a"}, template="chat"), store)
+    assert not list(store.root.glob("tokenizers/[!.]*"))
+
+
+def test_max_rows_reads_the_first(tmp_path, store, byte_tokenizer):
+    source = jsonl(tmp_path / "a.jsonl", pairs(9))
+    examples = prepare(Data(source=source, tokenizer=byte_tokenizer, train=1, max_rows=4), store)
+    assert sorted(sum(by_split(examples).values(), [])) == [f"question {n}" for n in range(4)]
+
+
+# ── presets ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_presets_fill_only_what_the_user_left_out():
+    dolly = with_preset(Data(preset="dolly", tokenizer="t", columns={"category": None}, template="plain"))
+    assert (dolly.train, dolly.test, dolly.source) == (7505, 7506, "databricks/databricks-dolly-15k")
+    assert dolly.columns.model_dump() == {
+        "prompt": "instruction", "target": "response", "context": "context", "category": None
+    }  # fmt: skip
+    assert dolly.template == "plain"
+    mine = with_preset(Data(preset="dolly", tokenizer="t", test=5))
+    assert (mine.train, mine.test) == (None, 5)
+    gsm8k = with_preset(Data(preset="gsm8k", tokenizer="t", train=5))
+    assert (gsm8k.source, gsm8k.subset, gsm8k.columns.target) == ("openai/gsm8k", "main", "answer")
+    assert with_preset(Data(preset="gsm8k", source="a.jsonl", tokenizer="t", train=5)).subset is None
+
+
+@needs_shared
+def test_dolly_preset_on_its_own_rows(store, byte_tokenizer):
+    limits = {"max_prompt_tokens": 100_000, "max_target_tokens": 100_000}
+    shared = {"preset": "dolly", "source": str(SHARED / "dolly-150.jsonl"), "tokenizer": byte_tokenizer, **limits}
+    with pytest.raises(InputError, match=r"data\.train 7,505 \+ data\.test 7,506: only 151 rows are left to split"):
+        prepare(Data(**shared), store)
+    examples = prepare(Data(**shared, train=100), store)
+    assert {name: len(rows) for name, rows in by_split(examples).items()} == {"train": 100, "validation": 0, "test": 51}
+    lines = (SHARED / "dolly-150.jsonl").read_text(encoding="utf-8").splitlines()
+    contexts = {row["response"]: row["context"] for row in map(json.loads, lines)}
+    for example in examples.read("train").to_pylist():
+        context = contexts[example["target"]]
+        assert example["rendered"].endswith(
+            f"### Input:\n{context}\n\n### Response:\n" if context else "\n\n### Response:\n"
+        )
+        assert ("### Input:" in example["rendered"]) == bool(context)
+
+
+# ── the split ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+prompts = st.lists(st.sampled_from("abcdefghijklmnopqrstuvwxyz"), min_size=12, max_size=60)
+
+
+def sides(rows, train, validation=0, test=None, seed=0):
+    """Rows (prompts, perhaps equal) by split, ordered by the hash of (seed, prompt) as design §4 has it."""
+    ordered = sorted(rows, key=lambda row: digest([seed, row]))
+    first, second, third = split_ends([digest([seed, row]) for row in ordered], train, validation, test)
+    return ordered[:first], ordered[first:second], ordered[second:third]
+
+
+@given(prompts, st.integers(1, 6), st.integers(0, 4))
+def test_equal_prompts_stay_on_one_side(rows, train, validation):
+    try:
+        parts = sides(rows, train, validation)
+    except InputError as error:
+        assert "none is left for data.validation" in str(error)  # noqa: PT017
+        return
+    assert len(parts[0]) >= train
+    assert sum(map(len, parts)) == len(rows)
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert not set(parts[one]) & set(parts[other])
+
+
+@given(st.sets(st.text(max_size=8), min_size=20, max_size=60), st.integers(1, 19), st.integers(0, 5))
+def test_adding_rows_moves_none_but_at_the_boundary(texts, train, seed):
+    rows = sorted(texts)
+    old, new = rows[:-10], rows
+    train = min(train, len(old))
+    before, _, _ = sides(old, train, seed=seed)
+    after, _, _ = sides(new, train, seed=seed)
+    assert len(before) == len(after) == train
+    assert set(after) - set(before) <= set(new) - set(old)  # no row came over from the test side
+    assert len(set(before) - set(after)) <= 10
+    assert before == sides(old[::-1], train, seed=seed)[0]
+
+
+def test_boundary_moves_behind_equal_prompts():
+    assert split_ends("aabbbc", 1, 0, None) == (2, 2, 6)
+    assert split_ends("aabbbc", 3, 1, None) == (5, 6, 6)
+    assert split_ends("abcdef", None, 1, 2) == (3, 4, 6)
+    assert split_ends("abcdef", 2, 1, 2) == (2, 3, 5)  # what is left over is in no split
+    assert split_ends("abcdef", 2, 1, 10) == (2, 3, 6)  # as many as there are
+    assert split_ends("abcdef", 6, 0, None) == (6, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ((5, 2, None), r"data\.train 5 \+ data\.validation 2: only 6 rows are left to split"),
+        ((None, 2, 4), r"data\.validation 2 \+ data\.test 4: only 6 rows are left to split"),
+        ((6, 0, 3), r"data\.train 6 \+ data\.test 3: of 6 rows none is left for data\.test"),
+        ((3, 3, 1), r"data\.train 3 \+ data\.validation 3 \+ data\.test 1: of 6 rows none is left for data\.test"),
+    ],
+)
+def test_splits_that_cannot_be_filled(numbers, message):
+    with pytest.raises(InputError, match=message):
+        split_ends("abcdef", *numbers)
+
+
+def test_order_is_fixed_by_seed_and_prompt_not_by_the_source(tmp_path, store, byte_tokenizer):
+    rows = [*pairs(30), {"prompt": "question 3", "target": "another answer"}]
+    one, other = jsonl(tmp_path / "1.jsonl", rows), jsonl(tmp_path / "2.jsonl", rows[::-1])
+    shared = {"tokenizer": byte_tokenizer, "train": 10, "validation": 5, "test": 8}
+    splits = [by_split(prepare(Data(source=s, **shared), store), "example_id") for s in (one, other)]
+    assert splits[0] == splits[1]
+    prepared = by_split(prepare(Data(source=one, **shared), store))
+    in_order = prepared["train"] + prepared["validation"] + prepared["test"]
+    assert in_order == sorted(in_order, key=lambda prompt: digest([0, prompt]))
+    assert by_split(prepare(Data(source=one, **shared, split_seed=1), store))["train"] != prepared["train"]
+
+
+# ── cut text ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(st.lists(st.integers(0, 9), max_size=50), st.integers(2, 12), st.floats(0, 1))
+def test_pieces_are_the_article_without_gaps(ids, size, share):
+    pieces = list(cut(ids, size, share))
+    joined = [token for piece in pieces for token in piece.prompt_ids + piece.target_ids]
+    assert joined == ids[: len(joined)]
+    assert len(ids) - len(joined) < max(2, size / 2)
+    assert all(piece.prompt_ids and piece.target_ids for piece in pieces)
+    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [len(joined) == len(ids)] * bool(pieces)
+
+
+def test_cut_by_hand():
+    shape = [(len(piece.prompt_ids), len(piece.target_ids), piece.ends) for piece in cut(range(55), 20, 0.15)]
+    assert shape == [(3, 17, False), (3, 17, False), (2, 13, True)]  # 0.15 · 15 = 2.25
+    assert [piece.ends for piece in cut(range(49), 20, 0.15)] == [False, False]  # 9 tokens are less than half a piece
+    assert [piece.ends for piece in cut(range(40), 20, 0.15)] == [False, True]
+
+
+def test_text_preset_keeps_the_ids_of_the_article(tmp_path, store, byte_tokenizer):
+    article = "".join(chr(97 + n % 26) * (1 + n % 3) + "é" for n in range(60))
+    (tmp_path / "a.txt").write_text(article)
+    shared = {"preset": "text", "source": str(tmp_path / "a.txt"), "tokenizer": byte_tokenizer, "train": 3}
+    examples = prepare(Data(**shared, piece_tokens=40), store)
+    rows = [row for split in ("train", "test") for row in examples.read(split).to_pylist()]
+    ids = AutoTokenizer.from_pretrained(byte_tokenizer)(article)["input_ids"]
+    assert len(ids) == 240  # 120 letters and 60 times 2 bytes: 6 whole pieces
+    starts = {tuple(ids[start : start + 40]): start for start in range(0, 240, 40)}
+    ended = [row for row in rows if row["ends"]]
+    assert [row["target_ids"][-1] for row in ended] == [EOS]
+    found = {tuple(row["prompt_ids"] + row["target_ids"][:34]) for row in rows}
+    assert found == set(starts)
+    assert all(len(row["prompt_ids"]) == 6 and row["rendered"] == row["prompt"] for row in rows)
+    assert examples.rendering["piece_tokens"] == 40
+    assert examples.rendering["prompt_share"] == 0.15
+
+
+def test_pieces_must_fit_the_limits_and_have_no_template(tmp_path, store, byte_tokenizer):
+    (tmp_path / "a.txt").write_text("x" * 5000)
+    shared = {"preset": "text", "source": str(tmp_path / "a.txt"), "tokenizer": byte_tokenizer, "train": 1}
+    with pytest.raises(InputError) as error:
+        prepare(Data(**shared, piece_tokens=1000), store)
+    assert str(error.value) == (
+        "data.max_target_tokens is 512, but data.piece_tokens 1000 and data.prompt_share 0.15 make targets "
+        "(with the EOS token) of 851 tokens: raise it to that"
+    )
+    with pytest.raises(InputError, match="template has no meaning for the preset text"):
+        prepare(Data(**shared, template="dolly"), store)
+    with pytest.raises(InputError, match="shorter than half a piece"):
+        (tmp_path / "a.txt").write_text("x" * 200)
+        prepare(Data(**shared), store)
+
+
+def test_python_docs_with_a_tokenizer_made_from_them(store):
+    config = Data(preset="python-docs", tokenizer={"vocab_size": 300}, train=10, test=20, max_rows=3, piece_tokens=32)
+    assert find_examples(config, store) is None
+    assert list(store.root.iterdir()) == []  # looking makes nothing
+    examples = prepare(config, store)
+    assert (examples.count("train"), examples.count("test")) == (10, 20)
+    assert examples.tokenizer.path.parent == store.root / "tokenizers"
+    assert len(examples.tokenizer.load()) == 300
+    found = find_examples(config, store)
+    assert found is not None
+    assert found.tokenizer == examples.tokenizer
+    spec = json.loads((examples.tokenizer.path / "spec.json").read_text())
+    assert sorted(spec) == ["algorithm", "corpus", "vocab_size"]
+
+
+# ── reuse ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_address_depends_on_what_decides_the_values_only(tmp_path, store, byte_tokenizer):
+    source = jsonl(tmp_path / "a.jsonl", pairs(20))
+    shared = {"source": source, "tokenizer": byte_tokenizer, "train": 10}
+    path = prepare(Data(**shared), store).product.path
+    for same in ({"max_rejected": 0.5}, {"piece_tokens": 9}, {"source": jsonl(tmp_path / "copy.jsonl", pairs(20))}):
+        assert prepare(Data(**(shared | same)), store).product.path == path
+    for other in (
+        {"train": 9},
+        {"split_seed": 1},
+        {"max_target_tokens": 99},
+        {"template": "{prompt}"},
+        {"max_rows": 19},
+    ):
+        assert prepare(Data(**(shared | other)), store).product.path != path
+
+
+def test_complete_examples_are_found_without_loading_anything_heavy(tmp_path, store, caplog):
+    source = jsonl(tmp_path / "a.jsonl", pairs(20))
+    config = Data(source=source, tokenizer={"vocab_size": 260}, train=10)
+    made = prepare(config, store)
+    with caplog.at_level(logging.INFO):
+        assert prepare(config, store).rendering == made.rendering
+    assert caplog.messages == [f"examples: 10 train, 0 validation, 10 test; 0 rejected (found in {made.product.name})"]
+    program = f"""
+import sys
+from pathlib import Path
+from cpo_pipe.data.recipe import Data
+from cpo_pipe.data.store import Store
+from cpo_pipe.pipeline.prepare import prepare
+config = Data.model_validate_json({config.model_dump_json(exclude_unset=True)!r})
+print(prepare(config, Store(Path({str(store.root)!r}))).product.path)
+print([name for name in ("torch", "transformers", "datasets", "tokenizers") if name in sys.modules])
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.splitlines() == [str(made.product.path), "[]"]

@@ -1,0 +1,80 @@
+"""The objectives as pure functions: log-probs in, a loss per group out, unreduced.
+
+Shapes: G groups, K candidates of the largest group. Candidate 0 is the target. `mask` is True where a candidate exists;
+groups of K = 1 have loss 0 (callers leave them out of the mean).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class GroupLosses(NamedTuple):
+    """What an objective returns."""
+
+    loss_G: Tensor
+    """Loss per group, in nats."""
+    reward_GK: Tensor
+    """β (log π_θ − log π_ref); 0 where the mask is False."""
+
+
+def cpo_loss(policy_GK: Tensor, reference_GK: Tensor, mask_GK: Tensor, *, beta: float) -> GroupLosses:
+    """CPO, Feng et al. 2025, eq. 1: −log softmax of the target's reward among its group's.
+
+    Args:
+        policy_GK: log π_θ(y_j | x), summed over tokens.
+        reference_GK: log π_ref(y_j | x), likewise.
+        mask_GK: which candidates exist.
+        beta: β of the reward.
+    """
+    reward_GK = _rewards(policy_GK, reference_GK, mask_GK, beta)
+    log_share_GK = _exclude(reward_GK, mask_GK).log_softmax(-1)
+    return GroupLosses(-log_share_GK[:, 0], reward_GK)  # eq. 1
+
+
+def ranked_cpo_loss(
+    policy_GK: Tensor, reference_GK: Tensor, rank_GK: Tensor, mask_GK: Tensor, *, beta: float
+) -> GroupLosses:
+    """CPO with ranking (Plackett–Luce), Feng et al. 2025, eq. 2.
+
+    Args:
+        policy_GK: log π_θ(y_j | x), summed over tokens.
+        reference_GK: log π_ref(y_j | x), likewise.
+        rank_GK: position of candidate j in the preference order (the paper's τ(j)); 0 is the best. A permutation of
+            0 … K_g − 1 within each group; ignored where the mask is False.
+        mask_GK: which candidates exist.
+        beta: β of the reward.
+    """
+    reward_GK = _rewards(policy_GK, reference_GK, mask_GK, beta)
+    # The paper's sums run over items in order: the item at rank k, which is argsort of the items' ranks.
+    order_GK = rank_GK.masked_fill(~mask_GK, rank_GK.shape[-1]).argsort(dim=-1, stable=True)
+    sorted_GK = _exclude(reward_GK, mask_GK).gather(-1, order_GK)
+    log_rest_GK = sorted_GK.flip(-1).logcumsumexp(-1).flip(-1)  # log Σ_{j ≥ k} exp r_(j)
+    terms_GK = (log_rest_GK - sorted_GK).masked_fill(~mask_GK.gather(-1, order_GK), 0)
+    return GroupLosses(terms_GK.sum(-1), reward_GK)  # eq. 2
+
+
+def mle_loss(target_logprob_G: Tensor) -> Tensor:
+    """Negative log-likelihood of each target, summed over its tokens; callers divide by the batch's target tokens."""
+    return -target_logprob_G
+
+
+def won(reward_GK: Tensor, mask_GK: Tensor) -> Tensor:
+    """Per group, whether the target's reward is strictly the greatest."""
+    return reward_GK[:, 0] > _exclude(reward_GK, mask_GK)[:, 1:].amax(-1)
+
+
+def margin(reward_GK: Tensor, mask_GK: Tensor) -> Tensor:
+    """Per group, the target's reward less the mean reward of its negatives; for groups of K ≥ 2."""
+    negatives = mask_GK[:, 1:].sum(-1)
+    return reward_GK[:, 0] - (reward_GK[:, 1:] * mask_GK[:, 1:]).sum(-1) / negatives
+
+
+def _rewards(policy_GK: Tensor, reference_GK: Tensor, mask_GK: Tensor, beta: float) -> Tensor:
+    return (beta * (policy_GK - reference_GK)).masked_fill(~mask_GK, 0)
+
+
+def _exclude(reward_GK: Tensor, mask_GK: Tensor) -> Tensor:
+    # A finite floor instead of −inf: logcumsumexp has no gradient through a run of infinities.
+    return reward_GK.masked_fill(~mask_GK, torch.finfo(reward_GK.dtype).min / 4)

@@ -1,0 +1,340 @@
+"""Stage `train`: one named training, from its initial model to a checkpoint in the store."""
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cpo_pipe.data.errors import InputError, RunError
+from cpo_pipe.data.examples import selection_hash
+from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec, model_fingerprint, sha256_file
+from cpo_pipe.data.models import Model, TokenizerFiles
+from cpo_pipe.data.progress import track
+from cpo_pipe.data.recipe import ScratchModel, Training
+from cpo_pipe.data.store import Product, Rows, Store
+
+if TYPE_CHECKING:  # torch is imported only when there is something to train
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from cpo_pipe.trainer.groups import Group, ReferenceLogprobs
+
+log = logging.getLogger(__name__)
+
+METRICS_FILE = "training-metrics.parquet"
+
+# What changes neither the data order nor the arithmetic that decides the weights.
+_NOT_IDENTITY = {"init", "reference", "micro_batch"}
+_ONLY_LISTWISE = {"beta", "mle_weight", "length_normalize"}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a training starts from, resolved."""
+
+    tokenizer: TokenizerFiles
+    init: Model | ScratchModel
+    selection: pa.Table
+    """Training examples, in order."""
+    groups: Rows | None = None
+    """For listwise objectives."""
+    reference: Model | None = None
+    """For listwise objectives."""
+
+
+def training_spec(config: Training, inputs: Inputs) -> Spec:
+    """Everything that decides the weights, and nothing that doesn't."""
+    excluded = _NOT_IDENTITY | (_ONLY_LISTWISE if config.objective == "mle" else set())
+    init = inputs.init
+    return {
+        "settings": config.model_dump(mode="json", exclude=excluded),
+        "init": {"model": init.fingerprint} if isinstance(init, Model) else {"scratch": init.model_dump(mode="json")},
+        "tokenizer": inputs.tokenizer.fingerprint,
+        "rows": selection_hash(inputs.selection),
+        "groups": inputs.groups.spec if inputs.groups else None,
+        "reference": inputs.reference.fingerprint if inputs.reference else None,
+    }
+
+
+def checkpoint(store: Store, spec: Spec) -> Product:
+    """The checkpoint of a training or an ensemble, made or not."""
+    return store.product("checkpoints", spec)
+
+
+def checkpoint_model(name: str, product: Product) -> Model:
+    """A complete checkpoint as a model."""
+    return Model(name, product.path, product.manifest["fingerprint"])
+
+
+def train(name: str, config: Training, store: Store, inputs: Inputs) -> Product:
+    """Train, or find the checkpoint that the same training made before.
+
+    Raises:
+        InputError: an example does not fit into the model's context, or nothing is left to train on.
+        RunError: the loss is not finite, or step 0 shows that policy and reference are not computed alike.
+    """
+    product = checkpoint(store, training_spec(config, inputs))
+    if product.complete():
+        log.info("train %s: reused %s", name, product.name)
+        return product
+    with product.lock():
+        if not product.complete():
+            _make(name, config, store, inputs, product)
+    return product
+
+
+def _make(name: str, config: Training, store: Store, inputs: Inputs, product: Product) -> None:
+    from cpo_pipe.trainer.groups import groups_from_examples, read_groups, read_reference
+    from cpo_pipe.trainer.logprobs import cached_logprobs
+
+    reference: ReferenceLogprobs = {}
+    if config.objective == "mle":
+        groups = groups_from_examples(inputs.selection)
+    else:
+        assert inputs.groups is not None and inputs.reference is not None
+        everything = read_groups(inputs.groups, inputs.selection["example_id"].to_pylist())
+        groups = [group for group in everything if len(group.candidates) > 1 or config.mle_weight]
+        alone = sum(len(group.candidates) == 1 for group in everything)
+        if alone:
+            log.info("train %s: %d of %d groups have K = 1 and leave the listwise loss", name, alone, len(everything))
+        pairs = [(group.example_id, group.prompt_ids, group.candidates) for group in groups]
+        reference = read_reference(cached_logprobs(store, inputs.reference, config.dtype, pairs), groups) if pairs else {}
+    if not groups:
+        raise InputError(f"train.{name}: nothing to train on: no example, or no group with a negative that was kept")
+    started = time.monotonic()
+    model = _initial_model(name, inputs, groups)
+    same_start = isinstance(inputs.init, Model) and inputs.reference is not None and (
+        inputs.init.fingerprint == inputs.reference.fingerprint
+    )
+    metrics = _optimize(name, config, model, groups, reference, check_start=same_start)
+    with product.create() as folder:
+        model.save_pretrained(folder.path)
+        copy_tokenizer(inputs.tokenizer.path, folder.path)
+        pq.write_table(pa.Table.from_pylist(metrics), folder.path / METRICS_FILE)
+        folder.facts["fingerprint"] = model_fingerprint(folder.path, sha256_file)
+        folder.facts["seconds"] = time.monotonic() - started
+        folder.facts["groups"] = len(groups)
+    log.info("train %s: %d steps in %s, loss %.4f", name, config.steps, product.name, metrics[-1]["loss"])
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Put a tokenizer's files beside a checkpoint's weights."""
+    for file in TOKENIZER_FILES:
+        if (source / file).is_file():
+            shutil.copyfile(source / file, target / file)
+
+
+def _initial_model(name: str, inputs: Inputs, groups: Sequence["Group"]) -> "PreTrainedModel":
+    from cpo_pipe.trainer.logprobs import device, load_model
+
+    if isinstance(inputs.init, Model):
+        model = load_model(inputs.init)
+    else:
+        model = scratch_model(inputs.init, inputs.tokenizer).to(device()).eval()  # type: ignore[assignment,arg-type]
+    context = getattr(model.config, "max_position_embeddings", None)
+    longest = max(groups, key=lambda group: group.tokens())
+    if context is not None and longest.tokens() > context:
+        raise InputError(
+            f"train.{name}: example {longest.example_id} has {longest.tokens()} tokens and the model's context is "
+            f"{context}: lower data.max_prompt_tokens and data.max_target_tokens (or negatives.max_new_tokens)"
+        )
+    return model
+
+
+def scratch_model(config: ScratchModel, tokenizer: TokenizerFiles) -> "PreTrainedModel":
+    """A model with random weights, its vocabulary and special tokens taken from the tokenizer.
+
+    Raises:
+        InputError: transformers does not know the architecture or its settings.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    vocabulary = tokenizer.load()
+    ids = {"eos_token_id": vocabulary.eos_token_id, "bos_token_id": vocabulary.bos_token_id,
+           "pad_token_id": vocabulary.pad_token_id}  # fmt: skip
+    try:
+        settings = AutoConfig.for_model(config.architecture, vocab_size=len(vocabulary), **ids, **config.config)
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+    except (ValueError, TypeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"init: a {config.architecture} model cannot be made from config {config.config} ({reason})") from error
+    return model
+
+
+def _optimize(
+    name: str,
+    config: Training,
+    model: "PreTrainedModel",
+    groups: Sequence["Group"],
+    reference: "ReferenceLogprobs",
+    check_start: bool,
+) -> list[dict[str, float]]:
+    """Run all steps in place; returns the metrics of each.
+
+    The model stays in eval mode: that is what turns off all dropout, also where it hides in attention modules.
+    """
+    import torch
+
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config.lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+    metrics: list[dict[str, float]] = []
+    with track(f"train {name}", config.steps) as meter:
+        for step, chosen in enumerate(batches(len(groups), config.batch_size, config.steps, config.seed)):
+            start = time.monotonic()
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = config.lr * lr_factor(config, step)
+            batch = [groups[index] for index in chosen]
+            row = _step(config, model, batch, reference, check_start=check_start and step == 0)
+            if not math.isfinite(row["loss"]):
+                ids = ", ".join(group.example_id for group in batch[:5])
+                raise RunError(f"train.{name}: the loss is {row['loss']} at step {step}; its batch starts with {ids}")
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            metrics.append({"step": step, "lr": config.lr * lr_factor(config, step), "grad_norm": float(norm), **row,
+                            "seconds": time.monotonic() - start})  # fmt: skip
+            meter.advance(1, note=_note(row))
+    return metrics
+
+
+def _step(
+    config: Training,
+    model: "PreTrainedModel",
+    batch: Sequence["Group"],
+    reference: "ReferenceLogprobs",
+    check_start: bool,
+) -> dict[str, float]:
+    """Gradients of one batch, accumulated over micro-batches so that the means are those of the whole batch."""
+    from cpo_pipe.trainer.logprobs import continuation_logprobs, precision
+
+    target_tokens = sum(len(group.candidates[0]) for group in batch)
+    listwise = sum(len(group.candidates) > 1 for group in batch) if config.objective != "mle" else 0
+    mle_weight = 1.0 if config.objective == "mle" else config.mle_weight
+    totals = dict.fromkeys(("mle", "cpo", "won", "margin"), 0.0)
+    ordered = sorted(batch, key=lambda group: group.tokens())  # like lengths side by side: less padding
+    for start in range(0, len(ordered), config.micro_batch):
+        micro = ordered[start : start + config.micro_batch]
+        scored = [group.candidates if config.objective != "mle" else group.candidates[:1] for group in micro]
+        with precision(config.dtype):
+            logprobs = continuation_logprobs(
+                model,
+                [group.prompt_ids for group, candidates in zip(micro, scored, strict=True) for _ in candidates],
+                [candidate for candidates in scored for candidate in candidates],
+            )
+        per_group = logprobs.split([len(candidates) for candidates in scored])
+        loss = _mle(per_group, totals) / target_tokens * mle_weight
+        if listwise:
+            loss = loss + _listwise(config, micro, per_group, reference, totals, check_start) / listwise
+        loss.backward()  # type: ignore[no-untyped-call]
+    mle = totals["mle"] / target_tokens
+    row = {
+        "loss": mle_weight * mle + (totals["cpo"] / listwise if listwise else 0.0),
+        "target_logprob": -totals["mle"] / len(batch),
+        "target_logprob_per_token": -mle,
+    }
+    if listwise:
+        row |= {key: totals[key] / listwise for key in ("cpo", "won", "margin")}
+        row["candidates"] = sum(len(group.candidates) for group in batch) / len(batch)
+    return row
+
+
+def _mle(per_group: Sequence["Tensor"], totals: dict[str, float]) -> "Tensor":
+    import torch
+
+    from cpo_pipe.trainer.losses import mle_loss
+
+    loss = mle_loss(torch.stack([logprobs[0] for logprobs in per_group])).sum()
+    totals["mle"] += float(loss.detach())
+    return loss
+
+
+def _listwise(
+    config: Training,
+    micro: Sequence["Group"],
+    per_group: Sequence["Tensor"],
+    reference: "ReferenceLogprobs",
+    totals: dict[str, float],
+    check_start: bool,
+) -> "Tensor":
+    """Summed loss of a micro-batch's groups with K ≥ 2, its metrics added to `totals`."""
+    from torch.nn.utils.rnn import pad_sequence
+
+    from cpo_pipe.trainer.groups import collate
+    from cpo_pipe.trainer.losses import cpo_loss, margin, ranked_cpo_loss, won
+
+    chosen = [index for index, group in enumerate(micro) if len(group.candidates) > 1]
+    if not chosen:
+        return per_group[0].sum() * 0
+    batch = collate([micro[index] for index in chosen], reference, per_group[0].device)
+    policy_GK = pad_sequence([per_group[index] for index in chosen], batch_first=True)
+    if check_start:
+        _check_start(config, policy_GK, batch.reference_GK)
+    reference_GK = batch.reference_GK
+    if config.length_normalize:
+        policy_GK, reference_GK = policy_GK / batch.tokens_GK, reference_GK / batch.tokens_GK
+    if config.objective == "cpo":
+        losses = cpo_loss(policy_GK, reference_GK, batch.mask_GK, beta=config.beta)
+    else:
+        losses = ranked_cpo_loss(policy_GK, reference_GK, batch.rank_GK, batch.mask_GK, beta=config.beta)
+    rewards = losses.reward_GK.detach()
+    totals["cpo"] += float(losses.loss_G.detach().sum())
+    totals["won"] += float(won(rewards, batch.mask_GK).sum())
+    totals["margin"] += float(margin(rewards, batch.mask_GK).sum())
+    return losses.loss_G.sum()
+
+
+def _check_start(config: Training, policy_GK: "Tensor", reference_GK: "Tensor") -> None:
+    """A policy that starts as its reference has all rewards 0, hence loss log K (eq. 1) or log K! (eq. 2) at step 0."""
+    tolerance = 1e-4 if config.dtype == "float32" else 2e-2
+    error = float(((policy_GK.detach() - reference_GK).abs() / reference_GK.abs().clamp(min=1)).max())
+    if error > tolerance:
+        raise RunError(
+            f"step 0: the policy starts from its reference but its log-probs differ by {error:.1e} (relative; at most "
+            f"{tolerance:g}), so the loss is not log K: dropout is on, or the two are computed in another way"
+        )
+
+
+def batches(count: int, size: int, steps: int, seed: int) -> Iterator[list[int]]:
+    """Indices of each step's batch: one shuffled pass over all after the other, cut into batches of `size`."""
+
+    def passes() -> Iterator[int]:
+        epoch = 0
+        while True:
+            yield from np.random.default_rng([seed, epoch]).permutation(count).tolist()
+            epoch += 1
+
+    stream = passes()
+    for _ in range(steps):
+        yield [next(stream) for _ in range(size)]
+
+
+def lr_factor(config: Training, step: int) -> float:
+    """Share of the peak learning rate at a step (from 0)."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    return 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _note(row: Mapping[str, float]) -> str:
+    won = f" won {row['won']:.2f} margin {row['margin']:.2f}" if "won" in row else ""
+    return f"loss {row['loss']:.4f}{won} target {row['target_logprob']:.1f}"

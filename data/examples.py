@@ -31,7 +31,7 @@ class Examples:
 
     def count(self, split: str) -> int:
         """Examples of a split."""
-        return self.read(split, columns=["example_id"]).num_rows
+        return int(self.read(split, columns=["example_id"]).num_rows)
 
 
 def selection_hash(examples: pa.Table) -> str:

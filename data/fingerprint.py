@@ -82,7 +82,7 @@ def sha256_file(path: Path) -> str:
 
 
 class FileHashes:
-    """SHA-256 of files, memoized on disk by path, size and modification time (hashing 30 GB twice is a coffee break)."""
+    """SHA-256 of files, memoized on disk by path, size and modification time (hashing 30 GB takes minutes)."""
 
     def __init__(self, memo: Path, write: Callable[[Path, bytes], None]):
         self._memo_path = memo

@@ -52,7 +52,9 @@ def fetch_folder(name: str, what: str) -> Path:
         raise InputError(f"{what} {name}: no such folder, and not a hub name") from error
     except Exception as error:  # the hub client's failures have no common type: offline, not found, gated, …
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{what} {name}: no such folder or training, and the hub did not give it ({reason})") from error
+        raise InputError(
+            f"{what} {name}: no such folder or training, and the hub did not give it ({reason})"
+        ) from error
 
 
 def locate_model(name: str, store: Store) -> Model:

@@ -75,7 +75,9 @@ class Data(Section):
     max_prompt_tokens: Positive = Field(512, description="longest prompt, in tokens; longer rows are rejected")
     max_target_tokens: Positive = Field(512, description="longest target, in tokens; longer rows are rejected")
     piece_tokens: int = Field(512, ge=2, description="`text` and `python-docs`: tokens of one piece, prompt and target")
-    prompt_share: Share = Field(0.15, description="`text` and `python-docs`: leading share of a piece that is the prompt")
+    prompt_share: Share = Field(
+        0.15, description="`text` and `python-docs`: leading share of a piece that is the prompt"
+    )
     max_rejected: Share = Field(0.1, description="largest share of rows that may be rejected before it is an error")
 
     @model_validator(mode="after")
@@ -107,9 +109,13 @@ Objective = Literal["mle", "cpo", "cpo-ranked"]
 class Training(Section):
     """One named training. The defaults are the paper's settings."""
 
-    init: str | ScratchModel = Field(description="where it starts: a training's name, a folder, a hub name, or a scratch model")
+    init: str | ScratchModel = Field(
+        description="where it starts: a training's name, a folder, a hub name, or a scratch model"
+    )
     objective: Objective = Field(description="`mle`; `cpo` (eq. 1, softmax); `cpo-ranked` (eq. 2, Plackett–Luce)")
-    reference: str | None = Field(None, description="the frozen model of cpo and cpo-ranked: a training's name, folder or hub name")
+    reference: str | None = Field(
+        None, description="the frozen model of cpo and cpo-ranked: a training's name, folder or hub name"
+    )
     steps: Positive = Field(1000, description="optimizer steps")
     batch_size: Positive = Field(64, description="groups (for mle: examples) per optimizer step")
     lr: float = Field(1e-5, gt=0, description="peak learning rate")
@@ -125,7 +131,9 @@ class Training(Section):
     max_grad_norm: float | None = Field(None, gt=0, description="clip gradients to this norm (default: no clipping)")
     seed: int = Field(0, description="seed of the data order")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of weights and arithmetic")
-    micro_batch: Positive = Field(8, description="groups (for mle: examples) in memory at once; does not change the result")
+    micro_batch: Positive = Field(
+        8, description="groups (for mle: examples) in memory at once; does not change the result"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "Training":
@@ -156,19 +164,32 @@ class Negatives(Section):
     counts: Counts = Field(default_factory=Counts, description="negatives per prompt, by strategy")
     top_k: int = Field(50, ge=0, description="sample among the k likeliest tokens (0: all)")
     temperature: float = Field(1.0, gt=0, description="softmax temperature")
-    max_new_tokens: Positive | None = Field(None, description="longest negative, in tokens (default: data.max_target_tokens)")
+    max_new_tokens: Positive | None = Field(
+        None, description="longest negative, in tokens (default: data.max_target_tokens)"
+    )
     seed: int = Field(0, description="seed of all samples")
-    engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="`auto`: vllm where it is installed and supports the model")
+    engine: Literal["auto", "vllm", "transformers"] = Field(
+        "auto", description="`auto`: vllm where it is installed and supports the model"
+    )
     batch_size: Positive = Field(64, description="prompts per engine call; does not change the distribution")
-    max_examples: Positive | None = Field(None, description="make groups for the first N training examples only (default: all)")
+    max_examples: Positive | None = Field(
+        None, description="make groups for the first N training examples only (default: all)"
+    )
 
 
 class Rank(Section):
     """How negatives are put in order, and which are dropped."""
 
-    model: str = Field("minilm", description="sentence-transformers model: `minilm` (packaged, offline), a folder or a hub name")
-    drop_duplicates: bool = Field(True, description="drop negatives equal to the target or to each other, after tokenization")
+    model: str = Field(
+        "minilm", description="sentence-transformers model: `minilm` (packaged, offline), a folder or a hub name"
+    )
+    drop_duplicates: bool = Field(
+        True, description="drop negatives equal to the target or to each other, after tokenization"
+    )
     batch_size: Positive = Field(64, description="texts per call of the embedding model")
+
+
+Judge = Literal["exact", "similarity"]
 
 
 class Decoding(Section):
@@ -207,12 +228,13 @@ class Evaluate(Section):
     decodings: dict[Name, Decoding] = Field(
         default_factory=lambda: {"greedy": Decoding(temperature=0)}, description="decoding configurations, by name"
     )
-    max_new_tokens: Positive | None = Field(None, description="longest output, in tokens (default: data.max_target_tokens)")
-    judges: list[Literal["exact", "similarity"]] = Field(
-        default_factory=lambda: ["similarity"], description="pairwise judges against the baseline"
+    max_new_tokens: Positive | None = Field(
+        None, description="longest output, in tokens (default: data.max_target_tokens)"
     )
+    judges: list[Judge] = Field(default=["similarity"], description="pairwise judges against the baseline")
     exact_pattern: str | None = Field(
-        None, description="regular expression whose first group is the answer that `exact` compares (default: whole text)"
+        None,
+        description="regular expression whose first group is the answer that `exact` compares (default: whole text)",
     )
     embedder: str = Field("minilm", description="sentence-transformers model of the similarity judge and of MAUVE")
     mauve_seeds: int = Field(3, ge=0, description="k-means seeds that MAUVE is averaged over (0: no MAUVE)")
@@ -336,7 +358,9 @@ def _explain(error: ValidationError) -> str:
     if detail["type"] == "extra_forbidden":
         known = _known_keys(detail["loc"][:-1])
         near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
-        return f"{where} is not a known key; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
+        return f"{where} is not a known key; " + (
+            f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        )
     if detail["type"] == "missing":
         return f"{where} is missing"
     message = detail["msg"].removeprefix("Value error, ")

@@ -55,6 +55,8 @@ def _inline(value: Any) -> str:
     if isinstance(value, Section):
         value = value.model_dump(mode="json", exclude_unset=True)
     elif isinstance(value, dict):
-        value = {k: v.model_dump(mode="json", exclude_unset=True) if isinstance(v, Section) else v for k, v in value.items()}
+        value = {
+            k: v.model_dump(mode="json", exclude_unset=True) if isinstance(v, Section) else v for k, v in value.items()
+        }
     dumped = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True, sort_keys=False)
     return dumped.removesuffix("\n").removesuffix("\n...")

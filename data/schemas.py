@@ -22,7 +22,9 @@ EXAMPLES = pa.schema(
     [
         _EXAMPLE_ID,
         _column("split", pa.string(), "`train`, `validation` or `test`"),
-        _column("prompt", pa.string(), "the prompt as the source has it, before the template"),
+        _column(
+            "prompt", pa.string(), "the prompt with its context, if any, as the source has them, before the template"
+        ),
         _column("rendered", pa.string(), "the prompt as rendered by the template, which is what the model is given"),
         _column("target", pa.string(), "the ground-truth continuation"),
         _column("prompt_ids", _IDS, "token ids of the rendered prompt"),
@@ -40,7 +42,9 @@ NEGATIVES = pa.schema(
         _column("text", pa.string(), "the continuation without special tokens"),
         _TOKEN_IDS,
         _FINISH_REASON,
-        _column("logprob", pa.float64(), "log-prob under the raw model (before top-k), summed over the tokens, in nats"),
+        _column(
+            "logprob", pa.float64(), "log-prob under the raw model (before top-k), summed over the tokens, in nats"
+        ),
         _SEED,
         _column("generator", pa.string(), "fingerprint of the model that sampled it"),
         _ENGINE,
@@ -76,8 +80,15 @@ REFERENCE_LOGPROBS = pa.schema(
 )
 
 GENERATIONS = pa.schema(
-    [_EXAMPLE_ID, _SAMPLE_INDEX, _column("text", pa.string(), "output without special tokens"), _TOKEN_IDS]
-    + [_FINISH_REASON, _SEED, _ENGINE]
+    [
+        _EXAMPLE_ID,
+        _SAMPLE_INDEX,
+        _column("text", pa.string(), "output without special tokens"),
+        _TOKEN_IDS,
+        _FINISH_REASON,
+        _SEED,
+        _ENGINE,
+    ]
 )
 
 VERDICTS = pa.schema(

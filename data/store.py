@@ -44,7 +44,9 @@ class Store:
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"--store {root}: cannot be made ({error.strerror}); give a folder you may write to") from error
+            raise InputError(
+                f"--store {root}: cannot be made ({error.strerror}); give a folder you may write to"
+            ) from error
         self.hash_file = FileHashes(root / "file-hashes.json", atomic.write_bytes)
         self._rows: dict[Path, Rows] = {}
 
@@ -224,7 +226,8 @@ class Rows:
         if recorded == self._shards:
             return self._index
         known = {name: number for number, name in enumerate(self._shards)}
-        parts, shards = [], []
+        parts: list[pa.Table] = []
+        shards: list[str] = []
         for name in recorded:
             keys = None
             if name in known:
@@ -301,7 +304,7 @@ class ShardWriter:
 
 
 class Product:
-    """A folder of files that is complete or absent: a checkpoint, a tokenizer, prepared examples; made by `Store.product`."""
+    """A folder of files that is complete or absent (a checkpoint, prepared examples, …); made by `Store.product`."""
 
     def __init__(self, path: Path, spec: Spec, hash_file: FileHashes):
         self.path = path
@@ -365,7 +368,9 @@ class ProductWriter:
         self.path.mkdir(parents=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self._commit()

@@ -81,9 +81,10 @@ def _score(features: NDArray[np.float64], n_p: int, clusters: int, seed: int) ->
 def _kl(p: Histogram, r: Histogram) -> float:
     """KL(p|r); r is a mixture of p and another, so it is nowhere 0 where p is not."""
     here = p > 0
-    return float(np.sum(p[here] * np.log(p[here] / r[here])))
+    # Rounding must not take it below 0: the curve's corner would lie behind its end.
+    return max(0.0, float(np.sum(p[here] * np.log(p[here] / r[here]))))
 
 
 def _area(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    order = np.argsort(x, kind="stable")
+    order = np.lexsort((-y, x))  # the curve falls: of points with one x, the highest comes first
     return float(np.trapezoid(y[order], x[order]))

@@ -163,7 +163,8 @@ def print_table(metrics: pa.Table, baseline: str, shared_metrics: AbstractSet[st
         for system in grid.systems:
             table.add_column(f"{system}\n(baseline)" if system == baseline else system, justify="right")
         for metric, cells in grid.rows:
-            table.add_row(metric + (DAGGER if metric in shared_metrics else ""), *cells)
+            narrow = [cell.replace(" [", "\n[") for cell in cells]
+            table.add_row(metric + (DAGGER if metric in shared_metrics else ""), *narrow)
         console.print(table)
     for note in [*notes, *([SHARED_NOTE] if _shared_here(metrics, shared_metrics) else [])]:
         console.print(note, markup=False, highlight=False)

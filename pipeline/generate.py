@@ -97,4 +97,3 @@ def generate_negatives(
     wanted = sources.selection.num_rows * config.counts.autoregressive
     log.info("negatives: %d autoregressive in %s (%d made, %d reused)", wanted, rows.name, made, wanted - made)
     return sources
-

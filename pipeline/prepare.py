@@ -356,6 +356,13 @@ def prompt_length(tokens: int, prompt_share: float) -> int:
     return min(max(1, round(prompt_share * tokens)), tokens - 1)
 
 
+def target_tokens(config: Data) -> int:
+    """The most tokens of a target but for its EOS: what continuations are limited to unless told otherwise."""
+    if config.preset in _CUT:
+        return config.piece_tokens - prompt_length(config.piece_tokens, config.prompt_share)
+    return config.max_target_tokens
+
+
 class _Collected:
     """What became of the rows: examples in a scratch file (only their keys are in memory), and refusals."""
 

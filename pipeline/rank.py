@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from cpo_pipe.data.embedding import Embedder, locate_embedder
@@ -50,9 +49,7 @@ def rank(config: Rank, ranked: bool, store: Store, sources: Sources) -> Rows:
     return groups
 
 
-def _make(
-    config: Rank, embedder: Embedder | None, sources: Sources, groups: Rows, dropped: Rows, batch: int
-) -> None:
+def _make(config: Rank, embedder: Embedder | None, sources: Sources, groups: Rows, dropped: Rows, batch: int) -> None:
     missing = groups.missing(sources.selection.select(["example_id"]))["example_id"]
     selection = sources.selection.filter(pc.is_in(sources.selection["example_id"], missing.combine_chunks()))
     # The reasons are recorded before the groups: a group that is there has its reasons.
@@ -130,9 +127,7 @@ def dropped_reasons(dropped: Rows, example_ids: Sequence[str]) -> Counter[str]:
 
 def _summarize(groups: Rows, dropped: Rows, example_ids: list[str]) -> None:
     sizes = Counter(
-        size
-        for table in groups.batches(example_ids)
-        for size in pc.list_value_length(table["candidates"]).to_pylist()
+        size for table in groups.batches(example_ids) for size in pc.list_value_length(table["candidates"]).to_pylist()
     )
     total = sum(sizes.values())
     mean = sum(size * count for size, count in sizes.items()) / max(total, 1)

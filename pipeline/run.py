@@ -8,30 +8,37 @@ import json
 import logging
 import platform
 import shlex
+import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import yaml
+import pyarrow.parquet as pq
 
 from cpo_pipe.data import atomic
+from cpo_pipe.data.embedding import locate_embedder
 from cpo_pipe.data.errors import InputError, MissingInput
 from cpo_pipe.data.examples import Examples
 from cpo_pipe.data.models import Model, locate_model
-from cpo_pipe.data.recipe import Negatives, Rank, Recipe, System, Training
+from cpo_pipe.data.recipe import Evaluate, Negatives, Rank, Recipe, System, Training
+from cpo_pipe.data.recipe_text import recipe_text
 from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.pipeline.generate import Sources, generate_negatives, plan_negatives
-from cpo_pipe.pipeline.prepare import find_examples, prepare
-from cpo_pipe.pipeline.rank import plan_groups, rank
+from cpo_pipe.pipeline.prepare import find_examples, prepare, target_tokens
+from cpo_pipe.pipeline.rank import dropped_reasons, plan_groups, rank
 from cpo_pipe.trainer.merge import merge
-from cpo_pipe.trainer.train import Inputs, checkpoint, checkpoint_model, train, training_spec
+from cpo_pipe.trainer.train import METRICS_FILE, Inputs, checkpoint, checkpoint_model, train, training_spec
+
+if TYPE_CHECKING:
+    from cpo_pipe.eval.evaluate import Evaluation
 
 log = logging.getLogger(__name__)
 
+REPORTED_GROUPS = 50
 PACKAGES = ("cpo-pipe", "torch", "transformers", "datasets", "sentence-transformers", "pyarrow")
 
 
@@ -45,7 +52,7 @@ class Run:
         self._source = source
         self._examples: Examples | None = None
         self._models: dict[str, Model] = {}
-        atomic.write_bytes(run_dir / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).encode())
+        atomic.write_bytes(run_dir / "recipe.yaml", recipe_text(recipe).encode())
 
     # ── what is there ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -58,7 +65,7 @@ class Run:
         return self._examples
 
     def model(self, name: str) -> Model:
-        """The model that a name in the recipe means: a training's checkpoint (or MissingInput), a folder or a hub model."""
+        """What a model's name in the recipe means: a training's checkpoint (or MissingInput), a folder or a hub model."""
         if name not in self._models:
             self._models[name] = self._find_model(name)
         return self._models[name]
@@ -107,7 +114,9 @@ class Run:
         """Stage `rank`."""
         sources = self.sources()
         if sources.missing():
-            raise MissingInput(f"{sources.missing()} negatives are missing: run `{self._command('generate-negatives')}`")
+            raise MissingInput(
+                f"{sources.missing()} negatives are missing: run `{self._command('generate-negatives')}`"
+            )
         with self._stage("rank") as record:
             record["artifact"] = rank(self._rank(), self._ranked(), self.store, sources).name
 
@@ -141,8 +150,91 @@ class Run:
         return blocked
 
     def evaluate(self) -> Path:
-        """Stage `evaluate`; returns the path of the report."""
-        raise NotImplementedError
+        """Stage `evaluate`: prints the table and writes report.html and metrics.parquet; returns the report's path."""
+        from cpo_pipe.eval.evaluate import evaluate
+        from cpo_pipe.eval.report import print_table
+
+        config, examples = self._evaluation(), self.examples()
+        systems = {name: self.system(name, system) for name, system in config.systems.items()}
+        with self._stage("evaluate") as record:
+            evaluation = evaluate(
+                config,
+                self.store,
+                examples,
+                systems,
+                max_new_tokens=config.max_new_tokens or self._target_tokens(),
+                ranker=self._ranker(),
+                target_nll=self._target_logprobs,
+            )
+            record["artifact"] = evaluation.product.name
+        shutil.copyfile(evaluation.product.path / "metrics.parquet", self.run_dir / "metrics.parquet")
+        report = self._report(evaluation)
+        print_table(evaluation.metrics(), config.baseline, evaluation.shared_metrics, evaluation.notes)
+        print(f"report: {report}")
+        return report
+
+    def _report(self, evaluation: "Evaluation") -> Path:
+        from cpo_pipe.eval.report import ReportData, write_report
+
+        run = json.loads((self.run_dir / "run.json").read_text())
+        groups, similarities, dropped = self._group_facts()
+        path = self.run_dir / "report.html"
+        data = ReportData(
+            run=self.recipe.name,
+            created=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+            versions={"python": run["python"], **run["versions"]},
+            recipe=(self.run_dir / "recipe.yaml").read_text(encoding="utf-8"),
+            artifacts={name: str(stage["artifact"]) for name, stage in run["stages"].items()},
+            baseline=self._evaluation().baseline,
+            metrics=evaluation.metrics(),
+            shared_metrics=evaluation.shared_metrics,
+            notes=evaluation.notes,
+            examples=evaluation.examples,
+            outputs=evaluation.outputs(),
+            trainings=self._training_curves(),
+            similarities=similarities,
+            dropped=dropped,
+            group_examples=self.examples().read("train", REPORTED_GROUPS) if groups is not None else None,
+            groups=groups,
+        )
+        write_report(path, data)
+        return path
+
+    def _training_curves(self) -> dict[str, pa.Table]:
+        """Step metrics of the trainings that are done."""
+        curves = {}
+        for name in self.recipe.training_order():
+            with suppress(MissingInput):
+                curves[name] = pq.read_table(self.model(name).path / METRICS_FILE)
+        return curves
+
+    def _group_facts(self) -> tuple[pa.Table | None, list[float], dict[str, int]]:
+        """The first groups, the similarities of all negatives, why some were dropped; nothing if unmade."""
+        try:
+            sources, groups = self.groups()
+        except InputError:  # also: the recipe has no negatives at all
+            return None, [], {}
+        ids = sources.selection["example_id"].to_pylist()
+        similarities = [
+            candidate["similarity"]
+            for table in groups.batches(ids)
+            for candidates in table["candidates"].to_pylist()
+            for candidate in candidates[1:]
+            if candidate["similarity"] is not None
+        ]
+        _, dropped, _ = plan_groups(self._rank(), self._ranked(), self.store, sources)
+        return groups.read(ids[:REPORTED_GROUPS]), similarities, dict(dropped_reasons(dropped, ids))
+
+    def _target_logprobs(self, model: Model, examples: pa.Table) -> list[tuple[float, int]]:
+        from cpo_pipe.trainer.logprobs import target_logprobs
+
+        return target_logprobs(self.store, model, examples)
+
+    def _ranker(self) -> str | None:
+        """Fingerprint of the embedding model that ranks this recipe's negatives."""
+        if self.recipe.negatives is None or not self._ranked():
+            return None
+        return locate_embedder(self._rank().model, self.store).fingerprint
 
     def everything(self) -> Path | None:
         """All that is missing, in order; returns the path of the report, if the recipe evaluates."""
@@ -182,6 +274,11 @@ class Run:
             raise InputError("negatives is missing: the recipe has no such section, so there is nothing to generate")
         return self.recipe.negatives
 
+    def _evaluation(self) -> Evaluate:
+        if self.recipe.evaluate is None:
+            raise InputError("evaluate is missing: the recipe has no such section, so there is nothing to compare")
+        return self.recipe.evaluate
+
     def _rank(self) -> Rank:
         return self.recipe.rank if isinstance(self.recipe.rank, Rank) else Rank()
 
@@ -189,7 +286,7 @@ class Run:
         return self.recipe.rank != "none"
 
     def _target_tokens(self) -> int:
-        return self.recipe.data.max_target_tokens
+        return target_tokens(self.recipe.data)
 
     def _command(self, stage: str, *names: str) -> str:
         return shlex.join(["cpo-pipe", stage, self._source, *names])

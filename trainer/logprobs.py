@@ -45,7 +45,7 @@ def precision(dtype: str) -> AbstractContextManager[Any]:
 def continuation_logprobs(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
 ) -> Tensor:
-    """log π(continuation | prompt) of each pair, summed over the continuation's tokens: (N,), float32, in nats.
+    """Log π(continuation | prompt) of each pair, summed over the continuation's tokens: (N,), float32, in nats.
 
     The plain way: every prompt with its continuation is one right-padded row. Prompts and continuations are non-empty.
     """
@@ -92,10 +92,18 @@ def cached_logprobs(
     return rows
 
 
+def target_logprobs(store: Store, model: Model, examples: pa.Table) -> list[tuple[float, int]]:
+    """Of each example log π(target | prompt), summed, in nats, and the number of tokens; kept as `cached_logprobs`."""
+    columns = [examples[name].to_pylist() for name in ("example_id", "prompt_ids", "target_ids")]
+    pairs = [(key, prompt, [target]) for key, prompt, target in zip(*columns, strict=True)]
+    table = cached_logprobs(store, model, "float32", pairs).read(columns[0])
+    fields = (table[name].to_pylist() for name in ("candidate_id", "logprob", "num_tokens"))
+    found = {candidate: (value, tokens) for candidate, value, tokens in zip(*fields, strict=True)}
+    return [found[candidate_id(prompt, target)] for _, prompt, (target,) in pairs]
+
+
 @torch.inference_mode()
-def _compute(
-    rows: Rows, model: Model, dtype: str, wanted: dict[tuple[str, str], tuple[list[int], list[int]]]
-) -> None:
+def _compute(rows: Rows, model: Model, dtype: str, wanted: dict[tuple[str, str], tuple[list[int], list[int]]]) -> None:
     network = load_model(model)
     by_length = sorted(wanted.items(), key=lambda item: len(item[1][0]) + len(item[1][1]))
     label = f"log-probs of {model.name}"
@@ -105,7 +113,9 @@ def _compute(
             values = continuation_logprobs(network, prompts, continuations).double().tolist()
             for ((example_id, candidate), _), value in zip(batch, values, strict=True):
                 if not math.isfinite(value):
-                    raise RunError(f"{model.name}: log-prob of candidate {candidate} of example {example_id} is {value}")
+                    raise RunError(
+                        f"{model.name}: log-prob of candidate {candidate} of example {example_id} is {value}"
+                    )
             writer.add(
                 [
                     {"example_id": key[0], "candidate_id": key[1], "logprob": value, "num_tokens": len(token_ids)}

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,6 @@ from cpo_pipe.data.recipe import ScratchModel, Training
 from cpo_pipe.data.store import Product, Rows, Store
 
 if TYPE_CHECKING:  # torch is imported only when there is something to train
-    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -100,20 +99,24 @@ def _make(name: str, config: Training, store: Store, inputs: Inputs, product: Pr
     if config.objective == "mle":
         groups = groups_from_examples(inputs.selection)
     else:
-        assert inputs.groups is not None and inputs.reference is not None
+        assert inputs.groups is not None
+        assert inputs.reference is not None
         everything = read_groups(inputs.groups, inputs.selection["example_id"].to_pylist())
         groups = [group for group in everything if len(group.candidates) > 1 or config.mle_weight]
         alone = sum(len(group.candidates) == 1 for group in everything)
         if alone:
             log.info("train %s: %d of %d groups have K = 1 and leave the listwise loss", name, alone, len(everything))
         pairs = [(group.example_id, group.prompt_ids, group.candidates) for group in groups]
-        reference = read_reference(cached_logprobs(store, inputs.reference, config.dtype, pairs), groups) if pairs else {}
+        if pairs:
+            reference = read_reference(cached_logprobs(store, inputs.reference, config.dtype, pairs), groups)
     if not groups:
         raise InputError(f"train.{name}: nothing to train on: no example, or no group with a negative that was kept")
     started = time.monotonic()
     model = _initial_model(name, inputs, groups)
-    same_start = isinstance(inputs.init, Model) and inputs.reference is not None and (
-        inputs.init.fingerprint == inputs.reference.fingerprint
+    same_start = (
+        isinstance(inputs.init, Model)
+        and inputs.reference is not None
+        and (inputs.init.fingerprint == inputs.reference.fingerprint)
     )
     metrics = _optimize(name, config, model, groups, reference, check_start=same_start)
     with product.create() as folder:
@@ -139,7 +142,7 @@ def _initial_model(name: str, inputs: Inputs, groups: Sequence["Group"]) -> "Pre
     if isinstance(inputs.init, Model):
         model = load_model(inputs.init)
     else:
-        model = scratch_model(inputs.init, inputs.tokenizer).to(device()).eval()  # type: ignore[assignment,arg-type]
+        model = scratch_model(inputs.init, inputs.tokenizer).to(device()).eval()  # type: ignore[arg-type]
     context = getattr(model.config, "max_position_embeddings", None)
     longest = max(groups, key=lambda group: group.tokens())
     if context is not None and longest.tokens() > context:
@@ -166,10 +169,13 @@ def scratch_model(config: ScratchModel, tokenizer: TokenizerFiles) -> "PreTraine
         settings = AutoConfig.for_model(config.architecture, vocab_size=len(vocabulary), **ids, **config.config)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                settings, dtype=torch.float32
+            )
     except (ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"init: a {config.architecture} model cannot be made from config {config.config} ({reason})") from error
+        made = f"a {config.architecture} model cannot be made from config {config.config}"
+        raise InputError(f"init: {made} ({reason})") from error
     return model
 
 
@@ -222,6 +228,8 @@ def _step(
     check_start: bool,
 ) -> dict[str, float]:
     """Gradients of one batch, accumulated over micro-batches so that the means are those of the whole batch."""
+    import torch
+
     from cpo_pipe.trainer.logprobs import continuation_logprobs, precision
 
     target_tokens = sum(len(group.candidates[0]) for group in batch)
@@ -238,7 +246,7 @@ def _step(
                 [group.prompt_ids for group, candidates in zip(micro, scored, strict=True) for _ in candidates],
                 [candidate for candidates in scored for candidate in candidates],
             )
-        per_group = logprobs.split([len(candidates) for candidates in scored])
+        per_group = torch.split(logprobs, [len(candidates) for candidates in scored])
         loss = _mle(per_group, totals) / target_tokens * mle_weight
         if listwise:
             loss = loss + _listwise(config, micro, per_group, reference, totals, check_start) / listwise

@@ -62,7 +62,7 @@ class Sample:
 
 
 class Engine(Protocol):
-    """Something that samples. A sample depends on its prompt, seed and sampling only, not on what it is batched with."""
+    """Something that samples. A sample depends on its prompt, seed and sampling only, not on its batch."""
 
     description: str
     """Engine, version and dtype, as recorded with each row."""
@@ -184,9 +184,7 @@ def sample_keys(example_ids: pa.ChunkedArray, n: int) -> pa.Table:
     return pa.table({"example_id": example_ids.take(pa.array(repeated)), "sample_index": index})
 
 
-def _requests(
-    missing: pa.Table, prompts: Mapping[str, list[int]], seed: int
-) -> list[tuple[str, int, Request]]:
+def _requests(missing: pa.Table, prompts: Mapping[str, list[int]], seed: int) -> list[tuple[str, int, Request]]:
     """Missing keys as requests: one per run of consecutive sample indices; prompts of like length side by side."""
     found = [
         (example_id, first, Request(prompts[example_id], count, row_seed(seed, example_id) + first))

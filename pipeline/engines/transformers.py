@@ -1,6 +1,7 @@
 """Sampling with `transformers.generate`, on any machine."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import transformers
@@ -19,10 +20,11 @@ class TransformersEngine:
     def __init__(self, model: Model):
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
-        self._model = AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype, use_safetensors=True)
-        self._model.to(self._device).eval()
+        # transformers types neither `to` nor `generate` of what an Auto class gives.
+        network: Any = AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype, use_safetensors=True)
+        self._model = network.to(self._device).eval()
         # What the model's authors would sample with (a repetition penalty, say) must not leak into what was asked for.
-        self._model.generation_config = GenerationConfig()
+        self._model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         self.description = f"transformers {transformers.__version__}, {str(dtype).removeprefix('torch.')}"
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
@@ -48,7 +50,7 @@ class TransformersEngine:
             input_ids.to(self._device),
             attention_mask=mask.to(self._device),
             logits_processor=LogitsProcessorList([choose]),
-            generation_config=GenerationConfig(
+            generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
                 do_sample=False,  # `choose` has sampled: what it leaves is one token a row
                 max_new_tokens=sampling.max_new_tokens,
                 eos_token_id=list(sampling.stop_ids) or None,
@@ -57,8 +59,7 @@ class TransformersEngine:
         )
         logprobs = torch.stack(choose.logprobs, 1).double().cpu()
         return [
-            _finish(ids, logprob, sampling)
-            for ids, logprob in zip(output[:, width:].tolist(), logprobs, strict=True)
+            _finish(ids, logprob, sampling) for ids, logprob in zip(output[:, width:].tolist(), logprobs, strict=True)
         ]
 
 

@@ -36,7 +36,7 @@ def make_autoregressive(
     sampling: Sampling,
     engine: Callable[[], Engine],
 ) -> int:
-    """Make what `rows` lacks of `config.counts.autoregressive` negatives an example of `selection`; returns how many."""
+    """Make what `rows` lacks of `config.counts.autoregressive` negatives an example; returns how many."""
     tokenizer = cache(examples.tokenizer.load)  # loaded only if there is something to decode
 
     def make_row(base: Mapping[str, Any], sample: Sample) -> Mapping[str, Any]:

@@ -103,22 +103,10 @@ def test_text_file_is_one_article(tmp_path):
 
 
 def test_wikitext_titles_begin_articles_only_between_blank_lines(tmp_path):
-    lines = [
-        " ",
-        " = First = ",
-        " ",
-        " text ",
-        " = 1 and then = ",
-        " more ",
-        " = = Part = = ",
-        " ",
-        " = Second = ",
-        " ",
-        " x ",
-    ]
-    rows = read(write(tmp_path / "a.txt", "\n".join(lines).encode()), {"target": "text"})
-    first, second = "= First = \n \n text \n = 1 and then = \n more \n = = Part = =", "= Second = \n \n x"
-    assert rows == [Row("a.txt:2", {"text": first}), Row("a.txt:9", {"text": second})]
+    first = "= First = \n \n text \n = 1 after text = \n \n = 2 before text = \n more \n = = Part = ="
+    second = "= Second = \n \n x"
+    rows = read(write(tmp_path / "a.txt", f" \n {first} \n \n {second} \n".encode()), {"target": "text"})
+    assert rows == [Row("a.txt:2", {"text": first}), Row("a.txt:11", {"text": second})]
 
 
 def test_article_that_is_not_utf8_is_refused_alone(tmp_path):

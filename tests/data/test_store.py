@@ -138,9 +138,14 @@ def test_the_readable_spec_stands_beside_the_shards(tmp_path: Path) -> None:
 
 def test_collected_rows_survive_an_error(tmp_path: Path) -> None:
     rows = rows_of(tmp_path)
-    with pytest.raises(KeyboardInterrupt), rows.lock(), rows.writer() as writer:
-        writer.add([row("a", value=7)])
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with rows.lock(), rows.writer() as writer:
+            writer.add([row("a", value=7)])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert values(rows_of(tmp_path), "a") == [("a", "c", 7)]
 
 
@@ -185,7 +190,10 @@ def flip(path: Path) -> None:
         (lambda shard: shard.write_bytes(shard.read_bytes()[:-4]), "bytes instead of"),
         (flip, "checksum differs"),
         (lambda shard: shard.unlink(), "its file is gone"),
-        (lambda shard: (shard.parents[1] / "manifests" / f"{shard.stem}.json").write_text("{"), "manifest is unreadable"),
+        (
+            lambda shard: (shard.parents[1] / "manifests" / f"{shard.stem}.json").write_text("{"),
+            "manifest is unreadable",
+        ),
     ],
     ids=["truncated", "one bit", "gone", "manifest"],
 )
@@ -310,7 +318,9 @@ def test_killed_for_real_and_resumed(tmp_path: Path) -> None:
 
 
 def test_two_processes_share_the_work(tmp_path: Path) -> None:
-    both = [subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path)], stdout=subprocess.DEVNULL) for _ in range(2)]
+    both = [
+        subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path)], stdout=subprocess.DEVNULL) for _ in range(2)
+    ]
     assert [process.wait(60) for process in both] == [0, 0]
     rows = rows_of(tmp_path)
     assert sum(pq.read_metadata(path).num_rows for path in rows.files()) == rows.num_rows() == 300
@@ -346,7 +356,9 @@ def test_a_product_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.Mon
         assert product.complete()
         assert (product.path / "weights").read_text() == "new"
         assert product.manifest["steps"] == 3
-        assert [path.name for path in product.path.parent.iterdir() if not path.name.startswith(".locks")] == [product.path.name]
+        assert [path.name for path in product.path.parent.iterdir() if not path.name.startswith(".locks")] == [
+            product.path.name
+        ]
     assert point > 5
 
 
@@ -363,5 +375,5 @@ def test_a_damaged_product_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptur
 
 def test_a_store_without_write_permission_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="--store .*file.*cannot be made"):
+    with pytest.raises(InputError, match=r"--store .*file.*cannot be made"):
         Store(tmp_path / "file")

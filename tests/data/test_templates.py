@@ -50,7 +50,8 @@ def test_own_template_fills_each_place_once_and_leaves_other_braces():
 
 
 def test_chat_is_the_tokenizers_own():
-    chat = "{{ '<s>' }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    turns = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    chat = "{{ '<s>' }}" + turns + "{% if add_generation_prompt %}>{% endif %}"
     tokenizer = byte_tokenizer("<s> $A </s>", chat_template=chat)
     text, ids = render_prompt("chat", "Hi", "ctx", tokenizer)
     assert text == "<s>[user] Hi\n\nctx>"

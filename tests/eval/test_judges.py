@@ -110,10 +110,6 @@ def test_a_judge_that_fails_leaves_what_it_judged_and_no_more(tmp_path: Path) ->
     assert len(judge.asked) == 44
 
 
-def test_no_pairs_give_no_verdicts(tmp_path: Path) -> None:
-    assert judged(CountingJudge(), [], Store(tmp_path).rows("verdicts", {"judge": "counting"})) == []
-
-
 @pytest.mark.parametrize("judge", [ExactJudge("(a)"), SimilarityJudge(_on_a_circle, "other")])
 def test_the_parameters_are_in_the_spec(judge: ExactJudge | SimilarityJudge) -> None:
     assert judge.spec() not in (ExactJudge(None).spec(), SimilarityJudge(_on_a_circle, "fingerprint").spec())

@@ -77,7 +77,8 @@ def test_a_pair_as_stored(tmp_path, store, byte_tokenizer):
 def test_refused_rows_carry_their_reason_and_are_counted(tmp_path, store, byte_tokenizer, caplog):
     lines = [json.dumps(row) for row in pairs(8)]
     lines += [
-        '{"prompt": "  ", "target": "a"}', '{"prompt": "p", "target": ""}', '{"prompt": "p"}', '{"prompt": "p", "target": null}',
+        '{"prompt": "  ", "target": "a"}', '{"prompt": "p", "target": ""}',
+        '{"prompt": "p"}', '{"prompt": "p", "target": null}',
         '{"prompt": "p", "target": 7}', '{"prompt": "p", "target": "\\ud800"}', "nonsense",
         json.dumps({"prompt": "x" * 21, "target": "a"}), json.dumps({"prompt": "p", "target": "y" * 20}),
         json.dumps({"prompt": "x" * 20, "target": "y" * 19}), lines[0],
@@ -119,8 +120,9 @@ def test_too_many_refused_rows_are_an_error_and_leave_nothing(tmp_path, store, b
     with pytest.raises(InputError) as error:
         prepare(Data(source=source, tokenizer=byte_tokenizer, train=5, max_rejected=0.19), store)
     assert str(error.value) == (
-        f"data.source {source}: 2 of 10 rows were rejected (1 empty prompt, 1 empty target), more than data.max_rejected "
-        "0.19 allows; see a.jsonl:9 (empty prompt), a.jsonl:10 (empty target); mend them or raise the limit"
+        f"data.source {source}: 2 of 10 rows were rejected (1 empty prompt, 1 empty target), more than "
+        "data.max_rejected 0.19 allows; see a.jsonl:9 (empty prompt), a.jsonl:10 (empty target); "
+        "mend them or raise the limit"
     )
     assert [path.name for path in (store.root / "examples").iterdir()] == [".locks"]
     assert prepare(Data(source=source, tokenizer=byte_tokenizer, train=5, max_rejected=0.2), store).count("test") == 3
@@ -150,7 +152,9 @@ def test_errors_of_the_source_pass_through_the_training_of_a_tokenizer(tmp_path,
 def test_max_rows_reads_the_first(tmp_path, store, byte_tokenizer):
     source = jsonl(tmp_path / "a.jsonl", pairs(9))
     examples = prepare(Data(source=source, tokenizer=byte_tokenizer, train=1, max_rows=4), store)
-    assert sorted(sum(by_split(examples).values(), [])) == [f"question {n}" for n in range(4)]
+    assert sorted(examples.read("train")["prompt"].to_pylist() + examples.read("test")["prompt"].to_pylist()) == [
+        f"question {n}" for n in range(4)
+    ]
 
 
 # ── presets ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -291,7 +295,8 @@ def test_text_preset_keeps_the_ids_of_the_article(tmp_path, store, byte_tokenize
     assert len(ids) == 240  # 120 letters and 60 times 2 bytes: 6 whole pieces
     starts = {tuple(ids[start : start + 40]): start for start in range(0, 240, 40)}
     ended = [row for row in rows if row["ends"]]
-    assert [row["target_ids"][-1] for row in ended] == [EOS]
+    assert [row["target_ids"][34:] for row in ended] == [[EOS]]
+    assert {len(row["target_ids"]) for row in rows if not row["ends"]} == {34}
     found = {tuple(row["prompt_ids"] + row["target_ids"][:34]) for row in rows}
     assert found == set(starts)
     assert all(len(row["prompt_ids"]) == 6 and row["rendered"] == row["prompt"] for row in rows)
@@ -310,8 +315,8 @@ def test_pieces_must_fit_the_limits_and_have_no_template(tmp_path, store, byte_t
     )
     with pytest.raises(InputError, match="template has no meaning for the preset text"):
         prepare(Data(**shared, template="dolly"), store)
+    (tmp_path / "a.txt").write_text("x" * 200)
     with pytest.raises(InputError, match="shorter than half a piece"):
-        (tmp_path / "a.txt").write_text("x" * 200)
         prepare(Data(**shared), store)
 
 

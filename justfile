@@ -1,0 +1,33 @@
+# The project's commands. `just` alone lists them.
+default:
+    @just --list
+
+# Install the package with everything its tests need
+setup:
+    python -m pip install -e ".[dev]"
+
+# The whole method on the documentation of the running Python
+demo:
+    cpo-pipe demo
+
+# All tests (those that need vLLM skip where it is not installed)
+test *ARGS:
+    python -m pytest {{ARGS}}
+
+# Style and the direction of imports
+lint:
+    ruff check .
+    ruff format --check .
+    lint-imports
+
+# Static types
+typecheck:
+    mypy
+
+# Speed, as ratios measured side by side in one run
+bench:
+    python -m pytest tests/benchmarks -m "not soak" -s
+
+# What is too long for CI
+soak:
+    python -m pytest -m soak -s

@@ -1,0 +1,256 @@
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.examples import Examples
+from cpo_pipe.data.fingerprint import example_id
+from cpo_pipe.data.models import Model, locate_model, locate_tokenizer
+from cpo_pipe.data.recipe import GROUND_TRUTH, Evaluate
+from cpo_pipe.data.schemas import EXAMPLES, METRICS
+from cpo_pipe.data.store import Store
+from cpo_pipe.eval import evaluate as stage
+from cpo_pipe.eval.evaluate import Evaluation, evaluate
+from cpo_pipe.eval.mauve import MIN_TEXTS
+
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"]
+
+
+def make_examples(store: Store, model: Path, count: int) -> Examples:
+    """`count` test examples with an EOS and one training example."""
+    tokenizer = locate_tokenizer(str(model), store)
+    load = tokenizer.load()
+    rows = []
+    for number in range(count + 1):
+        prompt, target = f"{number} the {WORDS[number % 8]}", f" {WORDS[number % 7]} {number} dog"
+        rows.append(
+            {"example_id": example_id(prompt, target), "split": "test" if number else "train", "prompt": prompt,
+             "rendered": prompt, "target": target, "prompt_ids": load.encode(prompt),
+             "target_ids": [*load.encode(target), 0], "ends": True, "category": None}
+        )  # fmt: skip
+    product = store.product("examples", {"count": count})
+    if not product.complete():
+        with product.create() as writer:
+            pq.write_table(pa.Table.from_pylist(rows, schema=EXAMPLES), writer.path / "examples.parquet")
+    return Examples(product, tokenizer, {"template": "plain"})
+
+
+def fake_nll(model: Model, examples: pa.Table) -> list[tuple[float, int]]:
+    """Two nats for every token."""
+    return [(-2.0 * len(ids), len(ids)) for ids in examples["target_ids"].to_pylist()]
+
+
+class Bench:
+    """A store with prepared examples and two models, and the evaluation of them."""
+
+    def __init__(self, root: Path, models: dict[str, Path], count: int):
+        self.store = Store(root)
+        self.examples = make_examples(self.store, next(iter(models.values())), count)
+        self.models = {name: locate_model(str(path), self.store) for name, path in models.items()}
+
+    def run(self, ranker: str | None = None, nll: Any = fake_nll, **settings: Any) -> Evaluation:
+        defaults = {"systems": {name: {"model": name} for name in self.models}, "baseline": "one", "bootstrap": 200,
+                    "engine": "transformers", "mauve_seeds": 0, "judges": ["exact"]}  # fmt: skip
+        config = Evaluate.model_validate({**defaults, **settings})
+        return evaluate(config, self.store, self.examples, self.models, max_new_tokens=6, ranker=ranker, target_nll=nll)
+
+
+@pytest.fixture(scope="module")
+def models(new_model: Callable[..., Path]) -> dict[str, Path]:
+    return {"one": new_model(seed=1), "two": new_model(seed=2)}
+
+
+@pytest.fixture
+def bench(tmp_path: Path, models: dict[str, Path]) -> Bench:
+    return Bench(tmp_path / "store", models, 12)
+
+
+def figures(result: Evaluation) -> dict[tuple[str, str, str], dict[str, Any]]:
+    return {(row["system"], row["decoding"], row["metric"]): row for row in result.metrics().to_pylist()}
+
+
+def no_engine(*_: object) -> Any:
+    raise AssertionError("a model was loaded")
+
+
+DECODINGS = {"greedy": {"temperature": 0}, "top-k": {"top_k": 5}}
+
+
+def test_all_figures_are_there(bench: Bench) -> None:
+    result = bench.run(decodings=DECODINGS)
+    found = figures(result)
+
+    assert result.metrics().schema.equals(METRICS)
+    per_decoding = {"rep-4", "distinct-2", "length", "chrF", "exact match"}
+    wins = {"exact win", "exact tie", "exact loss", "exact win rate"}
+    expected = {(GROUND_TRUTH, "-", name) for name in ("rep-4", "distinct-2", "length")}
+    expected |= {(system, "-", "target NLL") for system in ("one", "two")}
+    expected |= {(system, d, name) for system in ("one", "two") for d in DECODINGS for name in per_decoding}
+    expected |= {("two", d, name) for d in DECODINGS for name in wins}
+    assert set(found) == expected
+    assert {row["n"] for row in found.values()} == {12}
+    assert found["one", "-", "target NLL"]["value"] == pytest.approx(2)
+    # Without the token that ends it: a target's length is that of its text.
+    lengths = [len(bench.examples.tokenizer.load().encode(text)) for text in result.examples["target"].to_pylist()]
+    assert found[GROUND_TRUTH, "-", "length"]["value"] == pytest.approx(sum(lengths) / 12)
+
+
+def test_outputs_are_what_the_model_writes(bench: Bench) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    result = bench.run()
+    rows = result.outputs().to_pylist()
+    assert [row["example_id"] for row in rows[:12]] == result.examples["example_id"].to_pylist()
+    tokenizer = bench.examples.tokenizer.load()
+    model = AutoModelForCausalLM.from_pretrained(bench.models["two"].path)
+    prompt = torch.tensor([result.examples["prompt_ids"][3].as_py()])
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=0, pad_token_id=0)
+    ids = model.generate(prompt, generation_config=config)[0, prompt.shape[1] :]
+    assert rows[15]["system"] == "two"
+    assert rows[15]["text"] == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_a_second_run_makes_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = bench.run(decodings=DECODINGS)
+    monkeypatch.setattr(stage, "open_engine", no_engine)
+    again = bench.run(decodings=DECODINGS, nll=no_engine)
+    assert again.product.path == first.product.path
+    assert again.metrics().equals(first.metrics())
+
+
+def test_other_figures_reuse_the_outputs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = bench.run()
+    monkeypatch.setattr(stage, "open_engine", no_engine)
+    assert bench.run(bootstrap=300).product.path != first.product.path
+    assert bench.run(examples=5).metrics()["n"].unique().to_pylist() == [5]
+    assert bench.run(baseline="two").product.path != first.product.path
+
+
+def test_the_seed_changes_samples_but_not_greedy_outputs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = bench.run(decodings=DECODINGS).outputs().to_pylist()
+    two = bench.run(decodings=DECODINGS, seed=1).outputs().to_pylist()
+    sampled = [a["text"] == b["text"] for a, b in zip(one, two, strict=True) if a["decoding"] == "top-k"]
+    assert not all(sampled)
+    monkeypatch.setattr(stage, "open_engine", no_engine)
+    bench.run(seed=2)  # greedy only: nothing to make
+
+
+def test_two_systems_of_one_model_tie(tmp_path: Path, models: dict[str, Path]) -> None:
+    found = figures(Bench(tmp_path, {"one": models["one"], "copy": models["one"]}, 6).run(judges=["similarity"]))
+    assert found["copy", "greedy", "similarity tie"]["value"] == 1
+    assert found["copy", "greedy", "similarity win rate"]["value"] == 0.5
+    assert found["copy", "greedy", "cosine to target"] == found["one", "greedy", "cosine to target"] | {
+        "system": "copy"
+    }
+
+
+def test_similarity_wins_are_those_of_the_cosines(bench: Bench) -> None:
+    result = bench.run(judges=["similarity"])
+    values = pq.read_table(result.product.path / "values.parquet").to_pylist()
+    cosines = {
+        (row["system"], row["example_id"]): row["value"] for row in values if row["metric"] == "cosine to target"
+    }
+    ids = result.examples["example_id"].to_pylist()
+    wins = sum(cosines["two", i] > cosines["one", i] + 1e-6 for i in ids)
+    assert figures(result)["two", "greedy", "similarity win"]["value"] == pytest.approx(wins / len(ids))
+
+
+def test_mauve_is_left_out_where_it_says_nothing(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        result = bench.run(mauve_seeds=2)
+    assert not [key for key in figures(result) if "MAUVE" in key[2]]
+    assert result.notes == ["MAUVE is left out: on 12 examples it says nothing; it needs 100 at least"]
+    assert result.notes[0] in caplog.text
+
+
+def test_mauve_has_a_spread(tmp_path: Path, models: dict[str, Path]) -> None:
+    found = figures(Bench(tmp_path, {"one": models["one"]}, MIN_TEXTS).run(mauve_seeds=2))
+    assert 0 < found["one", "greedy", "MAUVE"]["value"] < 1
+    assert found["one", "greedy", "MAUVE sd"]["value"] >= 0
+
+
+def test_metrics_of_the_rankers_model_are_named(bench: Bench) -> None:
+    from cpo_pipe.data.embedding import locate_embedder
+
+    ranker = locate_embedder("minilm", bench.store).fingerprint
+    shared = bench.run(ranker=ranker, judges=["similarity"])
+    assert {"MAUVE", "cosine to target", "similarity win rate"} <= shared.shared_metrics
+    assert "chrF" not in shared.shared_metrics
+    other = bench.run(ranker="another", judges=["similarity"])
+    assert other.shared_metrics == frozenset()
+    assert other.product.path == shared.product.path  # a mark changes no figure
+
+
+def test_bad_input_is_one_line(bench: Bench) -> None:
+    with pytest.raises(InputError, match=r"evaluate.split is validation, which has no examples"):
+        bench.run(split="validation")
+    with pytest.raises(InputError, match=r"evaluate.exact_pattern is '#### \(.\)': it matches none of the 12 targets"):
+        bench.run(exact_pattern="#### (.)")
+
+
+def test_a_target_without_an_answer_is_noted(bench: Bench) -> None:
+    result = bench.run(exact_pattern=r"(\d+)")
+    assert result.notes == []
+    result = bench.run(exact_pattern=r"the (\w+)|1(\d)")  # two groups: the first is the answer
+    assert result.notes
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(tmp_path: Path, new_model: Callable[..., Path]) -> None:
+    bench = Bench(tmp_path, {"one": new_model(max_position_embeddings=8)}, 3)
+    with pytest.raises(InputError, match=r"evaluate.max_new_tokens is 6 and the longest prompt has \d+ tokens, but"):
+        bench.run()
+
+
+def test_a_killed_evaluation_keeps_its_outputs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> Sequence[tuple[float, int]]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(nll=killed)
+    monkeypatch.setattr(stage, "open_engine", no_engine)
+    assert bench.run().product.complete()
+
+
+WARM = """
+import json
+import sys
+from pathlib import Path
+from cpo_pipe.data.examples import Examples
+from cpo_pipe.data.models import locate_model, locate_tokenizer
+from cpo_pipe.data.recipe import Evaluate
+from cpo_pipe.data.store import Store
+from cpo_pipe.eval.evaluate import evaluate
+store = Store(Path({root!r}))
+model = locate_model({model!r}, store)
+product, tokenizer = store.product("examples", {{"count": 12}}), locate_tokenizer({model!r}, store)
+examples = Examples(product, tokenizer, {{"template": "plain"}})
+config = Evaluate.model_validate(json.loads({config!r}))
+result = evaluate(config, store, examples, {{"one": model}}, max_new_tokens=6, ranker=None, target_nll=None)
+print(result.metrics().num_rows, [name for name in {heavy} if name in sys.modules])
+"""
+HEAVY = ("torch", "transformers", "sentence_transformers", "sklearn", "scipy")
+
+
+def test_a_warm_run_imports_nothing_heavy(tmp_path: Path, models: dict[str, Path]) -> None:
+    settings = {"systems": {"one": {"model": "one"}}, "baseline": "one", "bootstrap": 200, "engine": "transformers",
+                "judges": ["similarity", "exact"]}  # fmt: skip
+    rows = Bench(tmp_path, {"one": models["one"]}, 12).run(**{**settings, "mauve_seeds": 3}).metrics().num_rows
+    code = WARM.format(
+        tests=str(Path(__file__).parent),
+        root=str(tmp_path),
+        model=str(models["one"]),
+        config=json.dumps(settings),
+        heavy=HEAVY,
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert done.stdout == f"{rows} []\n"

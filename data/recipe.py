@@ -6,10 +6,11 @@ the others.
 
 import difflib
 import graphlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -27,7 +28,7 @@ GROUND_TRUTH = "ground-truth"
 class Section(BaseModel):
     """What all parts of a recipe share: unknown keys are errors, values do not change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Columns(Section):
@@ -304,15 +305,22 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
     if not path.is_file() and source in builtin:
         path = builtin[source]
     if not path.is_file():
-        near = difflib.get_close_matches(source, builtin, n=1)
-        hint = f"did you mean the built-in {near[0]}?" if near else f"built-in recipes: {', '.join(builtin)}"
+        near = nearest(source, builtin, "the built-in ")
+        hint = near or f"built-in recipes: {', '.join(builtin)}"
         raise InputError(f"recipe {source}: no such file; {hint}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {source}: not valid YAML ({' '.join(str(error).split())})") from error
+        content = _read_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"recipe {source}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"recipe {source}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except ValueError as error:
+        raise InputError(f"recipe {source}: not valid YAML ({error})") from error
     if not isinstance(content, dict):
-        raise InputError(f"recipe {source}: must be a mapping with the sections {', '.join(Recipe.model_fields)}")
+        raise InputError(
+            f"recipe {source}: is {_shown(content)}: must be a mapping with the sections "
+            f"{', '.join(Recipe.model_fields)}"
+        )
     content.setdefault("name", path.stem)
     for override in overrides or []:
         _override(content, override)
@@ -331,68 +339,122 @@ def parse_recipe(content: dict[str, Any], source: str) -> Recipe:
         raise InputError(f"recipe {source}: {_explain(error)}") from error
 
 
+def nearest(name: str, known: Iterable[str], kind: str = "") -> str:
+    """`did you mean X?` for the known name that is most like this one; empty where none is."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {kind}{near[0]}?" if near else ""
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML's own loader keeps the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str) -> Any:
+    """The content of a YAML text.
+
+    Raises:
+        ValueError: it is not YAML; the message says where and why.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{place}{error.problem or error.context}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
 def _override(content: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
     if not separator or not path:
         raise InputError(f"--set {override}: must be section.key=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {override}: the value is not valid YAML") from error
+        value = _read_yaml(text)
+    except ValueError as error:
+        raise InputError(f"--set {override}: the value is not valid YAML ({error})") from error
     *parents, last = path.split(".")
     node: Any = content
-    for key in parents:
+    for depth, key in enumerate(parents):
+        if isinstance(node, dict) and node and key not in node and _names_are_free(parents[:depth]):
+            where = ".".join(parents[:depth])
+            hint = nearest(key, node) or f"there are {', '.join(node)}"
+            raise InputError(f"--set {override}: {key} is not in {where}; {hint}")
         node = node.setdefault(key, {}) if isinstance(node, dict) else None
     if not isinstance(node, dict):
         raise InputError(f"--set {override}: {'.'.join(parents)} is not a section")
     node[last] = value
 
 
+def _names_are_free(path: Sequence[str]) -> bool:
+    """Whether a path leads to a mapping whose keys are the user's own, such as `train`."""
+    return get_origin(_follow(path)[1]) is dict
+
+
 def _explain(error: ValidationError) -> str:
     """The first broken rule, as one line."""
-    # Of a union's branches the one that was followed furthest is the one that was meant.
-    detail = max(error.errors(include_url=False), key=lambda detail: len(detail["loc"]))
-    # pydantic puts the branch of a union (a class name, `literal[...]`) into the location; users did not write it.
-    where = ".".join(str(part) for part in detail["loc"] if not _is_branch(str(part)))
-    value = detail.get("input")
+    # An unknown key explains what is missing beside it. Else, of a union's branches the one that was followed
+    # furthest is the one that was meant.
+    detail = max(
+        error.errors(include_url=False),
+        key=lambda detail: (detail["type"] == "extra_forbidden", len(detail["loc"])),
+    )
+    path, _ = _follow(detail["loc"])
+    where = ".".join(path)
     if detail["type"] == "extra_forbidden":
-        known = _known_keys(detail["loc"][:-1])
-        near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
-        return f"{where} is not a known key; " + (
-            f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-        )
+        known = list(_follow(detail["loc"][:-1])[1].model_fields)
+        hint = nearest(path[-1], known) or f"known are {', '.join(known)}"
+        return f"{where} is not a known key; {hint}"
     if detail["type"] == "missing":
         return f"{where} is missing"
+    if detail["type"] in ("model_type", "dict_type"):
+        return f"{where} is {_shown(detail['input'])}: must be a section, that is keys with values"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    return f"{where} is {value!r}: {message[0].lower()}{message[1:]}"
+    return f"{where} is {_shown(detail['input'])}: {message[0].lower()}{message[1:]}"
 
 
-def _is_branch(part: str) -> bool:
-    return part in _SECTIONS or part == "str" or part.startswith(("literal[", "constrained-", "function-", "[key]"))
+def _shown(value: Any) -> str:
+    text = "empty" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """Field names of the section that a location leads to."""
-    section: type[Section] = Recipe
-    parts = iter(str(part) for part in location)
-    for part in parts:
-        if part in _SECTIONS:
-            section = _SECTIONS[part]
-        elif part in section.model_fields:
-            annotation = section.model_fields[part].annotation
-            section = next(_sections_in(annotation), section)
-            if get_origin(annotation) is dict:
-                next(parts, None)  # a name that the user chose
-    return list(section.model_fields)
+def _follow(location: Sequence[int | str]) -> tuple[list[str], Any]:
+    """What a location in pydantic's sense leads to: the path as the user wrote it, and the type there.
+
+    Pydantic puts the branch of a union (a class name, `str`, `literal[...]`) into a location.
+    """
+    path: list[str] = []
+    kind: Any = Recipe
+    for part in map(str, location):
+        branches = _branches(kind)
+        if len(branches) > 1:
+            kind = next((branch for branch in branches if getattr(branch, "__name__", "") == part), None)
+            continue
+        if part != "[key]":
+            path.append(part)
+        kind = branches[0]
+        if isinstance(kind, type) and issubclass(kind, Section):
+            field = kind.model_fields.get(part)
+            kind = field.annotation if field else None
+        else:
+            kind = next(reversed(get_args(kind)), None)  # of a mapping or a list: what is in it
+    branches = _branches(kind)
+    return path, branches[0] if len(branches) == 1 else kind
 
 
-def _sections_in(annotation: Any) -> Iterator[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from _sections_in(inner)
-
-
-_SECTIONS = {section.__name__: section for section in Section.__subclasses__()}
+def _branches(kind: Any) -> list[Any]:
+    """The members of a union but for None; a type that is no union is its only branch."""
+    if get_origin(kind) in (Union, UnionType):
+        return [branch for branch in get_args(kind) if branch is not NoneType]
+    return [kind]

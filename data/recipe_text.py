@@ -18,30 +18,31 @@ def recipe_text(recipe: Recipe) -> str:
     return "\n".join(_section(recipe, 0)) + "\n"
 
 
-def _section(section: Section, depth: int, explain: bool = True) -> Iterator[str]:
+def _section(section: Section, depth: int, with_defaults: bool = True) -> Iterator[str]:
     pad = "  " * depth
     for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
+        value, given = getattr(section, name), name in section.model_fields_set
+        if not given and not with_defaults:
+            continue
         if not depth:
             yield ""
-        if explain:
-            yield from textwrap.wrap(_comment(field), WIDTH, initial_indent=f"{pad}# ", subsequent_indent=f"{pad}# ")
-        if name not in section.model_fields_set:
-            yield f"{pad}# {name}: {_inline(value)}"
+        yield from textwrap.wrap(_comment(field), WIDTH, initial_indent=f"{pad}# ", subsequent_indent=f"{pad}# ")
+        if given:
+            yield from _entry(name, value, depth, with_defaults)
         else:
-            yield from _entry(name, value, depth, explain)
+            yield f"{pad}# {name}: {_inline(value)}"
 
 
-def _entry(name: str, value: Any, depth: int, explain: bool) -> Iterator[str]:
+def _entry(name: str, value: Any, depth: int, with_defaults: bool) -> Iterator[str]:
     pad = "  " * depth
-    if isinstance(value, Section):
+    if isinstance(value, Section) and value.model_fields_set:
         yield f"{pad}{name}:"
-        yield from _section(value, depth + 1, explain)
+        yield from _section(value, depth + 1, with_defaults)
     elif isinstance(value, dict) and any(isinstance(item, Section) for item in value.values()):
         yield f"{pad}{name}:"
         for position, (key, item) in enumerate(value.items()):
-            # The keys of named sections are the same each time: explained once.
-            yield from _entry(key, item, depth + 1, explain and position == 0)
+            # What else could be set is the same in each of the named sections: said in the first.
+            yield from _entry(_inline(key), item, depth + 1, with_defaults and position == 0)
     else:
         yield f"{pad}{name}: {_inline(value)}"
 

@@ -9,6 +9,7 @@
 Killed at any instant, a writer loses at most the shard in flight; a reader never sees half of anything.
 """
 
+import errno
 import json
 import logging
 import shutil
@@ -156,10 +157,10 @@ class Rows:
         writer = ShardWriter(self, after)
         try:
             yield writer
-        except OSError:
-            raise  # the disk is the trouble: another write would only hide it
-        except BaseException:
-            writer.flush()
+        except BaseException as error:
+            # On a full or failing disk another write would only hide the trouble.
+            if not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)):
+                writer.flush()
             raise
         writer.flush()
 
@@ -175,7 +176,7 @@ class Rows:
 
         Reads only the shards that hold them. Examples without rows are simply not there: ask `missing` first.
         """
-        order = pa.table({"example_id": list(example_ids), "_order": np.arange(len(example_ids))})
+        order = pa.table({"example_id": pa.array(example_ids, pa.string()), "_order": np.arange(len(example_ids))})
         rest = [(name, "ascending") for name in self.key[1:]]
         hits = self._refreshed().join(order, keys="example_id", join_type="inner")
         hits = hits.sort_by([("_order", "ascending"), *rest])

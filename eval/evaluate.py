@@ -15,7 +15,6 @@ from functools import cache
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cpo_pipe.data.embedding import Embedder, EmbeddingMemo, locate_embedder
@@ -29,7 +28,15 @@ from cpo_pipe.eval.judges import ExactJudge, SimilarityJudge
 from cpo_pipe.eval.mauve import MIN_TEXTS
 from cpo_pipe.eval.measure import ANY_DECODING, Measurement, Outputs, embedding_metrics, read_outputs, read_targets
 from cpo_pipe.eval.statistics import Bootstrap
-from cpo_pipe.pipeline.engines.base import Engine, Sample, Sampling, open_engine, sample_missing, stop_ids
+from cpo_pipe.pipeline.engines.base import (
+    Engine,
+    Sample,
+    Sampling,
+    check_context,
+    open_engine,
+    sample_missing,
+    stop_ids,
+)
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +199,7 @@ def _plan_system(
     model: Model,
     max_new_tokens: int,
 ) -> list[Generations]:
-    _check_context(selection, model, max_new_tokens)
+    check_context(selection, model, max_new_tokens, "evaluate.max_new_tokens")
     ends = stop_ids(model)
     generations = []
     for name, decoding in config.decodings.items():
@@ -208,17 +215,6 @@ def _sampling(decoding: Decoding, max_new_tokens: int, ends: tuple[int, ...]) ->
     return Sampling(
         temperature=decoding.temperature, top_k=decoding.top_k, max_new_tokens=max_new_tokens, stop_ids=ends
     )
-
-
-def _check_context(selection: pa.Table, model: Model, max_new_tokens: int) -> None:
-    context = model.context()
-    longest = pc.max(pc.list_value_length(selection["prompt_ids"])).as_py()
-    if context is not None and longest + max_new_tokens > context:
-        raise InputError(
-            f"evaluate.max_new_tokens is {max_new_tokens} and the longest prompt has {longest} tokens, but the context "
-            f"of {model.name} is {context} tokens: lower evaluate.max_new_tokens, or data.max_prompt_tokens to "
-            f"{max(context - max_new_tokens, 0)} at most"
-        )
 
 
 def _check_pattern(config: Evaluate, judge: ExactJudge, selection: pa.Table) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 import pyarrow as pa
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -65,6 +66,10 @@ box.addEventListener("input", () => {
   count.textContent = words ? `${shown} of ${cards.length} shown` : "";
 });
 """
+
+
+_REPORT_ONLY = ("distinct-2", "length", "cosine to target")
+"""Metrics that the table on the terminal leaves to the report."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,19 +160,40 @@ def write_report(path: Path, data: ReportData) -> None:
 
 
 def print_table(metrics: pa.Table, baseline: str, shared_metrics: AbstractSet[str], notes: Sequence[str] = ()) -> None:
-    """Show the figures on the terminal, a table per decoding."""
+    """Show the main figures on the terminal, a table per decoding and a line per system; the report has them all."""
     console = Console()
     for grid in grids(metrics):
-        table = Table(title=f"decoding {grid.decoding}", title_justify="left")
-        table.add_column("")
-        for system in grid.systems:
-            table.add_column(f"{system}\n(baseline)" if system == baseline else system, justify="right")
-        for metric, cells in grid.rows:
-            narrow = [cell.replace(" [", "\n[") for cell in cells]
-            table.add_row(metric + (DAGGER if metric in shared_metrics else ""), *narrow)
+        columns = dict(_terminal_columns(grid, shared_metrics))
+        table = Table(title=f"{grid.decoding} decoding, against {baseline}", title_justify="left", box=box.SIMPLE)
+        table.add_column("", no_wrap=True)
+        for name in columns:
+            table.add_column(name, justify="right")
+        for row, system in enumerate(grid.systems):
+            table.add_row(system, *(cells[row] for cells in columns.values()))
         console.print(table)
     for note in [*notes, *([SHARED_NOTE] if _shared_here(metrics, shared_metrics) else [])]:
         console.print(note, markup=False, highlight=False)
+
+
+def _terminal_columns(grid: Grid, shared_metrics: AbstractSet[str]) -> Iterator[tuple[str, list[str]]]:
+    """Columns that fit on a screen: intervals only of the win rates, wins, ties and losses in one."""
+    rows = dict(grid.rows)
+    for metric, cells in rows.items():
+        judge, _, figure = metric.rpartition(" ")
+        dagger = DAGGER if metric in shared_metrics else ""
+        if metric in _REPORT_ONLY or figure in ("tie", "loss"):
+            continue
+        if figure == "win":
+            parts = zip(*(rows[f"{judge} {part}"] for part in ("win", "tie", "loss")), strict=True)
+            yield f"{judge}{dagger}\nW/T/L %", [_percentages(part) for part in parts]
+        elif metric.endswith(" win rate"):
+            yield f"{judge.removesuffix(' win')}{dagger}\nwin rate", [cell.replace(" [", "\n[") for cell in cells]
+        else:
+            yield f"{metric}{dagger}", [cell.partition(" [")[0].replace(" ± ", "\n± ") for cell in cells]
+
+
+def _percentages(shares: Sequence[str]) -> str:
+    return "–" if "–" in shares else "/".join(f"{100 * float(share.split()[0]):.0f}" for share in shares)
 
 
 def visible(text: str) -> str:

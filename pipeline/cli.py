@@ -6,17 +6,17 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.logging import RichHandler
 
 from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.progress import console
-from cpo_pipe.data.recipe import builtin_recipes, load_recipe
+from cpo_pipe.data.recipe import builtin_recipes, load_recipe, nearest
 from cpo_pipe.data.recipe_text import recipe_text
 from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline.run import Run
@@ -29,21 +29,34 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 app = typer.Typer(
     help="Contrastive Preference Optimization (Feng et al. 2025), from ground-truth pairs to a report.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
 
 RecipeArgument = Annotated[str, typer.Argument(help="Recipe: a YAML file or the name of a built-in one.")]
 SetOption = Annotated[
-    list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the recipe. Repeatable.")
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Override a key of the recipe. Repeatable.",
+        show_default="the recipe as it is",
+    ),
 ]
 StoreOption = Annotated[Path, typer.Option("--store", envvar="CPO_PIPE_STORE", help="Folder of the artifact store.")]
 RunDirOption = Annotated[
-    Path | None, typer.Option("--run-dir", help="Folder for the resolved recipe and the report (default: runs/NAME).")
+    Path | None,
+    typer.Option("--run-dir", help="Folder for the resolved recipe and the report.", show_default="runs/NAME"),
 ]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default="off")]
 DEFAULT_STORE = Path("cpo-store")
+
+# Typer's usage errors (an unknown option, a missing argument): click's class in some versions, a copy in others.
+_UsageError: Any = typer.BadParameter.__base__
+
+# A path that cannot be used as asked: the user's to mend.
+_PATH_TROUBLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_DISK_FULL = ("No space left on device", "Disk quota exceeded")
 
 
 @app.command()
@@ -51,7 +64,8 @@ def init(name: Annotated[str, typer.Argument(help="Name of a built-in recipe.")]
     """Print a built-in recipe, every key commented: `cpo-pipe init NAME > my.yaml`."""
     with _reported(debug=False):
         if name not in builtin_recipes():
-            raise InputError(f"recipe {name}: not built in; there are {', '.join(builtin_recipes())}")
+            hint = nearest(name, builtin_recipes()) or f"there are {', '.join(builtin_recipes())}"
+            raise InputError(f"recipe {name}: not built in; {hint}")
         print(recipe_text(load_recipe(name)), end="")
 
 
@@ -99,7 +113,7 @@ def train(
     recipe: RecipeArgument,
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="Trainings of the recipe (default: all whose inputs are there)."),
+        typer.Argument(help="Trainings of the recipe.", show_default="all whose inputs are there"),
     ] = None,
     overrides: SetOption = [],  # noqa: B006
     store: StoreOption = DEFAULT_STORE,
@@ -153,7 +167,13 @@ def demo(
 
 def _open(recipe: str, overrides: list[str], store: Path, run_dir: Path | None) -> Run:
     loaded = load_recipe(recipe, overrides)
-    return Run(loaded, recipe, Store(store), run_dir or Path("runs") / loaded.name)
+    # What the commands that messages name need besides the recipe, to mean the same run.
+    options = [part for override in overrides for part in ("--set", override)]
+    if str(store) != os.environ.get("CPO_PIPE_STORE", str(DEFAULT_STORE)):
+        options += ["--store", str(store)]
+    if run_dir is not None:
+        options += ["--run-dir", str(run_dir)]
+    return Run(loaded, recipe, Store(store), run_dir or Path("runs") / loaded.name, options)
 
 
 @contextmanager
@@ -175,19 +195,33 @@ def _reported(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        raise typer.Exit(2 if isinstance(error, InputError) else 1) from error
+        status, text = _failure(error)
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        raise typer.Exit(status) from error
 
 
-def _one_line(error: Exception) -> str:
+def _failure(error: Exception) -> tuple[int, str]:
+    """Exit status and message of an error."""
     if isinstance(error, InputError | RunError):
-        return " ".join(str(error).split())
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "the disk is full; what was made before is kept: free some space and run the same command again"
-    text = " ".join(str(error).split()) or "no message"
-    return f"{type(error).__name__}: {text[:500]} (--debug shows the traceback)"
+        return 2 if isinstance(error, InputError) else 1, str(error)
+    # Libraries written in Rust and C++ have their own types for a full disk.
+    if any(sign in str(error) for sign in _DISK_FULL):
+        return 1, "the disk is full; what was made before is kept: free some space and run the same command again"
+    if isinstance(error, OSError) and error.errno in _PATH_TROUBLE:
+        reason = (error.strerror or "").lower()
+        return 2, f"{error.filename}: {reason}; give paths (--store, --run-dir, the recipe's) that you may use so"
+    text = str(error).strip() or "no message"
+    return 1, f"{type(error).__name__}: {text[:500]} (--debug shows the traceback)"
 
 
-def main() -> None:
-    """Entry point of `cpo-pipe`."""
-    app()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `cpo-pipe`; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        status = app(arguments or ["--help"], prog_name="cpo-pipe", standalone_mode=False)
+    except _UsageError as error:
+        print(f"error: {' '.join(error.format_message().split())} (--help shows how)", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # before a command has begun
+        return 130
+    return status if isinstance(status, int) else 0

@@ -4,7 +4,6 @@ import logging
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.examples import Examples
@@ -12,7 +11,7 @@ from cpo_pipe.data.fingerprint import Spec
 from cpo_pipe.data.models import Model
 from cpo_pipe.data.recipe import Negatives
 from cpo_pipe.data.store import Rows, Store
-from cpo_pipe.pipeline.engines.base import Sampling, open_engine, sample_keys, stop_ids
+from cpo_pipe.pipeline.engines.base import Sampling, check_context, open_engine, sample_keys, stop_ids
 from cpo_pipe.pipeline.negatives.autoregressive import make_autoregressive, negatives_spec
 
 log = logging.getLogger(__name__)
@@ -64,21 +63,6 @@ def plan_negatives(
     check_context(selection, model, sampling.max_new_tokens, "negatives.max_new_tokens")
     rows = store.rows("negatives", negatives_spec(examples, model, sampling, config.seed))
     return Sources(selection, [Pool(rows, config.counts.autoregressive)]), sampling
-
-
-def check_context(selection: pa.Table, model: Model, new_tokens: int, field: str) -> None:
-    """Refuse prompts that leave a model no room to write.
-
-    Raises:
-        InputError: a prompt and `new_tokens` together are longer than the model's context.
-    """
-    context = model.context()
-    longest = pc.max(pc.list_value_length(selection["prompt_ids"])).as_py() or 0
-    if context is not None and longest + new_tokens > context:
-        raise InputError(
-            f"{field} is {new_tokens} and the longest prompt has {longest} tokens, but the context of {model.name} is "
-            f"{context} tokens: lower {field}, or data.max_prompt_tokens to {max(context - new_tokens, 0)} at most"
-        )
 
 
 def generate_negatives(

@@ -45,11 +45,13 @@ PACKAGES = ("cpo-pipe", "torch", "transformers", "datasets", "sentence-transform
 class Run:
     """One recipe on one store."""
 
-    def __init__(self, recipe: Recipe, source: str, store: Store, run_dir: Path):
+    def __init__(self, recipe: Recipe, source: str, store: Store, run_dir: Path, options: Sequence[str] = ()):
+        """`source` and `options` are the recipe and the options as given on the command line; messages repeat them."""
         self.recipe = recipe
         self.store = store
         self.run_dir = run_dir
         self._source = source
+        self._options = options
         self._examples: Examples | None = None
         self._models: dict[str, Model] = {}
         atomic.write_bytes(run_dir / "recipe.yaml", recipe_text(recipe).encode())
@@ -65,7 +67,7 @@ class Run:
         return self._examples
 
     def model(self, name: str) -> Model:
-        """What a model's name in the recipe means: a training's checkpoint (or MissingInput), a folder or a hub model."""
+        """What a model name in the recipe means: a checkpoint (or MissingInput), a folder or a hub model."""
         if name not in self._models:
             self._models[name] = self._find_model(name)
         return self._models[name]
@@ -246,6 +248,9 @@ class Run:
                 self.rank()
                 grouped = True
             self.train([name])
+        if self.recipe.negatives is not None and not grouped:
+            self.generate_negatives()
+            self.rank()
         return self.evaluate() if self.recipe.evaluate is not None else None
 
     # ── resolving ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -289,7 +294,7 @@ class Run:
         return target_tokens(self.recipe.data)
 
     def _command(self, stage: str, *names: str) -> str:
-        return shlex.join(["cpo-pipe", stage, self._source, *names])
+        return shlex.join(["cpo-pipe", stage, self._source, *names, *self._options])
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[dict[str, Any]]:

@@ -1,9 +1,13 @@
 """Tiny real models and tokenizers, made on the spot."""
 
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the library is imported
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -59,3 +63,17 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the real data sets are not on this machine")
     return SHARED_DATA
+
+
+def pairs(count: int, start: int = 0) -> list[dict[str, str]]:
+    """Ground-truth rows, each unlike the others."""
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"]
+    return [
+        {"prompt": f"say {words[i % 8]} {i}", "target": f"{words[i % 7]} {words[i % 5]} {i * 7}"}
+        for i in range(start, start + count)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.fingerprint import Spec, row_seed
@@ -131,6 +132,21 @@ def _declared_eos(folder: Path) -> int | None:
 def _json(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return content
+
+
+def check_context(selection: pa.Table, model: Model, new_tokens: int, field: str) -> None:
+    """Refuse prompts that leave a model no room to write.
+
+    Raises:
+        InputError: a prompt and `new_tokens` together are longer than the model's context.
+    """
+    context = model.context()
+    longest = pc.max(pc.list_value_length(selection["prompt_ids"])).as_py() or 0
+    if context is not None and longest + new_tokens > context:
+        raise InputError(
+            f"{field} is {new_tokens} and the longest prompt has {longest} tokens, but the context of {model.name} is "
+            f"{context} tokens: lower {field}, or data.max_prompt_tokens to {max(context - new_tokens, 0)} at most"
+        )
 
 
 def sample_missing(

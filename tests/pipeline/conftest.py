@@ -1,0 +1,131 @@
+"""The command line on a tiny project of its own, driven in this process."""
+
+import hashlib
+import json
+import logging
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+RECIPE = """\
+name: tiny
+data: {{source: pairs.jsonl, tokenizer: {model}, train: 16, validation: 4, test: 4,
+       max_prompt_tokens: 40, max_target_tokens: 40}}
+train:
+  start: {{init: {model}, objective: mle, steps: 2, batch_size: 4, lr: 0.001}}
+  cpo: {{init: start, objective: cpo, reference: start, steps: 2, batch_size: 4, micro_batch: 4, beta: 0.1}}
+negatives: {{model: start, counts: {{autoregressive: 3}}, max_new_tokens: 8, engine: transformers}}
+rank: none
+evaluate:
+  systems: {{start: {{model: start}}, cpo: {{model: cpo}}}}
+  baseline: start
+  judges: [exact]
+  max_new_tokens: 8
+  mauve_seeds: 0
+  bootstrap: 50
+  engine: transformers
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left: its exit status and what it wrote."""
+
+    status: int
+    out: str
+    err: str
+
+    def error(self) -> str:
+        """The one line that says what was wrong, which is the last."""
+        assert "Traceback" not in self.out + self.err
+        lines = self.err.splitlines()
+        errors = [line for line in lines if line.startswith("error:")]
+        assert len(errors) == 1, self.err
+        assert lines[-1] == errors[0]
+        return errors[0]
+
+
+class Project:
+    """A folder with data and `tiny.yaml`, the current folder of the commands that `cli` runs."""
+
+    def __init__(self, root: Path, model: Path, cli: Callable[..., Result]):
+        self.root, self.model, self.cli = root, model, cli
+        self.store = root / "cpo-store"
+
+    def write(self, name: str, content: str | bytes) -> str:
+        (self.root / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        return name
+
+    def made(self) -> dict[str, str]:
+        """Hash of every file that the store holds for good, by its path there."""
+        files = [path for path in self.store.rglob("*") if path.is_file() and ".locks" not in path.parts]
+        return {
+            str(path.relative_to(self.store)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in files
+            if path.name not in ("lock", "file-hashes.json") and ".tmp-" not in str(path)
+        }
+
+
+def fill(root: Path, model: Path) -> None:
+    """Write the data and the recipe of a project."""
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
+    rows = [{"prompt": f"{words[n % 9]} {n}", "target": f" {words[n % 7]} {words[n % 5]} {n}"} for n in range(24)]
+    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "tiny.yaml").write_text(RECIPE.format(model=model))
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Result]]:
+    """Runs `cpo-pipe ARGUMENTS…` in this process."""
+    from cpo_pipe.pipeline.cli import main
+
+    monkeypatch.delenv("CPO_PIPE_STORE", raising=False)
+    root, package, on_term = logging.getLogger(), logging.getLogger("cpo_pipe"), signal.getsignal(signal.SIGTERM)
+    handlers, level, package_level = root.handlers[:], root.level, package.level
+
+    def run(*arguments: object) -> Result:
+        capfd.readouterr()
+        status = main([str(argument) for argument in arguments])
+        return Result(status, *capfd.readouterr())
+
+    yield run
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    package.setLevel(package_level)
+    signal.signal(signal.SIGTERM, on_term)
+
+
+@pytest.fixture
+def project(
+    tmp_path: Path, tiny_model: Path, cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> Project:
+    """A project of which nothing is made."""
+    fill(tmp_path, tiny_model)
+    monkeypatch.chdir(tmp_path)
+    return Project(tmp_path, tiny_model, cli)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The folder of a project of which everything is made; not to be written to."""
+    from cpo_pipe.data.recipe import load_recipe
+    from cpo_pipe.data.store import Store
+    from cpo_pipe.pipeline.run import Run
+
+    root = tmp_path_factory.mktemp("finished")
+    fill(root, tiny_model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        Run(load_recipe("tiny.yaml"), "tiny.yaml", Store(root / "cpo-store"), root / "runs" / "tiny").everything()
+    return root
+
+
+@pytest.fixture
+def made(project: Project, finished: Path) -> Project:
+    """A project of which everything is made."""
+    shutil.copytree(finished, project.root, dirs_exist_ok=True)
+    return project

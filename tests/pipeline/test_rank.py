@@ -1,0 +1,125 @@
+"""Groups: what is dropped and why, the order, and that ragged groups are kept as they are."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from cpo_pipe.data.errors import MissingInput
+from cpo_pipe.data.fingerprint import candidate_id
+from cpo_pipe.data.recipe import Rank
+from cpo_pipe.data.schemas import EXAMPLES
+from cpo_pipe.data.store import Store
+from cpo_pipe.pipeline import rank as rank_module
+from cpo_pipe.pipeline.generate import Pool, Sources
+from cpo_pipe.pipeline.rank import COPY, DUPLICATE, add_ranks, plan_groups, rank
+
+TARGET = [7, 8, 0]
+
+
+def example(name: str) -> dict[str, Any]:
+    return {"example_id": name, "split": "train", "prompt": "p", "rendered": "p", "target": "a red fox",
+            "prompt_ids": [5, 6], "target_ids": TARGET, "ends": True, "category": None}  # fmt: skip
+
+
+def negative(name: str, index: int, token_ids: list[int], text: str) -> dict[str, Any]:
+    return {"example_id": name, "sample_index": index, "strategy": "autoregressive", "text": text,
+            "token_ids": token_ids, "finish_reason": "stop", "logprob": -1.0, "seed": index, "generator": "g",
+            "engine": "e"}  # fmt: skip
+
+
+def sources(store: Store, negatives: list[dict[str, Any]], count: int) -> Sources:
+    rows = store.rows("negatives", {"strategy": "autoregressive"})
+    with rows.writer() as writer:
+        writer.add(negatives)
+    names = dict.fromkeys(row["example_id"] for row in negatives)
+    selection = pa.Table.from_pylist([example(name) for name in names], schema=EXAMPLES)
+    return Sources(selection, [Pool(rows, count)])
+
+
+SAMPLES = [
+    negative("x", 0, TARGET, "a red fox"),
+    negative("x", 1, [9, 0], "a brown fox"),
+    negative("x", 2, [9, 0], "a brown fox"),
+    negative("x", 3, [7, 8], "a red fox"),
+    negative("x", 4, [4, 4, 0], "taxes were due in spring"),
+]
+
+
+def test_copies_and_duplicates_are_dropped_with_a_reason(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    wanted = sources(store, SAMPLES, 5)
+    groups = rank(Rank(), True, store, wanted)
+    (group,) = groups.read(["x"]).to_pylist()
+    kept = [candidate["token_ids"] for candidate in group["candidates"]]
+    # [7, 8] is the target's text but not its end: another sequence to the model, hence a candidate.
+    assert kept == [TARGET, [9, 0], [7, 8], [4, 4, 0]]
+    assert [c["candidate_id"] for c in group["candidates"]] == [candidate_id([5, 6], ids) for ids in kept]
+    dropped = plan_groups(Rank(), True, store, wanted)[1].read(["x"]).to_pylist()
+    assert [(row["source"], row["reason"]) for row in dropped] == [
+        ("autoregressive:0", COPY),
+        ("autoregressive:2", DUPLICATE),
+    ]
+
+
+def test_the_paper_to_the_letter_keeps_them(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    (group,) = rank(Rank(drop_duplicates=False), True, store, sources(store, SAMPLES, 5)).read(["x"]).to_pylist()
+    candidates = group["candidates"]
+    assert len(candidates) == 6
+    assert sorted(c["rank"] for c in candidates) == list(range(6))
+    assert candidates[0]["rank"] == 0, "the target is first even beside a cosine of 1"
+    assert candidates[1]["similarity"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_the_order_is_falling_similarity_to_the_target(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    (group,) = rank(Rank(), True, store, sources(store, SAMPLES, 5)).read(["x"]).to_pylist()
+    by_rank = sorted(group["candidates"], key=lambda c: c["rank"])
+    assert [c["text"] for c in by_rank] == ["a red fox", "a red fox", "a brown fox", "taxes were due in spring"]
+    assert by_rank[0]["strategy"] == "target"
+    similarities = [c["similarity"] for c in by_rank]
+    assert similarities == sorted(similarities, reverse=True)
+    assert similarities[-1] < 0.3 < similarities[2]
+
+
+def test_ties_go_by_candidate_id() -> None:
+    class Same:
+        def encode(self, texts: list[str]) -> np.ndarray[Any, Any]:
+            return np.tile(np.array([1.0, 0.0], np.float32), (len(texts), 1))
+
+    group = [{"candidate_id": name, "text": "t"} for name in ("zz", "m", "b", "q")]
+    add_ranks([group], Same())  # type: ignore[arg-type]
+    assert [candidate["rank"] for candidate in group] == [0, 2, 1, 3]
+
+
+def test_n_is_taken_from_the_front_and_never_topped_up(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    (group,) = rank(Rank(), False, store, sources(store, SAMPLES, 3)).read(["x"]).to_pylist()
+    assert [c["token_ids"] for c in group["candidates"]] == [TARGET, [9, 0]]
+    assert [c["rank"] for c in group["candidates"]] == [None, None]
+
+
+def test_a_group_may_be_left_alone_and_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    store = Store(tmp_path)
+    alone = [negative("y", 0, TARGET, "a red fox")]
+    groups = rank(Rank(), True, store, sources(store, alone, 1))
+    assert len(groups.read(["y"])["candidates"].to_pylist()[0]) == 1
+    assert "1 groups have no negative left" in caplog.text
+
+
+def test_missing_negatives_are_not_ranked_around(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(MissingInput, match=r"1 negatives are missing: run `cpo-pipe generate-negatives`"):
+        rank(Rank(), True, store, sources(store, SAMPLES, 6))
+
+
+def test_groups_that_are_there_need_no_embedding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    wanted = sources(store, SAMPLES, 5)
+    first = rank(Rank(), True, store, wanted)
+    monkeypatch.setattr(rank_module, "add_ranks", lambda *_: pytest.fail("embedded again"))
+    assert rank(Rank(), True, store, wanted).read(["x"]) == first.read(["x"])

@@ -1,0 +1,294 @@
+"""Training: the step against a naive loop, the checks that refuse a wrong start, and what is reused."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cpo_pipe.data.errors import InputError, RunError
+from cpo_pipe.data.fingerprint import candidate_id
+from cpo_pipe.data.models import Model, locate_model, locate_tokenizer
+from cpo_pipe.data.recipe import ScratchModel, Training
+from cpo_pipe.data.schemas import EXAMPLES
+from cpo_pipe.data.store import Product, Rows, Store
+from cpo_pipe.trainer.merge import merge
+from cpo_pipe.trainer.train import METRICS_FILE, Inputs, batches, checkpoint_model, lr_factor, train
+
+CANDIDATES = {
+    "a": ([5, 6, 7], [[9, 10, 0], [11, 12, 13, 14], [3, 0], [20, 21, 0]], [0, 2, 3, 1]),
+    "b": ([8], [[4, 4, 0], [6, 0]], [0, 1]),
+    "c": ([30, 31, 32, 33], [[40, 0], [41, 42, 0], [43, 44, 45, 46, 47]], [0, 2, 1]),
+    "d": ([12, 13], [[15, 16, 17, 18, 19, 0], [21], [22, 23]], [0, 1, 2]),
+}
+
+
+class Bench:
+    """A store with the groups of CANDIDATES (or of what replaces some of them), and a tiny model."""
+
+    def __init__(self, root: Path, model: Path, candidates: dict[str, Any] | None = None):
+        self.store = Store(root / "store")
+        self.candidates = CANDIDATES if candidates is None else candidates
+        self.model = locate_model(str(model), self.store)
+        self.tokenizer = locate_tokenizer(str(model), self.store)
+
+    def selection(self) -> pa.Table:
+        return pa.Table.from_pylist(
+            [
+                {"example_id": name, "split": "train", "prompt": name, "rendered": name, "target": "t",
+                 "prompt_ids": prompt, "target_ids": ids[0], "ends": True, "category": None}
+                for name, (prompt, ids, _) in self.candidates.items()
+            ],
+            schema=EXAMPLES,
+        )  # fmt: skip
+
+    def groups(self) -> Rows:
+        rows = self.store.rows("groups", {"of": "the test"})
+        if not rows.num_rows():
+            with rows.writer() as writer:
+                writer.add([self._group(name) for name in self.candidates])
+        return rows
+
+    def _group(self, name: str) -> dict[str, Any]:
+        prompt, candidates, ranks = self.candidates[name]
+        return {
+            "example_id": name,
+            "prompt_ids": prompt,
+            "candidates": [
+                {"candidate_id": candidate_id(prompt, ids), "text": "t", "token_ids": ids, "strategy": "s",
+                 "similarity": 0.5, "rank": rank}
+                for ids, rank in zip(candidates, ranks, strict=True)
+            ],
+        }  # fmt: skip
+
+    def inputs(self, objective: str, init: Model | ScratchModel | None = None) -> Inputs:
+        listwise = objective != "mle"
+        return Inputs(
+            self.tokenizer,
+            init or self.model,
+            self.selection(),
+            self.groups() if listwise else None,
+            self.model if listwise else None,
+        )
+
+    def train(self, objective: str, init: Model | ScratchModel | None = None, **settings: Any) -> Product:
+        reference = {} if objective == "mle" else {"reference": "m"}
+        values = {"init": "m", "objective": objective, "steps": 2, "batch_size": 4, "lr": 1e-3, **reference, **settings}
+        return train("t", Training.model_validate(values), self.store, self.inputs(objective, init))
+
+
+@pytest.fixture
+def bench(tmp_path: Path, tiny_model: Path) -> Bench:
+    return Bench(tmp_path, tiny_model)
+
+
+def metrics(product: Product) -> list[dict[str, float]]:
+    rows: list[dict[str, float]] = pq.read_table(product.path / METRICS_FILE).to_pylist()
+    return rows
+
+
+def weights(product: Product) -> dict[str, torch.Tensor]:
+    return load_file(product.path / "model.safetensors")
+
+
+def naive_logprob(model: torch.nn.Module, prompt: list[int], continuation: list[int]) -> torch.Tensor:
+    logits = model(torch.tensor([prompt + continuation])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1)[torch.arange(len(continuation)), torch.tensor(continuation)].sum()
+
+
+def naive_loss(model: Any, frozen: Any, objective: str, beta: float, mle_weight: float) -> torch.Tensor:
+    """Eqs. 1 and 2 and the MLE loss, written out one group and one term at a time."""
+    listwise, nll, tokens = [], torch.zeros(()), 0
+    for prompt, candidates, ranks in CANDIDATES.values():
+        policy = [naive_logprob(model, prompt, ids) for ids in candidates]
+        with torch.no_grad():
+            reference = [naive_logprob(frozen, prompt, ids) for ids in candidates]
+        rewards = [beta * (p - r) for p, r in zip(policy, reference, strict=True)]
+        if objective == "cpo":
+            listwise.append(-(rewards[0] - torch.stack(rewards).logsumexp(0)))
+        else:
+            order = [ranks.index(k) for k in range(len(ranks))]
+            terms = [
+                rewards[j] - torch.stack([rewards[i] for i in order[k:]]).logsumexp(0) for k, j in enumerate(order)
+            ]
+            listwise.append(-torch.stack(terms).sum())
+        nll, tokens = nll - policy[0], tokens + len(candidates[0])
+    if objective == "mle":
+        return nll / tokens
+    return torch.stack(listwise).mean() + mle_weight * nll / tokens
+
+
+@pytest.mark.parametrize(("objective", "mle_weight"), [("cpo", 0.0), ("cpo-ranked", 0.0), ("cpo", 0.7), ("mle", 0.0)])
+@pytest.mark.parametrize("micro_batch", [1, 3, 8])
+def test_the_step_is_that_of_a_naive_loop(bench: Bench, objective: str, mle_weight: float, micro_batch: int) -> None:
+    listwise = {} if objective == "mle" else {"beta": 0.5, "mle_weight": mle_weight}
+    product = bench.train(objective, steps=3, micro_batch=micro_batch, weight_decay=0.05, **listwise)
+    model, frozen = (AutoModelForCausalLM.from_pretrained(bench.model.path).eval() for _ in range(2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    losses = []
+    for _ in range(3):
+        loss = naive_loss(model, frozen, objective, 0.5, mle_weight)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert [row["loss"] for row in metrics(product)] == pytest.approx(losses, rel=1e-4)
+    trained = weights(product)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_step_0_is_log_k_and_log_k_factorial(tmp_path: Path, new_model: Callable[..., Path], architecture: str) -> None:
+    # GPT-2 ships with dropout 0.1: were any of it on, the first loss would be another.
+    bench = Bench(tmp_path, new_model(architecture=architecture))
+    sizes = [4, 2, 3, 3]
+    first = metrics(bench.train("cpo", beta=5.0, steps=1))[0]
+    assert first["loss"] == pytest.approx(np.mean([math.log(k) for k in sizes]), abs=1e-3)
+    assert first["won"] <= 1
+    assert first["margin"] == pytest.approx(0, abs=1e-2)
+    ranked = metrics(bench.train("cpo-ranked", beta=5.0, steps=1))[0]
+    assert ranked["loss"] == pytest.approx(np.mean([math.lgamma(k + 1) for k in sizes]), abs=1e-3)
+
+
+def test_a_start_that_is_not_its_reference_is_refused(bench: Bench) -> None:
+    prompt, candidates, _ = CANDIDATES["a"]
+    rows = bench.store.rows("reference-logprobs", {"model": bench.model.fingerprint, "dtype": "float32"})
+    wrong = {"example_id": "a", "candidate_id": candidate_id(prompt, candidates[1]), "logprob": -1.0, "num_tokens": 4}
+    with rows.writer() as writer:
+        writer.add([wrong])
+    with pytest.raises(RunError, match="step 0: .* not log K"):
+        bench.train("cpo")
+    assert not list(bench.store.root.glob("checkpoints/*/model.safetensors"))
+
+
+def test_bfloat16_starts_right_too(bench: Bench) -> None:
+    first = metrics(bench.train("cpo", dtype="bfloat16", beta=0.1, steps=1))[0]
+    assert first["loss"] == pytest.approx(np.mean([math.log(k) for k in (4, 2, 3, 3)]), abs=5e-2)
+
+
+def test_the_checkpoint_is_one_that_transformers_loads(bench: Bench) -> None:
+    product = bench.train("cpo")
+    AutoModelForCausalLM.from_pretrained(product.path)
+    assert AutoTokenizer.from_pretrained(product.path).eos_token_id == 0
+    assert checkpoint_model("t", product).fingerprint == locate_model(str(product.path), bench.store).fingerprint
+    assert json.loads((product.path / "spec.json").read_text())["reference"] == bench.model.fingerprint
+
+
+def test_a_complete_training_is_never_repeated_and_a_changed_one_is(bench: Bench) -> None:
+    def count() -> int:
+        return len(list(bench.store.root.glob("checkpoints/*/manifest.json")))
+
+    first = bench.train("cpo")
+    assert bench.train("cpo", micro_batch=1).path == first.path
+    assert count() == 1
+    log_probs = bench.store.rows("reference-logprobs", {"model": bench.model.fingerprint, "dtype": "float32"})
+    shards = log_probs.files()
+    for number, change in enumerate(
+        [{"beta": 1.0}, {"lr": 1e-4}, {"seed": 1}, {"length_normalize": True}, {"steps": 1}]
+    ):
+        bench.train("cpo", **change)
+        assert count() == number + 2
+    assert log_probs.files() == shards, "none of these needs a reference log-prob again"
+
+
+def test_groups_without_negatives_leave_the_listwise_loss(tmp_path: Path, tiny_model: Path) -> None:
+    bench = Bench(tmp_path, tiny_model, CANDIDATES | {"e": ([3, 4], [[5, 0]], [0])})
+    first = metrics(bench.train("cpo", batch_size=4, steps=1, beta=5.0))[0]
+    assert first["loss"] == pytest.approx(np.mean([math.log(k) for k in (4, 2, 3, 3)]), abs=1e-3)
+    with_mle = bench.train("cpo", batch_size=5, steps=1, mle_weight=1.0)
+    assert with_mle.manifest["groups"] == 5
+    # The mean of the listwise loss is over the four groups that have one, that of MLE over all five.
+    assert metrics(with_mle)[0]["cpo"] == pytest.approx(np.mean([math.log(k) for k in (4, 2, 3, 3)]), abs=1e-3)
+    alone = Bench(tmp_path / "alone", tiny_model, {"e": ([3, 4], [[5, 0]], [0])})
+    with pytest.raises(InputError, match="nothing to train on"):
+        alone.train("cpo")
+
+
+def test_only_the_selection_is_trained_on(bench: Bench) -> None:
+    bench.groups()
+    bench.candidates = {name: CANDIDATES[name] for name in ("b", "c")}
+    assert bench.train("cpo").manifest["groups"] == 2
+
+
+def test_length_normalize_divides_both_log_probs(bench: Bench) -> None:
+    product = bench.train("cpo", length_normalize=True, steps=1, beta=2.0, lr=2e-4)
+    second = metrics(bench.train("cpo", length_normalize=True, steps=2, beta=2.0, lr=2e-4))[1]
+    after, before = (AutoModelForCausalLM.from_pretrained(path) for path in (product.path, bench.model.path))
+    losses = []
+    with torch.no_grad():
+        for prompt, candidates, _ in CANDIDATES.values():
+            rewards = [
+                2.0 * (naive_logprob(after, prompt, ids) - naive_logprob(before, prompt, ids)) / len(ids)
+                for ids in candidates
+            ]
+            losses.append(float(torch.stack(rewards).logsumexp(0) - rewards[0]))
+    assert second["loss"] == pytest.approx(np.mean(losses), rel=1e-3)
+
+
+def test_scratch_models_are_reproducible(bench: Bench) -> None:
+    tiny = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    scratch = ScratchModel(architecture="llama", config=tiny, seed=3)
+    first = weights(bench.train("mle", scratch))
+    shutil.rmtree(bench.store.root / "checkpoints")
+    torch.manual_seed(99)
+    again = weights(bench.train("mle", scratch))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    with pytest.raises(InputError, match="init: a lama model cannot be made"):
+        bench.train("mle", ScratchModel(architecture="lama"))
+
+
+def test_an_example_longer_than_the_context_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    bench = Bench(tmp_path, tiny_model, {"long": ([5] * 100, [[6] * 29, [7]], [0, 1])})
+    with pytest.raises(InputError, match=r"example long has 129 tokens and the model's context is 128"):
+        bench.train("cpo")
+
+
+def test_infinite_loss_stops_and_names_the_groups(bench: Bench) -> None:
+    with pytest.raises(RunError, match=r"the loss is (nan|inf) at step \d+; its batch starts with"):
+        bench.train("mle", steps=30, lr=1e30)
+    assert not list(bench.store.root.glob("checkpoints/*/model.safetensors"))
+
+
+def test_every_pass_covers_all_rows_once() -> None:
+    stream = [index for batch in batches(10, 4, 5, seed=0) for index in batch]
+    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
+    assert stream[:10] != stream[10:]
+    assert stream == [index for batch in batches(10, 4, 5, seed=0) for index in batch]
+    assert stream != [index for batch in batches(10, 4, 5, seed=1) for index in batch]
+    assert len(next(batches(3, 8, 1, seed=0))) == 8, "a batch may pass over a small set more than once"
+
+
+def test_learning_rates_by_hand() -> None:
+    def factors(**settings: Any) -> list[float]:
+        config = Training.model_validate({"init": "m", "objective": "mle", "steps": 6, **settings})
+        return [lr_factor(config, step) for step in range(6)]
+
+    assert factors() == [1.0] * 6
+    assert factors(schedule="linear", warmup_steps=2) == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25])
+    assert factors(schedule="cosine", warmup_steps=2) == pytest.approx(
+        [0.5, 1.0, 1.0, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]
+    )
+
+
+def test_an_ensemble_is_the_weighted_mean_of_weights(
+    bench: Bench, new_model: Callable[..., Path], tiny_model: Path
+) -> None:
+    other = locate_model(str(new_model(seed=5)), bench.store)
+    product = merge("e", bench.store, [(bench.model, 0.25), (other, 0.75)], bench.tokenizer)
+    mine, theirs = load_file(tiny_model / "model.safetensors"), load_file(other.path / "model.safetensors")
+    for name, tensor in weights(product).items():
+        torch.testing.assert_close(tensor, 0.25 * mine[name] + 0.75 * theirs[name])
+    assert merge("e", bench.store, [(other, 0.75), (bench.model, 0.25)], bench.tokenizer).path == product.path
+    stranger = locate_model(str(new_model(hidden_size=32)), bench.store)
+    with pytest.raises(InputError, match="not of one architecture"):
+        merge("e", bench.store, [(bench.model, 0.5), (stranger, 0.5)], bench.tokenizer)

@@ -26,8 +26,8 @@ typecheck:
 
 # Speed, as ratios measured side by side in one run
 bench:
-    python -m pytest tests/benchmarks -m "not soak" -s
+    python -m pytest tests/benchmarks -o python_files="bench_*.py" -o python_functions="bench_*" -s
 
 # What is too long for CI
 soak:
-    python -m pytest -m soak -s
+    python -m pytest -m soak -s -rA

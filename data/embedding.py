@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.fingerprint import digest
 from cpo_pipe.data.models import fetch_folder
+from cpo_pipe.data.progress import track
 from cpo_pipe.data.store import Store
 
 if TYPE_CHECKING:
@@ -99,6 +100,10 @@ def _token_lengths(model: "SentenceTransformer", texts: Sequence[str]) -> NDArra
     return np.array([len(ids) for ids in encoded["input_ids"]], np.int64)
 
 
+CHUNK = 256
+"""Texts embedded between two steps of the progress bar."""
+
+
 class EmbeddingMemo:
     """An embedder that keeps what it has seen: evaluation compares the same targets with one system after another."""
 
@@ -109,6 +114,9 @@ class EmbeddingMemo:
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Unit vectors of the texts, in their order, (n, d)."""
         new = [text for text in dict.fromkeys(texts) if text not in self._seen]
-        if new:
-            self._seen.update(zip(new, self._embedder.encode(new), strict=True))
+        with track("embed outputs", len(new)) as meter:
+            for start in range(0, len(new), CHUNK):
+                chunk = new[start : start + CHUNK]
+                self._seen.update(zip(chunk, self._embedder.encode(chunk), strict=True))
+                meter.advance(len(chunk))
         return np.stack([self._seen[text] for text in texts])

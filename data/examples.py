@@ -34,6 +34,15 @@ class Examples:
         return int(self.read(split, columns=["example_id"]).num_rows)
 
 
+def largest_token_id(examples: Examples) -> int:
+    """The largest token id in prompts and targets."""
+    largest = 0
+    with pq.ParquetFile(examples.product.path / "examples.parquet") as file:
+        for batch in file.iter_batches(columns=["prompt_ids", "target_ids"]):
+            largest = max(largest, *(pc.max(pc.list_flatten(column)).as_py() for column in batch.columns))
+    return largest
+
+
 def selection_hash(examples: pa.Table) -> str:
     """Identity of an ordered selection: its ids and token ids (an id alone does not say where text was cut)."""
     columns = [examples[name].to_pylist() for name in ("example_id", "prompt_ids", "target_ids")]

@@ -120,10 +120,25 @@ def model_fingerprint(folder: Path, hash_file: Callable[[Path], str]) -> str:
             f"model {folder}: no *.safetensors there; weights are read from safetensors only "
             "(save the model again with save_pretrained)"
         )
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     for field in _CONFIG_PROVENANCE:
         config.pop(field, None)
     return digest({"config": config, "weights": [[file.name, hash_file(file)] for file in weights]})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model or tokenizer.
+
+    Raises:
+        InputError: there is none in it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); download or save the model again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object; download or save the model again")
+    return content
 
 
 def tokenizer_fingerprint(folder: Path, hash_file: Callable[[Path], str]) -> str:

@@ -3,14 +3,15 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cpo_pipe.data.errors import InputError
-from cpo_pipe.data.fingerprint import model_fingerprint, tokenizer_fingerprint
+from cpo_pipe.data.fingerprint import model_fingerprint, read_json, tokenizer_fingerprint
 from cpo_pipe.data.store import Store
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
 
@@ -28,11 +29,39 @@ class Model:
 
     def context(self) -> int | None:
         """Positions the model can attend to, in tokens; None where its config names no limit."""
-        config = json.loads((self.path / "config.json").read_text())
+        config = read_json(self.path / "config.json")
         for field in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
             if isinstance(config.get(field), int):
                 return int(config[field])
         return None
+
+    def vocabulary(self) -> int | None:
+        """Token ids the model knows, from 0; None where its config does not say."""
+        size = read_json(self.path / "config.json").get("vocab_size")
+        return size if isinstance(size, int) else None
+
+    def load(self, dtype: "torch.dtype") -> "PreTrainedModel":
+        """The network itself, on the CPU.
+
+        Raises:
+            InputError: transformers does not know the architecture, or the weights lack some of its tensors.
+        """
+        from transformers import AutoModelForCausalLM
+
+        try:
+            # With the loading info comes a pair, which transformers' types do not say.
+            pair: Any = AutoModelForCausalLM.from_pretrained(
+                self.path, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+        except (ValueError, KeyError) as error:
+            raise InputError(f"model {self.name}: cannot be loaded ({_first_sentence(error)})") from error
+        network: PreTrainedModel = pair[0]
+        lacking = sorted(pair[1]["missing_keys"])
+        if lacking:  # transformers would fill them with random numbers
+            raise InputError(
+                f"model {self.name}: its weights lack {len(lacking)} tensors of its architecture, such as {lacking[0]}"
+            )
+        return network
 
 
 def fetch_folder(name: str, what: str) -> Path:
@@ -51,16 +80,52 @@ def fetch_folder(name: str, what: str) -> Path:
     except HFValidationError as error:
         raise InputError(f"{what} {name}: no such folder, and not a hub name") from error
     except Exception as error:  # the hub client's failures have no common type: offline, not found, gated, …
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{what} {name}: no such folder or training, and the hub did not give it ({reason})"
+            f"{what} {name}: no such folder or training, and the hub did not give it ({_first_sentence(error)})"
         ) from error
 
 
 def locate_model(name: str, store: Store) -> Model:
-    """The model that a folder or hub name leads to."""
+    """The model that a folder or hub name leads to.
+
+    Raises:
+        InputError: there is none, or its files are damaged.
+    """
     folder = fetch_folder(name, "model")
+    check_weights(folder)
     return Model(name, folder, model_fingerprint(folder, store.hash_file))
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse weights that are cut short, incomplete or something else (such as a Git LFS pointer), by their headers.
+
+    Raises:
+        InputError: they are.
+    """
+    weights = sorted(folder.glob("*.safetensors"))
+    for file in weights:
+        if not _is_safetensors(file):
+            raise InputError(
+                f"model {folder}: {file.name} is damaged or no safetensors file ({file.stat().st_size:,} bytes); "
+                "download or save the model again"
+            )
+    for index in folder.glob("*.safetensors.index.json"):
+        absent = set(read_json(index).get("weight_map", {}).values()) - {file.name for file in weights}
+        if absent:
+            raise InputError(f"model {folder}: {min(absent)} is not there, which {index.name} names; download it again")
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether the header is one, and the file ends where the header says."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length)) if length < size else {}
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return False
+    return bool(ends) and 8 + length + max(ends) == size
 
 
 @dataclass(frozen=True)
@@ -71,10 +136,17 @@ class TokenizerFiles:
     fingerprint: str
 
     def load(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer itself."""
+        """The tokenizer itself.
+
+        Raises:
+            InputError: it cannot be loaded.
+        """
         from transformers import AutoTokenizer
 
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path)
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path)
+        except Exception as error:  # the libraries' failures have no common type
+            raise InputError(f"tokenizer {self.path}: cannot be loaded ({_first_sentence(error)})") from error
         return tokenizer
 
 
@@ -82,3 +154,8 @@ def locate_tokenizer(name: str, store: Store) -> TokenizerFiles:
     """The tokenizer that a folder or hub name leads to."""
     folder = fetch_folder(name, "tokenizer")
     return TokenizerFiles(folder, tokenizer_fingerprint(folder, store.hash_file))
+
+
+def _first_sentence(error: Exception) -> str:
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line.split(". ")[0].rstrip(".")

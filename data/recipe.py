@@ -247,7 +247,8 @@ class Evaluate(Section):
     @model_validator(mode="after")
     def _check(self) -> "Evaluate":
         if self.baseline not in self.systems:
-            raise ValueError(f"baseline {self.baseline!r} is not among the systems ({', '.join(self.systems)})")
+            hint = nearest(self.baseline, self.systems) or "name one of them"
+            raise ValueError(f"baseline {self.baseline!r} is not among the systems ({', '.join(self.systems)}); {hint}")
         if GROUND_TRUTH in self.systems:
             raise ValueError(f"systems: the name {GROUND_TRUTH} is taken by the targets themselves")
         return self
@@ -400,14 +401,21 @@ def _names_are_free(path: Sequence[str]) -> bool:
     return get_origin(_follow(path)[1]) is dict
 
 
+_NOT_A_SECTION = ("model_type", "dict_type")
+
+
 def _explain(error: ValidationError) -> str:
     """The first broken rule, as one line."""
     # An unknown key explains what is missing beside it. Else, of a union's branches the one that was followed
     # furthest is the one that was meant.
+    details = error.errors(include_url=False)
+    not_sections = [_follow(detail["loc"])[0] for detail in details if detail["type"] in _NOT_A_SECTION]
     detail = max(
-        error.errors(include_url=False),
-        key=lambda detail: (detail["type"] == "extra_forbidden", len(detail["loc"])),
-    )
+        details,
+        key=lambda detail: (
+            detail["type"] == "extra_forbidden", len(detail["loc"]), detail["type"] not in _NOT_A_SECTION
+        ),
+    )  # fmt: skip
     path, _ = _follow(detail["loc"])
     where = ".".join(path)
     if detail["type"] == "extra_forbidden":
@@ -416,12 +424,13 @@ def _explain(error: ValidationError) -> str:
         return f"{where} is not a known key; {hint}"
     if detail["type"] == "missing":
         return f"{where} is missing"
-    if detail["type"] in ("model_type", "dict_type"):
+    if detail["type"] in _NOT_A_SECTION:
         return f"{where} is {_shown(detail['input'])}: must be a section, that is keys with values"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    return f"{where} is {_shown(detail['input'])}: {message[0].lower()}{message[1:]}"
+    other = " or a section" if path in not_sections else ""
+    return f"{where} is {_shown(detail['input'])}: {message[0].lower()}{message[1:]}{other}"
 
 
 def _shown(value: Any) -> str:

@@ -66,18 +66,19 @@ class Store:
 @contextmanager
 def _locked(path: Path, what: str) -> Iterator[None]:
     """Hold the artifact's lock. The system releases it when a process dies, however it dies."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except PermissionError as error:
-        raise InputError(f"--store {path.parent.parent}: no permission to write {what} there") from error
     lock = FileLock(path / "lock")
     try:
+        path.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         log.warning("%s: another process is making it; waiting for it to finish", what)
         lock.acquire()
-    except PermissionError as error:
-        raise InputError(f"--store {path.parent.parent}: no permission to write {what} there") from error
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise InputError(
+            f"--store: no permission to write {what} there ({path}); give one that you may write"
+        ) from error
     try:
         yield
     finally:

@@ -68,6 +68,7 @@ box.addEventListener("input", () => {
 """
 
 
+_NUMBER = re.compile(r"[0-9]+\.[0-9]+")
 _REPORT_ONLY = ("distinct-2", "length", "cosine to target")
 """Metrics that the table on the terminal leaves to the report."""
 
@@ -185,11 +186,16 @@ def _terminal_columns(grid: Grid, shared_metrics: AbstractSet[str]) -> Iterator[
             continue
         if figure == "win":
             parts = zip(*(rows[f"{judge} {part}"] for part in ("win", "tie", "loss")), strict=True)
-            yield f"{judge}{dagger}\nW/T/L %", [_percentages(part) for part in parts]
+            yield f"{judge} {dagger}\nW/T/L %", [_percentages(part) for part in parts]
         elif metric.endswith(" win rate"):
-            yield f"{judge.removesuffix(' win')}{dagger}\nwin rate", [cell.replace(" [", "\n[") for cell in cells]
+            percent = [_NUMBER.sub(_as_percentage, cell) for cell in cells]
+            yield f"{judge.removesuffix(' win')} {dagger}\nwin rate %", [cell.replace(" [", "\n[") for cell in percent]
         else:
             yield f"{metric}{dagger}", [cell.partition(" [")[0].replace(" ± ", "\n± ") for cell in cells]
+
+
+def _as_percentage(share: re.Match[str]) -> str:
+    return f"{100 * float(share[0]):.0f}"
 
 
 def _percentages(shares: Sequence[str]) -> str:

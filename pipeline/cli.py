@@ -209,7 +209,7 @@ def _failure(error: Exception) -> tuple[int, str]:
         return 1, "the disk is full; what was made before is kept: free some space and run the same command again"
     if isinstance(error, OSError) and error.errno in _PATH_TROUBLE:
         reason = (error.strerror or "").lower()
-        return 2, f"{error.filename}: {reason}; give paths (--store, --run-dir, the recipe's) that you may use so"
+        return 2, f"{error.filename}: {reason}; give a path that can be used (--store, --run-dir, or in the recipe)"
     text = str(error).strip() or "no message"
     return 1, f"{type(error).__name__}: {text[:500]} (--debug shows the traceback)"
 

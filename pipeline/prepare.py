@@ -429,7 +429,9 @@ class _Collected:
                         rows = unordered.take(chunk).append_column("split", pa.array([name] * len(chunk)))
                         writer.write_table(rows.select(EXAMPLES.names).cast(EXAMPLES))
         self._scratch.unlink()
-        pq.write_table(pa.Table.from_pylist(self._rejected, schema=REJECTED), folder / "rejected.parquet")
+        with pq.ParquetWriter(folder / "rejected.parquet", REJECTED, compression="zstd") as writer:
+            if self._rejected:  # `datasets` does not read a row group of no rows
+                writer.write_table(pa.Table.from_pylist(self._rejected, schema=REJECTED))
 
     def _flush(self) -> None:
         if self._pending:

@@ -3,7 +3,6 @@
 Beside the command line the only module that knows all stages. Nothing heavy is imported until there is work.
 """
 
-import difflib
 import json
 import logging
 import platform
@@ -22,9 +21,9 @@ import pyarrow.parquet as pq
 from cpo_pipe.data import atomic
 from cpo_pipe.data.embedding import locate_embedder
 from cpo_pipe.data.errors import InputError, MissingInput
-from cpo_pipe.data.examples import Examples
+from cpo_pipe.data.examples import Examples, largest_token_id
 from cpo_pipe.data.models import Model, locate_model
-from cpo_pipe.data.recipe import Evaluate, Negatives, Rank, Recipe, System, Training
+from cpo_pipe.data.recipe import Evaluate, Negatives, Rank, Recipe, System, Training, nearest
 from cpo_pipe.data.recipe_text import recipe_text
 from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.pipeline.generate import Sources, generate_negatives, plan_negatives
@@ -74,11 +73,25 @@ class Run:
 
     def _find_model(self, name: str) -> Model:
         if name not in self.recipe.train:
-            return locate_model(name, self.store)
+            return self._locate_model(name)
         product = checkpoint(self.store, training_spec(self.recipe.train[name], self._inputs(name)))
         if not product.complete():
             raise MissingInput(f"the training {name} is not done: run `{self._command('train', name)}`")
         return checkpoint_model(name, product)
+
+    def _locate_model(self, name: str) -> Model:
+        try:
+            model = locate_model(name, self.store)
+        except InputError as error:
+            near = nearest(name, self.recipe.train, "the training ")
+            raise InputError(f"{error}; {near}" if near else str(error)) from error
+        known, used = model.vocabulary(), largest_token_id(self.examples())
+        if known is not None and used >= known:
+            raise InputError(
+                f"model {name}: its vocabulary has {known} entries, but the examples have the token id {used}; "
+                "set data.tokenizer to the model's own"
+            )
+        return model
 
     def sources(self) -> Sources:
         """Which negatives the recipe asks for, made or not."""
@@ -133,8 +146,7 @@ class Run:
         """
         for name in names:
             if name not in self.recipe.train:
-                near = difflib.get_close_matches(name, self.recipe.train, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(self.recipe.train)}"
+                hint = nearest(name, self.recipe.train) or f"there are {', '.join(self.recipe.train)}"
                 raise InputError(f"training {name}: not in the recipe; {hint}")
         blocked = {}
         for name in self.recipe.training_order():

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cpo_pipe.data.errors import RunError
 from cpo_pipe.data.fingerprint import candidate_id
@@ -31,10 +31,7 @@ def device() -> torch.device:
 
 def load_model(model: Model) -> PreTrainedModel:
     """The model in float32 with all dropout off."""
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        model.path, dtype=torch.float32, use_safetensors=True
-    )
-    return loaded.to(device()).eval()  # type: ignore[no-any-return,arg-type]
+    return model.load(torch.float32).to(device()).eval()  # type: ignore[no-any-return,arg-type]
 
 
 def precision(dtype: str) -> AbstractContextManager[Any]:

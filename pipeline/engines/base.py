@@ -1,7 +1,6 @@
 """What an engine is, which one is taken, and how missing samples are made with one and kept."""
 
 import importlib.util
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cpo_pipe.data.errors import InputError
-from cpo_pipe.data.fingerprint import Spec, row_seed
+from cpo_pipe.data.fingerprint import Spec, read_json, row_seed
 from cpo_pipe.data.models import Model
 from cpo_pipe.data.progress import track
 from cpo_pipe.data.store import Rows
@@ -130,8 +129,7 @@ def _declared_eos(folder: Path) -> int | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content
+    return read_json(path) if path.is_file() else {}
 
 
 def check_context(selection: pa.Table, model: Model, new_tokens: int, field: str) -> None:

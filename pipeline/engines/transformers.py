@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from cpo_pipe.data.models import Model
 from cpo_pipe.pipeline.engines.base import Request, Sample, Sampling
@@ -20,8 +20,7 @@ class TransformersEngine:
     def __init__(self, model: Model):
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
-        # transformers types neither `to` nor `generate` of what an Auto class gives.
-        network: Any = AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype, use_safetensors=True)
+        network: Any = model.load(dtype)  # transformers types neither `to` nor `generate` well
         self._model = network.to(self._device).eval()
         # What the model's authors would sample with (a repetition penalty, say) must not leak into what was asked for.
         self._model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]

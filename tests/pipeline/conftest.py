@@ -100,9 +100,7 @@ def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> I
 
 
 @pytest.fixture
-def project(
-    tmp_path: Path, tiny_model: Path, cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
-) -> Project:
+def project(tmp_path: Path, tiny_model: Path, cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> Project:
     """A project of which nothing is made."""
     fill(tmp_path, tiny_model)
     monkeypatch.chdir(tmp_path)

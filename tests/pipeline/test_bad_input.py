@@ -46,7 +46,7 @@ SET_CASES = {
     "negatives.counts.autoregressive=0": ("generate-negatives", "negatives.counts.autoregressive is 0: ask for at"),
     "negatives.max_new_tokens=127": ("generate-negatives", "negatives.max_new_tokens is 127 and the longest prompt"),
     "evaluate.max_new_tokens=127": ("evaluate", "but the context of start is 128 tokens"),
-    "evaluate.baseline=strat": ("evaluate", "evaluate: baseline 'strat' is not among the systems (start, cpo); did you"),
+    "evaluate.baseline=strat": ("evaluate", "evaluate: baseline 'strat' is not among the systems (start, cpo); did"),
     "evaluate.exact_pattern='(['": ("evaluate", "evaluate.exact_pattern is '([': not a regular expression"),
     "evaluate=null": ("evaluate", "evaluate is missing: the recipe has no such section"),
     "evaluate.systems.cpo={merge: {start: 0.5, cpo: 0.4}}": ("evaluate", "evaluate.systems.cpo: merge weights sum to"),
@@ -56,6 +56,7 @@ SET_CASES = {
     "data.columns.prompt=question": ("prepare", "no column 'question' (data.columns.prompt); the columns there are"),
     "data.max_prompt_tokens=1": ("prepare", "more than data.max_rejected 0.1 allows; see pairs.jsonl:1 (prompt too"),
     "data.tokenizer=absent": ("prepare", "tokenizer absent: no such folder"),
+    "name=../up": ("prepare", "name is '../up': string should match pattern"),
     "data=3": ("prepare", "data is 3: must be a section"),
     "data.source=pairs.json": ("prepare", "data.source pairs.json: no such file or folder"),
     "train.start.init=absent/model": ("train", "model absent/model: no such folder or training, and the hub did not"),
@@ -85,7 +86,6 @@ RECIPE_FILES = {
     "a key twice": (b"name: a\nname: b\n", "recipe bad.yaml: not valid YAML (line 2, column 1: the key name stands"),
     "no such date": (b"name: 2024-13-45\n", "recipe bad.yaml: not valid YAML (month must be in 1..12)"),
     "nothing required": (b"name: a\n", "recipe bad.yaml: data is missing"),
-    "a name for a path": (b"name: ../up\ndata: {}\ntrain: {}\n", "name is '../up': string should match pattern"),
     "a Python object": (b"name: !!python/object:os.system {}\n", "could not determine a constructor for the tag"),
 }
 
@@ -112,7 +112,7 @@ ARGUMENTS = {
     "train tiny.yaml cop": "training cop: not in the recipe; did you mean cpo?",
     "train tiny.yaml whatever": "training whatever: not in the recipe; there are start, cpo",
     "prepare tiny.yaml --store tiny.yaml/store": "--store tiny.yaml/store: cannot be made (Not a directory)",
-    "prepare tiny.yaml --run-dir tiny.yaml/run": "tiny.yaml/run: not a directory; give paths (--store, --run-dir",
+    "prepare tiny.yaml --run-dir tiny.yaml/run": "tiny.yaml/run: not a directory; give a path that can be used",
 }  # fmt: skip
 
 
@@ -138,7 +138,7 @@ DATA_FILES = {
     "empty.jsonl": (b"", "data.source empty.jsonl: there are no rows in it"),
     "header.csv": (b"prompt,target\n", "data.source header.csv: there are no rows in it"),
     "empty.csv": (b"", "data.source empty.csv: there are no rows in it"),
-    "other.csv": (b"question,target\na,b\n", "no column 'prompt' (data.columns.prompt); the columns there are question"),
+    "other.csv": (b"question,target\na,b\n", "no column 'prompt' (data.columns.prompt); the columns there are"),
     "open.csv": (b'prompt,target\na,"b\nc,d\n', "the quote opened at open.csv:2 is not closed"),
     "text.jsonl": (b"hello\n" * 9, "9 of 9 rows were rejected (9 not JSON), more than data.max_rejected 0.1 allows"),
     "bad.parquet": (b"PAR1 and no more", "data.source bad.parquet: not a Parquet file"),
@@ -177,6 +177,19 @@ def no_weights_at_all(folder: Path) -> None:
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
 
 
+def a_shard_is_absent(folder: Path) -> None:
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def a_tensor_is_absent(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
 def no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
@@ -208,8 +221,10 @@ MODELS: dict[Callable[[Path], None], str] = {
     pickled_weights: "model mine: no *.safetensors there; weights are read from safetensors only",
     cut_weights: "model mine: model.safetensors is damaged",
     no_weights_at_all: "model mine: model.safetensors is damaged",
+    a_shard_is_absent: "model mine: model-00002-of-00002.safetensors is not there, which model.safetensors.index.json",
+    a_tensor_is_absent: "model mine: its weights lack 1 tensors of its architecture, such as model.norm.weight",
     no_config: "model mine: no config.json there",
-    bad_config: "model mine: config.json is not valid JSON",
+    bad_config: "mine/config.json: not valid JSON",
     unknown_architecture: "model mine: cannot be loaded",
     short_context: "tokens and the model's context is 6: lower data.max_prompt_tokens and data.max_target_tokens",
     small_vocabulary: "model mine: its vocabulary has 100 entries",
@@ -279,7 +294,7 @@ def test_a_typo_in_a_models_name_gets_the_nearest_training(made) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts a tmpfs with the given options at a fixed folder; called again, mounts it anew with others, content kept."""
+    """Mounts a tmpfs with the given options; called again, changes the options of the same one."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = []
@@ -326,7 +341,7 @@ def test_a_store_without_write_permission(project, small_disk: Callable[[str], P
     assert project.cli("prepare", "tiny.yaml", "--store", project.store).status == 0  # what is there needs no writing
     result = project.cli("train", "tiny.yaml", "start", "--store", project.store)
     assert result.status == 2
-    assert f"--store {project.store}: no permission to write checkpoints/" in result.error()
+    assert "--store: no permission to write checkpoints/" in result.error()
     assert project.made() == before
 
 

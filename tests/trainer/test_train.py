@@ -166,7 +166,7 @@ def test_a_start_that_is_not_its_reference_is_refused(bench: Bench) -> None:
     wrong = {"example_id": "a", "candidate_id": candidate_id(prompt, candidates[1]), "logprob": -1.0, "num_tokens": 4}
     with rows.writer() as writer:
         writer.add([wrong])
-    with pytest.raises(RunError, match="step 0: .* not log K"):
+    with pytest.raises(RunError, match=r"step 0: .* not log K"):
         bench.train("cpo")
     assert not list(bench.store.root.glob("checkpoints/*/model.safetensors"))
 

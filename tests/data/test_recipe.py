@@ -1,0 +1,262 @@
+"""Recipes: what is refused and with which words, overrides, order of trainings, and the text that `init` prints."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.recipe import Recipe, ScratchModel, System, TrainedTokenizer, load_recipe, nearest, parse_recipe
+from cpo_pipe.data.recipe_text import recipe_text
+
+DATA = {"source": "pairs.jsonl", "tokenizer": "folder", "train": 8, "test": 2}
+MLE = {"init": "folder", "objective": "mle"}
+CPO = {"init": "base", "objective": "cpo", "reference": "base"}
+
+
+def content(**sections: Any) -> dict[str, Any]:
+    whole = {"name": "r", "data": DATA, "train": {"base": MLE, "cpo": CPO}, "negatives": {"model": "base"}}
+    return {**whole, **sections}
+
+
+def refusal(**sections: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        parse_recipe(content(**sections), "r.yaml")
+    message = str(caught.value)
+    assert message.startswith("recipe r.yaml: ")
+    assert "\n" not in message
+    return message.removeprefix("recipe r.yaml: ")
+
+
+def written(folder: Path, **sections: Any) -> str:
+    (folder / "r.yaml").write_text(yaml.safe_dump(content(**sections)))
+    return str(folder / "r.yaml")
+
+
+# ── unknown keys, at every level ─────────────────────────────────────────────────────────────────────────────────
+
+SYSTEMS = {"base": {"model": "base"}}
+UNKNOWN = [
+    ({"negativs": {}}, "negativs", "negatives"),
+    ({"data": {**DATA, "sorce": "x"}}, "data.sorce", "source"),
+    ({"data": {**DATA, "columns": {"promt": "x"}}}, "data.columns.promt", "prompt"),
+    ({"data": {**DATA, "tokenizer": {"vocab_sise": 300}}}, "data.tokenizer.vocab_sise", "vocab_size"),
+    ({"train": {"base": {**MLE, "bach_size": 3}}}, "train.base.bach_size", "batch_size"),
+    ({"train": {"base": {**MLE, "init": {"architcture": "llama"}}}}, "train.base.init.architcture", "architecture"),
+    ({"train": {"Rank": {**MLE, "stesp": 3}}}, "train.Rank.stesp", "steps"),
+    ({"train": {"str": {**MLE, "init": {"sed": 3}}}}, "train.str.init.sed", "seed"),
+    ({"negatives": {"modle": "base"}}, "negatives.modle", "model"),
+    ({"negatives": {"model": "m", "counts": {"autoregresive": 3}}}, "negatives.counts.autoregresive", "autoregressive"),
+    ({"rank": {"drop_duplicate": True}}, "rank.drop_duplicate", "drop_duplicates"),
+    ({"evaluate": {"systems": SYSTEMS, "base_line": "base"}}, "evaluate.base_line", "baseline"),
+    ({"evaluate": {"systems": {"a": {"modl": "b"}}, "baseline": "a"}}, "evaluate.systems.a.modl", "model"),
+    (
+        {"evaluate": {"systems": SYSTEMS, "baseline": "base", "decodings": {"g": {"temprature": 0}}}},
+        "evaluate.decodings.g.temprature",
+        "temperature",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sections", "where", "near"), UNKNOWN, ids=[case[1] for case in UNKNOWN])
+def test_an_unknown_key_gets_the_nearest_known_one(sections: dict[str, Any], where: str, near: str) -> None:
+    assert refusal(**sections) == f"{where} is not a known key; did you mean {near}?"
+
+
+def test_an_unknown_key_like_none_gets_all_known_ones() -> None:
+    assert refusal(rank={"zzz": 1}) == "rank.zzz is not a known key; known are model, drop_duplicates, batch_size"
+    assert refusal(zzz=1).endswith("known are name, data, train, negatives, rank, evaluate")
+
+
+def test_nearest() -> None:
+    assert nearest("cop", ["cpo", "mle"], "the training ") == "did you mean the training cpo?"
+    assert nearest("whatever", ["cpo", "mle"]) == ""
+
+
+# ── wrong values ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"train": {"a": {**MLE, "init": 3}}}, "train.a.init is 3: input should be a valid string or a section"),
+        ({"train": {"a": {**MLE, "init": {}}}}, "train.a.init.architecture is missing"),
+        ({"train": {"a": None}}, "train.a is empty: must be a section, that is keys with values"),
+        ({"train": ["a"]}, "train is ['a']: must be a section, that is keys with values"),
+        ({"train": {1: MLE}}, "train.1 is 1: input should be a valid string"),
+        ({"train": {"a b": MLE}}, "train.a b is 'a b': string should match pattern '^[A-Za-z0-9][A-Za-z0-9_.-]*$'"),
+        ({"data": {**DATA, "tokenizer": {"vocab_size": 3}}}, "data.tokenizer.vocab_size is 3: input should be greater"),
+        ({"rank": "nothing"}, "rank is 'nothing': input should be 'none' or a section"),
+        ({"train": {"a": {**MLE, "lr": float("inf")}}}, "train.a.lr is inf: input should be a finite number"),
+        ({"data": {**DATA, "columns": {"prompt": ["x" * 99]}}}, f"data.columns.prompt is ['{'x' * 75}...: input"),
+        ({"train": {"a": {**MLE, "beta": 2.0}}}, "train.a: beta has no meaning for the objective mle: leave it out"),
+        ({"evaluate": {"systems": SYSTEMS, "baseline": "base", "judges": ["taste"]}}, "evaluate.judges.0 is 'taste': "),
+        ({"evaluate": {"systems": {"a": {}}, "baseline": "a"}}, "evaluate.systems.a: give either model or merge"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_named_with_its_rule(sections: dict[str, Any], message: str) -> None:
+    assert refusal(**sections).startswith(message)
+
+
+def test_unions() -> None:
+    recipe = parse_recipe(
+        content(
+            data={**DATA, "tokenizer": {"vocab_size": 300}},
+            train={"base": {**MLE, "init": {"architecture": "gpt2", "config": {"n_layer": 1}}}, "cpo": CPO},
+            rank="none",
+            evaluate={"systems": {"both": {"merge": {"base": 0.5, "cpo": 0.5}}}, "baseline": "both"},
+        ),
+        "r",
+    )
+    assert recipe.data.tokenizer == TrainedTokenizer(vocab_size=300)
+    assert recipe.train["base"].init == ScratchModel(architecture="gpt2", config={"n_layer": 1})
+    assert recipe.rank == "none"
+    assert recipe.evaluate is not None
+    assert recipe.evaluate.systems["both"] == System(merge={"base": 0.5, "cpo": 0.5})
+
+
+# ── overrides ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_overrides(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        written(tmp_path, evaluate={"systems": SYSTEMS, "baseline": "base"}),
+        [
+            "train.cpo.lr=1e-4",  # YAML 1.1 reads a text, the field a number
+            "train.cpo.steps=5",
+            "train.cpo.steps=6",
+            "data.columns.prompt=question",  # a section that the file leaves out
+            "train.base.init={architecture: llama, seed: 3}",
+            "data.template='Q: {prompt}=\n'",  # further equals signs belong to the value
+            "train.third={init: cpo, objective: mle}",
+            "evaluate.decodings.hot.temperature=2",
+            "rank=none",
+        ],
+    )
+    assert (recipe.train["cpo"].lr, recipe.train["cpo"].steps) == (1e-4, 6)
+    assert recipe.data.columns.prompt == "question"
+    assert recipe.train["base"].init == ScratchModel(architecture="llama", seed=3)
+    assert recipe.data.template == "Q: {prompt}= "
+    assert recipe.train["third"].init == "cpo"
+    assert recipe.evaluate is not None
+    assert recipe.evaluate.decodings["hot"].temperature == 2
+    assert recipe.rank == "none"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.cop.lr=1", "--set train.cop.lr=1: cop is not in train; did you mean cpo?"),
+        ("train.new.lr=1", "--set train.new.lr=1: new is not in train; there are base, cpo"),
+        ("data.source.x=1", "--set data.source.x=1: data.source is not a section"),
+        ("data.train", "--set data.train: must be section.key=value"),
+        ("data.train=]", "--set data.train=]: the value is not valid YAML (line 1, column 1: "),
+        ("data.columns={prompt: a, prompt: b}", "(line 1, column 13: the key prompt stands twice)"),
+        ("data.trian=1", "data.trian is not a known key; did you mean train?"),
+    ],
+)
+def test_a_bad_override(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_recipe(written(tmp_path), [override])
+    assert message in str(caught.value)
+
+
+# ── the file ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_file_names_the_recipe_unless_it_says_otherwise(tmp_path: Path) -> None:
+    sections = content()
+    assert load_recipe(written(tmp_path)).name == "r"
+    del sections["name"]
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(sections))
+    assert load_recipe(str(tmp_path / "other.yaml")).name == "other"
+
+
+def test_merge_keys_may_repeat_what_they_bring(tmp_path: Path) -> None:
+    """`<<` is YAML's way to share settings; a key beside it overrides and does not stand twice."""
+    (tmp_path / "r.yaml").write_text(
+        yaml.safe_dump({"data": DATA})
+        + "train:\n  a: &a {init: x, objective: mle, steps: 3}\n  b: {<<: *a, steps: 4}\n"
+    )
+    recipe = load_recipe(str(tmp_path / "r.yaml"))
+    assert [training.steps for training in recipe.train.values()] == [3, 4]
+
+
+def test_a_file_goes_before_a_built_in_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("demo").data.preset == "python-docs"
+    (tmp_path / "demo").write_text(yaml.safe_dump(content()))
+    assert load_recipe("demo").data.preset is None
+
+
+# ── order of trainings ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def order(**train: dict[str, Any]) -> list[str]:
+    return parse_recipe(content(train=train), "r").training_order()
+
+
+def test_each_training_comes_after_those_it_needs() -> None:
+    assert order(b={**MLE, "init": "a"}, a=MLE) == ["a", "b"]
+    # `last` needs neither init nor reference from `base`, but its negatives' model is `base`.
+    last = {"init": "folder", "objective": "cpo", "reference": "folder"}
+    assert order(last=last, base=MLE) == ["base", "last"]
+    assert order(last=MLE, base=MLE) == ["last", "base"]  # nothing needs anything: as written
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"a": {**MLE, "init": "a"}}, "train has a cycle: a needs a"),
+        ({"a": {**MLE, "init": "b"}, "b": {**MLE, "init": "a"}}, " needs "),
+        # The generator of the negatives is trained on them.
+        ({"base": {"init": "folder", "objective": "cpo", "reference": "folder"}}, "train has a cycle: base needs base"),
+    ],
+)
+def test_a_cycle(train: dict[str, Any], message: str) -> None:
+    explained = refusal(train=train)
+    assert explained.startswith("train has a cycle: ")
+    assert message in explained
+
+
+def test_a_cycle_is_told_in_the_order_of_need() -> None:
+    train = {"a": {**MLE, "init": "b"}, "b": {**MLE, "init": "c"}, "c": {**MLE, "init": "a"}}
+    chain = refusal(train=train).removeprefix("train has a cycle: ").split(" needs ")
+    assert len(chain) == 4
+    assert all(train[name]["init"] == needed for name, needed in pairwise(chain))
+
+
+# ── the text ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"data": {**DATA, "columns": {}}},
+        {"data": {**DATA, "template": "Q: {prompt}\n\n# not a comment\n'A':\t"}},
+        {"train": {}},
+        {"train": {"1": MLE, "on": MLE, "1e3": MLE, "null": {**MLE, "init": "no"}}},
+        {"rank": "none"},
+        {"rank": {}},
+        {"train": {"base": {**MLE, "lr": 1e-5, "adam_epsilon": 1e-12}}},
+        {"evaluate": {"systems": {"x": {"merge": {"b": 0.25, "1": 0.75}}}, "baseline": "x", "exact_pattern": "#(.)"}},
+    ],
+)  # fmt: skip
+def test_the_text_reads_back_as_the_same_recipe(tmp_path: Path, sections: dict[str, Any]) -> None:
+    recipe = parse_recipe(content(**sections), "r")
+    (tmp_path / "r.yaml").write_text(recipe_text(recipe), encoding="utf-8")
+    again = load_recipe(str(tmp_path / "r.yaml"))
+    assert again == recipe
+    assert again.model_dump(exclude_unset=True) == recipe.model_dump(exclude_unset=True)
+    assert recipe_text(again) == recipe_text(recipe)
+
+
+def test_every_field_is_described() -> None:
+    from cpo_pipe.data.recipe import Section
+
+    sections = [Recipe, *Section.__subclasses__()]
+    undescribed = [f"{s.__name__}.{name}" for s in sections for name, f in s.model_fields.items() if not f.description]
+    assert undescribed == []

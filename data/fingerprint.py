@@ -47,9 +47,12 @@ def address(spec: Spec) -> str:
     return digest(spec, 16)
 
 
-def example_id(prompt: str, target: str) -> str:
-    """Identity of a ground-truth pair: the hash of its two texts."""
-    return digest([prompt, target])
+def example_id(prompt: str, target: str, *, context: str = "", ends: bool = True) -> str:
+    """Identity of a ground-truth pair: the hash of its texts, and of whether the target is the text's real end.
+
+    A context is kept apart from the prompt, and a cut target from a whole one, because their token ids differ.
+    """
+    return digest([prompt, target] if not context and ends else [prompt, target, context, ends])
 
 
 def candidate_id(prompt_ids: Sequence[int], token_ids: Sequence[int]) -> str:

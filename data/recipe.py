@@ -187,7 +187,7 @@ class Rank(Section):
     drop_duplicates: bool = Field(
         True, description="drop negatives equal to the target or to each other, after tokenization"
     )
-    batch_size: Positive = Field(64, description="texts per call of the embedding model")
+    batch_size: Positive = Field(64, description="groups embedded at a time; does not change the order")
 
 
 Judge = Literal["exact", "similarity"]

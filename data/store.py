@@ -15,7 +15,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -193,10 +193,12 @@ class Rows:
             return pa.schema([self.schema.field(name) for name in names]).empty_table()
         return pa.concat_tables(parts).take(np.argsort(np.concatenate(positions), kind="stable"))
 
-    def batches(self, example_ids: Sequence[str], size: int = 1024) -> Iterator[pa.Table]:
+    def batches(
+        self, example_ids: Sequence[str], size: int = 1024, columns: Sequence[str] | None = None
+    ) -> Iterator[pa.Table]:
         """`read` in slices of `size` examples, so that memory is bounded by a slice and a shard."""
         for start in range(0, len(example_ids), size):
-            yield self.read(example_ids[start : start + size])
+            yield self.read(example_ids[start : start + size], columns)
 
     def files(self) -> list[Path]:
         """The recorded shards."""
@@ -250,6 +252,11 @@ class Rows:
         shard, manifest_path = self._shard_path(name), self.path / "manifests" / f"{name}.json"
         try:
             manifest = json.loads(manifest_path.read_text())
+        except FileNotFoundError:  # another reader has just set it aside
+            return False
+        except ValueError:
+            manifest = {}
+        try:
             if not shard.exists():
                 fault = "its file is gone"
             elif shard.stat().st_size != manifest["bytes"]:
@@ -258,12 +265,12 @@ class Rows:
                 fault = "its checksum differs"
             else:
                 return True
-        except (ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):
             fault = "its manifest is unreadable"
         damaged = self.path / "damaged"
         damaged.mkdir(exist_ok=True)
         for path in (manifest_path, shard):
-            if path.exists():
+            with suppress(FileNotFoundError):  # two readers may find the same damage
                 path.replace(damaged / path.name)
         log.warning("%s: shard %s is damaged (%s); set aside in %s; its rows will be made again",
                     self.name, name, fault, damaged)  # fmt: skip
@@ -325,20 +332,21 @@ class Product:
         return content
 
     def complete(self) -> bool:
-        """Whether it is there and undamaged; a damaged one is named and set aside."""
+        """Whether it is there and undamaged."""
         if not self.path.exists():
             return False
+        broken = self._broken()
+        if broken is not None:
+            log.warning("%s is damaged (%s); it will be set aside and made again", self.name, broken)
+        return broken is None
+
+    def _broken(self) -> str | None:
+        """The first file that is not what the manifest says."""
         try:
             files = self.manifest["files"]
-            broken = [n for n, sha in files.items() if not self._is_sound(n, sha)]
-        except (OSError, ValueError, KeyError):
-            broken = ["manifest.json"]
-        if not broken:
-            return True
-        aside = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
-        self.path.replace(aside)
-        log.warning("%s is damaged (%s); set aside as %s; it will be made again", self.name, broken[0], aside.name)
-        return False
+            return next((name for name, sha256 in files.items() if not self._is_sound(name, sha256)), None)
+        except (FileNotFoundError, ValueError, KeyError):
+            return "manifest.json"
 
     def _is_sound(self, name: str, sha256: str) -> bool:
         file = self.path / name
@@ -346,11 +354,13 @@ class Product:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold while making it, so that two local processes do not do the same work."""
+        """Hold while making it, so that two local processes do not do the same work. Sets a damaged one aside."""
         locks = self.path.parent / ".locks" / self.path.name
         with _locked(locks, self.name):
             for leftover in self.path.parent.glob(f".tmp-*-{self.path.name}"):
                 shutil.rmtree(leftover)
+            if self.path.exists() and self._broken() is not None:
+                self.path.replace(self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}"))
             yield
 
     def create(self) -> "ProductWriter":

@@ -200,7 +200,7 @@ def _plan_system(
     max_new_tokens: int,
 ) -> list[Generations]:
     check_context(selection, model, max_new_tokens, "evaluate.max_new_tokens")
-    ends = stop_ids(model)
+    ends = stop_ids(model, examples.tokenizer)
     generations = []
     for name, decoding in config.decodings.items():
         sampling = _sampling(decoding, max_new_tokens, ends)

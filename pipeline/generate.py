@@ -57,7 +57,7 @@ def plan_negatives(
         temperature=config.temperature,
         top_k=config.top_k,
         max_new_tokens=config.max_new_tokens or default_tokens,
-        stop_ids=stop_ids(model),
+        stop_ids=stop_ids(model, examples.tokenizer),
     )
     selection = examples.read("train", config.max_examples)
     check_context(selection, model, sampling.max_new_tokens, "negatives.max_new_tokens")

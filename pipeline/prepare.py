@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+DEFINITIONS = 1
+"""Raise when the same rows come to mean other examples: what was prepared in the old way is then made again."""
 BATCH = 1024
 """Rows that are tokenized together, and rows of a written row group."""
 ARTICLE_BATCH = 64
@@ -70,7 +72,7 @@ class _Pair:
 
     @property
     def example_id(self) -> str:
-        return example_id(self.full_prompt, self.target)
+        return example_id(self.prompt, self.target, context=self.context)
 
     @property
     def full_prompt(self) -> str:
@@ -90,14 +92,20 @@ def prepare(config: Data, store: Store) -> Examples:
         return examples
     examples = plan.examples(plan.tokenizer())
     with examples.product.lock():
-        if not examples.product.complete():
+        if examples.product.complete():  # another process made them while we waited
+            plan.check(examples)
+        else:
             _make(examples, plan.config, plan.rows)
     log.info("%s", _summary(examples.product.manifest))
     return examples
 
 
 def find_examples(config: Data, store: Store) -> Examples | None:
-    """The examples that a recipe's `data` section describes, where the store has them."""
+    """The examples that a recipe's `data` section describes, where the store has them.
+
+    Raises:
+        InputError: as `prepare` does.
+    """
     return _Plan(config, store).found()
 
 
@@ -120,7 +128,17 @@ class _Plan:
         if tokenizer is None:
             return None
         examples = self.examples(tokenizer)
-        return examples if examples.product.complete() else None
+        if not examples.product.complete():
+            return None
+        self.check(examples)
+        return examples
+
+    def check(self, examples: Examples) -> None:
+        """Refuse examples that were made with a higher `max_rejected` than this section allows."""
+        facts = examples.product.manifest
+        first = pq.read_table(examples.product.path / "rejected.parquet", columns=["source", "reason"]).slice(0, 2)
+        kept = sum(facts["examples"].values()) + facts["left_over"]
+        _check_rejected(self.config.max_rejected, self.rows.source.name, facts["rejected"], kept, first.to_pylist())
 
     def tokenizer(self) -> TokenizerFiles:
         """The tokenizer, trained where it has to be."""
@@ -132,7 +150,7 @@ class _Plan:
         """The examples, made or not."""
         rendering: Spec = {"template": self.config.template, "tokenizer": tokenizer.fingerprint}
         split = {"seed": self.config.split_seed, **{name: getattr(self.config, name) for name in SPLITS}}
-        spec: Spec = {**self._content, "rendering": rendering, "split": split}
+        spec: Spec = {**self._content, "definitions": DEFINITIONS, "rendering": rendering, "split": split}
         if self.config.preset in _CUT:
             rendering |= {"piece_tokens": self.config.piece_tokens, "prompt_share": self.config.prompt_share}
         else:  # pieces are never too long
@@ -265,6 +283,7 @@ def _make(examples: Examples, config: Data, rows: _Rows) -> None:
         writer.facts["examples"] = {name: end - start for name, start, end in _ranges(ends)}
         writer.facts["left_over"] = len(collected.keys) - ends[-1]
         writer.facts["rejected"] = dict(collected.reasons.most_common())
+        writer.facts["short_ends"] = collected.short_ends
 
 
 @dataclass(frozen=True)
@@ -274,6 +293,11 @@ class _Made:
     source: str
     example: dict[str, Any]
     """A row of `examples`, but for its split."""
+
+
+@dataclass(frozen=True)
+class _ShortEnd:
+    """The end of an article, or all of a short one, that makes no piece: counted, but nothing is wrong with it."""
 
 
 def _encode_pairs(rows: _Rows, tokenizer: "PreTrainedTokenizerBase", meter: Meter) -> Iterator[_Made | Refusal]:
@@ -307,7 +331,9 @@ def _encoded(
     return _Made(pair.source, example)
 
 
-def _cut_articles(rows: _Rows, tokenizer: "PreTrainedTokenizerBase", meter: Meter) -> Iterator[_Made | Refusal]:
+def _cut_articles(
+    rows: _Rows, tokenizer: "PreTrainedTokenizerBase", meter: Meter
+) -> Iterator[_Made | _ShortEnd | Refusal]:
     for batch in _batches(rows.checked(), ARTICLE_BATCH):
         yield from (row for row in batch if isinstance(row, Refusal))
         articles = [row for row in batch if isinstance(row, _Pair)]
@@ -315,6 +341,8 @@ def _cut_articles(rows: _Rows, tokenizer: "PreTrainedTokenizerBase", meter: Mete
         for article, ids in zip(articles, encoded, strict=True):
             pieces = list(cut(ids, rows.config.piece_tokens, rows.config.prompt_share))
             yield from _decoded(article.source, pieces, tokenizer)
+            if not pieces or not pieces[-1].ends:
+                yield _ShortEnd()
         meter.advance(len(batch))
 
 
@@ -325,8 +353,9 @@ def _decoded(source: str, pieces: Sequence["Piece"], tokenizer: "PreTrainedToken
         prompt, target = (str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in sides)
         target_ids = [*piece.target_ids, eos] if piece.ends else piece.target_ids
         example: dict[str, Any] = {
-            "example_id": example_id(prompt, target), "prompt": prompt, "rendered": prompt, "target": target,
-            "prompt_ids": piece.prompt_ids, "target_ids": target_ids, "ends": piece.ends, "category": None,
+            "example_id": example_id(prompt, target, ends=piece.ends), "prompt": prompt, "rendered": prompt,
+            "target": target, "prompt_ids": piece.prompt_ids, "target_ids": target_ids, "ends": piece.ends,
+            "category": None,
         }  # fmt: skip
         yield _Made(source, example)
 
@@ -370,6 +399,7 @@ class _Collected:
         self.keys: list[tuple[str, str]] = []
         """Hash of the prompt, which orders them, and id."""
         self.reasons: Counter[str] = Counter()
+        self.short_ends = 0
         self._rejected: list[dict[str, Any]] = []
         self._pending: list[dict[str, Any]] = []
         self._seen: set[str] = set()
@@ -383,8 +413,11 @@ class _Collected:
         self._flush()
         self._writer.close()
 
-    def add(self, made: _Made | Refusal) -> None:
-        """Take an example, unless it was there before, or a refusal."""
+    def add(self, made: _Made | _ShortEnd | Refusal) -> None:
+        """Take an example, unless it was there before, or count what is none."""
+        if isinstance(made, _ShortEnd):
+            self.short_ends += 1
+            return
         if isinstance(made, _Made) and made.example["example_id"] in self._seen:
             made = Refusal(made.source, "duplicate", made.example["prompt"], made.example["example_id"])
         if isinstance(made, Refusal):
@@ -401,17 +434,11 @@ class _Collected:
 
     def check(self, max_rejected: float) -> None:
         """Refuse to go on when too many rows were refused, or none is left."""
-        rejected, total = len(self._rejected), len(self._rejected) + len(self.keys)
-        first = ", ".join(f"{row['source']} ({row['reason']})" for row in self._rejected[:2])
-        if rejected > max_rejected * total:
-            raise InputError(
-                f"data.source {self._source}: {rejected:,} of {total:,} rows were rejected ({_counts(self.reasons)}), "
-                f"more than data.max_rejected {max_rejected:g} allows; see {first}; mend them or raise the limit"
-            )
+        _check_rejected(max_rejected, self._source, self.reasons, len(self.keys), self._rejected[:2])
         if not self.keys:
             why = "all articles are shorter than half a piece; lower data.piece_tokens"
-            if rejected:
-                why = f"all rows were rejected; see {first}"
+            if self._rejected:
+                why = f"all rows were rejected; see {_places(self._rejected[:2])}"
             raise InputError(f"data.source {self._source}: no examples are left: {why}")
 
     def prompt_hashes(self) -> list[str]:
@@ -437,6 +464,22 @@ class _Collected:
         if self._pending:
             self._writer.write_table(pa.Table.from_pylist(self._pending, schema=self._schema))
         self._pending = []
+
+
+def _check_rejected(
+    limit: float, source: str, reasons: Mapping[str, int], kept: int, first: Sequence[Mapping[str, Any]]
+) -> None:
+    """Refuse when of all rows, `kept` and rejected, too many were rejected; `first` of these are named."""
+    rejected = sum(reasons.values())
+    if rejected > limit * (kept + rejected):
+        raise InputError(
+            f"data.source {source}: {rejected:,} of {kept + rejected:,} rows were rejected ({_counts(reasons)}), "
+            f"more than data.max_rejected {limit:g} allows; see {_places(first)}; mend them or raise the limit"
+        )
+
+
+def _places(rejected: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{row['source']} ({row['reason']})" for row in rejected)
 
 
 def split_ends(
@@ -489,7 +532,8 @@ def _summary(facts: dict[str, Any]) -> str:
     splits = ", ".join(f"{number:,} {name}" for name, number in facts["examples"].items())
     rejected = facts["rejected"]
     reasons = f" ({_counts(rejected)})" if rejected else ""
-    return f"examples: {splits}; {sum(rejected.values()):,} rejected{reasons}"
+    short = f"; {facts['short_ends']:,} ends of articles shorter than half a piece left out" if facts["short_ends"] else ""
+    return f"examples: {splits}; {sum(rejected.values()):,} rejected{reasons}{short}"
 
 
 def _counts(reasons: Mapping[str, int]) -> str:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from cpo_pipe.data.embedding import Embedder, locate_embedder
@@ -19,6 +20,9 @@ log = logging.getLogger(__name__)
 
 COPY = "copy of the target"
 DUPLICATE = "duplicate of another negative"
+
+SLICE = 512
+"""Examples whose negatives are read together."""
 
 
 def plan_groups(config: Rank, ranked: bool, store: Store, sources: Sources) -> tuple[Rows, Rows, Embedder | None]:
@@ -39,34 +43,52 @@ def rank(config: Rank, ranked: bool, store: Store, sources: Sources) -> Rows:
         MissingInput: negatives of an example are missing.
     """
     groups, dropped, embedder = plan_groups(config, ranked, store, sources)
-    wanted = sources.selection.select(["example_id"])
-    if groups.missing(wanted).num_rows:
+    example_ids = sources.selection["example_id"].to_pylist()
+    if groups.missing(sources.selection.select(["example_id"])).num_rows:
         if sources.missing():
             raise MissingInput(f"{sources.missing()} negatives are missing: run `cpo-pipe generate-negatives` first")
         with groups.lock(), dropped.lock():
-            _make(config, embedder, sources, groups, dropped, batch=max(config.batch_size, 1))
-    _summarize(groups, dropped, wanted["example_id"].to_pylist())
+            _make(config, embedder, sources, groups, dropped)
+    sizes = _sizes(groups, example_ids)
+    negatives = sum(pool.count for pool in sources.pools)
+    lost = len(example_ids) * (negatives + 1) - sum(size * count for size, count in sizes.items())
+    if dropped.read(example_ids, ["source"]).num_rows < lost:  # a shard of the reasons was damaged
+        with dropped.lock():
+            _explain_again(config, sources, dropped)
+    _summarize(groups, sizes, dropped_reasons(dropped, example_ids))
     return groups
 
 
-def _make(config: Rank, embedder: Embedder | None, sources: Sources, groups: Rows, dropped: Rows, batch: int) -> None:
+def _make(config: Rank, embedder: Embedder | None, sources: Sources, groups: Rows, dropped: Rows) -> None:
     missing = groups.missing(sources.selection.select(["example_id"]))["example_id"]
     selection = sources.selection.filter(pc.is_in(sources.selection["example_id"], missing.combine_chunks()))
     # The reasons are recorded before the groups: a group that is there has its reasons.
     with dropped.writer() as drops, groups.writer(after=drops) as writer, track("rank", len(missing)) as meter:
-        for start in range(0, selection.num_rows, batch):
-            examples = selection.slice(start, batch).to_pylist()
+        for start in range(0, selection.num_rows, SLICE):
+            examples = selection.slice(start, SLICE).to_pylist()
             kept, refused = collect_candidates(examples, sources, config.drop_duplicates)
-            if embedder is not None:
-                add_ranks(kept, embedder)
             drops.add(refused)
-            writer.add(
-                [
-                    {"example_id": e["example_id"], "prompt_ids": e["prompt_ids"], "candidates": candidates}
-                    for e, candidates in zip(examples, kept, strict=True)
-                ]
-            )
-            meter.advance(len(examples))
+            for first in range(0, len(examples), config.batch_size):
+                part = slice(first, first + config.batch_size)
+                if embedder is not None:
+                    add_ranks(kept[part], embedder)
+                writer.add(
+                    [
+                        {"example_id": e["example_id"], "prompt_ids": e["prompt_ids"], "candidates": candidates}
+                        for e, candidates in zip(examples[part], kept[part], strict=True)
+                    ]
+                )
+                meter.advance(len(kept[part]))
+
+
+def _explain_again(config: Rank, sources: Sources, dropped: Rows) -> None:
+    """Record the reasons that are missing; the groups they belong to are there."""
+    for start in range(0, sources.selection.num_rows, SLICE):
+        examples = sources.selection.slice(start, SLICE).to_pylist()
+        _, refused = collect_candidates(examples, sources, config.drop_duplicates)
+        rows = pa.Table.from_pylist(refused, schema=dropped.schema)
+        missing = dropped.missing(rows.select(list(dropped.key)))
+        dropped.append(rows.join(missing, keys=list(dropped.key), join_type="inner"))
 
 
 def collect_candidates(
@@ -125,12 +147,18 @@ def dropped_reasons(dropped: Rows, example_ids: Sequence[str]) -> Counter[str]:
     return Counter(dropped.read(example_ids, ["reason"])["reason"].to_pylist())
 
 
-def _summarize(groups: Rows, dropped: Rows, example_ids: list[str]) -> None:
-    sizes = Counter(
-        size for table in groups.batches(example_ids) for size in pc.list_value_length(table["candidates"]).to_pylist()
+def _sizes(groups: Rows, example_ids: list[str]) -> Counter[int]:
+    """How many groups have K candidates, by K."""
+    return Counter(
+        size
+        for table in groups.batches(example_ids, columns=["candidates"])
+        for size in pc.list_value_length(table["candidates"]).to_pylist()
     )
+
+
+def _summarize(groups: Rows, sizes: Counter[int], dropped: Counter[str]) -> None:
     total = sum(sizes.values())
     mean = sum(size * count for size, count in sizes.items()) / max(total, 1)
-    reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped_reasons(dropped, example_ids).items()))
+    reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items()))
     alone = f"; {sizes[1]} groups have no negative left and leave the listwise loss" if sizes[1] else ""
     log.info("groups: %d in %s, K %.2f on average; dropped: %s%s", total, groups.name, mean, reasons or "none", alone)

@@ -34,12 +34,13 @@ def groups_from_examples(examples: pa.Table) -> list[Group]:
     return [Group(key, prompt, [], [target], None) for key, prompt, target in zip(*columns, strict=True)]
 
 
-def read_groups(rows: Rows, example_ids: Sequence[str]) -> list[Group]:
-    """The groups of a selection, in its order.
+def read_groups(rows: Rows, examples: pa.Table) -> list[Group]:
+    """The groups of a selection (EXAMPLES schema), in its order.
 
     Raises:
-        RunError: one is missing.
+        RunError: one is missing, or was made from other token ids than the example now has.
     """
+    example_ids = examples["example_id"].to_pylist()
     found = [
         Group(
             row["example_id"],
@@ -53,6 +54,13 @@ def read_groups(rows: Rows, example_ids: Sequence[str]) -> list[Group]:
     ]
     if len(found) != len(example_ids):
         raise RunError(f"{rows.name}: {len(example_ids) - len(found)} groups of the selection are missing")
+    now = zip(examples["prompt_ids"].to_pylist(), examples["target_ids"].to_pylist(), strict=True)
+    for group, (prompt_ids, target_ids) in zip(found, now, strict=True):
+        if (group.prompt_ids, group.candidates[0]) != (prompt_ids, target_ids):
+            raise RunError(
+                f"{rows.name}: the group of example {group.example_id} has other token ids than the example: what "
+                "renders the prompt is not the same each time (a date in the chat template?)"
+            )
     return found
 
 

@@ -60,9 +60,9 @@ def mle_loss(target_logprob_G: Tensor) -> Tensor:
     return -target_logprob_G
 
 
-def won(reward_GK: Tensor, mask_GK: Tensor) -> Tensor:
-    """Per group, whether the target's reward is strictly the greatest."""
-    return reward_GK[:, 0] > _exclude(reward_GK, mask_GK)[:, 1:].amax(-1)
+def won(reward_GK: Tensor, mask_GK: Tensor, noise_G: Tensor | float = 0.0) -> Tensor:
+    """Per group, whether the target's reward is strictly the greatest, by more than `noise_G`."""
+    return reward_GK[:, 0] > _exclude(reward_GK, mask_GK)[:, 1:].amax(-1) + noise_G
 
 
 def margin(reward_GK: Tensor, mask_GK: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ def merge(name: str, store: Store, parts: Sequence[tuple[Model, float]], tokeniz
     Raises:
         InputError: the models' tensors differ in name or shape.
     """
-    spec = {"merge": sorted([model.fingerprint, weight] for model, weight in parts)}
+    weights = sorted([model.fingerprint, weight] for model, weight in parts)
+    spec = {"merge": weights, "tokenizer": tokenizer.fingerprint}
     product = checkpoint(store, spec)
     if product.complete():
         return product

@@ -35,6 +35,11 @@ METRICS_FILE = "training-metrics.parquet"
 _NOT_IDENTITY = {"init", "reference", "micro_batch"}
 _ONLY_LISTWISE = {"beta", "mle_weight", "length_normalize"}
 
+ROUNDING = 1e-5
+"""Relative difference that a log-prob may have from itself when it is summed in another batch."""
+FIRST_LOSS_TOLERANCE = {"float32": 0.05, "bfloat16": 1.0}
+"""In nats, at the paper's β = 5 and log-probs of a thousand nats; what is really wrong shows as whole nats."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -59,9 +64,14 @@ def training_spec(config: Training, inputs: Inputs) -> Spec:
         "init": {"model": init.fingerprint} if isinstance(init, Model) else {"scratch": init.model_dump(mode="json")},
         "tokenizer": inputs.tokenizer.fingerprint,
         "rows": selection_hash(inputs.selection),
-        "groups": inputs.groups.spec if inputs.groups else None,
+        "groups": _groups_spec(config, inputs.groups) if inputs.groups else None,
         "reference": inputs.reference.fingerprint if inputs.reference else None,
     }
+
+
+def _groups_spec(config: Training, groups: Rows) -> Spec:
+    """Eq. 1 does not see the order of the negatives, hence not what embedded them."""
+    return groups.spec if config.objective == "cpo-ranked" else {**groups.spec, "embedder": None}
 
 
 def checkpoint(store: Store, spec: Spec) -> Product:
@@ -92,33 +102,13 @@ def train(name: str, config: Training, store: Store, inputs: Inputs) -> Product:
 
 
 def _make(name: str, config: Training, store: Store, inputs: Inputs, product: Product) -> None:
-    from cpo_pipe.trainer.groups import groups_from_examples, read_groups, read_reference
-    from cpo_pipe.trainer.logprobs import cached_logprobs
-
-    reference: ReferenceLogprobs = {}
-    if config.objective == "mle":
-        groups = groups_from_examples(inputs.selection)
-    else:
-        assert inputs.groups is not None
-        assert inputs.reference is not None
-        everything = read_groups(inputs.groups, inputs.selection["example_id"].to_pylist())
-        groups = [group for group in everything if len(group.candidates) > 1 or config.mle_weight]
-        alone = sum(len(group.candidates) == 1 for group in everything)
-        if alone:
-            log.info("train %s: %d of %d groups have K = 1 and leave the listwise loss", name, alone, len(everything))
-        pairs = [(group.example_id, group.prompt_ids, group.candidates) for group in groups]
-        if pairs:
-            reference = read_reference(cached_logprobs(store, inputs.reference, config.dtype, pairs), groups)
-    if not groups:
-        raise InputError(f"train.{name}: nothing to train on: no example, or no group with a negative that was kept")
     started = time.monotonic()
+    groups = _groups(name, config, inputs)
     model = _initial_model(name, inputs, groups)
-    same_start = (
-        isinstance(inputs.init, Model)
-        and inputs.reference is not None
-        and (inputs.init.fingerprint == inputs.reference.fingerprint)
-    )
-    metrics = _optimize(name, config, model, groups, reference, check_start=same_start)
+    reference = _reference(config, store, inputs, groups)
+    metrics = _optimize(name, config, model, groups, reference, check_start=_starts_as_reference(inputs))
+    if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
+        raise RunError(f"train.{name}: weights are not finite after the last step; lower train.{name}.lr")
     with product.create() as folder:
         model.save_pretrained(folder.path)
         copy_tokenizer(inputs.tokenizer.path, folder.path)
@@ -127,6 +117,50 @@ def _make(name: str, config: Training, store: Store, inputs: Inputs, product: Pr
         folder.facts["seconds"] = time.monotonic() - started
         folder.facts["groups"] = len(groups)
     log.info("train %s: %d steps in %s, loss %.4f", name, config.steps, product.name, metrics[-1]["loss"])
+
+
+def _groups(name: str, config: Training, inputs: Inputs) -> list["Group"]:
+    """What is trained on; groups of K = 1 only where the MLE loss has a use for them."""
+    from cpo_pipe.trainer.groups import groups_from_examples, read_groups
+
+    if inputs.groups is None:
+        groups = groups_from_examples(inputs.selection)
+    else:
+        everything = read_groups(inputs.groups, inputs.selection)
+        groups = [group for group in everything if len(group.candidates) > 1 or config.mle_weight]
+        alone = sum(len(group.candidates) == 1 for group in everything)
+        if alone:
+            log.info("train %s: %d of %d groups have K = 1 and leave the listwise loss", name, alone, len(everything))
+    if not groups:
+        raise InputError(f"train.{name}: nothing to train on: no example, or no group with a negative that was kept")
+    for model in (inputs.init, inputs.reference):
+        if isinstance(model, Model):
+            _check_fits(name, groups, model.name, model.context())
+    return groups
+
+
+def _check_fits(name: str, groups: Sequence["Group"], model: str, context: int | None) -> None:
+    longest = max(groups, key=lambda group: group.tokens())
+    if context is not None and longest.tokens() > context:
+        raise InputError(
+            f"train.{name}: example {longest.example_id} has {longest.tokens()} tokens and the context of {model} is "
+            f"{context}: lower data.max_prompt_tokens and data.max_target_tokens (or negatives.max_new_tokens)"
+        )
+
+
+def _reference(config: Training, store: Store, inputs: Inputs, groups: Sequence["Group"]) -> "ReferenceLogprobs":
+    from cpo_pipe.trainer.groups import read_reference
+    from cpo_pipe.trainer.logprobs import cached_logprobs
+
+    if inputs.reference is None:
+        return {}
+    pairs = [(group.example_id, group.prompt_ids, group.candidates) for group in groups]
+    return read_reference(cached_logprobs(store, inputs.reference, config.dtype, pairs), groups)
+
+
+def _starts_as_reference(inputs: Inputs) -> bool:
+    init, reference = inputs.init, inputs.reference
+    return isinstance(init, Model) and reference is not None and init.fingerprint == reference.fingerprint
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -140,16 +174,10 @@ def _initial_model(name: str, inputs: Inputs, groups: Sequence["Group"]) -> "Pre
     from cpo_pipe.trainer.logprobs import device, load_model
 
     if isinstance(inputs.init, Model):
-        model = load_model(inputs.init)
-    else:
-        model = scratch_model(inputs.init, inputs.tokenizer).to(device()).eval()  # type: ignore[arg-type]
-    context = getattr(model.config, "max_position_embeddings", None)
-    longest = max(groups, key=lambda group: group.tokens())
-    if context is not None and longest.tokens() > context:
-        raise InputError(
-            f"train.{name}: example {longest.example_id} has {longest.tokens()} tokens and the model's context is "
-            f"{context}: lower data.max_prompt_tokens and data.max_target_tokens (or negatives.max_new_tokens)"
-        )
+        return load_model(inputs.init)
+    model: PreTrainedModel = scratch_model(inputs.init, inputs.tokenizer)
+    model.to(device()).eval()  # type: ignore[arg-type]
+    _check_fits(name, groups, "the scratch model", getattr(model.config, "max_position_embeddings", None))
     return model
 
 
@@ -207,14 +235,18 @@ def _optimize(
             for parameters in optimizer.param_groups:
                 parameters["lr"] = config.lr * lr_factor(config, step)
             batch = [groups[index] for index in chosen]
-            row = _step(config, model, batch, reference, check_start=check_start and step == 0)
+            row = _step(config, model, batch, reference)
+            if check_start and step == 0:
+                check_first_loss(config, row["cpo"], [len(group.candidates) for group in batch])
             if not math.isfinite(row["loss"]):
                 ids = ", ".join(group.example_id for group in batch[:5])
                 raise RunError(f"train.{name}: the loss is {row['loss']} at step {step}; its batch starts with {ids}")
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf))
+            if not math.isfinite(norm):
+                raise RunError(f"train.{name}: the gradient's norm is {norm} at step {step}, the loss {row['loss']}")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            metrics.append({"step": step, "lr": config.lr * lr_factor(config, step), "grad_norm": float(norm), **row,
+            metrics.append({"step": step, "lr": config.lr * lr_factor(config, step), "grad_norm": norm, **row,
                             "seconds": time.monotonic() - start})  # fmt: skip
             meter.advance(1, note=_note(row))
     return metrics
@@ -225,7 +257,6 @@ def _step(
     model: "PreTrainedModel",
     batch: Sequence["Group"],
     reference: "ReferenceLogprobs",
-    check_start: bool,
 ) -> dict[str, float]:
     """Gradients of one batch, accumulated over micro-batches so that the means are those of the whole batch."""
     import torch
@@ -249,7 +280,7 @@ def _step(
         per_group = torch.split(logprobs, [len(candidates) for candidates in scored])
         loss = _mle(per_group, totals) / target_tokens * mle_weight
         if listwise:
-            loss = loss + _listwise(config, micro, per_group, reference, totals, check_start) / listwise
+            loss = loss + _listwise(config, micro, per_group, reference, totals) / listwise
         loss.backward()  # type: ignore[no-untyped-call]
     mle = totals["mle"] / target_tokens
     row = {
@@ -279,7 +310,6 @@ def _listwise(
     per_group: Sequence["Tensor"],
     reference: "ReferenceLogprobs",
     totals: dict[str, float],
-    check_start: bool,
 ) -> "Tensor":
     """Summed loss of a micro-batch's groups with K ≥ 2, its metrics added to `totals`."""
     from torch.nn.utils.rnn import pad_sequence
@@ -292,8 +322,6 @@ def _listwise(
         return per_group[0].sum() * 0
     batch = collate([micro[index] for index in chosen], reference, per_group[0].device)
     policy_GK = pad_sequence([per_group[index] for index in chosen], batch_first=True)
-    if check_start:
-        _check_start(config, policy_GK, batch.reference_GK)
     reference_GK = batch.reference_GK
     if config.length_normalize:
         policy_GK, reference_GK = policy_GK / batch.tokens_GK, reference_GK / batch.tokens_GK
@@ -303,19 +331,28 @@ def _listwise(
         losses = ranked_cpo_loss(policy_GK, reference_GK, batch.rank_GK, batch.mask_GK, beta=config.beta)
     rewards = losses.reward_GK.detach()
     totals["cpo"] += float(losses.loss_G.detach().sum())
-    totals["won"] += float(won(rewards, batch.mask_GK).sum())
+    # Policy and reference were scored in other batches: sums of floats that are equal differ by about this much.
+    noise_G = config.beta * ROUNDING * reference_GK.abs().amax(-1)
+    totals["won"] += float(won(rewards, batch.mask_GK, noise_G).sum())
     totals["margin"] += float(margin(rewards, batch.mask_GK).sum())
     return losses.loss_G.sum()
 
 
-def _check_start(config: Training, policy_GK: "Tensor", reference_GK: "Tensor") -> None:
-    """A policy that starts as its reference has all rewards 0, hence loss log K (eq. 1) or log K! (eq. 2) at step 0."""
-    tolerance = 1e-4 if config.dtype == "float32" else 2e-2
-    error = float(((policy_GK.detach() - reference_GK).abs() / reference_GK.abs().clamp(min=1)).max())
-    if error > tolerance:
+def check_first_loss(config: Training, loss: float, sizes: Sequence[int]) -> None:
+    """Refuse a run that starts from its reference and does not show the loss of equal models at step 0.
+
+    With all rewards 0 it is log K (eq. 1) or log K! (eq. 2), averaged over the groups of K ≥ 2; `sizes` are the K.
+
+    Raises:
+        RunError: it is not, within rounding.
+    """
+    one = math.log if config.objective == "cpo" else (lambda k: math.lgamma(k + 1))
+    expected = float(np.mean([one(k) for k in sizes if k > 1]))
+    if abs(loss - expected) > FIRST_LOSS_TOLERANCE[config.dtype]:
+        formula = "log K" if config.objective == "cpo" else "log K!"
         raise RunError(
-            f"step 0: the policy starts from its reference but its log-probs differ by {error:.1e} (relative; at most "
-            f"{tolerance:g}), so the loss is not log K: dropout is on, or the two are computed in another way"
+            f"step 0: the policy starts from its reference, but the loss is {loss:.4f}, not {formula} = "
+            f"{expected:.4f}: dropout is on, or the two are computed in another way"
         )
 
 

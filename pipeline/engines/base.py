@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.fingerprint import Spec, read_json, row_seed
-from cpo_pipe.data.models import Model
+from cpo_pipe.data.models import Model, TokenizerFiles
 from cpo_pipe.data.progress import track
 from cpo_pipe.data.store import Rows
 
 log = logging.getLogger(__name__)
+
+WINDOW = 1024
+"""Examples whose requests are sorted together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,17 +104,15 @@ def open_engine(choice: str, model: Model) -> Engine:
     return TransformersEngine(model)
 
 
-def stop_ids(model: Model) -> tuple[int, ...]:
-    """Token ids that end a continuation of this model: its tokenizer's EOS and its generation config's.
+def stop_ids(model: Model, tokenizer: TokenizerFiles) -> tuple[int, ...]:
+    """Token ids that end a continuation: the EOS of the prompts' tokenizer, and the model's generation config's.
 
     Read from the JSON files, so that a run with nothing to do imports no transformers; where those do not say (the
     class of an old tokenizer implies its EOS), the tokenizer is loaded.
     """
-    found = _declared_eos(model.path)
+    found = _declared_eos(tokenizer.path)
     if found is None:
-        from transformers import AutoTokenizer
-
-        found = AutoTokenizer.from_pretrained(model.path).eos_token_id
+        found = tokenizer.load().eos_token_id
     configured = _json(model.path / "generation_config.json").get("eos_token_id")
     ids = [found, *(configured if isinstance(configured, list) else [configured])]
     return tuple(sorted({int(token) for token in ids if token is not None}))
@@ -171,24 +173,47 @@ def sample_missing(
         missing = rows.missing(wanted)  # again: another process may have made them while we waited
         if not missing.num_rows:
             return 0
-        prompts = dict(zip(examples["example_id"].to_pylist(), examples["prompt_ids"].to_pylist(), strict=True))
-        requests = _requests(missing, prompts, seed)
         sampler = engine()
         with rows.writer() as writer, track(label, missing.num_rows) as meter:
-            for start in range(0, len(requests), batch_size):
-                batch = requests[start : start + batch_size]
-                answers = sampler.generate([request for _, _, request in batch], sampling)
-                for (example_id, first, request), samples in zip(batch, answers, strict=True):
-                    base = {"example_id": example_id, "engine": sampler.description}
-                    writer.add(
-                        [
-                            {**make_row(base, sample), **base, "sample_index": first + k, "seed": request.seed + k,
-                             "token_ids": sample.token_ids, "finish_reason": sample.finish_reason}
-                            for k, sample in enumerate(samples)
-                        ]
-                    )  # fmt: skip
-                    meter.advance(len(samples))
+            for window, keys in _windows(examples, missing):
+                requests = _requests(window, keys, seed)
+                for start in range(0, len(requests), batch_size):
+                    batch = requests[start : start + batch_size]
+                    answers = sampler.generate([request for _, _, request in batch], sampling)
+                    for (example_id, first, request), samples in zip(batch, answers, strict=True):
+                        base = {"example_id": example_id, "engine": sampler.description}
+                        writer.add(
+                            [
+                                {**make_row(base, sample), **base, **_columns(example_id, first, request, k, sample)}
+                                for k, sample in enumerate(samples)
+                            ]
+                        )
+                        meter.advance(len(samples))
         return int(missing.num_rows)
+
+
+def _columns(example_id: str, first: int, request: Request, k: int, sample: Sample) -> dict[str, Any]:
+    if not math.isfinite(sample.logprob):
+        raise RunError(f"sample {first + k} of example {example_id} has the log-prob {sample.logprob}")
+    return {
+        "sample_index": first + k,
+        "seed": request.seed + k,
+        "token_ids": sample.token_ids,
+        "finish_reason": sample.finish_reason,
+    }
+
+
+def _windows(examples: pa.Table, missing: pa.Table) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """Slices of the examples, in order, each with its missing keys.
+
+    Prompts of like length go side by side within a window only: shards then hold neighbours of the selection, which is
+    what later stages read together.
+    """
+    place = pc.index_in(missing["example_id"], value_set=examples["example_id"].combine_chunks()).to_numpy()
+    for start in range(0, examples.num_rows, WINDOW):
+        first, last = np.searchsorted(place, [start, start + WINDOW])
+        if first < last:
+            yield examples.slice(start, WINDOW), missing.slice(first, last - first)
 
 
 def sample_keys(example_ids: pa.ChunkedArray, n: int) -> pa.Table:
@@ -198,8 +223,9 @@ def sample_keys(example_ids: pa.ChunkedArray, n: int) -> pa.Table:
     return pa.table({"example_id": example_ids.take(pa.array(repeated)), "sample_index": index})
 
 
-def _requests(missing: pa.Table, prompts: Mapping[str, list[int]], seed: int) -> list[tuple[str, int, Request]]:
+def _requests(examples: pa.Table, missing: pa.Table, seed: int) -> list[tuple[str, int, Request]]:
     """Missing keys as requests: one per run of consecutive sample indices; prompts of like length side by side."""
+    prompts = dict(zip(examples["example_id"].to_pylist(), examples["prompt_ids"].to_pylist(), strict=True))
     found = [
         (example_id, first, Request(prompts[example_id], count, row_seed(seed, example_id) + first))
         for example_id, first, count in _runs(missing)

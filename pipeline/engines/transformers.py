@@ -10,8 +10,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from cpo_pipe.data.models import Model
 from cpo_pipe.pipeline.engines.base import Request, Sample, Sampling
 
-MAX_ROWS = 256
-"""Samples decoded side by side; bounds the memory of the KV cache."""
+BATCH_TOKENS = 1 << 14
+"""Tokens of all samples decoded side by side, prompts and limits together: bounds the memory of the KV cache."""
 
 
 class TransformersEngine:
@@ -30,8 +30,10 @@ class TransformersEngine:
         """For each request its `n` samples, in order."""
         rows = [(request.prompt_ids, request.seed + k) for request in requests for k in range(request.n)]
         samples: list[Sample] = []
-        for start in range(0, len(rows), MAX_ROWS):
-            samples += self._decode(rows[start : start + MAX_ROWS], sampling)
+        longest = max(len(prompt) for prompt, _ in rows) + sampling.max_new_tokens
+        size = max(1, BATCH_TOKENS // longest)
+        for start in range(0, len(rows), size):
+            samples += self._decode(rows[start : start + size], sampling)
         flat = iter(samples)
         return [[next(flat) for _ in range(request.n)] for request in requests]
 

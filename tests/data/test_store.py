@@ -377,3 +377,40 @@ def test_a_store_without_write_permission_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--store .*file.*cannot be made"):
         Store(tmp_path / "file")
+
+
+READER = """
+import sys
+from pathlib import Path
+from cpo_pipe.data.store import Store
+store = Store(Path(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+print(store.rows("reference-logprobs", {"model": "m", "dtype": "float32"}).num_rows())
+"""
+
+
+def test_readers_that_find_the_same_damage_do_not_trip_over_each_other(tmp_path: Path) -> None:
+    for number in range(40):
+        write(rows_of(tmp_path), row(f"{number:02d}"))
+    for shard in rows_of(tmp_path).files()[::2]:
+        shard.write_bytes(b"damaged")
+    command = [sys.executable, "-c", READER, str(tmp_path)]
+    readers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    for reader in readers:
+        assert reader.stdout is not None
+        reader.stdout.readline()
+    answers = [reader.communicate("go\n")[0] for reader in readers]
+    assert answers == ["20\n"] * 3
+    assert [reader.returncode for reader in readers] == [0] * 3
+
+
+def test_only_the_holder_of_the_lock_sets_a_product_aside(tmp_path: Path) -> None:
+    make(Store(tmp_path), "good")
+    product = Store(tmp_path).product("checkpoints", {"p": 1})
+    (product.path / "weights").write_text("bad")
+    assert not product.complete()
+    assert product.path.exists(), "another process may be remaking it this very moment"
+    with product.lock():
+        assert not product.path.exists()
+        assert len(list(product.path.parent.glob("*.damaged-*"))) == 1

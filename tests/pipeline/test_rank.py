@@ -123,3 +123,13 @@ def test_groups_that_are_there_need_no_embedding(tmp_path: Path, monkeypatch: py
     first = rank(Rank(), True, store, wanted)
     monkeypatch.setattr(rank_module, "add_ranks", lambda *_: pytest.fail("embedded again"))
     assert rank(Rank(), True, store, wanted).read(["x"]) == first.read(["x"])
+
+
+def test_reasons_whose_shard_was_damaged_are_found_again(tmp_path: Path) -> None:
+    wanted = sources(Store(tmp_path), SAMPLES, 5)
+    rank(Rank(), True, Store(tmp_path), wanted)
+    dropped = plan_groups(Rank(), True, Store(tmp_path), wanted)[1]
+    before = dropped.read(["x"])
+    dropped.files()[0].write_bytes(b"damaged")
+    rank(Rank(), True, Store(tmp_path), wanted)
+    assert plan_groups(Rank(), True, Store(tmp_path), wanted)[1].read(["x"]) == before

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from cpo_pipe.data.models import Model
+from cpo_pipe.data.models import Model, TokenizerFiles
 from cpo_pipe.pipeline.engines.base import stop_ids
 
 
@@ -19,7 +19,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 def ids(folder: Path) -> tuple[int, ...]:
-    return stop_ids(Model("model", folder, "fingerprint"))
+    return stop_ids(Model("model", folder, "fingerprint"), TokenizerFiles(folder, "fingerprint"))
 
 
 @pytest.fixture
@@ -67,9 +67,10 @@ def test_files_that_say_it_load_no_library(folder: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from cpo_pipe.data.models import Model
+from cpo_pipe.data.models import Model, TokenizerFiles
 from cpo_pipe.pipeline.engines.base import stop_ids
-print(stop_ids(Model("model", Path({str(folder)!r}), "fingerprint")), "transformers" in sys.modules)
+folder = Path({str(folder)!r})
+print(stop_ids(Model("model", folder, "f"), TokenizerFiles(folder, "f")), "transformers" in sys.modules)
 """
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

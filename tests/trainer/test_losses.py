@@ -140,6 +140,7 @@ def test_won_is_strict_and_margin_ignores_padding() -> None:
     rewards = rows([[0.0, 0.0, 0.0], [1.0, 0.5, 9.0], [2.0, 1.0, -3.0]])
     mask = torch.tensor([[True, True, True], [True, True, False], [True, True, True]])
     assert won(rewards, mask).tolist() == [False, True, True]
+    assert won(rewards, mask, torch.tensor([0.1, 0.6, 0.9])).tolist() == [False, False, True]
     assert margin(rewards, mask).tolist() == pytest.approx([0.0, 0.5, 3.0])
 
 

@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,12 +111,24 @@ class EmbeddingMemo:
         self._embedder = embedder
         self._seen: dict[str, NDArray[np.float32]] = {}
 
+    def add(self, texts: Iterable[str], label: str) -> None:
+        """Embed the texts that are new, under a progress bar called `label`."""
+        new = self._new(texts)
+        if not new:
+            return
+        with track(label, len(new)) as meter:
+            for start in range(0, len(new), CHUNK):
+                self._embed(new[start : start + CHUNK])
+                meter.advance(len(new[start : start + CHUNK]))
+
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Unit vectors of the texts, in their order, (n, d)."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._seen]
-        with track("embed outputs", len(new)) as meter:
-            for start in range(0, len(new), CHUNK):
-                chunk = new[start : start + CHUNK]
-                self._seen.update(zip(chunk, self._embedder.encode(chunk), strict=True))
-                meter.advance(len(chunk))
+        if new := self._new(texts):
+            self._embed(new)
         return np.stack([self._seen[text] for text in texts])
+
+    def _new(self, texts: Iterable[str]) -> list[str]:
+        return [text for text in dict.fromkeys(texts) if text not in self._seen]
+
+    def _embed(self, texts: Sequence[str]) -> None:
+        self._seen.update(zip(texts, self._embedder.encode(texts), strict=True))

@@ -158,6 +158,38 @@ def locate_tokenizer(name: str, store: Store) -> TokenizerFiles:
     return TokenizerFiles(folder, tokenizer_fingerprint(folder, store.hash_file))
 
 
+def check_vocabulary(model: Model, tokenizer: TokenizerFiles, store: Store) -> None:
+    """Refuse a model to whose own tokenizer the token ids of `tokenizer` mean something else.
+
+    Only where both have a tokenizer.json; nothing is loaded.
+
+    Raises:
+        InputError: one of them has a token that is absent or another in the other.
+    """
+    files = [folder / "tokenizer.json" for folder in (model.path, tokenizer.path)]
+    if not all(file.is_file() for file in files) or store.hash_file(files[0]) == store.hash_file(files[1]):
+        return
+    own, given = map(_tokens, files)
+    if own != given:
+        token_id = min(token_id for token_id in own.keys() | given.keys() if own.get(token_id) != given.get(token_id))
+        raise InputError(
+            f"data.tokenizer is not that of the model {model.name}: the token id {token_id} is "
+            f"{given.get(token_id)!r} in the one and {own.get(token_id)!r} in the other; "
+            "set data.tokenizer to the model's own"
+        )
+
+
+def _tokens(file: Path) -> dict[int, str]:
+    """The tokens of a tokenizer.json, by id."""
+    content = read_json(file)
+    vocabulary = content.get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, dict):
+        tokens = {token_id: token for token, token_id in vocabulary.items()}
+    else:  # Unigram: pairs of token and score, in the order of their ids
+        tokens = dict(enumerate(token for token, _ in vocabulary))
+    return tokens | {token["id"]: token["content"] for token in content.get("added_tokens", [])}
+
+
 def _first_sentence(error: Exception) -> str:
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return line.split(". ")[0].rstrip(".")

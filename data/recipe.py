@@ -19,6 +19,7 @@ from cpo_pipe.data.errors import InputError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 GROUND_TRUTH = "ground-truth"
@@ -72,7 +73,7 @@ class Data(Section):
     train: Positive | None = Field(None, description="training examples (default: what is left)")
     validation: int = Field(0, ge=0, description="validation examples")
     test: Positive | None = Field(None, description="test examples (default: what is left)")
-    split_seed: int = Field(0, description="seed of the split; it orders rows by hash(split_seed, prompt)")
+    split_seed: Seed = Field(0, description="seed of the split; it orders rows by hash(split_seed, prompt)")
     max_prompt_tokens: Positive = Field(512, description="longest prompt, in tokens; longer rows are rejected")
     max_target_tokens: Positive = Field(512, description="longest target, in tokens; longer rows are rejected")
     piece_tokens: int = Field(512, ge=2, description="`text` and `python-docs`: tokens of one piece, prompt and target")
@@ -101,7 +102,7 @@ class ScratchModel(Section):
     config: dict[str, Any] = Field(
         default_factory=dict, description="that architecture's config; the vocabulary and special tokens are filled in"
     )
-    seed: int = Field(0, description="seed of the random weights")
+    seed: Seed = Field(0, description="seed of the random weights")
 
 
 Objective = Literal["mle", "cpo", "cpo-ranked"]
@@ -130,7 +131,7 @@ class Training(Section):
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="learning rate after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     max_grad_norm: float | None = Field(None, gt=0, description="clip gradients to this norm (default: no clipping)")
-    seed: int = Field(0, description="seed of the data order")
+    seed: Seed = Field(0, description="seed of the data order")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of weights and arithmetic")
     micro_batch: Positive = Field(
         8, description="groups (for mle: examples) in memory at once; does not change the result"
@@ -168,7 +169,7 @@ class Negatives(Section):
     max_new_tokens: Positive | None = Field(
         None, description="longest negative, in tokens (default: data.max_target_tokens)"
     )
-    seed: int = Field(0, description="seed of all samples")
+    seed: Seed = Field(0, description="seed of all samples")
     engine: Literal["auto", "vllm", "transformers"] = Field(
         "auto", description="`auto`: vllm where it is installed and supports the model"
     )
@@ -240,7 +241,7 @@ class Evaluate(Section):
     embedder: str = Field("minilm", description="sentence-transformers model of the similarity judge and of MAUVE")
     mauve_seeds: int = Field(3, ge=0, description="k-means seeds that MAUVE is averaged over (0: no MAUVE)")
     bootstrap: Positive = Field(2000, description="resamples of the bootstrap intervals")
-    seed: int = Field(0, description="seed of sampling and of the bootstrap")
+    seed: Seed = Field(0, description="seed of sampling and of the bootstrap")
     engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="as in negatives")
     batch_size: Positive = Field(64, description="prompts per engine call")
 
@@ -257,7 +258,7 @@ class Evaluate(Section):
 class Recipe(Section):
     """A whole run."""
 
-    name: Name = Field(description="names the run's folder")
+    name: Name = Field("recipe", description="names the run's folder (default: the file's name)")
     data: Data = Field(description="ground-truth pairs")
     train: dict[Name, Training] = Field(description="named trainings")
     negatives: Negatives | None = Field(None, description="synthetic negatives")

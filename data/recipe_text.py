@@ -13,8 +13,22 @@ from cpo_pipe.data.recipe import Recipe, Section
 WIDTH = 110
 
 
-def recipe_text(recipe: Recipe) -> str:
-    """YAML that `load_recipe` reads back as the same recipe."""
+class _Dumper(yaml.SafeDumper):
+    """Writes a text with line breaks between double quotes: of all styles only that keeps it on one line."""
+
+
+def _represent(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if set(text) & set("\n\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _represent)
+
+
+def recipe_text(recipe: Recipe, *, named: bool = True) -> str:
+    """YAML that `load_recipe` reads back as the same recipe; without `named` it is called as the file that it is in."""
+    if not named:
+        recipe = Recipe.model_construct(recipe.model_fields_set - {"name"}, **dict(recipe))
     return "\n".join(_section(recipe, 0)) + "\n"
 
 
@@ -59,5 +73,5 @@ def _inline(value: Any) -> str:
         value = {
             k: v.model_dump(mode="json", exclude_unset=True) if isinstance(v, Section) else v for k, v in value.items()
         }
-    dumped = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True, sort_keys=False)
+    dumped = yaml.dump(value, None, _Dumper, default_flow_style=True, width=10_000, allow_unicode=True, sort_keys=False)
     return dumped.removesuffix("\n").removesuffix("\n...")

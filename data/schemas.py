@@ -11,7 +11,9 @@ def _column(name: str, kind: pa.DataType, doc: str, nullable: bool = False) -> p
     return pa.field(name, kind, nullable=nullable, metadata={"doc": doc})
 
 
-_EXAMPLE_ID = _column("example_id", pa.string(), "hash of the prompt's and the target's text")
+_EXAMPLE_ID = _column(
+    "example_id", pa.string(), "hash of prompt, context and target, and of whether the target is a cut one"
+)
 _SAMPLE_INDEX = _column("sample_index", pa.int32(), "k of the k-th sample of its example, from 0")
 _TOKEN_IDS = _column("token_ids", _IDS, "token ids; ends with the EOS token only where the text really ended")
 _FINISH_REASON = _column("finish_reason", pa.string(), "`stop`: an end token was sampled; `length`: the limit was hit")

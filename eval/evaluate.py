@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cpo_pipe.data.embedding import Embedder, EmbeddingMemo, locate_embedder
@@ -99,6 +100,10 @@ class Comparison:
     memo: EmbeddingMemo | None
     """What judges and MAUVE embed with; None if neither does."""
 
+    def with_mauve(self) -> bool:
+        """Whether MAUVE is asked for, and there are examples enough for it to say something."""
+        return self.config.mauve_seeds > 0 and self.selection.num_rows >= MIN_TEXTS
+
     def spec(self) -> Spec:
         """What decides the figures. The ranker does not: it decides only how they are marked."""
         config = self.config
@@ -137,7 +142,8 @@ def evaluate(
         target_nll: gives the targets' log-probs under a model; called only if figures are to be made.
 
     Raises:
-        InputError: the split is empty, a prompt leaves a model no room, or `exact_pattern` does not fit.
+        InputError: the split is empty, a model's context is too short for a prompt and what follows it, or
+            `exact_pattern` does not fit.
     """
     wanted = _plan(config, store, examples, systems, max_new_tokens)
     product = store.product("metrics", wanted.spec())
@@ -200,6 +206,7 @@ def _plan_system(
     max_new_tokens: int,
 ) -> list[Generations]:
     check_context(selection, model, max_new_tokens, "evaluate.max_new_tokens")
+    _check_targets(config, selection, model)
     ends = stop_ids(model, examples.tokenizer)
     generations = []
     for name, decoding in config.decodings.items():
@@ -209,6 +216,19 @@ def _plan_system(
             spec["seed"] = config.seed
         generations.append(Generations(system, name, sampling, store.rows("generations", spec)))
     return generations
+
+
+def _check_targets(config: Evaluate, selection: pa.Table, model: Model) -> None:
+    """Refuse targets that a model cannot see to their end, of which it could give no log-prob."""
+    context = model.context()
+    lengths = [pc.list_value_length(selection[name]) for name in ("prompt_ids", "target_ids")]
+    longest = pc.max(pc.add(*lengths)).as_py()
+    if context is not None and longest > context:
+        raise InputError(
+            f"evaluate.split is {config.split}, whose longest prompt and target together have {longest} tokens, but "
+            f"the context of {model.name} is {context} tokens: lower data.max_prompt_tokens and data.max_target_tokens "
+            "(of cut text data.piece_tokens), or compare models with a longer context"
+        )
 
 
 def _sampling(decoding: Decoding, max_new_tokens: int, ends: tuple[int, ...]) -> Sampling:
@@ -278,6 +298,9 @@ def _measure(
 ) -> Measurement:
     config, example_ids = wanted.config, wanted.selection["example_id"].to_pylist()
     targets = read_targets(wanted.selection)
+    if wanted.memo is not None and (wanted.with_mauve() or SimilarityJudge.name in config.judges):
+        texts = [text for outputs in (targets, *all_outputs.values()) for text in outputs.texts]
+        wanted.memo.add(texts, "embed outputs")
     measured = Measurement(example_ids, targets, Bootstrap(resamples=config.bootstrap, seed=config.seed))
     measured.measure_text(GROUND_TRUTH, ANY_DECODING, targets)
     for system, model in wanted.systems.items():
@@ -285,7 +308,7 @@ def _measure(
     for (system, decoding), outputs in all_outputs.items():
         measured.measure_text(system, decoding, outputs)
         measured.measure_overlap(system, decoding, outputs)
-        if wanted.memo is not None and _mauve_fits(wanted):
+        if wanted.memo is not None and wanted.with_mauve():
             seeds = range(config.seed, config.seed + config.mauve_seeds)
             measured.measure_mauve(system, decoding, outputs, wanted.memo.encode, seeds)
         for judge in wanted.judges:
@@ -298,13 +321,9 @@ def _measure(
     return measured
 
 
-def _mauve_fits(wanted: Comparison) -> bool:
-    return wanted.config.mauve_seeds > 0 and wanted.selection.num_rows >= MIN_TEXTS
-
-
 def _notes(wanted: Comparison) -> list[str]:
     notes, n = [], wanted.selection.num_rows
-    if wanted.config.mauve_seeds > 0 and not _mauve_fits(wanted):
+    if wanted.config.mauve_seeds > 0 and not wanted.with_mauve():
         notes.append(f"MAUVE is left out: on {n} examples it says nothing; it needs {MIN_TEXTS} at least")
     for judge in wanted.judges:
         if isinstance(judge, ExactJudge) and (unanswered := _unanswered(judge, wanted.selection)):

@@ -276,19 +276,14 @@ def _win_charts(data: ReportData) -> Iterator[Chart]:
 
 
 def example_cards(data: ReportData) -> list[Card]:
-    """The first evaluated prompts, with what each system wrote and, where they are of a group, its negatives."""
+    """The first evaluated prompts, with what each system wrote."""
     shown = data.examples.slice(0, MAX_EXAMPLES).select(["example_id", "rendered", "target"]).to_pylist()
     ids = {example["example_id"] for example in shown}
     written: dict[str, list[tuple[str, str, str]]] = {example_id: [] for example_id in ids}
     for row in data.outputs.to_pylist():
         if row["example_id"] in ids:
             written[row["example_id"]].append((row["system"], row["decoding"], row["text"]))
-    negatives = _negatives(data.groups)
-    return [
-        Card(example["rendered"], example["target"], written[example["example_id"]],
-             negatives.get(example["example_id"], []))
-        for example in shown
-    ]  # fmt: skip
+    return [Card(example["rendered"], example["target"], written[example["example_id"]], []) for example in shown]
 
 
 def group_cards(data: ReportData) -> list[Card]:

@@ -55,7 +55,8 @@ DEFAULT_STORE = Path("cpo-store")
 _UsageError: Any = typer.BadParameter.__base__
 
 # A path that cannot be used as asked: the user's to mend.
-_PATH_TROUBLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_PATH_TROUBLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+                 errno.ELOOP}  # fmt: skip
 _DISK_FULL = ("No space left on device", "Disk quota exceeded")
 
 
@@ -66,7 +67,7 @@ def init(name: Annotated[str, typer.Argument(help="Name of a built-in recipe.")]
         if name not in builtin_recipes():
             hint = nearest(name, builtin_recipes()) or f"there are {', '.join(builtin_recipes())}"
             raise InputError(f"recipe {name}: not built in; {hint}")
-        print(recipe_text(load_recipe(name)), end="")
+        print(recipe_text(load_recipe(name), named=False), end="")
 
 
 @app.command()

@@ -532,7 +532,8 @@ def _summary(facts: dict[str, Any]) -> str:
     splits = ", ".join(f"{number:,} {name}" for name, number in facts["examples"].items())
     rejected = facts["rejected"]
     reasons = f" ({_counts(rejected)})" if rejected else ""
-    short = f"; {facts['short_ends']:,} ends of articles shorter than half a piece left out" if facts["short_ends"] else ""
+    ends = facts["short_ends"]
+    short = f"; {ends:,} ends of articles shorter than half a piece left out" if ends else ""
     return f"examples: {splits}; {sum(rejected.values()):,} rejected{reasons}{short}"
 
 

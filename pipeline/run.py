@@ -9,20 +9,22 @@ import platform
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cpo_pipe.data import atomic
 from cpo_pipe.data.embedding import locate_embedder
 from cpo_pipe.data.errors import InputError, MissingInput
 from cpo_pipe.data.examples import Examples, largest_token_id
-from cpo_pipe.data.models import Model, locate_model
+from cpo_pipe.data.models import Model, check_vocabulary, locate_model
 from cpo_pipe.data.recipe import Evaluate, Negatives, Rank, Recipe, System, Training, nearest
 from cpo_pipe.data.recipe_text import recipe_text
 from cpo_pipe.data.store import Rows, Store
@@ -41,6 +43,20 @@ REPORTED_GROUPS = 50
 PACKAGES = ("cpo-pipe", "torch", "transformers", "datasets", "sentence-transformers", "pyarrow")
 
 
+@dataclass(frozen=True)
+class _GroupFacts:
+    """What a report shows of the groups; empty where there are none."""
+
+    artifacts: Mapping[str, str] = field(default_factory=dict)
+    groups: pa.Table | None = None
+    """The first ones."""
+    similarities: Sequence[float] = ()
+    """Of all ranked negatives."""
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """Negatives by the reason why they were dropped."""
+    notes: Sequence[str] = ()
+
+
 class Run:
     """One recipe on one store."""
 
@@ -53,7 +69,6 @@ class Run:
         self._options = options
         self._examples: Examples | None = None
         self._models: dict[str, Model] = {}
-        atomic.write_bytes(run_dir / "recipe.yaml", recipe_text(recipe).encode())
 
     # ── what is there ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -91,6 +106,7 @@ class Run:
                 f"model {name}: its vocabulary has {known} entries, but the examples have the token id {used}; "
                 "set data.tokenizer to the model's own"
             )
+        check_vocabulary(model, self.examples().tokenizer, self.store)
         return model
 
     def sources(self) -> Sources:
@@ -182,62 +198,74 @@ class Run:
             )
             record["artifact"] = evaluation.product.name
         shutil.copyfile(evaluation.product.path / "metrics.parquet", self.run_dir / "metrics.parquet")
-        report = self._report(evaluation)
+        report = self._report(evaluation, systems)
         print_table(evaluation.metrics(), config.baseline, evaluation.shared_metrics, evaluation.notes)
         print(f"report: {report}")
         return report
 
-    def _report(self, evaluation: "Evaluation") -> Path:
+    def _report(self, evaluation: "Evaluation", systems: Mapping[str, Model]) -> Path:
         from cpo_pipe.eval.report import ReportData, write_report
 
-        run = json.loads((self.run_dir / "run.json").read_text())
-        groups, similarities, dropped = self._group_facts()
+        trained = self._finished_trainings()
+        facts = self._group_facts()
+        artifacts = {"examples": self.examples().product.name, **facts.artifacts}
+        artifacts |= {f"training {name}": self._address(model) for name, model in trained.items()}
+        artifacts |= {f"system {name}": self._address(model) for name, model in systems.items()}
         path = self.run_dir / "report.html"
         data = ReportData(
             run=self.recipe.name,
             created=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-            versions={"python": run["python"], **run["versions"]},
-            recipe=(self.run_dir / "recipe.yaml").read_text(encoding="utf-8"),
-            artifacts={name: str(stage["artifact"]) for name, stage in run["stages"].items()},
+            versions=_versions(),
+            recipe=recipe_text(self.recipe),
+            artifacts=artifacts | {"metrics": evaluation.product.name},
             baseline=self._evaluation().baseline,
             metrics=evaluation.metrics(),
             shared_metrics=evaluation.shared_metrics,
-            notes=evaluation.notes,
+            notes=[*evaluation.notes, *facts.notes],
             examples=evaluation.examples,
             outputs=evaluation.outputs(),
-            trainings=self._training_curves(),
-            similarities=similarities,
-            dropped=dropped,
-            group_examples=self.examples().read("train", REPORTED_GROUPS) if groups is not None else None,
-            groups=groups,
+            trainings={name: pq.read_table(model.path / METRICS_FILE) for name, model in trained.items()},
+            similarities=facts.similarities,
+            dropped=facts.dropped,
+            group_examples=self.examples().read("train", REPORTED_GROUPS) if facts.groups is not None else None,
+            groups=facts.groups,
         )
         write_report(path, data)
         return path
 
-    def _training_curves(self) -> dict[str, pa.Table]:
-        """Step metrics of the trainings that are done."""
-        curves = {}
+    def _finished_trainings(self) -> dict[str, Model]:
+        finished = {}
         for name in self.recipe.training_order():
             with suppress(MissingInput):
-                curves[name] = pq.read_table(self.model(name).path / METRICS_FILE)
-        return curves
+                finished[name] = self.model(name)
+        return finished
 
-    def _group_facts(self) -> tuple[pa.Table | None, list[float], dict[str, int]]:
-        """The first groups, the similarities of all negatives, why some were dropped; nothing if unmade."""
+    def _address(self, model: Model) -> str:
+        """Where a model is in the store; of one from elsewhere its name and fingerprint."""
+        if model.path.is_relative_to(self.store.root):
+            return str(model.path.relative_to(self.store.root))
+        return f"{model.name} ({model.fingerprint})"
+
+    def _group_facts(self) -> _GroupFacts:
+        if self.recipe.negatives is None:
+            return _GroupFacts()
         try:
             sources, groups = self.groups()
-        except InputError:  # also: the recipe has no negatives at all
-            return None, [], {}
+        except MissingInput as missing:
+            return _GroupFacts(notes=[f"No negatives are shown: {missing}"])
         ids = sources.selection["example_id"].to_pylist()
-        similarities = [
-            candidate["similarity"]
-            for table in groups.batches(ids)
-            for candidates in table["candidates"].to_pylist()
-            for candidate in candidates[1:]
-            if candidate["similarity"] is not None
-        ]
+        similarities: list[float] = []
+        for table in groups.batches(ids, columns=["candidates"]):
+            candidates = pc.list_flatten(table["candidates"])
+            negatives = candidates.filter(pc.not_equal(pc.struct_field(candidates, "strategy"), "target"))
+            similarities += pc.struct_field(negatives, "similarity").drop_null().to_pylist()
         _, dropped, _ = plan_groups(self._rank(), self._ranked(), self.store, sources)
-        return groups.read(ids[:REPORTED_GROUPS]), similarities, dict(dropped_reasons(dropped, ids))
+        return _GroupFacts(
+            artifacts={"negatives": ", ".join(pool.rows.name for pool in sources.pools), "groups": groups.name},
+            groups=groups.read(ids[:REPORTED_GROUPS]),
+            similarities=similarities,
+            dropped=dict(dropped_reasons(dropped, ids)),
+        )
 
     def _target_logprobs(self, model: Model, examples: pa.Table) -> list[tuple[float, int]]:
         from cpo_pipe.trainer.logprobs import target_logprobs
@@ -310,14 +338,20 @@ class Run:
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[dict[str, Any]]:
-        """Note in the run's folder what a stage made, how long it took, and with which versions."""
+        """Note in the run's folder, once a stage is done, by which recipe, what it made, how long it took."""
         record: dict[str, Any] = {}
+        self.run_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is said before the work
         start = time.time()
         yield record
+        atomic.write_bytes(self.run_dir / "recipe.yaml", recipe_text(self.recipe).encode())
         record |= {"started": start, "seconds": round(time.time() - start, 3)}
         path = self.run_dir / "run.json"
         run = json.loads(path.read_text()) if path.exists() else {"stages": {}}
-        run |= {"store": str(self.store.root.resolve()), "python": platform.python_version(),
-                "versions": {package: version(package) for package in PACKAGES}}  # fmt: skip
+        run |= {"store": str(self.store.root.resolve()), "versions": _versions()}
         run["stages"][name] = record
         atomic.write_bytes(path, json.dumps(run, indent=2).encode())
+
+
+def _versions() -> dict[str, str]:
+    """Of Python and of the packages that could change what is made."""
+    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # torch is imported only when there is something to train
     from transformers import PreTrainedModel
 
     from cpo_pipe.trainer.groups import Group, ReferenceLogprobs
+    from cpo_pipe.trainer.interim import Interim
 
 log = logging.getLogger(__name__)
 
@@ -102,11 +104,13 @@ def train(name: str, config: Training, store: Store, inputs: Inputs) -> Product:
 
 
 def _make(name: str, config: Training, store: Store, inputs: Inputs, product: Product) -> None:
-    started = time.monotonic()
+    from cpo_pipe.trainer.interim import Interim
+
     groups = _groups(name, config, inputs)
     model = _initial_model(name, inputs, groups)
     reference = _reference(config, store, inputs, groups)
-    metrics = _optimize(name, config, model, groups, reference, check_start=_starts_as_reference(inputs))
+    interim = Interim(product)
+    metrics = _optimize(name, config, model, groups, reference, interim, check_start=_starts_as_reference(inputs))
     if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
         raise RunError(f"train.{name}: weights are not finite after the last step; lower train.{name}.lr")
     with product.create() as folder:
@@ -114,8 +118,9 @@ def _make(name: str, config: Training, store: Store, inputs: Inputs, product: Pr
         copy_tokenizer(inputs.tokenizer.path, folder.path)
         pq.write_table(pa.Table.from_pylist(metrics), folder.path / METRICS_FILE)
         folder.facts["fingerprint"] = model_fingerprint(folder.path, sha256_file)
-        folder.facts["seconds"] = time.monotonic() - started
+        folder.facts["seconds"] = sum(row["seconds"] for row in metrics)
         folder.facts["groups"] = len(groups)
+    interim.clear()
     log.info("train %s: %d steps in %s, loss %.4f", name, config.steps, product.name, metrics[-1]["loss"])
 
 
@@ -213,9 +218,10 @@ def _optimize(
     model: "PreTrainedModel",
     groups: Sequence["Group"],
     reference: "ReferenceLogprobs",
+    interim: "Interim",
     check_start: bool,
 ) -> list[dict[str, float]]:
-    """Run all steps in place; returns the metrics of each.
+    """Run all steps in place, or those that are left of a training that was stopped; returns the metrics of each.
 
     The model stays in eval mode: that is what turns off all dropout, also where it hides in attention modules.
     """
@@ -228,9 +234,11 @@ def _optimize(
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
     )
-    metrics: list[dict[str, float]] = []
-    with track(f"train {name}", config.steps) as meter:
-        for step, chosen in enumerate(batches(len(groups), config.batch_size, config.steps, config.seed)):
+    metrics = interim.restore(model, optimizer)
+    done = len(metrics)
+    order = batches(len(groups), config.batch_size, config.steps, config.seed)
+    with track(f"train {name}", config.steps - done) as meter:
+        for step, chosen in islice(enumerate(order), done, None):
             start = time.monotonic()
             for parameters in optimizer.param_groups:
                 parameters["lr"] = config.lr * lr_factor(config, step)
@@ -249,6 +257,7 @@ def _optimize(
             metrics.append({"step": step, "lr": config.lr * lr_factor(config, step), "grad_norm": norm, **row,
                             "seconds": time.monotonic() - start})  # fmt: skip
             meter.advance(1, note=_note(row))
+            interim.save_now_and_then(model, optimizer, metrics)
     return metrics
 
 
@@ -288,8 +297,8 @@ def _step(
         "target_logprob": -totals["mle"] / len(batch),
         "target_logprob_per_token": -mle,
     }
-    if listwise:
-        row |= {key: totals[key] / listwise for key in ("cpo", "won", "margin")}
+    if config.objective != "mle":
+        row |= {key: totals[key] / listwise if listwise else math.nan for key in ("cpo", "won", "margin")}
         row["candidates"] = sum(len(group.candidates) for group in batch) / len(batch)
     return row
 

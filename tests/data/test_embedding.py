@@ -1,12 +1,16 @@
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cpo_pipe.data import embedding
 from cpo_pipe.data.embedding import EmbeddingMemo, locate_embedder
 from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.progress import Meter
 from cpo_pipe.data.store import Store
 
 TEXTS = ["a longer sentence about the weather in spring", "cat", "", "cat", "word " * 700, "a cat sat on the mat"]
@@ -43,6 +47,25 @@ def test_a_memo_embeds_a_text_once(store: Store) -> None:
     np.testing.assert_array_equal(again[0], first[1])
     np.testing.assert_array_equal(again[2], first[2])
     np.testing.assert_allclose(again[1], embedder.encode(["dog"])[0], atol=1e-6)
+
+
+def test_only_add_shows_a_bar_and_none_for_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[tuple[str, int]] = []
+
+    @contextmanager
+    def recorded(label: str, total: int) -> Iterator[Meter]:
+        bars.append((label, total))
+        yield Meter(label, total, None)
+
+    monkeypatch.setattr(embedding, "track", recorded)
+    embedder = locate_embedder("minilm", store)
+    memo = EmbeddingMemo(embedder)
+    memo.encode(["cat"])
+    memo.add(["cat", "dog", "dog", "cow"], "embed outputs")
+    memo.add(["cow", "cat"], "embed outputs")
+    assert bars == [("embed outputs", 2)]
+    np.testing.assert_allclose(memo.encode(["dog", "cow"]), embedder.encode(["dog", "cow"]), atol=1e-6)
+    assert len(bars) == 1
 
 
 def test_a_model_is_known_by_its_content(store: Store, tmp_path: Path) -> None:

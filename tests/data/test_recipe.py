@@ -1,5 +1,6 @@
 """Recipes: what is refused and with which words, overrides, order of trainings, and the text that `init` prints."""
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,11 @@ def test_nearest() -> None:
         ({"rank": "nothing"}, "rank is 'nothing': input should be 'none' or a section"),
         ({"train": {"a": {**MLE, "lr": float("inf")}}}, "train.a.lr is inf: input should be a finite number"),
         ({"data": {**DATA, "columns": {"prompt": ["x" * 99]}}}, f"data.columns.prompt is ['{'x' * 75}...: input"),
+        ({"data": {**DATA, "split_seed": -1}}, "data.split_seed is -1: input should be greater than or equal to 0"),
+        ({"train": {"a": {**MLE, "seed": -1}}}, "train.a.seed is -1: input should be greater"),
+        ({"train": {"a": {**MLE, "init": {"architecture": "llama", "seed": -1}}}}, "train.a.init.seed is -1: input"),
+        ({"negatives": {"model": "base", "seed": -1}}, "negatives.seed is -1: input should be greater"),
+        ({"evaluate": {"systems": SYSTEMS, "baseline": "base", "seed": -1}}, "evaluate.seed is -1: input should be"),
         ({"train": {"a": {**MLE, "beta": 2.0}}}, "train.a: beta has no meaning for the objective mle: leave it out"),
         ({"evaluate": {"systems": SYSTEMS, "baseline": "base", "judges": ["taste"]}}, "evaluate.judges.0 is 'taste': "),
         ({"evaluate": {"systems": {"a": {}}, "baseline": "a"}}, "evaluate.systems.a: give either model or merge"),
@@ -252,6 +258,35 @@ def test_the_text_reads_back_as_the_same_recipe(tmp_path: Path, sections: dict[s
     assert again == recipe
     assert again.model_dump(exclude_unset=True) == recipe.model_dump(exclude_unset=True)
     assert recipe_text(again) == recipe_text(recipe)
+
+
+def test_a_text_with_line_breaks_stands_on_one_line(tmp_path: Path) -> None:
+    template = "Q: {prompt}\nA:\r\n\u2028é ' \\"
+    init = {"architecture": "gpt2", "config": {"note": "a\nb"}}
+    recipe = parse_recipe(content(data={**DATA, "template": template}, train={"base": {**MLE, "init": init}}), "r")
+    lines = recipe_text(recipe).splitlines()
+    assert r'''  template: "Q: {prompt}\nA:\r\n\Lé ' \\"''' in lines
+    assert r'      config: {note: "a\nb"}' in lines
+    (tmp_path / "r.yaml").write_text("\n".join(lines), encoding="utf-8")
+    assert load_recipe(str(tmp_path / "r.yaml")) == recipe
+
+
+def test_the_name_may_be_left_to_the_file(tmp_path: Path) -> None:
+    recipe = parse_recipe(content(), "r")
+    (tmp_path / "mine.yaml").write_text(recipe_text(recipe, named=False), encoding="utf-8")
+    assert "\n# names the run's folder (default: the file's name)\n# name: r\n" in recipe_text(recipe, named=False)
+    assert load_recipe(str(tmp_path / "mine.yaml")) == recipe.model_copy(update={"name": "mine"})
+    assert "\nname: mine\n" in recipe_text(load_recipe(str(tmp_path / "mine.yaml")))
+
+
+def test_the_answer_of_the_gsm8k_recipe() -> None:
+    evaluation = load_recipe("gsm8k").evaluate
+    assert evaluation is not None
+    assert evaluation.exact_pattern is not None
+    answers = {"#### 18.": "18", "####-1,234.50 kg": "-1,234.50", "so\n####  7": "7", "#### .": None}
+    for text, answer in answers.items():
+        match = re.search(evaluation.exact_pattern, text)
+        assert (match[1] if match else None) == answer
 
 
 def test_every_field_is_described() -> None:

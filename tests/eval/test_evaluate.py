@@ -56,11 +56,21 @@ class Bench:
         self.examples = make_examples(self.store, next(iter(models.values())), count)
         self.models = {name: locate_model(str(path), self.store) for name, path in models.items()}
 
-    def run(self, ranker: str | None = None, nll: Any = fake_nll, **settings: Any) -> Evaluation:
+    def run(
+        self, ranker: str | None = None, nll: Any = fake_nll, max_new_tokens: int = 6, **settings: Any
+    ) -> Evaluation:
         defaults = {"systems": {name: {"model": name} for name in self.models}, "baseline": "one", "bootstrap": 200,
                     "engine": "transformers", "mauve_seeds": 0, "judges": ["exact"]}  # fmt: skip
         config = Evaluate.model_validate({**defaults, **settings})
-        return evaluate(config, self.store, self.examples, self.models, max_new_tokens=6, ranker=ranker, target_nll=nll)
+        return evaluate(
+            config,
+            self.store,
+            self.examples,
+            self.models,
+            max_new_tokens=max_new_tokens,
+            ranker=ranker,
+            target_nll=nll,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +218,50 @@ def test_a_prompt_that_leaves_no_room_is_refused(tmp_path: Path, new_model: Call
     bench = Bench(tmp_path, {"one": new_model(max_position_embeddings=8)}, 3)
     with pytest.raises(InputError, match=r"evaluate.max_new_tokens is 6 and the longest prompt has \d+ tokens, but"):
         bench.run()
+
+
+def test_a_target_that_does_not_fit_is_refused_before_anything_is_made(
+    tmp_path: Path, new_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Bench(tmp_path / "one", {"one": new_model()}, 3).examples.read("test")
+    longest = max(len(row["prompt_ids"] + row["target_ids"]) for row in whole.to_pylist())
+    assert longest > max(len(row["prompt_ids"]) for row in whole.to_pylist()) + 2  # there is room to write
+    monkeypatch.setattr(stage, "open_engine", no_engine)
+    bench = Bench(tmp_path / "two", {"one": new_model(max_position_embeddings=longest - 1)}, 3)
+    message = (
+        rf"evaluate.split is test, whose longest prompt and target together have {longest} tokens, but the context"
+    )
+    with pytest.raises(InputError, match=message):
+        bench.run(nll=no_engine, max_new_tokens=2)
+    monkeypatch.undo()
+    fitting = Bench(tmp_path / "two", {"one": new_model(max_position_embeddings=longest)}, 3)
+    assert fitting.run(max_new_tokens=2).product.complete()
+
+
+def test_all_texts_are_embedded_once_under_one_bar(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cpo_pipe.data.embedding import Embedder, EmbeddingMemo
+
+    labels: list[str] = []
+    add = EmbeddingMemo.add
+    monkeypatch.setattr(
+        EmbeddingMemo, "add", lambda memo, texts, label: [labels.append(label), add(memo, list(texts), label)]
+    )
+    encode, batches = Embedder.encode, []
+    monkeypatch.setattr(
+        Embedder, "encode", lambda embedder, texts: [batches.append(list(texts)), encode(embedder, texts)][1]
+    )
+    result = bench.run(judges=["similarity", "exact"], decodings=DECODINGS)
+    written = {*result.outputs()["text"].to_pylist(), *result.examples["target"].to_pylist()}
+    assert labels == ["embed outputs"]
+    assert len(batches) == 1
+    assert sorted(batches[0]) == sorted(written)
+
+
+def test_nothing_is_embedded_where_no_figure_needs_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cpo_pipe.data.embedding import Embedder
+
+    monkeypatch.setattr(Embedder, "encode", no_engine)
+    assert bench.run(mauve_seeds=2).product.complete()  # too few examples for MAUVE
 
 
 def test_a_killed_evaluation_keeps_its_outputs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,7 @@ ARGUMENTS = {
     "train tiny.yaml cop": "training cop: not in the recipe; did you mean cpo?",
     "train tiny.yaml whatever": "training whatever: not in the recipe; there are start, cpo",
     "prepare tiny.yaml --store tiny.yaml/store": "--store tiny.yaml/store: cannot be made (Not a directory)",
+    "prepare tiny.yaml --run-dir tiny.yaml": "tiny.yaml: file exists; give a path that can be used",
     "prepare tiny.yaml --run-dir tiny.yaml/run": "tiny.yaml/run: not a directory; give a path that can be used",
 }  # fmt: skip
 
@@ -216,6 +217,13 @@ def small_vocabulary(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def other_tokenizer(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
 MODELS: dict[Callable[[Path], None], str] = {
     without_weights: "model mine: no *.safetensors there; weights are read from safetensors only",
     pickled_weights: "model mine: no *.safetensors there; weights are read from safetensors only",
@@ -226,8 +234,9 @@ MODELS: dict[Callable[[Path], None], str] = {
     no_config: "model mine: no config.json there",
     bad_config: "mine/config.json: not valid JSON",
     unknown_architecture: "model mine: cannot be loaded",
-    short_context: "tokens and the model's context is 6: lower data.max_prompt_tokens and data.max_target_tokens",
+    short_context: "tokens and the context of mine is 6: lower data.max_prompt_tokens and data.max_target_tokens",
     small_vocabulary: "model mine: its vocabulary has 100 entries",
+    other_tokenizer: "data.tokenizer is not that of the model mine: the token id",
 }
 
 

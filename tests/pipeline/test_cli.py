@@ -1,14 +1,17 @@
 """The commands, stage by stage and all at once, on a tiny project."""
 
+import json
 import os
 import re
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -112,6 +115,75 @@ def test_run_without_evaluate_still_makes_the_negatives(project) -> None:
     assert not (project.store / "metrics").exists()
 
 
+def test_the_runs_folder_has_the_recipe_of_what_was_made(made) -> None:
+    resolved = made.root / "runs/tiny/recipe.yaml"
+    before = resolved.read_text()
+    assert "\nname: tiny\n" in before
+    assert made.cli("prepare", "tiny.yaml", "--set", "data.source=absent.jsonl").status == 2
+    assert made.cli("evaluate", "tiny.yaml", "--set", "train.cpo.beta=0.3").status == 2  # is not trained
+    assert resolved.read_text() == before
+    assert made.cli("train", "tiny.yaml", "cpo", "--set", "train.cpo.beta=0.3").status == 0
+    assert load_recipe(str(resolved)).train["cpo"].beta == 0.3
+
+
+def shown_artifacts(project) -> dict[str, str]:
+    html = (project.root / "runs/tiny/report.html").read_text()
+    return dict(re.findall(r"<dt>([^<]*)</dt><dd><code>([^<]*)</code></dd>", html))
+
+
+def test_the_report_lists_what_this_recipe_resolves_to(made) -> None:
+    """Not what another recipe made in the same folder."""
+    before = shown_artifacts(made)
+    kinds = {name: place.split("/")[0] for name, place in before.items()}
+    checkpoints = dict.fromkeys(("training start", "training cpo", "system start", "system cpo"), "checkpoints")
+    assert kinds == {"examples": "examples", "negatives": "negatives", "groups": "groups", "metrics": "metrics",
+                     **checkpoints}  # fmt: skip
+    assert all((made.store / place).is_dir() for place in before.values())
+    assert before["training cpo"] == before["system cpo"] != before["system start"]
+    fewer = ["--set", "negatives.counts.autoregressive=2", "--set", "negatives.seed=1"]
+    assert made.cli("generate-negatives", "tiny.yaml", *fewer).status == 0
+    assert made.cli("rank", "tiny.yaml", *fewer).status == 0
+    assert made.cli("evaluate", "tiny.yaml").status == 0
+    assert shown_artifacts(made) == before
+    recipe = yaml.safe_load((made.root / "tiny.yaml").read_text())
+    del recipe["train"]["cpo"], recipe["negatives"], recipe["evaluate"]["systems"]["cpo"]
+    recipe["evaluate"]["systems"]["raw"] = {"model": str(made.model)}
+    made.write("alone.yaml", yaml.safe_dump(recipe))
+    assert made.cli("run", "alone.yaml").status == 0
+    alone = shown_artifacts(made)
+    assert sorted(alone) == ["examples", "metrics", "system raw", "system start", "training start"]
+    assert alone["system raw"].startswith(f"{made.model} (")
+
+
+def test_the_report_says_why_it_shows_no_negatives(made) -> None:
+    recipe = yaml.safe_load((made.root / "tiny.yaml").read_text())
+    del recipe["train"]["cpo"], recipe["evaluate"]["systems"]["cpo"]
+    made.write("tiny.yaml", yaml.safe_dump(recipe))
+    assert made.cli("evaluate", "tiny.yaml", "--set", "negatives.seed=1").status == 0
+    html = (made.root / "runs/tiny/report.html").read_text()
+    assert "No negatives are shown: 48 negatives are missing: run `cpo-pipe generate-negatives tiny.yaml" in html
+    assert made.cli("evaluate", "tiny.yaml").status == 0
+    html = (made.root / "runs/tiny/report.html").read_text()
+    assert "No negatives are shown" not in html
+    assert "autoregressive" in html
+    # What is wrong with the input is not taken for what is missing.
+    result = made.cli("evaluate", "tiny.yaml", "--set", "negatives.max_new_tokens=127")
+    assert result.status == 2
+    assert "negatives.max_new_tokens is 127" in result.error()
+
+
+def test_the_report_shows_how_near_the_negatives_are(made) -> None:
+    assert made.cli("run", "tiny.yaml", "--set", "rank={}").status == 0
+    html = (made.root / "runs/tiny/report.html").read_text()
+    (groups,) = (
+        path for path in made.store.glob("groups/*") if json.loads((path / "spec.json").read_text())["embedder"]
+    )
+    rows = [row for shard in groups.glob("shards/*.parquet") for row in pq.read_table(shard).to_pylist()]
+    cosines = [candidate["similarity"] for row in rows for candidate in row["candidates"][1:]]
+    assert len(cosines) > 16
+    assert f"{len(cosines)} negatives, median {statistics.median(cosines):.2f}" in html
+
+
 # ── options ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -164,7 +236,7 @@ def test_help_of_all(cli: Callable) -> None:
 def test_init_prints_the_recipe_itself_with_every_key_commented(cli: Callable, tmp_path: Path, name: str) -> None:
     text = cli("init", name).out
     (tmp_path / "my.yaml").write_text(text)
-    assert load_recipe(str(tmp_path / "my.yaml")) == load_recipe(name)
+    assert load_recipe(str(tmp_path / "my.yaml")) == load_recipe(name).model_copy(update={"name": "my"})
 
     lines = text.splitlines()
     named = {"train", "systems", "decodings"}  # below them stand the user's own names

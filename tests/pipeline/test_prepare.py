@@ -64,8 +64,8 @@ def test_a_pair_as_stored(tmp_path, store, byte_tokenizer):
     first, second = sorted(examples.read("train").to_pylist(), key=lambda example: -len(example["prompt"]))
     tokenizer = AutoTokenizer.from_pretrained(byte_tokenizer)
     assert first == {
-        "example_id": example_id("hi\n\nctx", "yo"), "split": "train", "prompt": "hi\n\nctx", "rendered": "<hi|ctx>",
-        "target": "yo", "prompt_ids": tokenizer.convert_tokens_to_ids(list("<hi|ctx>")),
+        "example_id": example_id("hi", "yo", context="ctx"), "split": "train", "prompt": "hi\n\nctx",
+        "rendered": "<hi|ctx>", "target": "yo", "prompt_ids": tokenizer.convert_tokens_to_ids(list("<hi|ctx>")),
         "target_ids": [*tokenizer.convert_tokens_to_ids(["y", "o"]), EOS], "ends": True, "category": "kind",
     }  # fmt: skip
     assert (second["rendered"], second["category"]) == ("<hi|>", None)
@@ -155,6 +155,18 @@ def test_max_rows_reads_the_first(tmp_path, store, byte_tokenizer):
     assert sorted(examples.read("train")["prompt"].to_pylist() + examples.read("test")["prompt"].to_pylist()) == [
         f"question {n}" for n in range(4)
     ]
+
+
+def test_a_context_is_no_part_of_the_prompt(tmp_path, store, byte_tokenizer):
+    """The template puts a context elsewhere: other token ids, hence another id; but the same side of the split."""
+    rows = [{"prompt": "A", "context": "B", "target": "t"}, {"prompt": "A\n\nB", "context": "", "target": "t"}]
+    columns = {"context": "context"}
+    source = jsonl(tmp_path / "a.jsonl", rows)
+    examples = prepare(Data(source=source, columns=columns, tokenizer=byte_tokenizer, template="dolly", train=1), store)
+    one, other = examples.read("train").to_pylist()
+    assert one["prompt"] == other["prompt"] == "A\n\nB"
+    assert one["rendered"] != other["rendered"]
+    assert {one["example_id"], other["example_id"]} == {example_id("A", "t", context="B"), example_id("A\n\nB", "t")}
 
 
 # ── presets ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -304,6 +316,30 @@ def test_text_preset_keeps_the_ids_of_the_article(tmp_path, store, byte_tokenize
     assert examples.rendering["prompt_share"] == 0.15
 
 
+def test_a_piece_that_is_no_longer_the_end_is_another_example(tmp_path, store, byte_tokenizer):
+    article = tmp_path / "a.txt"
+    shared = {"preset": "text", "source": str(article), "tokenizer": byte_tokenizer, "train": 1, "piece_tokens": 20}
+    article.write_text("abcdefghijklmnopqrst")  # one token per byte: exactly one piece
+    (before,) = prepare(Data(**shared), store).read("train").to_pylist()
+    article.write_text("abcdefghijklmnopqrstuvwxyz" + "0123456789")
+    longer = prepare(Data(**shared | {"train": 2}), store).read("train").to_pylist()
+    (after,) = (row for row in longer if row["prompt"] == before["prompt"])
+    assert (before["target"], before["ends"], after["ends"]) == (after["target"], True, False)
+    assert before["target_ids"] == [*after["target_ids"], EOS]
+    assert before["example_id"] != after["example_id"]
+
+
+def test_ends_of_articles_too_short_for_a_piece_are_counted(tmp_path, store, byte_tokenizer, caplog):
+    articles = ["x" * 49, "y" * 55, "z" * 9, "w" * 40]  # 20 + 20 + 9, 20 + 20 + 15, 9, 20 + 20
+    source = jsonl(tmp_path / "a.jsonl", [{"text": text} for text in articles])
+    shared = {"preset": "text", "source": source, "tokenizer": byte_tokenizer, "piece_tokens": 20, "max_rejected": 1}
+    with caplog.at_level(logging.INFO):
+        facts = prepare(Data(**shared, train=1), store).product.manifest
+    assert facts["short_ends"] == 2
+    assert (facts["rows_read"], facts["rejected"]) == (4, {"duplicate": 2})  # the second pieces of x and of y
+    assert "2 ends of articles shorter than half a piece left out" in caplog.messages[-1]
+
+
 def test_pieces_must_fit_the_limits_and_have_no_template(tmp_path, store, byte_tokenizer):
     (tmp_path / "a.txt").write_text("x" * 5000)
     shared = {"preset": "text", "source": str(tmp_path / "a.txt"), "tokenizer": byte_tokenizer, "train": 1}
@@ -352,6 +388,22 @@ def test_address_depends_on_what_decides_the_values_only(tmp_path, store, byte_t
         {"max_rows": 19},
     ):
         assert prepare(Data(**(shared | other)), store).product.path != path
+
+
+def test_examples_found_again_are_held_to_the_limit_on_rejected_rows(tmp_path, store, byte_tokenizer):
+    source = jsonl(tmp_path / "a.jsonl", [*pairs(4), {"prompt": "", "target": "a"}])
+    shared = {"source": source, "tokenizer": byte_tokenizer, "train": 2, "test": 1}
+    made = prepare(Data(**shared, max_rejected=1), store)
+    for again in (prepare, find_examples):
+        with pytest.raises(InputError) as error:
+            again(Data(**shared), store)
+        assert str(error.value) == (
+            f"data.source {source}: 1 of 5 rows were rejected (1 empty prompt), more than data.max_rejected 0.1 "
+            "allows; see a.jsonl:5 (empty prompt); mend them or raise the limit"
+        )
+    found = find_examples(Data(**shared, max_rejected=0.2), store)
+    assert found is not None
+    assert found.product.path == made.product.path
 
 
 def test_complete_examples_are_found_without_loading_anything_heavy(tmp_path, store, caplog):

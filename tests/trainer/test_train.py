@@ -295,6 +295,45 @@ def test_what_is_not_finite_is_never_a_checkpoint(bench: Bench) -> None:
     assert not list(bench.store.root.glob("checkpoints/*/model.safetensors"))
 
 
+@pytest.mark.parametrize(("objective", "architecture"), [("cpo-ranked", "llama"), ("mle", "gpt2")])
+def test_a_stopped_training_goes_on_where_it_was_bit_for_bit(
+    tmp_path: Path,
+    new_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    objective: str,
+    architecture: str,
+) -> None:
+    def killed_at(step: int) -> Callable[..., float]:
+        def factor(config: Training, at: int) -> float:
+            if at == step:
+                raise KeyboardInterrupt
+            return lr_factor(config, at)
+
+        return factor
+
+    model = new_model(architecture=architecture)  # GPT-2's weights are tied
+    settings: dict[str, Any] = {"steps": 9, "batch_size": 3, "schedule": "cosine"}
+    calm = Bench(tmp_path / "calm", model).train(objective, **settings)
+    rough = Bench(tmp_path / "rough", model)
+    monkeypatch.setattr("cpo_pipe.trainer.interim.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("cpo_pipe.trainer.interim.SAVE_SHARE", math.inf)
+    caplog.set_level("INFO")
+    for step in (2, 7):
+        with monkeypatch.context() as patch:
+            patch.setattr("cpo_pipe.trainer.train.lr_factor", killed_at(step))
+            with pytest.raises(KeyboardInterrupt):
+                rough.train(objective, **settings)
+    product = rough.train(objective, **settings)
+    assert "goes on after step 2" in caplog.text
+    assert "goes on after step 7" in caplog.text
+    ours, theirs = weights(product), weights(calm)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    untimed = [[{**row, "seconds": 0} for row in metrics(one)] for one in (product, calm)]
+    assert untimed[0] == untimed[1]
+    assert not list(rough.store.root.glob("checkpoints/.in-progress/*"))
+
+
 def test_every_pass_covers_all_rows_once() -> None:
     stream = [index for batch in batches(10, 4, 5, seed=0) for index in batch]
     assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))

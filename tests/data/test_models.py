@@ -1,0 +1,64 @@
+"""Models and tokenizers on disk: do they go together?"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.models import Model, TokenizerFiles, check_vocabulary
+from cpo_pipe.data.store import Store
+
+VOCABULARY = {"a": 0, "b": 1, "ab": 2}
+SPECIAL = [{"id": 3, "content": "<end>", "special": True}]
+
+
+def write(folder: Path, vocabulary: Any, added: list[dict[str, Any]], **more: Any) -> Path:
+    folder.mkdir()
+    content = {"added_tokens": added, "model": {"vocab": vocabulary}, **more}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+def check(root: Path, given: Path, own: Path) -> None:
+    check_vocabulary(Model("mine", own, "f"), TokenizerFiles(given, "g"), Store(root / "store"))
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "added"),
+    [
+        (VOCABULARY, SPECIAL),
+        (dict(reversed(VOCABULARY.items())), [{"id": 3, "content": "<end>", "lstrip": True}]),
+        ({**VOCABULARY, "<end>": 3}, []),
+        ([["a", -1.5], ["b", -2.0], ["ab", -3.0]], SPECIAL),  # as Unigram models have it
+    ],
+)
+def test_the_same_tokens_pass_however_they_are_saved(tmp_path: Path, vocabulary: Any, added: list[Any]) -> None:
+    given = write(tmp_path / "given", VOCABULARY, SPECIAL)
+    check(tmp_path, given, write(tmp_path / "own", vocabulary, added, version="2.0"))
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "added", "said"),
+    [
+        ({"a": 1, "b": 0, "ab": 2}, SPECIAL, "the token id 0 is 'a' in the one and 'b' in the other"),
+        (VOCABULARY, [{"id": 3, "content": "<eos>"}], "the token id 3 is '<end>' in the one and '<eos>' in the other"),
+        (VOCABULARY, [], "the token id 3 is '<end>' in the one and None in the other"),
+        ({**VOCABULARY, "ba": 4}, SPECIAL, "the token id 4 is None in the one and 'ba' in the other"),
+    ],
+)
+def test_other_tokens_are_refused(tmp_path: Path, vocabulary: Any, added: list[Any], said: str) -> None:
+    given = write(tmp_path / "given", VOCABULARY, SPECIAL)
+    with pytest.raises(InputError) as error:
+        check(tmp_path, given, write(tmp_path / "own", vocabulary, added))
+    assert str(error.value) == (
+        f"data.tokenizer is not that of the model mine: {said}; set data.tokenizer to the model's own"
+    )
+
+
+def test_what_cannot_be_compared_passes(tmp_path: Path) -> None:
+    given = write(tmp_path / "given", VOCABULARY, SPECIAL)
+    (tmp_path / "bare").mkdir()
+    check(tmp_path, given, tmp_path / "bare")
+    check(tmp_path, tmp_path / "bare", given)

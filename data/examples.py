@@ -16,7 +16,7 @@ class Examples:
     """The examples of a run, and what their token ids depend on."""
 
     product: Product
-    """Folder with examples.parquet, rejected.parquet and tokenizer/."""
+    """Folder with examples.parquet, tokenizer/ and, where rows were refused, rejected.parquet."""
     tokenizer: TokenizerFiles
     rendering: Spec
     """What decides an example's prompt ids beyond its id: template, tokenizer and, for cut text, where it is cut."""

@@ -136,6 +136,8 @@ class _Plan:
     def check(self, examples: Examples) -> None:
         """Refuse examples that were made with a higher `max_rejected` than this section allows."""
         facts = examples.product.manifest
+        if not facts["rejected"]:
+            return
         first = pq.read_table(examples.product.path / "rejected.parquet", columns=["source", "reason"]).slice(0, 2)
         kept = sum(facts["examples"].values()) + facts["left_over"]
         _check_rejected(self.config.max_rejected, self.rows.source.name, facts["rejected"], kept, first.to_pylist())
@@ -456,9 +458,8 @@ class _Collected:
                         rows = unordered.take(chunk).append_column("split", pa.array([name] * len(chunk)))
                         writer.write_table(rows.select(EXAMPLES.names).cast(EXAMPLES))
         self._scratch.unlink()
-        with pq.ParquetWriter(folder / "rejected.parquet", REJECTED, compression="zstd") as writer:
-            if self._rejected:  # `datasets` does not read a row group of no rows
-                writer.write_table(pa.Table.from_pylist(self._rejected, schema=REJECTED))
+        if self._rejected:  # `datasets` reads no table of no rows
+            pq.write_table(pa.Table.from_pylist(self._rejected, schema=REJECTED), folder / "rejected.parquet")
 
     def _flush(self) -> None:
         if self._pending:

@@ -9,10 +9,22 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
+from cpo_pipe.data.recipe import Data
 from cpo_pipe.data.schemas import TABLES
 from cpo_pipe.data.store import Store
+from cpo_pipe.pipeline.prepare import prepare
+from tests.conftest import pairs, write_jsonl
 
 VALUES = {pa.string(): "x", pa.int32(): 1, pa.int64(): 2, pa.float64(): 0.5, pa.bool_(): True}
+
+
+def test_prepared_examples_are_read_by_datasets(tmp_path: Path, tiny_model: Path) -> None:
+    source = str(write_jsonl(tmp_path / "rows.jsonl", pairs(9)))
+    product = prepare(Data(source=source, tokenizer=str(tiny_model), test=2), Store(tmp_path / "store")).product
+    files = sorted(path.name for path in product.path.glob("*.parquet"))
+    assert files == ["examples.parquet"], "a table of no rejected rows is one that datasets cannot read"
+    for file in files:
+        load_dataset("parquet", data_files=str(product.path / file), split="train", cache_dir=str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("kind", TABLES)

@@ -188,7 +188,7 @@ def sample_missing(
                                 for k, sample in enumerate(samples)
                             ]
                         )
-                        meter.advance(len(samples))
+                    meter.advance(sum(map(len, answers)))
         return int(missing.num_rows)
 
 

@@ -94,12 +94,12 @@ def train(name: str, config: Training, store: Store, inputs: Inputs) -> Product:
         RunError: the loss is not finite, or step 0 shows that policy and reference are not computed alike.
     """
     product = checkpoint(store, training_spec(config, inputs))
-    if product.complete():
-        log.info("train %s: reused %s", name, product.name)
-        return product
-    with product.lock():
-        if not product.complete():
-            _make(name, config, store, inputs, product)
+    if not product.complete():
+        with product.lock():
+            if not product.complete():  # again: another process may have made it while we waited
+                _make(name, config, store, inputs, product)
+                return product
+    log.info("train %s: reused %s", name, product.name)
     return product
 
 

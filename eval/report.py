@@ -165,15 +165,25 @@ def print_table(metrics: pa.Table, baseline: str, shared_metrics: AbstractSet[st
     console = Console()
     for grid in grids(metrics):
         columns = dict(_terminal_columns(grid, shared_metrics))
-        table = Table(title=f"{grid.decoding} decoding, against {baseline}", title_justify="left", box=box.SIMPLE)
+        table = Table(
+            title=f"{grid.decoding} decoding, against {baseline}",
+            title_justify="left",
+            box=box.SIMPLE,
+            padding=(0, 1, 0, 0),
+        )
         table.add_column("", no_wrap=True)
         for name in columns:
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", overflow="fold", min_width=_widest_line(columns[name]))
         for row, system in enumerate(grid.systems):
             table.add_row(system, *(cells[row] for cells in columns.values()))
         console.print(table)
     for note in [*notes, *([SHARED_NOTE] if _shared_here(metrics, shared_metrics) else [])]:
         console.print(note, markup=False, highlight=False)
+
+
+def _widest_line(cells: Sequence[str]) -> int:
+    """A figure is never broken; headings may be."""
+    return max(len(line) for cell in cells for line in cell.split("\n"))
 
 
 def _terminal_columns(grid: Grid, shared_metrics: AbstractSet[str]) -> Iterator[tuple[str, list[str]]]:

@@ -17,6 +17,7 @@ import jinja2
 import pyarrow as pa
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from cpo_pipe.data import atomic
@@ -165,18 +166,16 @@ def print_table(metrics: pa.Table, baseline: str, shared_metrics: AbstractSet[st
     console = Console()
     for grid in grids(metrics):
         columns = dict(_terminal_columns(grid, shared_metrics))
-        table = Table(
-            title=f"{grid.decoding} decoding, against {baseline}",
-            title_justify="left",
-            box=box.SIMPLE,
-            padding=(0, 1, 0, 0),
-        )
+        title = f"{grid.decoding} decoding, against {baseline}"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
         table.add_column("", no_wrap=True)
         for name in columns:
             table.add_column(name, justify="right", overflow="fold", min_width=_widest_line(columns[name]))
         for row, system in enumerate(grid.systems):
             table.add_row(system, *(cells[row] for cells in columns.values()))
-        console.print(table)
+        # Figures that need more room than the terminal has are wrapped by it, never cut.
+        needed = Measurement.get(console, console.options.update(width=10_000), table).minimum
+        console.print(table, width=max(needed, console.width), crop=False)
     for note in [*notes, *([SHARED_NOTE] if _shared_here(metrics, shared_metrics) else [])]:
         console.print(note, markup=False, highlight=False)
 

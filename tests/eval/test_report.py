@@ -205,3 +205,12 @@ def test_the_terminal_shows_the_same_figures(
     assert "MAUVE †" in shown
     assert "† Measured with the same" in shown
     assert "a note" in shown
+
+
+def test_a_narrow_terminal_loses_no_figure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    data = make_data()
+    print_table(data.metrics, "mle", data.shared_metrics)
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert all(figure in shown for figure in ("0.500", "0.250", "4.125", "0.750", "± 0.015", "60"))

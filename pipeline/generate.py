@@ -49,7 +49,7 @@ def plan_negatives(
     """Which negatives a run wants; makes none.
 
     Raises:
-        InputError: no prompt leaves the model room for `max_new_tokens`, or no strategy has a count.
+        InputError: a prompt leaves the model no room for `max_new_tokens`, or no strategy has a count.
     """
     if not config.counts.autoregressive:
         raise InputError("negatives.counts.autoregressive is 0: ask for at least 1 negative a prompt")

@@ -11,8 +11,6 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the libr
 # Tensors here are tiny: more threads only wait for each other, the longer the busier the machine is.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-
 
 def make_tokenizer(folder: Path) -> None:
     """A byte-level BPE of 300 entries; `<|endoftext|>` (id 0) is EOS and padding."""
@@ -58,13 +56,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def new_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return lambda **config: make_model(tmp_path_factory.mktemp("model"), **config)
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    if not SHARED_DATA.is_dir():
-        pytest.skip("the real data sets are not on this machine")
-    return SHARED_DATA
 
 
 def pairs(count: int, start: int = 0) -> list[dict[str, str]]:

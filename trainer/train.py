@@ -244,8 +244,9 @@ def _optimize(
                 parameters["lr"] = config.lr * lr_factor(config, step)
             batch = [groups[index] for index in chosen]
             row = _step(config, model, batch, reference)
-            if check_start and step == 0:
-                check_first_loss(config, row["cpo"], [len(group.candidates) for group in batch])
+            sizes = [len(group.candidates) for group in batch]
+            if check_start and step == 0 and max(sizes) > 1:  # with an MLE term a batch may be all K = 1
+                check_first_loss(config, row["cpo"], sizes)
             if not math.isfinite(row["loss"]):
                 ids = ", ".join(group.example_id for group in batch[:5])
                 raise RunError(f"train.{name}: the loss is {row['loss']} at step {step}; its batch starts with {ids}")

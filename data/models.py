@@ -51,9 +51,15 @@ class Model:
         from transformers import AutoModelForCausalLM
 
         try:
+            # transformers' sdpa leaves soft-capping of attention scores out (Gemma 2), without a word.
+            capped = read_json(self.path / "config.json").get("attn_logit_softcapping")
             # With the loading info comes a pair, which transformers' types do not say.
             pair: Any = AutoModelForCausalLM.from_pretrained(
-                self.path, dtype=dtype, use_safetensors=True, output_loading_info=True
+                self.path,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                attn_implementation="eager" if capped else None,
             )
         except (ValueError, KeyError) as error:
             raise InputError(f"model {self.name}: cannot be loaded ({_first_sentence(error)})") from error

@@ -23,7 +23,8 @@ class _RateColumn(ProgressColumn):
 class Meter:
     """Counts finished units and shows them; made by `track`."""
 
-    def __init__(self, label: str, total: int, bar: Progress | None):
+    def __init__(self, label: str, total: int, bar: Progress | None, shown: bool = True):
+        self._shown = shown
         self.label, self.total, self.done = label, total, 0
         self._bar = bar
         self._task = bar.add_task(label, total=total, note="") if bar else None
@@ -34,7 +35,7 @@ class Meter:
         self.done += units
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, advance=units, note=note)
-        elif time.monotonic() - self._logged >= LOG_SECONDS:
+        elif self._shown and time.monotonic() - self._logged >= LOG_SECONDS:
             self._logged = time.monotonic()
             rate = self.done / (self._logged - self._start)
             log.info("%s: %d/%d, %.3g/s, %.0f s left %s", self.label, self.done, self.total, rate,
@@ -42,10 +43,10 @@ class Meter:
 
 
 @contextmanager
-def track(label: str, total: int) -> Iterator[Meter]:
-    """Show the progress of `total` units of work."""
-    if not console.is_terminal:
-        yield Meter(label, total, None)
+def track(label: str, total: int, *, shown: bool = True) -> Iterator[Meter]:
+    """Show the progress of `total` units of work; of several processes, one should."""
+    if not console.is_terminal or not shown:
+        yield Meter(label, total, None, shown)
         return
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _RateColumn()]
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console) as bar:

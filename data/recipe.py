@@ -108,6 +108,16 @@ class ScratchModel(Section):
 Objective = Literal["mle", "cpo", "cpo-ranked"]
 
 
+class Lora(Section):
+    """Low-rank adapters (Hu et al. 2021), through peft."""
+
+    rank: Positive = Field(16, description="rank of the adapters")
+    alpha: Positive = Field(32, description="their output is scaled by alpha / rank")
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="names of the layers that get one; all-linear: all but the output embedding"
+    )
+
+
 class Training(Section):
     """One named training. The defaults are the paper's settings."""
 
@@ -133,8 +143,34 @@ class Training(Section):
     max_grad_norm: float | None = Field(None, gt=0, description="clip gradients to this norm (default: no clipping)")
     seed: Seed = Field(0, description="seed of the data order")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of weights and arithmetic")
-    micro_batch: Positive = Field(
-        8, description="groups (for mle: examples) in memory at once; does not change the result"
+    gradient_checkpointing: bool = Field(
+        False, description="compute each layer twice instead of keeping it for the backward pass; changes no value"
+    )
+    lora: Lora | None = Field(None, description="train low-rank adapters, merged into the weights at the end")
+    held_out: int = Field(
+        0, ge=0, description="groups (for mle: examples) that are not trained on, and measured every eval_every steps"
+    )
+    eval_every: Positive = Field(
+        100, description="steps between two measurements of held-out groups and of sampled text's repetition"
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="the weights after the last step, or those with the lowest held-out loss"
+    )
+    attention: Literal["auto", "cascade", "split", "flex", "dense", "padded"] = Field(
+        "auto",
+        description="how a group's shared tokens are computed once: auto takes the first way that a self-check finds "
+        "exact; does not change the result",
+    )
+    micro_batch_tokens: Positive = Field(
+        8192, description="tokens per forward pass where several groups fit into one; does not change the result"
+    )
+    logits_mb: Positive = Field(
+        1024,
+        description="MiB of logits kept between forward and backward pass; more are computed twice; does not change "
+        "the result",
+    )
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        default_factory=list, description="also log the metrics of each step there, through accelerate"
     )
 
     @model_validator(mode="after")
@@ -143,8 +179,14 @@ class Training(Section):
             for field in ("reference", "mle_weight", "length_normalize", "beta"):
                 if field in self.model_fields_set and getattr(self, field):
                     raise ValueError(f"{field} has no meaning for the objective mle: leave it out")
+            if self.attention not in ("auto", "padded"):
+                raise ValueError(
+                    f"attention is {self.attention}, but a group of mle has nothing to share: leave it out"
+                )
         elif self.reference is None:
             raise ValueError(f"reference is missing: {self.objective} needs a frozen reference model")
+        if self.keep == "best" and not self.held_out:
+            raise ValueError("keep is best, but held_out is 0: nothing would tell which weights are the best")
         return self
 
     def upstream(self) -> list[str]:

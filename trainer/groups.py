@@ -85,6 +85,17 @@ def read_reference(rows: Rows, groups: Sequence[Group]) -> ReferenceLogprobs:
 
 
 @dataclass(frozen=True)
+class Data:
+    """What a training learns from."""
+
+    groups: Sequence[Group]
+    held_out: Sequence[Group]
+    """Measured, not trained on."""
+    reference: ReferenceLogprobs
+    """log π_ref of the candidates of both; empty for mle."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """Groups padded to the largest K. Shapes: G groups, K candidates."""
 

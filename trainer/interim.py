@@ -1,24 +1,33 @@
-"""The state of a training in progress, saved now and then, so that a killed training goes on where it was.
+"""The state of a training in progress, saved now and then, so that a stopped training goes on where it was.
 
-    <root>/checkpoints/.in-progress/<address>/<step>/   weights, optimizer state and metrics after so many steps
+    <root>/checkpoints/.in-progress/<address>/<step>/        weights, optimizer state and metrics after so many steps
+    <root>/checkpoints/.in-progress/<address>/best-<step>/   the weights with the lowest held-out loss so far
 
 The data order is a function of seed and step and nothing else is random, so this is all there is to go on from.
+One process writes for all; where weights are sharded (FSDP) each writes its own shards.
 """
 
+import json
 import logging
 import shutil
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+from torch.distributed.tensor import DTensor
 
 from cpo_pipe.data import atomic
 from cpo_pipe.data.store import Product
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -31,61 +40,157 @@ Metrics = list[dict[str, float]]
 
 
 class Interim:
-    """Saves and restores one training; used under the lock of its checkpoint."""
+    """Saves and restores one training; used under the lock of its checkpoint.
 
-    def __init__(self, product: Product):
-        self._folder = product.path.parent / ".in-progress" / product.path.name
+    Args:
+        product: the checkpoint that is being made.
+        accelerator: the processes that make it.
+        module: the network as it is trained.
+        optimizer: AdamW over the trained parameters.
+    """
+
+    def __init__(self, product: Product, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer):
+        self._folder = in_progress(product)
+        self._accelerator = accelerator
+        self._parameters = {
+            name.removeprefix("module."): parameter
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+        self._sharded = any(isinstance(parameter, DTensor) for parameter in self._parameters.values())
+        self._optimizer = optimizer
         self._pause = SAVE_SECONDS
         self._saved = time.monotonic()
 
-    def restore(self, model: "PreTrainedModel", optimizer: "torch.optim.Optimizer") -> Metrics:
-        """Put the last saved state into the model and the optimizer; returns the metrics of the steps behind it."""
-        from safetensors.torch import load_file, load_model
+    def restore(self) -> tuple[Metrics, dict[str, Any]]:
+        """Put the last saved state into network and optimizer.
 
+        Returns:
+            The metrics of the steps behind it, and the facts saved with it; both empty where there is none.
+        """
         steps = [int(path.name) for path in self._folder.glob("[0-9]*")]
         if not steps:
-            return []
+            return [], {}
         saved = self._folder / str(max(steps))
-        load_model(model, saved / "model.safetensors", device=str(model.device))
-        state: dict[int, dict[str, Any]] = {}
-        for name, tensor in load_file(saved / "optimizer.safetensors").items():
-            parameter, _, field = name.partition(".")
-            state.setdefault(int(parameter), {})[field] = tensor
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        state = self._weights() | self._optimizer_state()
+        facts: dict[str, Any] = json.loads((saved / "facts.json").read_text())
+        if facts["sharded"]:
+            load_shards(state, checkpoint_id=saved / "shards")
+        else:
+            _fill(state, load_file(saved / "state.safetensors"))
         metrics: Metrics = pq.read_table(saved / "metrics.parquet").to_pylist()
         log.info("goes on after step %d, where it was stopped", max(steps))
-        return metrics
+        return metrics, facts
 
-    def save_now_and_then(self, model: "PreTrainedModel", optimizer: "torch.optim.Optimizer", metrics: Metrics) -> None:
+    def save_now_and_then(self, metrics: Metrics, facts: dict[str, Any]) -> None:
         """Save the state after a whole step, if the last save is long enough ago."""
-        if time.monotonic() - self._saved < self._pause:
-            return
+        due = time.monotonic() - self._saved >= self._pause
+        if _anywhere(self._accelerator, due):
+            self.save(metrics, facts)
+
+    def save(self, metrics: Metrics, facts: dict[str, Any]) -> None:
+        """Save the state after a whole step, unless it is saved already."""
         start = time.monotonic()
-        self._save(model, optimizer, metrics)
+        target = self._folder / str(len(metrics))
+        if not metrics or target.exists():
+            return
+        with self._written(target) as scratch:
+            if scratch is not None:
+                pq.write_table(pa.Table.from_pylist(metrics), scratch / "metrics.parquet")
+                (scratch / "facts.json").write_text(json.dumps({**facts, "sharded": self._sharded}))
+            self._write(self._weights() | self._optimizer_state(), target, scratch)
+        best = self.best()
+        for path in self._folder.iterdir() if self._accelerator.is_main_process else ():
+            if path != target and path != best:
+                shutil.rmtree(path)
         self._saved = time.monotonic()
         self._pause = max(SAVE_SECONDS, (self._saved - start) / SAVE_SHARE)
 
-    def clear(self) -> None:
-        """Forget the training: it is complete."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+    def save_best(self, step: int) -> None:
+        """Keep the weights after `step` steps: they are the best so far."""
+        target = self._folder / f"best-{step}"
+        if not target.exists():
+            with self._written(target) as scratch:
+                self._write(self._weights(), target, scratch)
 
-    def _save(self, model: "PreTrainedModel", optimizer: "torch.optim.Optimizer", metrics: Metrics) -> None:
-        from safetensors.torch import save_file, save_model
+    def best(self) -> Path | None:
+        """The last weights that `save_best` kept."""
+        found = sorted(self._folder.glob("best-*"), key=lambda path: int(path.name.removeprefix("best-")))
+        return found[-1] if found else None
 
-        target = self._folder / str(len(metrics))
-        scratch = atomic.temporary(target)
-        try:
+    def restore_best(self, step: int) -> None:
+        """Put the weights kept after `step` steps into the network."""
+        saved, state = self._folder / f"best-{step}", self._weights()
+        if self._sharded:
+            load_shards(state, checkpoint_id=saved / "shards")
+        else:
+            _fill(state, load_file(saved / "state.safetensors"))
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {f"weights.{name}": parameter.detach() for name, parameter in self._parameters.items()}
+
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            fields = self._optimizer.state[parameter]
+            if not fields:  # nothing was stepped yet: tensors to load into
+                fields |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter),
+                           "exp_avg_sq": torch.zeros_like(parameter)}  # fmt: skip
+            state |= {f"optimizer.{name}.{field}": value for field, value in fields.items()}
+        return state
+
+    def _write(self, state: dict[str, Tensor], target: Path, scratch: Path | None) -> None:
+        if self._sharded:
+            # All processes write into one folder, which becomes valid when the main one renames it.
+            save_shards(state, checkpoint_id=_shared_scratch(target) / "shards")
+        elif scratch is not None:
+            save_file({name: value.contiguous().cpu() for name, value in state.items()}, scratch / "state.safetensors")
+
+    @contextmanager
+    def _written(self, target: Path) -> Iterator[Path | None]:
+        """A scratch folder for the main process (None for the others) that becomes `target` once all have written."""
+        scratch = _shared_scratch(target)
+        main = self._accelerator.is_main_process
+        if main:
+            shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed while it wrote
             scratch.mkdir(parents=True)
-            save_model(model, str(scratch / "model.safetensors"))
-            state = optimizer.state_dict()["state"]
-            tensors = {f"{number}.{field}": t for number, fields in state.items() for field, t in fields.items()}
-            save_file(tensors, scratch / "optimizer.safetensors")
-            pq.write_table(pa.Table.from_pylist(metrics), scratch / "metrics.parquet")
-            for file in scratch.iterdir():
-                atomic.sync(file)
-            atomic.rename(scratch, target)
+        self._accelerator.wait_for_everyone()
+        try:
+            yield scratch if main else None
+            self._accelerator.wait_for_everyone()
+            if main:
+                for file in scratch.rglob("*"):
+                    atomic.sync(file)
+                atomic.rename(scratch, target)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        for path in self._folder.iterdir():
-            if path != target:
-                shutil.rmtree(path)
+            if main:
+                shutil.rmtree(scratch, ignore_errors=True)
+        self._accelerator.wait_for_everyone()
+
+
+def in_progress(product: Product) -> Path:
+    """Where the state of a training in progress is."""
+    return product.path.parent / ".in-progress" / product.path.name
+
+
+def forget(product: Product) -> None:
+    """Remove the state of a training: it is complete."""
+    shutil.rmtree(in_progress(product), ignore_errors=True)
+
+
+def _shared_scratch(target: Path) -> Path:
+    return target.with_name(f".tmp-{target.name}")
+
+
+def _fill(state: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in state.items():
+            tensor.copy_(values[name])
+
+
+def _anywhere(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether it is so in any process; all of them get the same answer."""
+    if accelerator.num_processes == 1:
+        return flag
+    flags = torch.tensor(int(flag), device=accelerator.device)
+    return bool(accelerator.reduce(flags, "sum"))

@@ -23,15 +23,15 @@ def merge(name: str, store: Store, parts: Sequence[tuple[Model, float]], tokeniz
     product = checkpoint(store, spec)
     if product.complete():
         return product
-    from cpo_pipe.trainer.logprobs import load_model
+    import torch
 
     with product.lock():
         if product.complete():
             return product
-        model = load_model(parts[0][0])
+        model = parts[0][0].load(torch.float32)
         total = {key: tensor * parts[0][1] for key, tensor in model.state_dict().items()}
         for other, weight in parts[1:]:
-            state = load_model(other).state_dict()
+            state = other.load(torch.float32).state_dict()
             if {key: t.shape for key, t in state.items()} != {key: t.shape for key, t in total.items()}:
                 raise InputError(f"system {name}: {other.name} and {parts[0][0].name} are not of one architecture")
             for key, tensor in state.items():

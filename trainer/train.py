@@ -1,46 +1,41 @@
 """Stage `train`: one named training, from its initial model to a checkpoint in the store."""
 
+import hashlib
 import logging
-import math
 import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cpo_pipe.data import processes
 from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.examples import selection_hash
 from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec, model_fingerprint, sha256_file
 from cpo_pipe.data.models import Model, TokenizerFiles
-from cpo_pipe.data.progress import track
 from cpo_pipe.data.recipe import ScratchModel, Training
 from cpo_pipe.data.store import Product, Rows, Store
 
 if TYPE_CHECKING:  # torch is imported only when there is something to train
-    from torch import Tensor
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from cpo_pipe.trainer.groups import Group, ReferenceLogprobs
-    from cpo_pipe.trainer.interim import Interim
 
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "training-metrics.parquet"
 
 # What changes neither the data order nor the arithmetic that decides the weights.
-_NOT_IDENTITY = {"init", "reference", "micro_batch"}
+_NOT_IDENTITY = {
+    "init", "reference",  # whose content is
+    "attention", "gradient_checkpointing", "micro_batch_tokens", "logits_mb", "trackers", "eval_every",
+}  # fmt: skip
 _ONLY_LISTWISE = {"beta", "mle_weight", "length_normalize"}
-
-ROUNDING = 1e-5
-"""Relative difference that a log-prob may have from itself when it is summed in another batch."""
-FIRST_LOSS_TOLERANCE = {"float32": 0.05, "bfloat16": 1.0}
-"""In nats, at the paper's β = 5 and log-probs of a thousand nats; what is really wrong shows as whole nats."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +55,8 @@ class Inputs:
 def training_spec(config: Training, inputs: Inputs) -> Spec:
     """Everything that decides the weights, and nothing that doesn't."""
     excluded = _NOT_IDENTITY | (_ONLY_LISTWISE if config.objective == "mle" else set())
+    if config.keep == "best":  # then the steps that are looked at decide which weights are kept
+        excluded -= {"eval_every"}
     init = inputs.init
     return {
         "settings": config.model_dump(mode="json", exclude=excluded),
@@ -86,60 +83,120 @@ def checkpoint_model(name: str, product: Product) -> Model:
     return Model(name, product.path, product.manifest["fingerprint"])
 
 
-def train(name: str, config: Training, store: Store, inputs: Inputs) -> Product:
+def train(name: str, config: Training, store: Store, inputs: Inputs, log_dir: Path | None = None) -> Product:
     """Train, or find the checkpoint that the same training made before.
+
+    Args:
+        name: as the recipe calls it.
+        config: its settings.
+        store: where the checkpoint and log π_ref are kept.
+        inputs: what it starts from.
+        log_dir: for trackers that write files.
 
     Raises:
         InputError: an example does not fit into the model's context, or nothing is left to train on.
         RunError: the loss is not finite, or step 0 shows that policy and reference are not computed alike.
+        Stopped: a signal came; the state is saved, and the next call goes on.
     """
     product = checkpoint(store, training_spec(config, inputs))
-    if not product.complete():
-        with product.lock():
-            if not product.complete():  # again: another process may have made it while we waited
-                _make(name, config, store, inputs, product)
+    if not _agreed(product.complete()):
+        with product.lock() if processes.is_main() else nullcontext():
+            if not _agreed(product.complete()):  # again: another process may have made it while we waited
+                _make(name, config, store, inputs, product, log_dir)
                 return product
     log.info("train %s: reused %s", name, product.name)
     return product
 
 
-def _make(name: str, config: Training, store: Store, inputs: Inputs, product: Product) -> None:
-    from cpo_pipe.trainer.interim import Interim
+def _agreed(answer: bool) -> bool:
+    """What the main process says, so that all of them do the same."""
+    if processes.count() == 1:
+        return answer
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
 
-    groups = _groups(name, config, inputs)
-    model = _initial_model(name, inputs, groups)
-    reference = _reference(config, store, inputs, groups)
-    interim = Interim(product)
-    metrics = _optimize(name, config, model, groups, reference, interim, check_start=_starts_as_reference(inputs))
-    if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
-        raise RunError(f"train.{name}: weights are not finite after the last step; lower train.{name}.lr")
-    with product.create() as folder:
-        model.save_pretrained(folder.path)
-        copy_tokenizer(inputs.tokenizer.path, folder.path)
-        pq.write_table(pa.Table.from_pylist(metrics), folder.path / METRICS_FILE)
-        folder.facts["fingerprint"] = model_fingerprint(folder.path, sha256_file)
-        folder.facts["seconds"] = sum(row["seconds"] for row in metrics)
-        folder.facts["groups"] = len(groups)
-    interim.clear()
+    PartialState()
+    said = [answer]
+    broadcast_object_list(said)
+    return said[0]
+
+
+def _make(name: str, config: Training, store: Store, inputs: Inputs, product: Product, log_dir: Path | None) -> None:
+    from cpo_pipe.trainer.groups import Data
+    from cpo_pipe.trainer.health import check_groups
+    from cpo_pipe.trainer.interim import forget
+    from cpo_pipe.trainer.loop import Loop, new_accelerator
+
+    accelerator = new_accelerator(name, config, log_dir)
+    everything = _groups(name, config, inputs)
+    groups, held_out = _held_out(name, config, everything)
+    reference = _reference(config, store, inputs, [*groups, *held_out])
+    if config.objective != "mle":
+        check_groups(name, everything, reference)
+    model, adapted = _initial_model(name, config, inputs, groups)
+    data = Data(groups, held_out, reference)
+    loop = Loop(name, config, model, data, product, accelerator, starts_as_reference=_starts_as_reference(inputs))
+    metrics = loop.run()
+    state = loop.whole_state() if loop.sharded else None
+    if accelerator.is_main_process:
+        if state is not None:  # into a network that is whole
+            model, adapted = _initial_model(name, config, inputs, groups)
+            model.load_state_dict(state)
+        if adapted is not None:
+            from cpo_pipe.trainer.lora import merged
+
+            model = merged(adapted)
+        if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
+            raise RunError(f"train.{name}: weights are not finite after the last step; lower train.{name}.lr")
+        with product.create() as folder:
+            model.save_pretrained(folder.path)
+            copy_tokenizer(inputs.tokenizer.path, folder.path)
+            pq.write_table(pa.Table.from_pylist(metrics), folder.path / METRICS_FILE)
+            folder.facts["fingerprint"] = model_fingerprint(folder.path, sha256_file)
+            folder.facts["seconds"] = sum(row["seconds"] for row in metrics)
+            folder.facts["groups"] = len(groups)
+            folder.facts["computed"] = loop.facts
+        forget(product)
+    accelerator.wait_for_everyone()
+    if config.trackers:
+        accelerator.end_training()
     log.info("train %s: %d steps in %s, loss %.4f", name, config.steps, product.name, metrics[-1]["loss"])
 
 
+def _held_out(name: str, config: Training, groups: Sequence["Group"]) -> tuple[Sequence["Group"], Sequence["Group"]]:
+    """What is trained on, and what is only measured: chosen by hash, so that more rows move few.
+
+    Groups of K = 1 are trained on only where the MLE loss has a use for them.
+    """
+    useful = [group for group in groups if len(group.candidates) > 1 or config.objective == "mle" or config.mle_weight]
+    if not useful:
+        raise InputError(f"train.{name}: nothing to train on: no example, or no group with a negative that was kept")
+    if config.held_out >= len(useful):
+        raise InputError(f"train.{name}.held_out is {config.held_out}, but there are only {len(useful)} groups")
+    several = [group for group in useful if len(group.candidates) > 1 or config.objective == "mle"]
+    by_hash = sorted(several, key=lambda group: hashlib.sha256(f"held out {group.example_id}".encode()).digest())
+    chosen = {group.example_id for group in by_hash[: config.held_out]}
+    if len(chosen) < config.held_out:
+        raise InputError(f"train.{name}.held_out is {config.held_out}, but only {len(chosen)} groups have a negative")
+    return (
+        [group for group in useful if group.example_id not in chosen],
+        [group for group in useful if group.example_id in chosen],
+    )
+
+
 def _groups(name: str, config: Training, inputs: Inputs) -> list["Group"]:
-    """What is trained on; groups of K = 1 only where the MLE loss has a use for them."""
+    """All groups of the selection; for mle those of the target alone."""
     from cpo_pipe.trainer.groups import groups_from_examples, read_groups
 
     if inputs.groups is None:
         groups = groups_from_examples(inputs.selection)
     else:
-        everything = read_groups(inputs.groups, inputs.selection)
-        groups = [group for group in everything if len(group.candidates) > 1 or config.mle_weight]
-        alone = sum(len(group.candidates) == 1 for group in everything)
+        groups = read_groups(inputs.groups, inputs.selection)
+        alone = sum(len(group.candidates) == 1 for group in groups)
         if alone:
-            log.info("train %s: %d of %d groups have K = 1 and leave the listwise loss", name, alone, len(everything))
-    if not groups:
-        raise InputError(f"train.{name}: nothing to train on: no example, or no group with a negative that was kept")
+            log.info("train %s: %d of %d groups have K = 1 and leave the listwise loss", name, alone, len(groups))
     for model in (inputs.init, inputs.reference):
-        if isinstance(model, Model):
+        if isinstance(model, Model) and groups:
             _check_fits(name, groups, model.name, model.context())
     return groups
 
@@ -160,7 +217,8 @@ def _reference(config: Training, store: Store, inputs: Inputs, groups: Sequence[
     if inputs.reference is None:
         return {}
     pairs = [(group.example_id, group.prompt_ids, group.candidates) for group in groups]
-    return read_reference(cached_logprobs(store, inputs.reference, config.dtype, pairs), groups)
+    rows = cached_logprobs(store, inputs.reference, config.dtype, pairs, config.attention, config.micro_batch_tokens)
+    return read_reference(rows, groups)
 
 
 def _starts_as_reference(inputs: Inputs) -> bool:
@@ -175,15 +233,24 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / file, target / file)
 
 
-def _initial_model(name: str, inputs: Inputs, groups: Sequence["Group"]) -> "PreTrainedModel":
-    from cpo_pipe.trainer.logprobs import device, load_model
+def _initial_model(
+    name: str, config: Training, inputs: Inputs, groups: Sequence["Group"]
+) -> tuple["PreTrainedModel", "PeftModel | None"]:
+    """The network to train, in float32 and with all dropout off; and the same with its adapters, if it gets any."""
+    import torch
 
+    model: PreTrainedModel
     if isinstance(inputs.init, Model):
-        return load_model(inputs.init)
-    model: PreTrainedModel = scratch_model(inputs.init, inputs.tokenizer)
-    model.to(device()).eval()  # type: ignore[arg-type]
-    _check_fits(name, groups, "the scratch model", getattr(model.config, "max_position_embeddings", None))
-    return model
+        model = inputs.init.load(torch.float32)
+    else:
+        model = scratch_model(inputs.init, inputs.tokenizer)
+        _check_fits(name, groups, "the scratch model", getattr(model.config, "max_position_embeddings", None))
+    model.train(False)
+    if config.lora is None:
+        return model, None
+    from cpo_pipe.trainer.lora import add_adapters
+
+    return model, add_adapters(name, model, config.lora, config.seed)
 
 
 def scratch_model(config: ScratchModel, tokenizer: TokenizerFiles) -> "PreTrainedModel":
@@ -210,186 +277,3 @@ def scratch_model(config: ScratchModel, tokenizer: TokenizerFiles) -> "PreTraine
         made = f"a {config.architecture} model cannot be made from config {config.config}"
         raise InputError(f"init: {made} ({reason})") from error
     return model
-
-
-def _optimize(
-    name: str,
-    config: Training,
-    model: "PreTrainedModel",
-    groups: Sequence["Group"],
-    reference: "ReferenceLogprobs",
-    interim: "Interim",
-    check_start: bool,
-) -> list[dict[str, float]]:
-    """Run all steps in place, or those that are left of a training that was stopped; returns the metrics of each.
-
-    The model stays in eval mode: that is what turns off all dropout, also where it hides in attention modules.
-    """
-    import torch
-
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=config.lr,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )
-    metrics = interim.restore(model, optimizer)
-    done = len(metrics)
-    order = batches(len(groups), config.batch_size, config.steps, config.seed)
-    with track(f"train {name}", config.steps - done) as meter:
-        for step, chosen in islice(enumerate(order), done, None):
-            start = time.monotonic()
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = config.lr * lr_factor(config, step)
-            batch = [groups[index] for index in chosen]
-            row = _step(config, model, batch, reference)
-            sizes = [len(group.candidates) for group in batch]
-            if check_start and step == 0 and max(sizes) > 1:  # with an MLE term a batch may be all K = 1
-                check_first_loss(config, row["cpo"], sizes)
-            if not math.isfinite(row["loss"]):
-                ids = ", ".join(group.example_id for group in batch[:5])
-                raise RunError(f"train.{name}: the loss is {row['loss']} at step {step}; its batch starts with {ids}")
-            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf))
-            if not math.isfinite(norm):
-                raise RunError(f"train.{name}: the gradient's norm is {norm} at step {step}, the loss {row['loss']}")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            metrics.append({"step": step, "lr": config.lr * lr_factor(config, step), "grad_norm": norm, **row,
-                            "seconds": time.monotonic() - start})  # fmt: skip
-            meter.advance(1, note=_note(row))
-            interim.save_now_and_then(model, optimizer, metrics)
-    return metrics
-
-
-def _step(
-    config: Training,
-    model: "PreTrainedModel",
-    batch: Sequence["Group"],
-    reference: "ReferenceLogprobs",
-) -> dict[str, float]:
-    """Gradients of one batch, accumulated over micro-batches so that the means are those of the whole batch."""
-    import torch
-
-    from cpo_pipe.trainer.logprobs import continuation_logprobs, precision
-
-    target_tokens = sum(len(group.candidates[0]) for group in batch)
-    listwise = sum(len(group.candidates) > 1 for group in batch) if config.objective != "mle" else 0
-    mle_weight = 1.0 if config.objective == "mle" else config.mle_weight
-    totals = dict.fromkeys(("mle", "cpo", "won", "margin"), 0.0)
-    ordered = sorted(batch, key=lambda group: group.tokens())  # like lengths side by side: less padding
-    for start in range(0, len(ordered), config.micro_batch):
-        micro = ordered[start : start + config.micro_batch]
-        scored = [group.candidates if config.objective != "mle" else group.candidates[:1] for group in micro]
-        with precision(config.dtype):
-            logprobs = continuation_logprobs(
-                model,
-                [group.prompt_ids for group, candidates in zip(micro, scored, strict=True) for _ in candidates],
-                [candidate for candidates in scored for candidate in candidates],
-            )
-        per_group = torch.split(logprobs, [len(candidates) for candidates in scored])
-        loss = _mle(per_group, totals) / target_tokens * mle_weight
-        if listwise:
-            loss = loss + _listwise(config, micro, per_group, reference, totals) / listwise
-        loss.backward()  # type: ignore[no-untyped-call]
-    mle = totals["mle"] / target_tokens
-    row = {
-        "loss": mle_weight * mle + (totals["cpo"] / listwise if listwise else 0.0),
-        "target_logprob": -totals["mle"] / len(batch),
-        "target_logprob_per_token": -mle,
-    }
-    if config.objective != "mle":
-        row |= {key: totals[key] / listwise if listwise else math.nan for key in ("cpo", "won", "margin")}
-        row["candidates"] = sum(len(group.candidates) for group in batch) / len(batch)
-    return row
-
-
-def _mle(per_group: Sequence["Tensor"], totals: dict[str, float]) -> "Tensor":
-    import torch
-
-    from cpo_pipe.trainer.losses import mle_loss
-
-    loss = mle_loss(torch.stack([logprobs[0] for logprobs in per_group])).sum()
-    totals["mle"] += float(loss.detach())
-    return loss
-
-
-def _listwise(
-    config: Training,
-    micro: Sequence["Group"],
-    per_group: Sequence["Tensor"],
-    reference: "ReferenceLogprobs",
-    totals: dict[str, float],
-) -> "Tensor":
-    """Summed loss of a micro-batch's groups with K ≥ 2, its metrics added to `totals`."""
-    from torch.nn.utils.rnn import pad_sequence
-
-    from cpo_pipe.trainer.groups import collate
-    from cpo_pipe.trainer.losses import cpo_loss, margin, ranked_cpo_loss, won
-
-    chosen = [index for index, group in enumerate(micro) if len(group.candidates) > 1]
-    if not chosen:
-        return per_group[0].sum() * 0
-    batch = collate([micro[index] for index in chosen], reference, per_group[0].device)
-    policy_GK = pad_sequence([per_group[index] for index in chosen], batch_first=True)
-    reference_GK = batch.reference_GK
-    if config.length_normalize:
-        policy_GK, reference_GK = policy_GK / batch.tokens_GK, reference_GK / batch.tokens_GK
-    if config.objective == "cpo":
-        losses = cpo_loss(policy_GK, reference_GK, batch.mask_GK, beta=config.beta)
-    else:
-        losses = ranked_cpo_loss(policy_GK, reference_GK, batch.rank_GK, batch.mask_GK, beta=config.beta)
-    rewards = losses.reward_GK.detach()
-    totals["cpo"] += float(losses.loss_G.detach().sum())
-    # Policy and reference were scored in other batches: sums of floats that are equal differ by about this much.
-    noise_G = config.beta * ROUNDING * reference_GK.abs().amax(-1)
-    totals["won"] += float(won(rewards, batch.mask_GK, noise_G).sum())
-    totals["margin"] += float(margin(rewards, batch.mask_GK).sum())
-    return losses.loss_G.sum()
-
-
-def check_first_loss(config: Training, loss: float, sizes: Sequence[int]) -> None:
-    """Refuse a run that starts from its reference and does not show the loss of equal models at step 0.
-
-    With all rewards 0 it is log K (eq. 1) or log K! (eq. 2), averaged over the groups of K ≥ 2; `sizes` are the K.
-
-    Raises:
-        RunError: it is not, within rounding.
-    """
-    one = math.log if config.objective == "cpo" else (lambda k: math.lgamma(k + 1))
-    expected = float(np.mean([one(k) for k in sizes if k > 1]))
-    if abs(loss - expected) > FIRST_LOSS_TOLERANCE[config.dtype]:
-        formula = "log K" if config.objective == "cpo" else "log K!"
-        raise RunError(
-            f"step 0: the policy starts from its reference, but the loss is {loss:.4f}, not {formula} = "
-            f"{expected:.4f}: dropout is on, or the two are computed in another way"
-        )
-
-
-def batches(count: int, size: int, steps: int, seed: int) -> Iterator[list[int]]:
-    """Indices of each step's batch: one shuffled pass over all after the other, cut into batches of `size`."""
-
-    def passes() -> Iterator[int]:
-        epoch = 0
-        while True:
-            yield from np.random.default_rng([seed, epoch]).permutation(count).tolist()
-            epoch += 1
-
-    stream = passes()
-    for _ in range(steps):
-        yield [next(stream) for _ in range(size)]
-
-
-def lr_factor(config: Training, step: int) -> float:
-    """Share of the peak learning rate at a step (from 0)."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return 1.0
-    done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
-    return 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _note(row: Mapping[str, float]) -> str:
-    won = f" won {row['won']:.2f} margin {row['margin']:.2f}" if "won" in row else ""
-    return f"loss {row['loss']:.4f}{won} target {row['target_logprob']:.1f}"

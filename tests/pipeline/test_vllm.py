@@ -32,7 +32,7 @@ def test_samples_and_logprobs(model: Model, caplog: pytest.LogCaptureFixture) ->
     import torch
     from transformers import AutoModelForCausalLM
 
-    from cpo_pipe.trainer.logprobs import continuation_logprobs
+    from cpo_pipe.trainer.scorer import Scorer
 
     caplog.set_level("INFO")
     engine = open_engine("auto", model)
@@ -47,8 +47,10 @@ def test_samples_and_logprobs(model: Model, caplog: pytest.LogCaptureFixture) ->
     assert len({tuple(sample) for sample in ids[0]}) > 1
     network = AutoModelForCausalLM.from_pretrained(model.path).eval()
     flat = [(request.prompt_ids, s) for request, answer in zip(requests, samples, strict=True) for s in answer]
+    scorer = Scorer(network)
+    packed = scorer.pack([(list(prompt), [sample.token_ids]) for prompt, sample in flat])
     with torch.no_grad():
-        expected = continuation_logprobs(network, [list(p) for p, _ in flat], [s.token_ids for _, s in flat])
+        expected = torch.cat(packed.per_group(scorer(packed)))
     assert [s.logprob for _, s in flat] == pytest.approx(expected.tolist(), rel=1e-4)
     greedy = Sampling(temperature=0, top_k=0, max_new_tokens=8, stop_ids=(0,))
     theirs = network.generate(torch.tensor([[5, 6, 7]]), do_sample=False, max_new_tokens=8, pad_token_id=0)

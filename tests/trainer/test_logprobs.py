@@ -1,6 +1,5 @@
 """Log-probs against a naive loop, one sequence at a time without padding, gradients included."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,7 @@ from cpo_pipe.data.fingerprint import candidate_id
 from cpo_pipe.data.models import locate_model
 from cpo_pipe.data.store import Store
 from cpo_pipe.trainer.groups import Group, read_reference
-from cpo_pipe.trainer.logprobs import cached_logprobs, continuation_logprobs
-
-PAIRS = [([5, 6, 7], [9, 10, 0]), ([5], [11]), ([8, 9, 10, 11, 12, 13], [1, 2, 3, 4, 5, 6, 7]), ([3, 3], [0])]
+from cpo_pipe.trainer.logprobs import cached_logprobs
 
 
 def naive(model: torch.nn.Module, prompt: list[int], continuation: list[int]) -> torch.Tensor:
@@ -23,22 +20,6 @@ def naive(model: torch.nn.Module, prompt: list[int], continuation: list[int]) ->
         logits = model(torch.tensor([prompt + continuation[:at]])).logits[0, -1].float()
         total = total + logits.log_softmax(-1)[token]
     return total
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_equal_to_naive_values_and_gradients(architecture: str, new_model: Callable[..., Path]) -> None:
-    model = AutoModelForCausalLM.from_pretrained(new_model(architecture=architecture)).eval()
-    weights = torch.tensor([1.0, -2.0, 0.5, 3.0])
-    ours = continuation_logprobs(model, *zip(*PAIRS, strict=True))
-    (ours * weights).sum().backward()
-    gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
-    model.zero_grad()
-    theirs = torch.stack([naive(model, *pair) for pair in PAIRS])
-    (theirs * weights).sum().backward()
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    expected = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    for gradient, wanted in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
 
 
 def test_cached_by_content_and_a_missing_one_is_an_error(tmp_path: Path, tiny_model: Path) -> None:

@@ -1,0 +1,296 @@
+"""Every way of computing a group is exact for a model, or refused for it: against a loop over single sequences."""
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cpo_pipe.data.errors import InputError
+from cpo_pipe.trainer.attention import Unsupported
+from cpo_pipe.trainer.head import Head
+from cpo_pipe.trainer.scorer import ORDER, Attention, Scorer, choose
+from cpo_pipe.trainer.trees import Packed, pack_rows, pack_trees
+from tests.trainer.architectures import ARCHITECTURES, group, make
+
+Texts = tuple[list[int], list[list[int]]]
+
+GROUPS = [group(20, 12, 18), group(28, 4, 9, seed=1), group(1, 3, 5, seed=2)]
+
+TAKEN = {
+    "Mistral, window 16": "split",
+    "Gemma 2 (soft-caps, windows of 64)": "dense",
+    "Gemma 2, window 16": "dense",
+    "Gemma 3, window 16 in some layers": "split",
+    "DeepSeek-V3 (latent attention, experts)": "split",
+    "GPT-OSS (sinks, window 16, experts)": "dense",
+    "StableLM": "dense",
+    "Falcon (rotary)": "dense",
+    "Falcon (ALiBi)": "padded",
+    "BLOOM (ALiBi)": "padded",
+    "MPT (ALiBi)": "padded",
+    "GPT-J": "dense",
+    "GPT-Neo (local layers of 16)": "padded",
+    "Mamba (state space)": "padded",
+    "Mamba 2 (state space)": "padded",
+    "Jamba (attention and state space)": "padded",
+    "LFM 2 (attention and convolution)": "padded",
+}
+"""What `auto` takes; cascade where nothing is said."""
+
+
+def naive(model: PreTrainedModel, texts: Texts) -> list[Tensor]:
+    """Log-probs of each candidate's tokens, one sequence at a time."""
+    prompt, candidates = texts
+    found = []
+    for candidate in candidates:
+        logits = model(torch.tensor([prompt + candidate]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        found.append(logits.log_softmax(-1)[torch.arange(len(candidate)), torch.tensor(candidate)])
+    return found
+
+
+def gradients(model: PreTrainedModel, tokens: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Of a sum whose terms have weights of their own."""
+    model.zero_grad()
+    generator = torch.Generator().manual_seed(1)
+    total = torch.stack([(values * torch.randn(values.shape, generator=generator)).sum() for values in tokens]).sum()
+    total.backward()  # type: ignore[no-untyped-call]
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def ours(scorer: Scorer, texts: Texts) -> list[Tensor]:
+    packed = scorer.pack([texts])
+    rows = packed.per_token(scorer(packed))
+    return [row[: len(candidate)] for row, candidate in zip(rows, texts[1], strict=True)]
+
+
+def assert_equal(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
+    one, other = torch.cat(list(found)), torch.cat(list(expected))
+    assert float((one - other).detach().abs().max() / other.detach().abs().max()) < tolerance
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_exact_or_refused(name: str) -> None:
+    model = make(name)
+    scorer = Scorer(model)
+    texts = GROUPS[0]
+    expected = naive(model, texts)
+    wanted = gradients(model, expected)
+    norm = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
+    choice = choose("m", scorer, GROUPS)
+    assert choice.attention == TAKEN.get(name, "cascade"), choice.refused
+    for attention in ORDER["cpu"]:
+        try:
+            choose("m", scorer, GROUPS, attention)
+        except InputError as refusal:
+            assert f"attention {attention} is not exact for this model" in str(refusal)
+            continue
+        found = ours(scorer, texts)
+        assert_equal(found, expected, 1e-5)
+        for parameter, gradient in gradients(model, found).items():
+            wrong = (gradient - wanted[parameter]).norm()
+            assert wrong < 1e-4 * wanted[parameter].norm() + 1e-6 * norm, (attention, parameter)
+
+
+@pytest.mark.parametrize("name", ["Llama, untied", "GPT-2 (learned positions, tied)", "Gemma 2, window 16"])
+def test_bfloat16_differs_by_rounding_only(name: str) -> None:
+    model = make(name)
+    expected = naive(model, GROUPS[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = naive(model, GROUPS[0])
+    usual = float((torch.cat(rough).float() - torch.cat(expected)).detach().abs().mean())
+    scorer = Scorer(model, "bfloat16")
+    choice = choose("m", scorer, GROUPS)
+    assert choice.logprob_error < 1e-5, "the self-check is in float32"
+    for attention in (choice.attention, "padded"):
+        scorer.set_attention(attention)  # type: ignore[arg-type]
+        found = torch.cat(ours(scorer, GROUPS[0]))
+        assert found.dtype == torch.float32
+        mean = float((found - torch.cat(expected)).detach().abs().mean())
+        assert 0 < mean < 1.5 * usual, "no worse than transformers' own arithmetic in bfloat16"
+
+
+@pytest.mark.parametrize("attention", ["cascade", "split", "dense", "padded"])
+@pytest.mark.parametrize("candidates", [[[0]], [[5], [6]], [[0], [7, 0]], [[5, 6, 7]], [[5, 6], [5, 6], [5, 6, 0]]])
+def test_small_groups(attention: Attention, candidates: list[list[int]]) -> None:
+    model = make("Llama, untied")
+    scorer = Scorer(model)
+    scorer.set_attention("padded")
+    for prompt in ([9], [9, 8, 7]):
+        expected = naive(model, (prompt, candidates))
+        scorer.set_attention(attention)
+        found = ours(scorer, (prompt, candidates))
+        assert_equal(found, expected, 1e-5)
+        one = gradients(model, found)
+        scorer.set_attention("padded")
+        other = gradients(model, expected)
+        assert all(torch.allclose(one[key], other[key], rtol=1e-3, atol=1e-4) for key in other)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    "name", ["Llama, untied", "GPT-2 (learned positions, tied)", "Gemma 2, window 16", "Qwen3-MoE (experts)"]
+)
+def test_several_groups_in_one_row_of_flex_attention(name: str) -> None:
+    # On a CPU it has no backward pass; the forward pass is the same code as on CUDA, but for the compiler.
+    model = make(name)
+    expected = [values for texts in GROUPS for values in naive(model, texts)]
+    scorer = Scorer(model)
+    scorer.set_attention("flex")
+    with torch.no_grad():
+        packed = scorer.pack(GROUPS)
+        rows = packed.per_token(scorer(packed))
+    candidates = [candidate for _, those in GROUPS for candidate in those]
+    assert_equal([row[: len(c)] for row, c in zip(rows, candidates, strict=True)], expected, 1e-5)
+    assert packed.sizes == tuple(len(those) for _, those in GROUPS)
+
+
+def test_checkpointing_changes_nothing_and_happens() -> None:
+    model = make("GPT-2 (learned positions, tied)")
+    scorer = Scorer(model)
+    choose("m", scorer, GROUPS)
+    plain = gradients(model, ours(scorer, GROUPS[0]))
+    calls = []
+    model.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    scorer.set_checkpointing(True)
+    again = gradients(model, ours(scorer, GROUPS[0]))
+    assert len(calls) == 2, "the layer was computed once more in the backward pass"
+    assert all(torch.equal(plain[key], again[key]) for key in plain)
+    assert not model.transformer.h[0].attn.training, "dropout stays off"
+    with scorer.own_attention() as own:
+        ids = torch.tensor([[5, 6, 7]])
+        out = own.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)  # type: ignore[operator]
+    assert out.shape[1] <= 7
+    assert all(torch.equal(plain[key], value) for key, value in gradients(model, ours(scorer, GROUPS[0])).items())
+
+
+def test_a_named_way_for_another_device_is_refused() -> None:
+    with pytest.raises(InputError, match="m: attention flex does not run on cpu"):
+        choose("m", Scorer(make("Llama, untied")), GROUPS, "flex")
+
+
+def test_a_window_is_minded_in_every_group_not_only_those_probed() -> None:
+    scorer = Scorer(make("Mistral, window 16"))
+    short = [group(4, 3, 6)]
+    assert choose("m", scorer, short).attention == "cascade"
+    with pytest.raises(Unsupported, match="window of 16 is shorter"):
+        scorer(scorer.pack([group(20, 3, 6)]))
+
+
+def test_a_head_that_is_not_known_goes_the_models_own_way() -> None:
+    model = make("Cohere (scaled logits)")
+    scorer = Scorer(model)
+    scorer._head = Head(1.0, None)  # as if the config had not told
+    choice = choose("m", scorer, GROUPS)
+    assert choice.attention == "plain"
+    assert "off by" in choice.refused["padded"]
+    assert_equal(ours(scorer, GROUPS[0]), naive(model, GROUPS[0]), 1e-5)
+
+
+# ── the tree ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def prefixes(texts: Texts) -> set[tuple[int, ...]]:
+    return {tuple(candidate[:end]) for candidate in texts[1] for end in range(1, len(candidate))}
+
+
+def ancestors(texts: Texts, packed: Packed) -> Tensor:
+    """Which input tokens precede which, by the definition: its prefix is the beginning of the other's."""
+    prompt = texts[0]
+    paths = [tuple(prompt[: end + 1]) for end in range(len(prompt))]
+    paths += sorted(tuple(prompt) + prefix for prefix in prefixes(texts))
+    assert sorted(path[-1] for path in paths) == sorted(packed.ids[0].tolist())
+    return torch.tensor([[other == path[: len(other)] for other in paths] for path in paths])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_each_distinct_prefix_is_there_once_and_sees_what_it_follows(seed: int) -> None:
+    rng = random.Random(seed)
+    prompt = [rng.randrange(4) for _ in range(rng.randrange(1, 4))]
+    texts = prompt, [[rng.randrange(2) for _ in range(rng.randrange(1, 6))] for _ in range(rng.randrange(1, 9))]
+    packed = pack_trees([texts])
+    tree = packed.tree
+    assert tree is not None
+    assert packed.tokens() == len(prompt) + len(prefixes(texts))
+    # Depth-first order with the smallest token first is the order of sorted prefixes.
+    assert torch.equal(tree.mask(None), ancestors(texts, packed))
+    assert torch.equal(tree.mask(None).sum(-1) - 1, tree.position_N)
+    pairs = {(*candidate[: end + 1],) for candidate in texts[1] for end in range(len(candidate))}
+    assert len(packed.label_E) == len(pairs), "each distinct (prefix, next token) is scored once"
+    assert len(packed.source_S) == len({pair[:-1] for pair in pairs})
+    owned = tree.path_RD.flatten()[tree.own_B]
+    assert owned.tolist() == list(range(packed.tokens() - len(prompt)))
+
+
+def test_a_cut_of_the_target_costs_no_input_token() -> None:
+    target = [5, 6, 7, 8, 9, 0]
+    alone = pack_trees([([1, 2], [target])])
+    cut = pack_trees([([1, 2], [target, [5, 6, 0], [5, 6, 7, 8, 0], [0]])])
+    assert torch.equal(alone.ids, cut.ids)
+    assert len(cut.source_S) == len(alone.source_S), "nor another row of logits"
+
+
+def test_padded_rows_share_nothing() -> None:
+    packed = pack_rows([([1, 2], [[5, 6, 0], [5, 0]]), ([3], [[4]])])
+    assert packed.ids.tolist() == [[1, 2, 5, 6], [1, 2, 5, 0], [3, 0, 0, 0]]
+    assert packed.sizes == (2, 1)
+
+
+# ── the head ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("memory", [1 << 30, 4 * 50 * 7, 1])
+@pytest.mark.parametrize(("scale", "cap", "bias"), [(1.0, None, False), (0.5, None, True), (2.0, 3.0, True)])
+def test_the_head_against_log_softmax(
+    memory: int, scale: float, cap: float | None, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cpo_pipe.trainer.head.CHUNK_BYTES", 4 * 50 * 3)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((20, 8), (50, 8), (50,))]
+    row = torch.tensor([0, 0, 0, 1, 2, 4, 4, 19])
+    label = torch.tensor([3, 4, 49, 0, 7, 7, 8, 1])
+    upstream = torch.randn(8, generator=generator, dtype=torch.float64)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        hidden, weight, offset = (tensor.to(dtype, copy=True).requires_grad_() for tensor in tensors)
+        if dtype == torch.float64:
+            logits = scale * (hidden @ weight.t() + (offset if bias else 0))
+            logits = logits if cap is None else cap * torch.tanh(logits / cap)
+            values = logits.log_softmax(-1)[row, label]
+        else:
+            values = Head(scale, cap).logprobs(hidden, weight, offset if bias else None, row, label, memory)
+        (values * upstream.to(dtype)).sum().backward()
+        results.append([values, hidden.grad, weight.grad, *([offset.grad] if bias else [])])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocabulary", [32_000, 256_000])
+def test_memory_of_large_vocabularies_stays_within_the_cap(vocabulary: int) -> None:
+    # 300 positions times 256,000 floats are 307 MB; the cap allows 8 MB of them.
+    peak = 0
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal peak
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.shape[-1:] == (vocabulary,):
+                peak = max(peak, result.numel() * result.itemsize)
+            return result
+
+    hidden = torch.randn(300, 4, requires_grad=True)
+    weight = torch.randn(vocabulary, 4, requires_grad=True)
+    row = torch.arange(300)
+    with Count():
+        Head(1.0, None).logprobs(hidden, weight, None, row, row, 8 << 20).sum().backward()
+    assert 0 < peak <= 8 << 20
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4)
+    values = Head(1.0, None).logprobs(hidden, weight, None, torch.arange(3), torch.arange(3), 1 << 20)
+    values.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="there is no second"):
+        values.sum().backward()

@@ -1,0 +1,156 @@
+"""From hidden states to log-probs of tokens, without ever holding the logits of a prompt.
+
+Shapes: S hidden states, E (hidden state, token) pairs, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+CHUNK_BYTES = 1 << 23
+"""Float32 logits turned into log-probs or gradients at once: what stays near the processor."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a model makes logits of its hidden states: cap · tanh(scale · (h Wᵀ + b) / cap)."""
+
+    scale: float
+    cap: float | None
+
+    @staticmethod
+    def of(model: PreTrainedModel) -> "Head":
+        """By what the model's config says; whether that is all there is, the self-check finds out."""
+        config = model.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+        if getattr(config, "logits_scaling", None):
+            scale = scale / config.logits_scaling
+        cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+        return Head(float(scale), cap)
+
+    def logprobs(
+        self,
+        hidden_SH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        row_E: Tensor,
+        label_E: Tensor,
+        memory: int,
+    ) -> Tensor:
+        """Log-prob of each pair's token, in float32: (E,).
+
+        The logits are kept between forward and backward pass if they fit into `memory` bytes, and become their own
+        gradient in place; otherwise they are made in chunks, twice. Under autocast the products are in its dtype, all
+        else in float32.
+        """
+        dtype = hidden_SH.dtype
+        if torch.is_autocast_enabled(hidden_SH.device.type):
+            dtype = torch.get_autocast_dtype(hidden_SH.device.type)
+        if bias_V is not None and self.scale != 1.0:
+            bias_V = bias_V * self.scale
+        scaled_SH = hidden_SH * self.scale if self.scale != 1.0 else hidden_SH
+        with torch.autocast(hidden_SH.device.type, enabled=False):
+            result: Tensor = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
+                scaled_SH.to(dtype), weight_VH, bias_V, row_E, label_E, self.cap, memory
+            )
+        return result
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Differentiable in hidden states, weight and bias; once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_SH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        row_E: Tensor,
+        label_E: Tensor,
+        cap: float | None,
+        memory: int,
+    ) -> Tensor:
+        count, vocabulary = hidden_SH.shape[0], weight_VH.shape[0]
+        weight = weight_VH.to(hidden_SH.dtype)
+        rows_in_memory = max(memory // (vocabulary * hidden_SH.itemsize), 1)
+        keep = any(ctx.needs_input_grad) and count <= rows_in_memory
+        logprob_E = torch.empty(len(label_E), dtype=torch.float32, device=hidden_SH.device)
+        lse_S = torch.empty(count, dtype=torch.float32, device=hidden_SH.device)
+        for block in _slices(0, count, rows_in_memory):
+            logits = torch.mm(hidden_SH[block], weight.t())
+            for rows, pairs in _chunks(block, vocabulary, row_E):
+                values = _finish(logits[_within(rows, block)], bias_V, cap)
+                lse_S[rows] = values.logsumexp(-1)
+                row = row_E[pairs]
+                logprob_E[pairs] = values[row - rows.start, label_E[pairs]] - lse_S[row]
+        ctx.save_for_backward(hidden_SH, weight_VH, bias_V, row_E, label_E, lse_S)
+        ctx.kept_SV = logits if keep else None
+        ctx.keep, ctx.cap, ctx.rows_in_memory = keep, cap, rows_in_memory
+        return logprob_E
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_E,) = gradients
+        hidden_SH, weight_VH, bias_V, row_E, label_E, lse_S = ctx.saved_tensors
+        kept_SV, ctx.kept_SV = ctx.kept_SV, None
+        if ctx.keep and kept_SV is None:
+            raise RuntimeError("the logits became their own gradient in the first backward pass: there is no second")
+        weight = weight_VH.to(hidden_SH.dtype)
+        grad_S = torch.zeros_like(lse_S).index_add_(0, row_E, grad_E)
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden_SH) if wants_hidden else None
+        grad_weight: Tensor | None = None
+        grad_bias = torch.zeros_like(bias_V) if wants_bias else None
+        for block in _slices(0, len(lse_S), ctx.rows_in_memory):
+            logits = kept_SV if kept_SV is not None else torch.mm(hidden_SH[block], weight.t())
+            for rows, pairs in _chunks(block, weight.shape[0], row_E):
+                chunk = logits[_within(rows, block)]
+                values = _finish(chunk, bias_V, ctx.cap)
+                # d log-prob / d logit = 1[label] − softmax
+                grad = (values - lse_S[rows, None]).exp_().mul_(-grad_S[rows, None])
+                grad[row_E[pairs] - rows.start, label_E[pairs]] += grad_E[pairs]  # pairs are distinct
+                if ctx.cap is not None:
+                    grad *= 1 - (values / ctx.cap).square()
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0)
+                chunk.copy_(grad)
+            if grad_hidden is not None:
+                torch.mm(logits, weight, out=grad_hidden[block])
+            if wants_weight:
+                part = torch.mm(logits.t(), hidden_SH[block]).to(weight_VH.dtype)
+                grad_weight = part if grad_weight is None else grad_weight.add_(part)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def _slices(start: int, end: int, size: int) -> Iterator[slice]:
+    for first in range(start, end, size):
+        yield slice(first, min(first + size, end))
+
+
+def _chunks(block: slice, vocabulary: int, row_E: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows of a block whose logits stay near the processor, each with its pairs (which follow the order of rows)."""
+    rows = list(_slices(block.start, block.stop, max(CHUNK_BYTES // (4 * vocabulary), 1)))
+    edges = torch.tensor([*(chunk.start for chunk in rows), block.stop], device=row_E.device)
+    places = torch.searchsorted(row_E, edges).tolist()
+    for chunk, first, last in zip(rows, places, places[1:], strict=False):
+        yield chunk, slice(first, last)
+
+
+def _within(rows: slice, block: slice) -> slice:
+    return slice(rows.start - block.start, rows.stop - block.start)
+
+
+def _finish(logits: Tensor, bias_V: Tensor | None, cap: float | None) -> Tensor:
+    """Bias and soft-cap, in float32."""
+    values = logits.float()
+    if bias_V is not None:
+        values = values + bias_V
+    if cap is not None:
+        values = cap * torch.tanh(values / cap)
+    return values

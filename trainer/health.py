@@ -1,0 +1,104 @@
+"""Warnings of the known ways in which preference training goes wrong, said once when they show."""
+
+import logging
+from collections.abc import Sequence
+
+from cpo_pipe.trainer.groups import Group, ReferenceLogprobs
+
+log = logging.getLogger(__name__)
+
+DROP = 0.5
+"""Nats per token that the target's log-prob may fall below the reference's; said again at every doubling."""
+DROP_STEPS = 10
+"""Steps that this is averaged over."""
+ALREADY_RIGHT = 0.8
+"""Share of groups whose target the reference prefers, per token, from which there is little to learn."""
+ALONE = 0.2
+"""Share of groups without a negative from which something is wrong with the negatives."""
+REPETITION = 0.2
+"""Rise of the share of repeated 4-grams in greedy samples."""
+
+
+def check_groups(name: str, groups: Sequence[Group], reference: ReferenceLogprobs) -> None:
+    """Warn before the first step of what the groups and the reference's log-probs show.
+
+    Args:
+        name: of the training, for messages.
+        groups: all that it has, those of K = 1 too.
+        reference: log π_ref of the candidates of those with K ≥ 2.
+    """
+    several = [group for group in groups if len(group.candidates) > 1]
+    alone = 1 - len(several) / len(groups)
+    if alone > ALONE:
+        log.warning(
+            "train %s: %.0f%% of the groups have no negative left (K = 1), and the listwise loss does not see them: "
+            "the generator's samples equal the target or each other; a higher temperature makes others",
+            name, 100 * alone,
+        )  # fmt: skip
+    right = sum(_already_right(group, reference) for group in several) / max(len(several), 1)
+    if right > ALREADY_RIGHT:
+        log.warning(
+            "train %s: by log-prob per token the reference already puts the target first in %.0f%% of the groups: "
+            "little to learn; negatives of a better generator are harder",
+            name, 100 * right,
+        )  # fmt: skip
+
+
+def _already_right(group: Group, reference: ReferenceLogprobs) -> bool:
+    values = [reference[group.example_id, candidate] for candidate in group.candidate_ids]
+    target, *others = [logprob / tokens for logprob, tokens in values]
+    return target > max(others)
+
+
+class Watch:
+    """Looks at the metrics of each step."""
+
+    def __init__(self, name: str, metrics: Sequence[dict[str, float]]):
+        """`metrics` are those of the steps already done."""
+        self._name = name
+        self._drops: list[float] = []
+        self._next_drop = DROP
+        self._first_repetition: float | None = None
+        self._said_repetition = False
+        for row in metrics:
+            self.step(row)
+
+    def step(self, row: dict[str, float]) -> None:
+        """Warn of what the metrics of one more step show."""
+        if row.get("target_drop_per_token") is not None:
+            self._drop(row["step"], row["target_drop_per_token"])
+        if row.get("repetition") is not None:
+            self._repetition(row["step"], row["repetition"])
+
+    def _drop(self, step: float, drop: float) -> None:
+        self._drops = [*self._drops[-DROP_STEPS + 1 :], drop]
+        mean = sum(self._drops) / len(self._drops)
+        if len(self._drops) == DROP_STEPS and mean > self._next_drop:
+            log.warning(
+                "train %s, step %d: the target's own log-prob is %.2f nats per token below the reference's: the loss "
+                "falls by making negatives less likely still; a smaller lr or beta, or mle_weight, holds it",
+                self._name, step, mean,
+            )  # fmt: skip
+            while self._next_drop < mean:
+                self._next_drop *= 2
+
+    def _repetition(self, step: float, repetition: float) -> None:
+        if self._first_repetition is None:
+            self._first_repetition = repetition
+        elif repetition > self._first_repetition + REPETITION and not self._said_repetition:
+            self._said_repetition = True
+            log.warning(
+                "train %s, step %d: %.0f%% of the 4-grams in greedy samples are repetitions, at first it was %.0f%%: "
+                "the model begins to loop; a smaller lr or fewer steps, or mle_weight, holds it",
+                self._name, step, 100 * repetition, 100 * self._first_repetition,
+            )  # fmt: skip
+
+
+def repetition(samples: Sequence[Sequence[int]]) -> float:
+    """Share of 4-grams of token ids that stood in the same sample before (rep-4), over all samples."""
+    repeated = total = 0
+    for ids in samples:
+        grams = [tuple(ids[start : start + 4]) for start in range(len(ids) - 3)]
+        repeated += len(grams) - len(set(grams))
+        total += len(grams)
+    return repeated / total if total else 0.0

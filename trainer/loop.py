@@ -1,0 +1,460 @@
+"""The optimization loop: all steps of one training, in one process or several (accelerate), stoppable at any moment."""
+
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cpo_pipe.data.errors import InputError, RunError
+from cpo_pipe.data.progress import track
+from cpo_pipe.data.recipe import Training
+from cpo_pipe.data.store import Product
+from cpo_pipe.trainer import objective
+from cpo_pipe.trainer.batches import batches, micro_batches
+from cpo_pipe.trainer.groups import Data, Group
+from cpo_pipe.trainer.health import Watch, repetition
+from cpo_pipe.trainer.interim import Interim, Metrics
+from cpo_pipe.trainer.objective import GroupFigures, Normalizers
+from cpo_pipe.trainer.scorer import Scorer, choose
+
+log = logging.getLogger(__name__)
+
+FIRST_LOSS_TOLERANCE = {"float32": 0.05, "bfloat16": 1.0}
+"""In nats, at the paper's β = 5 and log-probs of a thousand nats; what is really wrong shows as whole nats."""
+SAMPLES = 8
+SAMPLE_TOKENS = 64
+"""How many greedy samples are looked at for repetition, and their length."""
+
+
+class Stopped(Exception):
+    """A signal asked the training to stop; its state is saved."""
+
+    def __init__(self, name: str, step: int, number: int):
+        super().__init__(
+            f"train {name}: stopped by {signal.Signals(number).name} after step {step}; saved, run it again to go on"
+        )
+        self.signal = number
+
+
+def new_accelerator(name: str, config: Training, log_dir: Path | None) -> Accelerator:
+    """The processes of this run, as `accelerate launch` or nothing made them.
+
+    Raises:
+        InputError: accelerate is configured for what this loop does not do, or a tracker is not installed.
+    """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    ours = "bf16" if config.dtype == "bfloat16" else "no"
+    if asked not in ("no", ours):
+        raise InputError(
+            f"train.{name}.dtype is {config.dtype}, but accelerate is configured for mixed_precision {asked}: the "
+            "recipe decides the arithmetic; set mixed_precision to no, or the recipe's dtype to bfloat16"
+        )
+    try:
+        # The arithmetic is the scorer's (autocast over float32 weights), the same in every mode.
+        accelerator = Accelerator(
+            mixed_precision="no",
+            log_with=list(config.trackers) or None,
+            project_dir=log_dir,
+            step_scheduler_with_optimizer=False,
+        )
+    except (ImportError, ValueError) as error:
+        raise InputError(f"train.{name}.trackers: {error}") from error
+    kind = accelerator.distributed_type
+    if kind not in _KINDS:
+        raise InputError(
+            f"accelerate is configured for {kind.value}; train runs alone, with DDP, or with FSDP version 2"
+        )
+    if kind == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise InputError("accelerate is configured for FSDP version 1; set fsdp_version: 2")
+    return accelerator
+
+
+_KINDS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+
+
+class Loop:
+    """One training.
+
+    Args:
+        name: as the recipe calls it.
+        config: its settings.
+        model: initial weights, with all dropout off; trained in place.
+        data: what it learns from.
+        product: the checkpoint that is being made.
+        accelerator: see `new_accelerator`.
+        starts_as_reference: whether the first loss must be that of equal models.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: Training,
+        model: PreTrainedModel,
+        data: Data,
+        product: Product,
+        accelerator: Accelerator,
+        starts_as_reference: bool,
+    ):
+        self.name, self.config, self.data = name, config, data
+        self._accelerator = accelerator
+        self._starts_as_reference = starts_as_reference
+        self.scorer = Scorer(model, config.dtype, config.logits_mb)
+        self.scorer.set_checkpointing(config.gradient_checkpointing)
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in self.scorer.parameters() if parameter.requires_grad],
+            lr=config.lr,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        )
+        module, prepared = accelerator.prepare(self.scorer, optimizer)
+        self._module: nn.Module = module
+        self._optimizer: torch.optim.Optimizer = prepared
+        self._interim = Interim(product, accelerator, module, getattr(prepared, "optimizer", prepared))
+        self.facts: dict[str, Any] = {}
+        """What decides the order of floating-point sums, and how the model is computed; kept over a resume."""
+
+    def run(self) -> Metrics:
+        """All steps, or those that are left of a training that was stopped; returns the metrics of each.
+
+        Raises:
+            RunError: a loss is not finite (the last good state is kept), or the first one shows that policy and
+                reference are not computed alike.
+            InputError: the attention asked for is not exact for this model.
+            Stopped: a signal came; the state is saved.
+        """
+        metrics, facts = self._interim.restore()
+        self._start(facts)
+        watch = Watch(self.name, metrics)
+        done = len(metrics)
+        order = batches(len(self.data.groups), self.config.batch_size, self.config.steps, self.config.seed)
+        main = self._accelerator.is_main_process
+        with _StopRequests() as stop, track(f"train {self.name}", self.config.steps - done, shown=main) as meter:
+            for step, chosen in islice(enumerate(order), done, None):
+                start = time.monotonic()
+                row = self._step(step, [self.data.groups[index] for index in chosen], metrics, stop)
+                row |= self._measurements(step)
+                row["seconds"] = time.monotonic() - start
+                metrics.append(row)
+                if main:
+                    watch.step(row)
+                if self.config.trackers:
+                    self._accelerator.log({key: value for key, value in row.items() if key != "step"}, step=step)
+                meter.advance(1, note=_note(row))
+                if self.config.keep == "best" and row.get("held_out_loss") == _lowest(metrics):
+                    self._interim.save_best(step + 1)
+                self._interim.save_now_and_then(metrics, self.facts)
+            self._leave_if_asked(stop, metrics, between_steps=True)
+        if self.config.keep == "best":
+            self._keep_best(metrics)
+        return metrics
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the weights only."""
+        return bool(self._accelerator.distributed_type == DistributedType.FSDP)
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """All weights of sharded ones, on the CPU of the main process; nothing in the others."""
+        gathered = {}
+        for name, tensor in self.scorer.model.state_dict().items():
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            if self._accelerator.is_main_process:
+                gathered[name] = whole.detach().cpu()
+        return gathered
+
+    def _start(self, facts: dict[str, Any]) -> None:
+        """Decide how the model is computed, or do it as before the training was stopped."""
+        if self.config.trackers:
+            self._accelerator.init_trackers("cpo-pipe", config=_flat(self.config), init_kwargs={})
+        now = {"processes": self._accelerator.num_processes, "device": self._accelerator.device.type}
+        if facts:
+            if {key: facts[key] for key in now} != now:
+                log.warning(
+                    "train %s: was stopped in %d processes on %s and goes on in %d on %s: equal up to "
+                    "rounding, not bitwise",
+                    self.name, facts["processes"], facts["device"], now["processes"], now["device"],
+                )  # fmt: skip
+            if facts["threads"] != torch.get_num_threads():
+                log.info("train %s: takes %d threads, as before it was stopped", self.name, facts["threads"])
+                torch.set_num_threads(facts["threads"])
+            self.scorer.set_attention(facts["attention"])
+            self.scorer.logits_bytes = facts["logits_mb"] << 20
+            self.facts = facts | now
+            return
+        every = [objective.texts(self.config, group) for group in (*self.data.groups, *self.data.held_out)]
+        choice = choose(f"train {self.name}", self.scorer, every, self.config.attention, module=self._module)
+        self.facts = now | asdict(choice) | {
+            "threads": torch.get_num_threads(),
+            "logits_mb": self.config.logits_mb,
+            "micro_batch_tokens": self.config.micro_batch_tokens,
+        }  # fmt: skip
+
+    # ── one step ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _step(self, step: int, batch: Sequence[Group], metrics: Metrics, stop: "_StopRequests") -> dict[str, float]:
+        config = self.config
+        lr = config.lr * lr_factor(config, step)
+        for parameters in self._optimizer.param_groups:
+            parameters["lr"] = lr
+        normalizers = Normalizers.of(config, batch)
+        figures = []
+        passes = self._passes(batch)
+        for number, micro in enumerate(passes):
+            self._leave_if_asked(stop, metrics, between_steps=number == 0)
+            with self._synchronized(number == len(passes) - 1):
+                found, share = self._figures(batch, micro, normalizers)
+                # DDP and FSDP average gradients over processes; a loss is a sum over them.
+                self._accelerator.backward(share * self._accelerator.num_processes)
+            figures.append((micro, found))
+        row = self._summary(batch, figures, normalizers)
+        self._check_finite(step, batch, row, figures, metrics)
+        sizes = [len(group.candidates) for group in batch]
+        if self._starts_as_reference and step == 0 and max(sizes) > 1:  # with an MLE term a batch may be all K = 1
+            check_first_loss(config, row["cpo"], sizes)
+        norm = self._clip()
+        if not math.isfinite(norm):
+            self._keep_last_good(metrics)
+            raise RunError(
+                f"train.{self.name}: the gradient's norm is {norm} at step {step}, the loss {row['loss']}; its batch "
+                f"is {_ids(batch)}; lower train.{self.name}.lr"
+            )
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return {"step": step, "lr": lr, "grad_norm": norm, **row}
+
+    def _passes(self, batch: Sequence[Group]) -> list[list[int]]:
+        """The groups of each of this process's forward passes."""
+        asked = [objective.texts(self.config, group) for group in batch]
+        budget = self.facts["micro_batch_tokens"]
+        plan = micro_batches(asked, self.scorer.attention, budget, self._accelerator.num_processes)
+        return plan[self._accelerator.process_index]
+
+    def _figures(
+        self, batch: Sequence[Group], micro: Sequence[int], normalizers: Normalizers
+    ) -> tuple[GroupFigures, Tensor]:
+        """Of one forward pass, and its share of the batch's loss."""
+        # A process without a group left computes some group for nothing: the others wait for it to take part.
+        groups = [batch[index] for index in micro or [0]]
+        packed = self.scorer.pack([objective.texts(self.config, group) for group in groups])
+        logprobs = packed.per_group(self._module(packed))
+        found = objective.figures(self.config, groups, logprobs, self.data.reference)
+        if not micro:
+            share = sum((values.sum() for values in logprobs), start=torch.zeros((), device=logprobs[0].device)) * 0
+            return GroupFigures(*(field.detach()[:0] for field in found)), share
+        share = objective.loss(self.config, found, normalizers)
+        return GroupFigures(*(field.detach() for field in found)), share
+
+    def _summary(
+        self,
+        batch: Sequence[Group],
+        figures: Sequence[tuple[list[int], GroupFigures]],
+        normalizers: Normalizers,
+    ) -> dict[str, float]:
+        """The metrics of a batch, over all processes."""
+        sums = torch.stack([torch.cat(fields).double().sum() for fields in zip(*(f for _, f in figures), strict=True)])
+        if self._accelerator.num_processes > 1:
+            sums = self._accelerator.reduce(sums, "sum")
+        return objective.metrics(self.config, GroupFigures(*sums.unbind()), normalizers, batch)
+
+    def _clip(self) -> float:
+        """The norm of the gradient, before it was clipped to the recipe's."""
+        limit = self.config.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.scorer.parameters(), limit)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def _synchronized(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients are exchanged in the last of a step's passes only."""
+        if last:
+            return _nothing()
+        manager: AbstractContextManager[Any] = self._accelerator.no_sync(self._module)
+        return manager
+
+    # ── what may end it early ────────────────────────────────────────────────────────────────────────────────────
+
+    def _leave_if_asked(self, stop: "_StopRequests", metrics: Metrics, between_steps: bool) -> None:
+        """Save and leave. In one process even within a step, which is then begun anew after the resume."""
+        number = stop.number
+        if self._accelerator.num_processes > 1:
+            if not between_steps:
+                return  # the processes would leave at different places
+            flags = torch.tensor(number, device=self._accelerator.device)
+            number = int(self._accelerator.gather(flags.unsqueeze(0)).max())
+        if number:
+            self._optimizer.zero_grad(set_to_none=True)
+            self._interim.save(metrics, self.facts)
+            raise Stopped(self.name, len(metrics), number)
+
+    def _check_finite(
+        self,
+        step: int,
+        batch: Sequence[Group],
+        row: dict[str, float],
+        figures: Sequence[tuple[list[int], GroupFigures]],
+        metrics: Metrics,
+    ) -> None:
+        if math.isfinite(row["loss"]):
+            return
+        broken = [
+            batch[index]
+            for micro, found in figures
+            for index, nll, listwise in zip(micro, found.nll_G, found.listwise_G, strict=True)
+            if not math.isfinite(nll + listwise)
+        ]
+        self._keep_last_good(metrics)
+        raise RunError(
+            f"train.{self.name}: the loss is {row['loss']} at step {step}, because of {_ids(broken or batch)}; look at "
+            f"these groups, or lower train.{self.name}.lr"
+        )
+
+    def _keep_last_good(self, metrics: Metrics) -> None:
+        """Save the state before the step that went wrong, if it is sound itself."""
+        self._optimizer.zero_grad(set_to_none=True)
+        finite = torch.stack([parameter.detach().isfinite().all() for parameter in _local(self.scorer)]).all()
+        if self._accelerator.num_processes > 1:
+            finite = self._accelerator.reduce(finite.int(), "sum") == self._accelerator.num_processes
+        if bool(finite):
+            self._interim.save(metrics, self.facts)
+
+    # ── looking at it now and then ───────────────────────────────────────────────────────────────────────────────
+
+    def _measurements(self, step: int) -> dict[str, float]:
+        """Of held-out groups and samples, where they are due: before all others, at the first step, as a baseline."""
+        if step and (step + 1) % self.config.eval_every and step + 1 != self.config.steps:
+            return {}
+        row: dict[str, float] = {}
+        if self.data.held_out:
+            row |= {f"held_out_{key}": value for key, value in self._held_out().items()}
+        if not self.sharded:  # generating needs the weights whole
+            row["repetition"] = self._repetition()
+        return row
+
+    @torch.no_grad()
+    def _held_out(self) -> dict[str, float]:
+        normalizers = Normalizers.of(self.config, self.data.held_out)
+        passes = self._passes(self.data.held_out)
+        figures = [(micro, self._figures(self.data.held_out, micro, normalizers)[0]) for micro in passes]
+        return self._summary(self.data.held_out, figures, normalizers)
+
+    @torch.no_grad()
+    def _repetition(self) -> float:
+        """rep-4 of greedy samples. Each process makes the same: no weights move between them."""
+        samples = []
+        with self.scorer.own_attention() as model:
+            for group in (self.data.held_out or self.data.groups)[:SAMPLES]:
+                ids = torch.tensor([group.prompt_ids], device=self._accelerator.device)
+                out = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=SAMPLE_TOKENS, do_sample=False,
+                    pad_token_id=model.config.eos_token_id or 0,
+                )  # type: ignore[operator]  # fmt: skip
+                samples.append(out[0, ids.shape[1] :].tolist())
+        return repetition(samples)
+
+    def _keep_best(self, metrics: Metrics) -> None:
+        best = next(row for row in metrics if row.get("held_out_loss") == _lowest(metrics))
+        self._interim.restore_best(int(best["step"]) + 1)
+        log.info(
+            "train %s: keeps the weights after step %d, whose held-out loss %.4f is the lowest",
+            self.name, best["step"], best["held_out_loss"],
+        )  # fmt: skip
+
+
+class _StopRequests:
+    """Notes SIGTERM and SIGINT instead of dying of them; a second one is not waited for."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_StopRequests":
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        log.warning("%s: stops after the running micro-batch and saves", signal.Signals(number).name)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+def check_first_loss(config: Training, loss: float, sizes: Sequence[int]) -> None:
+    """Refuse a run that starts from its reference and does not show the loss of equal models at step 0.
+
+    With all rewards 0 it is log K (eq. 1) or log K! (eq. 2), averaged over the groups of K ≥ 2; `sizes` are the K.
+
+    Raises:
+        RunError: it is not, within rounding.
+    """
+    one = math.log if config.objective == "cpo" else (lambda k: math.lgamma(k + 1))
+    expected = float(np.mean([one(k) for k in sizes if k > 1]))
+    if abs(loss - expected) > FIRST_LOSS_TOLERANCE[config.dtype]:
+        formula = "log K" if config.objective == "cpo" else "log K!"
+        raise RunError(
+            f"step 0: the policy starts from its reference, but the loss is {loss:.4f}, not {formula} = "
+            f"{expected:.4f}: dropout is on, or the two are computed in another way"
+        )
+
+
+def lr_factor(config: Training, step: int) -> float:
+    """Share of the peak learning rate at a step (from 0)."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    return 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _local(module: nn.Module) -> Iterator[Tensor]:
+    """The trained weights, or this process's part of them."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            yield parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def _lowest(metrics: Metrics) -> float:
+    return min(row["held_out_loss"] for row in metrics if row.get("held_out_loss") is not None)
+
+
+def _ids(groups: Sequence[Group]) -> str:
+    shown = ", ".join(group.example_id for group in groups[:5])
+    return f"group{'s' if len(groups) > 1 else ''} {shown}" + (", …" if len(groups) > 5 else "")
+
+
+def _flat(config: Training) -> dict[str, Any]:
+    return {key: value if isinstance(value, int | float | str | bool) else str(value)
+            for key, value in config.model_dump(mode="json").items()}  # fmt: skip
+
+
+def _note(row: dict[str, float]) -> str:
+    won = f" won {row['won']:.2f} margin {row['margin']:.2f}" if "won" in row else ""
+    return f"loss {row['loss']:.4f}{won} target {row['target_logprob']:.1f}"

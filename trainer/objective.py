@@ -1,0 +1,120 @@
+"""From the log-probs of some groups to their share of a batch's loss.
+
+Shapes: G groups of one forward pass, K candidates of the largest.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from cpo_pipe.data.recipe import Training
+from cpo_pipe.trainer.groups import Group, ReferenceLogprobs, collate
+from cpo_pipe.trainer.losses import cpo_loss, margin, mle_loss, ranked_cpo_loss, won
+
+ROUNDING = 1e-5
+"""Relative difference that a log-prob may have from itself when it is summed in another batch."""
+
+
+class GroupFigures(NamedTuple):
+    """Of each group; what has no meaning for a group of K = 1 is 0 there."""
+
+    nll_G: Tensor
+    """−log π_θ(target), summed over its tokens."""
+    listwise_G: Tensor
+    won_G: Tensor
+    margin_G: Tensor
+    drop_G: Tensor
+    """log π_ref(target) − log π_θ(target), summed over its tokens."""
+
+
+class Normalizers(NamedTuple):
+    """What sums over a whole batch are divided by, so that means are exact however it is cut."""
+
+    target_tokens: int
+    listwise: int
+    """Groups with K ≥ 2; 0 for mle."""
+
+    @staticmethod
+    def of(config: Training, batch: Sequence[Group]) -> "Normalizers":
+        """Of a whole batch, over all processes."""
+        listwise = sum(len(group.candidates) > 1 for group in batch) if config.objective != "mle" else 0
+        return Normalizers(sum(len(group.candidates[0]) for group in batch), listwise)
+
+
+def texts(config: Training, group: Group) -> tuple[list[int], list[list[int]]]:
+    """What the model is asked for: for mle the target alone."""
+    return group.prompt_ids, group.candidates[:1] if config.objective == "mle" else group.candidates
+
+
+def figures(
+    config: Training, groups: Sequence[Group], logprobs: Sequence[Tensor], reference: ReferenceLogprobs
+) -> GroupFigures:
+    """The objective of each group, differentiable, and what is worth knowing of it.
+
+    Args:
+        config: objective, β and length normalization.
+        groups: G of them.
+        logprobs: of each group's candidates, summed over tokens.
+        reference: log π_ref of all candidates; empty for mle.
+    """
+    nll_G = mle_loss(torch.stack([values[0] for values in logprobs]))
+    zero_G = torch.zeros_like(nll_G)
+    if config.objective == "mle":
+        return GroupFigures(nll_G, zero_G, zero_G, zero_G, zero_G)
+    batch = collate(groups, reference, nll_G.device)
+    policy_GK, reference_GK = pad_sequence(list(logprobs), batch_first=True), batch.reference_GK
+    drop_G = reference_GK[:, 0] + nll_G.detach()
+    if config.length_normalize:
+        policy_GK, reference_GK = policy_GK / batch.tokens_GK, reference_GK / batch.tokens_GK
+    if config.objective == "cpo":
+        losses = cpo_loss(policy_GK, reference_GK, batch.mask_GK, beta=config.beta)
+    else:
+        losses = ranked_cpo_loss(policy_GK, reference_GK, batch.rank_GK, batch.mask_GK, beta=config.beta)
+    if policy_GK.shape[1] == 1:
+        return GroupFigures(nll_G, losses.loss_G, zero_G, zero_G, drop_G)
+    rewards = losses.reward_GK.detach()
+    # Policy and reference may have been computed in other batches: equal sums of floats differ by about this much.
+    noise_G = config.beta * ROUNDING * reference_GK.abs().amax(-1)
+    several_G = batch.mask_GK[:, 1]
+    won_G = won(rewards, batch.mask_GK, noise_G).to(nll_G.dtype)
+    return GroupFigures(
+        nll_G,
+        losses.loss_G,
+        torch.where(several_G, won_G, zero_G),
+        torch.where(several_G, margin(rewards, batch.mask_GK), zero_G),
+        drop_G,
+    )
+
+
+def loss(config: Training, figures: GroupFigures, normalizers: Normalizers) -> Tensor:
+    """What these groups add to the loss of their batch."""
+    mle_weight = 1.0 if config.objective == "mle" else config.mle_weight
+    total = figures.nll_G.sum() / normalizers.target_tokens * mle_weight
+    if normalizers.listwise:
+        total = total + figures.listwise_G.sum() / normalizers.listwise
+    return total
+
+
+def metrics(config: Training, sums: GroupFigures, normalizers: Normalizers, batch: Sequence[Group]) -> dict[str, float]:
+    """The figures of a batch, from their sums over all of its groups."""
+    mle = float(sums.nll_G) / normalizers.target_tokens
+    row = {
+        "loss": mle,
+        "target_logprob": -float(sums.nll_G) / len(batch),
+        "target_logprob_per_token": -mle,
+    }
+    if config.objective != "mle":
+        several = normalizers.listwise or float("nan")
+        cpo = float(sums.listwise_G) / several
+        row |= {
+            "loss": config.mle_weight * mle + (cpo if normalizers.listwise else 0.0),
+            "cpo": cpo,
+            "won": float(sums.won_G) / several,
+            "margin": float(sums.margin_G) / several,
+            "target_drop_per_token": float(sums.drop_G) / normalizers.target_tokens,
+            "candidates": sum(len(group.candidates) for group in batch) / len(batch),
+        }
+    return row

@@ -1,0 +1,271 @@
+"""Log-probs of a group's candidates, each distinct token computed once where the model allows it.
+
+`Scorer` is what the training loop calls (and wraps for several processes); `choose` finds out, on real groups, which
+way of computing is exact for a model, before anything depends on it.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from cpo_pipe.data.errors import InputError
+from cpo_pipe.trainer.attention import CASCADE, FLEX, SPLIT, Unsupported, dense_mask
+from cpo_pipe.trainer.head import Head
+from cpo_pipe.trainer.trees import Packed, pack_rows, pack_trees
+
+log = logging.getLogger(__name__)
+
+Attention = Literal["cascade", "split", "flex", "dense", "padded", "plain"]
+"""`padded` puts every candidate in a row of its own; `plain` does that one by one by the model's own forward pass."""
+
+ORDER: dict[str, tuple[Attention, ...]] = {
+    "cpu": ("cascade", "split", "dense", "padded", "plain"),
+    "cuda": ("flex", "split", "dense", "padded", "plain"),
+}
+"""What `auto` tries, by kind of device; the first exact one is taken. Never by timing: the choice must not vary."""
+
+TOLERANCE = 2e-5
+"""Relative error, in float32, up to which two ways of computing are the same. What is wrong shows as 1e-3 and more."""
+
+GRADIENT_TOLERANCE = 1e-4
+"""The same for gradients."""
+
+Texts = tuple[Sequence[int], Sequence[Sequence[int]]]
+"""Token ids of a prompt and of its candidates."""
+
+
+class Scorer(nn.Module):
+    """A causal language model that gives log-probs of candidates.
+
+    Args:
+        model: with all dropout off.
+        dtype: `float32`, or `bfloat16` for autocast over float32 weights.
+        logits_mb: memory for logits that are kept between forward and backward pass, in MiB.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: str = "float32", logits_mb: int = 1024):
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+        self.attention: Attention = "padded"
+        self.logits_bytes = logits_mb << 20
+        self._head = Head.of(model)
+        self._own_attention = model.config._attn_implementation
+        # What accelerate shards by (FSDP).
+        self._no_split_modules = model._no_split_modules
+
+    def pack(self, groups: Sequence[Texts]) -> Packed:
+        """Groups as the input of one forward pass, on the model's device. Cascade, split and dense take one group."""
+        packed = pack_rows(groups) if self.attention in ("padded", "plain") else pack_trees(groups)
+        return packed.to(next(self.model.parameters()).device)
+
+    def forward(self, packed: Packed) -> Tensor:
+        """Log-probs of the pairs of `packed`, in nats: (E,), float32."""
+        with self._precision(packed.ids.device):
+            if self.attention == "plain":
+                return self._plain(packed)
+            hidden = self._hidden(packed)
+            output: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+            bias = getattr(output, "bias", None)
+            hidden_SH = hidden.flatten(0, 1)[packed.source_S]
+            return self._head.logprobs(hidden_SH, output.weight, bias, packed.row_E, packed.label_E, self.logits_bytes)
+
+    def set_attention(self, attention: Attention) -> None:
+        """Compute in this way from now on. `choose` checks whether it is exact."""
+        self.attention = attention
+        names = {"cascade": CASCADE, "split": SPLIT, "flex": FLEX}
+        self._use(names.get(attention, self._own_attention))
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Whether layers are computed again in the backward pass instead of being kept.
+
+        Raises:
+            InputError: the model has no such layers.
+        """
+        if on:
+            try:
+                self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            except ValueError as error:
+                raise InputError(f"gradient_checkpointing: {error}") from error
+        self._checkpointed(on)
+
+    def _checkpointed(self, on: bool) -> None:
+        # Only layers in training mode are checkpointed. Just their own flag: what is inside them stays without dropout.
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = on
+
+    @contextmanager
+    def own_attention(self) -> Iterator[PreTrainedModel]:
+        """The model with transformers' attention, for what it does itself, such as generating."""
+        attention = self.attention
+        checkpointed = any(module.training for module in self.model.modules())
+        self.set_attention("plain")
+        self._checkpointed(False)
+        try:
+            yield self.model
+        finally:
+            self.set_attention(attention)
+            self._checkpointed(checkpointed)
+
+    def _use(self, implementation: str) -> None:
+        if self.model.config._attn_implementation != implementation:
+            self.model.set_attn_implementation(implementation)
+            if self.model.config._attn_implementation != implementation:
+                raise Unsupported("its attention cannot be replaced")
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        return nullcontext() if self.dtype == "float32" else torch.autocast(device.type, torch.bfloat16)
+
+    def _hidden(self, packed: Packed) -> Tensor:
+        extra: dict[str, Any] = {}
+        if packed.tree is not None:
+            extra["position_ids"] = packed.tree.position_N.unsqueeze(0)
+            if self.attention == "dense":
+                dtype = torch.float32 if self.dtype == "float32" else torch.bfloat16
+                extra["attention_mask"] = dense_mask(packed.tree, dtype, self.model)
+            else:
+                extra["cpo_tree"] = packed.tree
+        hidden: Tensor = self.model.base_model(input_ids=packed.ids, use_cache=False, **extra)[0]
+        return hidden
+
+    def _plain(self, packed: Packed) -> Tensor:
+        """Row by row, as anyone would: logits of all positions, log-softmax."""
+        rows = packed.source_S // packed.ids.shape[1]
+        places = packed.source_S % packed.ids.shape[1]
+        found = []
+        for number, ids in enumerate(packed.ids):
+            # What stands behind the last scored position is padding.
+            mine = rows == number
+            length = int(places[mine].max()) + 1
+            logits = self.model(input_ids=ids[None, :length], use_cache=False).logits[0].float()
+            pairs = mine[packed.row_E]
+            found.append(logits.log_softmax(-1)[places[packed.row_E[pairs]], packed.label_E[pairs]])
+        return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way of computing that was found exact."""
+
+    attention: Attention
+    logprob_error: float
+    """Largest difference of a token's log-prob from the plain way's, relative to the largest log-prob."""
+    gradient_error: float
+    """Largest difference of a parameter's gradient, relative to its norm."""
+    refused: dict[str, str]
+    """Ways that were tried before, with the reason why not."""
+
+
+def choose(
+    name: str,
+    scorer: Scorer,
+    groups: Sequence[Texts],
+    requested: Attention | Literal["auto"] = "auto",
+    *,
+    module: nn.Module | None = None,
+    gradients: bool = True,
+) -> Choice:
+    """Take the first exact way of computing, by comparing with the plain one, in float32.
+
+    Args:
+        name: of the model or training, for messages.
+        scorer: gets the choice set.
+        groups: what will be computed; the longest, the middle and the shortest are tried.
+        requested: `auto`, or the one to take.
+        module: the scorer as wrapped for several processes.
+        gradients: whether gradients will be wanted, too.
+
+    Raises:
+        InputError: the requested one is not exact for this model, or not for this device.
+    """
+    device = next(scorer.parameters()).device.type
+    order = ORDER[device] if requested == "auto" else (requested,)
+    if requested == "auto" and all(len(candidates) == 1 for _, candidates in groups):
+        order = ("padded", "plain")  # nothing is shared, and rows side by side are faster than one by one
+    if order[0] not in ORDER[device]:
+        raise InputError(f"{name}: attention {requested} does not run on {device}; use auto")
+    by_length = sorted(groups, key=lambda group: len(group[0]) + max(map(len, group[1])))
+    places = {len(groups) - 1, (len(groups) - 1) // 2, 0}
+    probes = [by_length[place] for place in sorted(places, reverse=True)]
+    precision, scorer.dtype = scorer.dtype, "float32"
+    try:
+        truth = _probe(scorer, module or scorer, "plain", probes, gradients)
+        refused: dict[str, str] = {}
+        for attention in order:
+            reason, errors = _compare(scorer, module or scorer, attention, probes, truth, gradients)
+            if reason is None:
+                choice = Choice(attention, *errors, refused)
+                break
+            refused[attention] = reason
+        else:
+            raise InputError(
+                f"{name}: attention {requested} is not exact for this model: {refused[order[-1]]}; use auto"
+            )
+    finally:
+        scorer.dtype = precision
+    said = "; ".join(f"not {attention}: {reason}" for attention, reason in refused.items())
+    log.info("%s: attention %s, exact to %.0e%s", name, choice.attention, max(errors), f" ({said})" if said else "")
+    return choice
+
+
+_Probe = tuple[list[Tensor], dict[str, Tensor]]
+"""Log-probs per token of each probe's candidates, and gradients by parameter."""
+
+
+def _compare(
+    scorer: Scorer, module: nn.Module, attention: Attention, probes: Sequence[Texts], truth: _Probe, gradients: bool
+) -> tuple[str | None, tuple[float, float]]:
+    """The reason why a way of computing is not exact, if it isn't; and its errors."""
+    try:
+        logprobs, grads = _probe(scorer, module, attention, probes, gradients)
+    except Unsupported as reason:
+        return str(reason), (math.nan, math.nan)
+    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
+        # Models refuse what they don't know in many ways; whatever it is, this way of computing is not theirs.
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}", (math.nan, math.nan)
+    scale = max(float(values.abs().max()) for values in truth[0])
+    wrong = max(float((a - b).abs().max()) for a, b in zip(logprobs, truth[0], strict=True)) / scale
+    wrong_gradient = 0.0
+    if gradients:
+        total = math.sqrt(sum(_norm(grad) ** 2 for grad in truth[1].values()))
+        for parameter, expected in truth[1].items():
+            if parameter not in grads:
+                return f"no gradient reaches {parameter}", (wrong, math.nan)
+            size = max(_norm(expected), 1e-2 * total)  # some are 0 in theory, such as those of key biases
+            wrong_gradient = max(wrong_gradient, _norm(grads[parameter] - expected) / size)
+    if not wrong <= TOLERANCE:
+        return f"log-probs are off by {wrong:.0e}", (wrong, wrong_gradient)
+    if not wrong_gradient <= GRADIENT_TOLERANCE:
+        return f"gradients are off by {wrong_gradient:.0e}", (wrong, wrong_gradient)
+    return None, (wrong, wrong_gradient)
+
+
+def _probe(scorer: Scorer, module: nn.Module, attention: Attention, probes: Sequence[Texts], gradients: bool) -> _Probe:
+    scorer.set_attention(attention)
+    module.zero_grad(set_to_none=True)
+    logprobs = []
+    with torch.set_grad_enabled(gradients):
+        for texts in probes:
+            packed = scorer.pack([texts])
+            values = packed.per_token(module(packed))
+            logprobs.append(values.detach())
+            if gradients:  # of a sum with weights that let no error cancel another
+                weights = torch.linspace(-1, 1, values.numel(), device=values.device).sin().view_as(values)
+                (values * weights).sum().backward()  # type: ignore[no-untyped-call]
+    grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad(set_to_none=True)
+    return logprobs, grads
+
+
+def _norm(tensor: Tensor) -> float:
+    norm = tensor.float().norm()
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

@@ -1,0 +1,232 @@
+"""A group as a tree of tokens: the prompt is the trunk, and what candidates have in common is there once.
+
+A candidate's last token is never an input, only a label: so a candidate that cuts another one short, with an EOS behind
+it, adds no input token. What is shared is found by comparing token ids, never by how a candidate was made.
+
+Shapes: P tokens of the prompt, N input tokens of the tree (the P first), R paths from the prompt's end to a leaf, D
+tokens of the longest of these, E distinct (prefix, next token) pairs, S distinct prefixes among them, K candidates, L
+tokens of the longest.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tree:
+    """What tree attention needs to know. Input tokens are in depth-first order, so a subtree is a range."""
+
+    prompt: int
+    """P."""
+    end_N: Tensor
+    """One past the last token of each token's subtree: i attends to j where j ≤ i < end[j]."""
+    path_RD: Tensor
+    """The branches: each path from the prompt's end to a leaf, as indices into the N − P tokens behind the prompt."""
+    own_B: Tensor
+    """Where in the flattened paths each of the N − P tokens behind the prompt occurs first, in their order."""
+
+    position_N: Tensor
+    """Distance from the prompt's beginning."""
+    _blocks: dict[int | None, Any] = field(default_factory=dict)
+
+    def depth(self) -> int:
+        """Tokens of the longest path, prompt included."""
+        return self.prompt + self.path_RD.shape[1]
+
+    def mask(self, window: int | None) -> Tensor:
+        """Which tokens each token attends to, in a layer that looks back over less than `window` positions: (N, N)."""
+        index_N = torch.arange(len(self.end_N), device=self.end_N.device)
+        return self._sees(window)(None, None, index_N.unsqueeze(1), index_N)
+
+    def block_mask(self, window: int | None) -> Any:
+        """The same for FlexAttention; made once for all layers."""
+        if window not in self._blocks:
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            count, device = len(self.end_N), self.end_N.device
+            compiled = device.type == "cuda"
+            made = create_block_mask(
+                self._sees(window), None, None, count, count, device=device.type, _compile=compiled
+            )
+            self._blocks[window] = made
+        return self._blocks[window]
+
+    def _sees(self, window: int | None) -> Callable[..., Tensor]:
+        end_N, position_N = self.end_N, self.position_N
+
+        def sees(batch: Any, head: Any, query: Tensor, key: Tensor) -> Tensor:
+            allowed = (key <= query) & (query < end_N[key])
+            return allowed if window is None else allowed & (position_N[query] - position_N[key] < window)
+
+        return sees
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Input of one forward pass: one or more groups, and which log-probs to read off."""
+
+    ids: Tensor
+    """(rows, tokens); with a tree, one row."""
+    source_S: Tensor
+    """Which hidden states, of rows times tokens, predict something."""
+    row_E: Tensor
+    """Which of the S predicts the pair's token; never falling."""
+    label_E: Tensor
+    """The token predicted."""
+    pair_KL: Tensor
+    """Pairs of each candidate, token by token; E behind its end. Candidates of several groups follow each other."""
+    sizes: tuple[int, ...]
+    """Candidates of each group."""
+    tree: Tree | None = None
+    """Of groups packed as trees."""
+
+    def per_token(self, logprob_E: Tensor) -> Tensor:
+        """Log-probs of each candidate's tokens, 0 behind its end: (K, L)."""
+        return torch.cat([logprob_E, logprob_E.new_zeros(1)])[self.pair_KL]
+
+    def per_group(self, logprob_E: Tensor) -> tuple[Tensor, ...]:
+        """Summed log-probs of the candidates, group by group."""
+        return torch.split(self.per_token(logprob_E).sum(-1), list(self.sizes))
+
+    def to(self, device: torch.device) -> "Packed":
+        """The same on a device."""
+        tree = None if self.tree is None else replace(self.tree, _blocks={}, **_tensors(self.tree, device))
+        return replace(self, tree=tree, **_tensors(self, device))
+
+    def tokens(self) -> int:
+        """Tokens that the forward pass computes, padding included."""
+        return self.ids.numel()
+
+
+def _tensors(value: Any, device: torch.device) -> dict[str, Any]:
+    return {name: tensor.to(device) for name, tensor in vars(value).items() if isinstance(tensor, Tensor)}
+
+
+class _Pairs:
+    """Collects distinct (hidden state, next token) pairs."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[tuple[int, int], int] = {}
+        self._candidates: list[list[int]] = []
+
+    def add(self, sources: Sequence[int], tokens: Sequence[int]) -> None:
+        """A candidate: its tokens and the hidden state that predicts each."""
+        found = self._pairs
+        self._candidates.append([found.setdefault(pair, len(found)) for pair in zip(sources, tokens, strict=True)])
+
+    def tensors(self) -> dict[str, Any]:
+        """The fields of Packed, pairs in the order of their hidden states."""
+        pairs = sorted(self._pairs)
+        place = {self._pairs[pair]: number for number, pair in enumerate(pairs)}
+        sources = sorted({source for source, _ in pairs})
+        row = {source: number for number, source in enumerate(sources)}
+        width = max(map(len, self._candidates))
+        return {
+            "source_S": torch.tensor(sources),
+            "row_E": torch.tensor([row[source] for source, _ in pairs]),
+            "label_E": torch.tensor([token for _, token in pairs]),
+            "pair_KL": torch.tensor(
+                [[place[n] for n in numbers] + [len(pairs)] * (width - len(numbers)) for numbers in self._candidates]
+            ),
+        }
+
+
+def pack_tree(prompt: Sequence[int], candidates: Sequence[Sequence[int]]) -> Packed:
+    """One group, each distinct prefix once. Prompt and candidates are non-empty."""
+    return pack_trees([(prompt, candidates)])
+
+
+def pack_trees(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Packed:
+    """Groups behind each other in one row, each a tree; only `end_N` describes more than one."""
+    ids: list[int] = []
+    positions: list[int] = []
+    ends: list[int] = []
+    paths: list[list[int]] = []
+    own: list[tuple[int, int]] = []
+    pairs = _Pairs()
+    for prompt, candidates in groups:
+        first, trunk = len(ids), len(ids) + len(prompt)
+        ids += prompt
+        positions += range(len(prompt))
+        ends += [0] * len(prompt)
+        nodes_of: dict[int, list[int]] = {}
+        nodes: list[int] = []  # of the path before
+        before: Sequence[int] = ()
+        shared_with_leaf = 0
+        # In lexicographic order a path shares with the whole tree what it shares with the one before.
+        for index in sorted(range(len(candidates)), key=lambda j: list(candidates[j][:-1])):
+            path = candidates[index][:-1]
+            shared = _common(before, path)
+            if shared < len(before):
+                _close(nodes[shared:], ends, len(ids))
+                paths.append([node - trunk for node in nodes])
+                own += [(len(paths) - 1, depth) for depth in range(shared_with_leaf, len(nodes))]
+                shared_with_leaf = shared
+            nodes = [*nodes[:shared], *range(len(ids), len(ids) + len(path) - shared)]
+            ids += path[shared:]
+            positions += range(len(prompt) + shared, len(prompt) + len(path))
+            ends += [0] * (len(path) - shared)
+            nodes_of[index] = nodes
+            before = path
+        if nodes:
+            _close(nodes, ends, len(ids))
+            paths.append([node - trunk for node in nodes])
+            own += [(len(paths) - 1, depth) for depth in range(shared_with_leaf, len(nodes))]
+        _close(range(first, trunk), ends, len(ids))
+        for index, candidate in enumerate(candidates):
+            pairs.add([trunk - 1, *nodes_of[index]], candidate)
+    depth = max(map(len, paths), default=0)
+    tree = Tree(
+        prompt=len(groups[0][0]),
+        end_N=torch.tensor(ends),
+        path_RD=torch.tensor([path + [0] * (depth - len(path)) for path in paths], dtype=torch.long).view(
+            len(paths), depth
+        ),
+        own_B=torch.tensor([row * depth + column for row, column in own], dtype=torch.long),
+        position_N=torch.tensor(positions),
+    )
+    return Packed(
+        ids=torch.tensor([ids]),
+        sizes=tuple(len(candidates) for _, candidates in groups),
+        tree=tree,
+        **pairs.tensors(),
+    )
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    count = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+def _close(nodes: Sequence[int], ends: list[int], end: int) -> None:
+    for node in nodes:
+        ends[node] = end
+
+
+def pack_rows(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Packed:
+    """Every prompt with every candidate in a row of its own, padded at the right; no attention mask is needed for that.
+
+    Nothing is shared but the padding's cost.
+    """
+    rows = [[*prompt, *candidate[:-1]] for prompt, candidates in groups for candidate in candidates]
+    width = max(map(len, rows))
+    pairs = _Pairs()
+    row = 0
+    for prompt, candidates in groups:
+        for candidate in candidates:
+            start = row * width + len(prompt) - 1
+            pairs.add(range(start, start + len(candidate)), candidate)
+            row += 1
+    return Packed(
+        ids=torch.tensor([ids + [0] * (width - len(ids)) for ids in rows]),
+        sizes=tuple(len(candidates) for _, candidates in groups),
+        **pairs.tensors(),
+    )

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.logging import RichHandler
 
+from cpo_pipe.data import processes
 from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.progress import console
 from cpo_pipe.data.recipe import builtin_recipes, load_recipe, nearest
@@ -123,8 +124,8 @@ def train(
 ) -> None:
     """Train the named models, or all whose inputs exist, in order of dependency."""
     with _reported(debug):
-        blocked = _open(recipe, overrides, store, run_dir).train(names or [])
-        for name, reason in blocked.items():
+        blocked = _open(recipe, overrides, store, run_dir, several=True).train(names or [])
+        for name, reason in blocked.items() if processes.is_main() else ():
             print(f"{name} is waiting: {reason}")
 
 
@@ -166,7 +167,10 @@ def demo(
         _open("demo", overrides, store, run_dir).everything()
 
 
-def _open(recipe: str, overrides: list[str], store: Path, run_dir: Path | None) -> Run:
+def _open(recipe: str, overrides: list[str], store: Path, run_dir: Path | None, several: bool = False) -> Run:
+    """The run that the options mean; `several` where a command may be started in several processes."""
+    if processes.count() > 1 and not several:
+        raise InputError(f"started in {processes.count()} processes: only train does its work in several; run it alone")
     loaded = load_recipe(recipe, overrides)
     # What the commands that messages name need besides the recipe, to mean the same run.
     options = [part for override in overrides for part in ("--set", override)]
@@ -184,12 +188,13 @@ def _reported(debug: bool) -> Iterator[None]:
                            log_time_format="%H:%M:%S")  # fmt: skip
     handler = terminal if console.is_terminal else logging.StreamHandler(sys.stderr)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
-    logging.getLogger("cpo_pipe").setLevel(logging.INFO)
+    logging.getLogger("cpo_pipe").setLevel(logging.INFO if processes.is_main() else logging.ERROR)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         yield
     except KeyboardInterrupt as error:
-        print("stopped; what was made is kept: run the same command again to go on", file=sys.stderr)
+        if processes.is_main():
+            print(f"stopped{error}; what was made is kept: run the same command again to go on", file=sys.stderr)
         raise typer.Exit(130) from error
     except typer.Exit:
         raise

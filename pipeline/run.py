@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cpo_pipe.data import atomic
+from cpo_pipe.data import atomic, processes
 from cpo_pipe.data.embedding import locate_embedder
 from cpo_pipe.data.errors import InputError, MissingInput
 from cpo_pipe.data.examples import Examples, largest_token_id
@@ -176,7 +176,7 @@ class Run:
                 blocked[name] = str(missing)
                 continue
             with self._stage(f"train {name}") as record:
-                record["artifact"] = train(name, self.recipe.train[name], self.store, inputs).name
+                record["artifact"] = train(name, self.recipe.train[name], self.store, inputs, self.run_dir).name
         return blocked
 
     def evaluate(self) -> Path:
@@ -340,6 +340,9 @@ class Run:
     def _stage(self, name: str) -> Iterator[dict[str, Any]]:
         """Note in the run's folder, once a stage is done, by which recipe, what it made, how long it took."""
         record: dict[str, Any] = {}
+        if not processes.is_main():
+            yield record
+            return
         self.run_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is said before the work
         start = time.time()
         yield record

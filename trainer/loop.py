@@ -42,14 +42,11 @@ SAMPLE_TOKENS = 64
 """How many greedy samples are looked at for repetition, and their length."""
 
 
-class Stopped(Exception):
+class Stopped(KeyboardInterrupt):
     """A signal asked the training to stop; its state is saved."""
 
     def __init__(self, name: str, step: int, number: int):
-        super().__init__(
-            f"train {name}: stopped by {signal.Signals(number).name} after step {step}; saved, run it again to go on"
-        )
-        self.signal = number
+        super().__init__(f" by {signal.Signals(number).name} in the training {name}, saved after step {step}")
 
 
 def new_accelerator(name: str, config: Training, log_dir: Path | None) -> Accelerator:

@@ -180,12 +180,11 @@ def pack_trees(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) 
         for index, candidate in enumerate(candidates):
             pairs.add([trunk - 1, *nodes_of[index]], candidate)
     depth = max(map(len, paths), default=0)
+    path_RD = [path + [0] * (depth - len(path)) for path in paths]
     tree = Tree(
         prompt=len(groups[0][0]),
         end_N=torch.tensor(ends),
-        path_RD=torch.tensor([path + [0] * (depth - len(path)) for path in paths], dtype=torch.long).view(
-            len(paths), depth
-        ),
+        path_RD=torch.tensor(path_RD, dtype=torch.long).view(len(paths), depth),
         own_B=torch.tensor([row * depth + column for row, column in own], dtype=torch.long),
         position_N=torch.tensor(positions),
     )

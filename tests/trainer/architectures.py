@@ -68,7 +68,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "v_head_dim": 16,
             "qk_nope_head_dim": 16,
         },
-    ),  # fmt: skip
+    ),
     "GPT-OSS (sinks, window 16, experts)": (
         "gpt_oss",
         {"sliding_window": 16, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},

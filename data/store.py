@@ -130,7 +130,7 @@ class Rows:
         self._write_spec()
         shards, manifests = self.path / "shards", self.path / "manifests"
         shards.mkdir(exist_ok=True)
-        scratch = shards / ".tmp-shard.parquet"
+        scratch = atomic.temporary(shards / "shard.parquet")  # several processes may write under one lock
         try:
             pq.write_table(table, scratch, compression="zstd")
             checksum = sha256_file(scratch)

@@ -15,6 +15,7 @@ from cpo_pipe.data.models import Model
 from cpo_pipe.data.progress import track
 from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.trainer.batches import micro_batches
+from cpo_pipe.trainer.parallel import join, wait
 from cpo_pipe.trainer.scorer import Attention, Scorer, choose
 
 Pair = tuple[str, list[int], list[list[int]]]
@@ -46,12 +47,12 @@ def cached_logprobs(
     if processes.count() == 1 and not _missing(rows, pairs):
         return rows
     with rows.lock() if processes.is_main() else nullcontext():
-        _wait()
+        wait()
         missing = _missing(rows, pairs)
-        _wait()  # no process writes before all have looked
+        wait()  # no process writes before all have looked
         if missing:
             _compute(rows, model, dtype, missing, attention, micro_batch_tokens)
-        _wait()
+        wait()
     return rows
 
 
@@ -75,14 +76,6 @@ def _missing(rows: Rows, pairs: Sequence[Pair]) -> list[Pair]:
     return found
 
 
-def _wait() -> None:
-    """For all processes to be here, if there are several."""
-    if processes.count() > 1:
-        from accelerate import PartialState
-
-        PartialState().wait_for_everyone()
-
-
 def target_logprobs(store: Store, model: Model, examples: pa.Table) -> list[tuple[float, int]]:
     """Of each example log π(target | prompt), summed, in nats, and the number of tokens; kept as `cached_logprobs`."""
     columns = [examples[name].to_pylist() for name in ("example_id", "prompt_ids", "target_ids")]
@@ -102,9 +95,7 @@ def _compute(
     attention: Attention | Literal["auto"],
     micro_batch_tokens: int,
 ) -> None:
-    from accelerate import PartialState
-
-    state = PartialState()
+    state = join()
     network = model.load(torch.float32).to(state.device)
     scorer = Scorer(network, dtype).eval()
     texts = [(prompt, candidates) for _, prompt, candidates in pairs]

@@ -1,5 +1,6 @@
 """The optimization loop: all steps of one training, in one process or several (accelerate), stoppable at any moment."""
 
+import importlib.util
 import logging
 import math
 import os
@@ -19,8 +20,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from cpo_pipe.data import processes
 from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.progress import track
 from cpo_pipe.data.recipe import Training
@@ -31,6 +34,7 @@ from cpo_pipe.trainer.groups import Data, Group
 from cpo_pipe.trainer.health import Watch, repetition
 from cpo_pipe.trainer.interim import Interim, Metrics
 from cpo_pipe.trainer.objective import GroupFigures, Normalizers
+from cpo_pipe.trainer.parallel import join, wants_fsdp
 from cpo_pipe.trainer.scorer import Scorer, choose
 
 log = logging.getLogger(__name__)
@@ -62,21 +66,24 @@ def new_accelerator(name: str, config: Training, log_dir: Path | None) -> Accele
             f"train.{name}.dtype is {config.dtype}, but accelerate is configured for mixed_precision {asked}: the "
             "recipe decides the arithmetic; set mixed_precision to no, or the recipe's dtype to bfloat16"
         )
-    try:
-        # The arithmetic is the scorer's (autocast over float32 weights), the same in every mode.
-        accelerator = Accelerator(
-            mixed_precision="no",
-            log_with=list(config.trackers) or None,
-            project_dir=log_dir,
-            step_scheduler_with_optimizer=False,
+    for tracker in config.trackers:  # accelerate would leave it out without a word
+        if importlib.util.find_spec(tracker) is None:
+            raise InputError(f"train.{name}.trackers: {tracker} is not installed; pip install {tracker}")
+    join()
+    # The arithmetic is the scorer's (autocast over float32 weights), the same in every mode.
+    accelerator = Accelerator(mixed_precision="no", log_with=list(config.trackers) or None, project_dir=log_dir)
+    if accelerator.num_processes != processes.count():
+        raise InputError(
+            f"{processes.count()} processes were started, but accelerate sees {accelerator.num_processes}: each would "
+            "train alone; set distributed_type to MULTI_GPU or FSDP in its config"
         )
-    except (ImportError, ValueError) as error:
-        raise InputError(f"train.{name}.trackers: {error}") from error
     kind = accelerator.distributed_type
     if kind not in _KINDS:
         raise InputError(
             f"accelerate is configured for {kind.value}; train runs alone, with DDP, or with FSDP version 2"
         )
+    if wants_fsdp() and kind != DistributedType.FSDP:
+        raise InputError("accelerate is configured for FSDP, but runs without: start it with accelerate launch")
     if kind == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise InputError("accelerate is configured for FSDP version 1; set fsdp_version: 2")
     return accelerator
@@ -122,6 +129,12 @@ class Loop:
         )
         module, prepared = accelerator.prepare(self.scorer, optimizer)
         self._module: nn.Module = module
+        self.sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
+        """Whether each process holds a part of the weights only."""
+        if self.sharded:
+            # FSDP would leave the outermost weights whole after a forward pass, and after one without a backward pass
+            # (held-out groups) use these, stale, in the next step.
+            module.set_reshard_after_forward(True)
         self._optimizer: torch.optim.Optimizer = prepared
         self._interim = Interim(product, accelerator, module, getattr(prepared, "optimizer", prepared))
         self.facts: dict[str, Any] = {}
@@ -161,11 +174,6 @@ class Loop:
         if self.config.keep == "best":
             self._keep_best(metrics)
         return metrics
-
-    @property
-    def sharded(self) -> bool:
-        """Whether each process holds a part of the weights only."""
-        return bool(self._accelerator.distributed_type == DistributedType.FSDP)
 
     def whole_state(self) -> dict[str, Tensor]:
         """All weights of sharded ones, on the CPU of the main process; nothing in the others."""

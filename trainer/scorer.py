@@ -62,6 +62,10 @@ class Scorer(nn.Module):
         # What accelerate shards by (FSDP).
         self._no_split_modules = model._no_split_modules
 
+    def tie_weights(self) -> None:
+        """Called by accelerate where one process loads the weights for all (FSDP)."""
+        self.model.tie_weights()
+
     def pack(self, groups: Sequence[Texts]) -> Packed:
         """Groups as the input of one forward pass, on the model's device. Cascade, split and dense take one group."""
         packed = pack_rows(groups) if self.attention in ("padded", "plain") else pack_trees(groups)

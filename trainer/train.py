@@ -109,16 +109,12 @@ def train(name: str, config: Training, store: Store, inputs: Inputs, log_dir: Pa
 
 
 def _agreed(answer: bool) -> bool:
-    """What the main process says, so that all of them do the same."""
+    """What the main process says; one alone needs no torch to know it."""
     if processes.count() == 1:
         return answer
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
+    from cpo_pipe.trainer.parallel import agreed
 
-    PartialState()
-    said = [answer]
-    broadcast_object_list(said)
-    return said[0]
+    return agreed(answer)
 
 
 def _make(name: str, config: Training, store: Store, inputs: Inputs, product: Product, log_dir: Path | None) -> None:
@@ -158,8 +154,8 @@ def _make(name: str, config: Training, store: Store, inputs: Inputs, product: Pr
             folder.facts["computed"] = loop.facts
         forget(product)
     accelerator.wait_for_everyone()
-    if config.trackers:
-        accelerator.end_training()
+    for tracker in accelerator.trackers:  # end_training would also part the processes, which may train again
+        tracker.finish()
     log.info("train %s: %d steps in %s, loss %.4f", name, config.steps, product.name, metrics[-1]["loss"])
 
 

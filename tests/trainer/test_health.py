@@ -1,0 +1,224 @@
+"""The warnings: each on a case made for it, and not on a healthy neighbour."""
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpo_pipe.trainer.groups import Group
+from cpo_pipe.trainer.health import ALONE, ALREADY_RIGHT, DROP, DROP_STEPS, REPETITION, Watch, check_groups, repetition
+from cpo_pipe.trainer.train import checkpoint_model
+from tests.trainer.test_train import CANDIDATES, Bench, metrics
+
+
+@pytest.fixture(autouse=True)
+def _all_is_heard(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="cpo_pipe")
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The warnings since the last call."""
+    messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    caplog.clear()
+    return messages
+
+
+# ── before the first step ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def group(name: str, tokens: Sequence[int]) -> Group:
+    """A group whose candidates have so many tokens."""
+    return Group(name, [1], [f"{name}{k}" for k in range(len(tokens))], [[2] * count for count in tokens], None)
+
+
+def check(*groups: tuple[Sequence[int], Sequence[float]]) -> None:
+    """`check_groups` on groups given by their candidates' numbers of tokens and reference log-probs."""
+    made = [group(f"g{number}", tokens) for number, (tokens, _) in enumerate(groups)]
+    reference = {
+        (one.example_id, candidate): (logprob, len(ids))
+        for one, (_, logprobs) in zip(made, groups, strict=True)
+        if len(logprobs) > 1
+        for candidate, ids, logprob in zip(one.candidate_ids, one.candidates, logprobs, strict=True)
+    }
+    check_groups("t", made, reference)
+
+
+HARD = ([2, 2], [-9.0, -8.0])
+"""The reference prefers the negative."""
+EASY = ([2, 2], [-8.0, -9.0])
+ALONE_GROUP = ([2], [-8.0])
+
+
+def test_too_many_groups_without_negatives_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    assert ALONE == 0.2
+    check(*[ALONE_GROUP] * 20, *[HARD] * 80)
+    assert said(caplog) == []
+    check(*[ALONE_GROUP] * 21, *[HARD] * 79)
+    (message,) = said(caplog)
+    assert "train t: 21% of the groups have no negative left (K = 1)" in message
+
+
+def test_a_reference_that_is_right_already_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    assert ALREADY_RIGHT == 0.8
+    check(*[EASY] * 80, *[HARD] * 20)
+    assert said(caplog) == []
+    check(*[EASY] * 81, *[HARD] * 19)
+    (message,) = said(caplog)
+    assert "puts the target first in 81% of the groups" in message
+
+
+def test_groups_without_negatives_count_as_neither_right_nor_wrong(caplog: pytest.LogCaptureFixture) -> None:
+    check(*[EASY] * 9, HARD, *[ALONE_GROUP] * 2)
+    (message,) = said(caplog)
+    assert "puts the target first in 90% of the groups" in message
+    check(*[ALONE_GROUP] * 3)
+    (message,) = said(caplog)
+    assert "100% of the groups have no negative left" in message
+
+
+def test_the_reference_is_right_by_log_prob_per_token_and_against_every_negative(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # The sum of the target's log-probs is the lowest, its mean the highest.
+    check(([10, 2, 1], [-10.0, -4.0, -3.0]))
+    assert len(said(caplog)) == 1
+    # The other way round.
+    check(([1, 2, 10], [-3.0, -4.0, -10.0]))
+    assert said(caplog) == []
+    # One better negative is enough, and a tie is not right.
+    check(([2, 2, 2], [-8.0, -9.0, -7.0]))
+    check(([2, 2], [-8.0, -8.0]))
+    assert said(caplog) == []
+
+
+# ── while it trains ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def drops(*values: float, first: int = 0) -> list[dict[str, float]]:
+    return [{"step": first + number, "target_drop_per_token": value} for number, value in enumerate(values)]
+
+
+def repetitions(*values: float | None) -> list[dict[str, Any]]:
+    return [{"step": number, "repetition": value} for number, value in enumerate(values)]
+
+
+def look(watch: Watch, rows: Sequence[dict[str, Any]]) -> None:
+    for row in rows:
+        watch.step(row)
+
+
+def test_a_falling_target_is_said_on_average_over_ten_steps(caplog: pytest.LogCaptureFixture) -> None:
+    assert (DROP, DROP_STEPS) == (0.5, 10)
+    look(Watch("t", []), drops(*[0.5] * 30))
+    assert said(caplog) == [], "not more than the threshold"
+    look(Watch("t", []), drops(*[9.0] * 9))
+    assert said(caplog) == [], "not yet ten steps"
+    look(Watch("t", []), drops(*[-0.5, 1.5] * 20))
+    assert said(caplog) == [], "ups and downs around it"
+    watch = Watch("t", [])
+    look(watch, drops(*[0.0] * 5, *[1.0] * 5))
+    assert said(caplog) == []
+    look(watch, drops(1.0, first=10))
+    (message,) = said(caplog)
+    assert "train t, step 10: the target's own log-prob is 0.60 nats per token below the reference's" in message
+
+
+def test_a_falling_target_is_said_again_at_every_doubling_only(caplog: pytest.LogCaptureFixture) -> None:
+    watch = Watch("t", [])
+    heard = []
+    for step in range(4000):
+        watch.step({"step": step, "target_drop_per_token": 0.001 * step})
+        heard += [(step, message) for message in said(caplog)]
+    # The mean over the last ten steps is that of four and a half steps ago.
+    assert [step for step, _ in heard] == [505, 1005, 2005]
+    look(watch, drops(*[0.0] * 20, *[3.9] * 20))
+    assert said(caplog) == [], "it was told before that it was as bad"
+
+
+def test_a_fall_by_several_doublings_at_once_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    watch = Watch("t", [])
+    look(watch, drops(*[30.0] * 40))
+    assert len(said(caplog)) == 1
+    look(watch, drops(*[math.inf] * 20))
+    assert len(said(caplog)) == 1, "even what is beyond all doublings is said, and said once"
+
+
+def test_a_rising_target_is_no_trouble(caplog: pytest.LogCaptureFixture) -> None:
+    look(Watch("t", []), drops(*[-5.0] * 50))
+    assert said(caplog) == []
+
+
+def test_rising_repetition_is_said_once_and_against_the_first_measurement(caplog: pytest.LogCaptureFixture) -> None:
+    assert REPETITION == 0.2
+    look(Watch("t", []), repetitions(0.25, None, 0.45, 0.1, 0.45))
+    assert said(caplog) == [], "not by more than the threshold"
+    look(Watch("t", []), repetitions(0.9, 0.95, 1.0))
+    assert said(caplog) == [], "it did not begin with the training"
+    watch = Watch("t", [])
+    look(watch, repetitions(0.25, None, None, 0.46))
+    (message,) = said(caplog)
+    assert "step 3: 46% of the 4-grams in greedy samples are repetitions, at first it was 25%" in message
+    look(watch, repetitions(0.9, 0.2, 1.0))
+    assert said(caplog) == []
+
+
+def test_a_resumed_training_does_not_repeat_what_was_said_and_forgets_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    told = [{**drop, **rep} for drop, rep in zip(drops(*[0.7] * 12), repetitions(0.0, *[None] * 10, 0.5), strict=True)]
+    look(Watch("t", []), told)
+    assert len(said(caplog)) == 2
+    again = Watch("t", told)
+    assert said(caplog) == [], "what the steps before the stop showed was said then"
+    look(again, [{"step": 12, "target_drop_per_token": 0.7, "repetition": 0.9}])
+    assert said(caplog) == []
+    look(again, drops(*[1.5] * 9, first=13))
+    (message,) = said(caplog)
+    assert "nats per token below" in message, "the next doubling is news"
+    # The mean goes over the stop, and so does the baseline of repetition.
+    cut = Watch("t", [{**row, "repetition": 0.0 if row["step"] == 0 else None} for row in drops(*[0.7] * 9)])
+    look(cut, [{"step": 9, "target_drop_per_token": 0.7, "repetition": 0.3}])
+    assert len(said(caplog)) == 2
+
+
+def test_a_training_warns_in_its_log(tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # From a model that knows the targets by heart, a large learning rate leads down.
+    bench = Bench(tmp_path, tiny_model, CANDIDATES | {f"alone{n}": ([3, n], [[5, 0]], [0]) for n in range(2)})
+    bench.model = checkpoint_model("m", bench.train("mle", steps=30, lr=0.01))
+    said(caplog)
+    rows = metrics(bench.train("cpo", steps=25, lr=0.03, beta=0.1))
+    drop = [row["target_drop_per_token"] for row in rows]
+    # By hand, over each ten steps, what Watch should have said.
+    expected, limit = 0, DROP
+    for end in range(DROP_STEPS, len(drop) + 1):
+        mean = sum(drop[end - DROP_STEPS : end]) / DROP_STEPS
+        expected += mean > limit
+        while mean > limit:
+            limit *= 2
+    assert expected, drop
+    messages = said(caplog)
+    assert sum("nats per token below the reference's" in message for message in messages) == expected
+    assert sum("33% of the groups have no negative left" in message for message in messages) == 1
+
+
+# ── repetition ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("samples", "share"),
+    [
+        ([], 0),
+        ([[1, 2, 3]], 0),  # no 4-gram at all
+        ([[1, 2, 3, 4]], 0),
+        ([[1, 1, 1, 1]], 0),
+        ([[1, 1, 1, 1, 1]], 1 / 2),
+        ([[7] * 13], 9 / 10),
+        ([[1, 2, 3, 4, 1, 2, 3, 4]], 1 / 5),  # 1234 2341 3412 4123 1234
+        ([[1, 2, 1, 2, 1, 2, 1]], 2 / 4),  # 1212 2121 1212 2121
+        ([[1, 2, 3, 4], [1, 2, 3, 4]], 0),  # what another sample said is no repetition
+        ([[5] * 5, [1, 2, 3, 4, 5, 6, 7], []], 1 / 6),  # over all samples, not a mean of theirs
+    ],
+)
+def test_repetition_by_hand(samples: list[list[int]], share: float) -> None:
+    assert repetition(samples) == pytest.approx(share)

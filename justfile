@@ -31,3 +31,11 @@ bench:
 # What is too long for CI
 soak:
     python -m pytest -m soak -s -rA
+
+# Which way of computing a group is exact for which architecture (a table)
+exactness:
+    python -m tests.benchmarks.exactness
+
+# The training step beside TRL's DPOTrainer: time, memory, the loop (about 40 minutes; needs the extra bench)
+bench-train *ARGS:
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.train_step {{ARGS}}

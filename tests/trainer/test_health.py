@@ -166,7 +166,9 @@ def test_rising_repetition_is_said_once_and_against_the_first_measurement(caplog
 
 
 def test_a_resumed_training_does_not_repeat_what_was_said_and_forgets_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    told = [{**drop, **rep} for drop, rep in zip(drops(*[0.7] * 12), repetitions(0.0, *[None] * 10, 0.5), strict=True)]
+    told: list[dict[str, Any]] = [
+        {**drop, **rep} for drop, rep in zip(drops(*[0.7] * 12), repetitions(0.0, *[None] * 10, 0.5), strict=True)
+    ]
     look(Watch("t", []), told)
     assert len(said(caplog)) == 2
     again = Watch("t", told)
@@ -177,7 +179,8 @@ def test_a_resumed_training_does_not_repeat_what_was_said_and_forgets_nothing(ca
     (message,) = said(caplog)
     assert "nats per token below" in message, "the next doubling is news"
     # The mean goes over the stop, and so does the baseline of repetition.
-    cut = Watch("t", [{**row, "repetition": 0.0 if row["step"] == 0 else None} for row in drops(*[0.7] * 9)])
+    before = [{**row, "repetition": 0.0} if row["step"] == 0 else row for row in drops(*[0.7] * 9)]
+    cut = Watch("t", before)
     look(cut, [{"step": 9, "target_drop_per_token": 0.7, "repetition": 0.3}])
     assert len(said(caplog)) == 2
 

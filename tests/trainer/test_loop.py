@@ -67,15 +67,18 @@ for line in sys.stdin:
     job = json.loads(line)
     child = os.fork()
     if child == 0:
-        os.dup2(os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
         prepare(job["step"], job["passes"], job["signals"], job["last_save"])
         for command in job["commands"]:
             status = main(command)
             if status:
                 break
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=sys.stderr, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 """Imports once, then forks a process for each job: the command line, with signals at an exact place of the training.
 
@@ -112,12 +115,10 @@ class Commands:
         log = self.folder / f"{self.jobs}.log"
         job = {"commands": commands, "step": step, "passes": passes, "signals": signals, "last_save": last_save}
         assert self.server.stdin is not None
-        assert self.server.stderr is not None
+        assert self.server.stdout is not None
         print(json.dumps(job | {"log": str(log)}), file=self.server.stdin, flush=True)
-        answer = self.server.stderr.readline()
-        while not answer.strip().lstrip("-").isdigit():  # what libraries say when they are imported
-            assert answer, "the server died"
-            answer = self.server.stderr.readline()
+        answer = self.server.stdout.readline()
+        assert answer, "the server died"
         return Ended(int(answer), log.read_text())
 
 
@@ -126,8 +127,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     with subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", SERVER],
         stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
         # As many threads here and there: their number decides the order of sums.
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -152,16 +152,15 @@ def project(commands: Commands, tmp_path_factory: pytest.TempPathFactory, tiny_m
     """A recipe, and a store in which everything is made but the trainings of TRAININGS."""
     root = tmp_path_factory.mktemp("project")
     write_jsonl(root / "rows.jsonl", pairs(13))
-    shared = {"init": str(tiny_model), "steps": 8, "batch_size": 4, "beta": 0.1, "lr": 1e-3, "eval_every": 3}
+    shared = {"init": str(tiny_model), "steps": 8, "batch_size": 4, "lr": 1e-3, "eval_every": 3}
+    listwise = {"reference": str(tiny_model), "beta": 0.1}
     content = {
         "data": {"source": str(root / "rows.jsonl"), "tokenizer": str(tiny_model), "test": 1},
         "train": {
             # Its log-probs of the reference are everyone's.
-            "first": {"init": str(tiny_model), "objective": "cpo", "reference": str(tiny_model), "steps": 1},
-        } | {
-            name: {key: value for key, value in (shared | settings).items() if settings["objective"] != "mle"
-                   or key != "beta"} | ({"reference": str(tiny_model)} if settings["objective"] != "mle" else {})
-            for name, settings in TRAININGS.items()
+            "first": {**shared, **listwise, "objective": "cpo", "steps": 1},
+            **{name: {**shared, **({} if name == "mle" else listwise), **settings}
+               for name, settings in TRAININGS.items()},
         },
         "negatives": {"model": str(tiny_model), "counts": {"autoregressive": 3}, "max_new_tokens": 8,
                       "engine": "transformers"},
@@ -175,9 +174,8 @@ def project(commands: Commands, tmp_path_factory: pytest.TempPathFactory, tiny_m
     calm = commands(command_of("train", recipe, root / "calm"))
     assert calm.status == 0, calm.said
     losses = pq.read_table(checkpoint_of(root / "calm", "best") / METRICS_FILE)["held_out_loss"].to_pylist()
-    assert losses.index(min(losses)) not in (0, len(losses) - 1), (
-        losses
-    )  # else keep = best would be tried on what is last"
+    # Else keep = best would be tried on what is kept anyway.
+    assert losses.index(min(losses)) not in (0, len(losses) - 1), losses
     return root
 
 
@@ -264,7 +262,7 @@ class Faults:
         for owner, name in ((atomic, "sync"), (os, "replace"), (shutil, "rmtree"), (Path, "mkdir"),
                             (Path, "write_text"), (pq, "write_table")):  # fmt: skip
             patch.setattr(owner, name, self._wrapped(getattr(owner, name)))
-        real_save = self._wrapped(sys.modules[Interim.__module__].save_file, torn=True)  # type: ignore[attr-defined]
+        real_save = self._wrapped(sys.modules[Interim.__module__].save_file, torn=True)
         patch.setattr("cpo_pipe.trainer.interim.save_file", real_save)
 
     def _wrapped(self, real: Callable[..., Any], torn: bool = False) -> Callable[..., Any]:
@@ -373,7 +371,7 @@ def test_a_crash_at_any_operation_of_a_save_leaves_the_old_state_or_the_new(
 
 
 def test_a_training_whose_save_failed_goes_on_bit_for_bit(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_often(monkeypatch)
     settings: dict[str, Any] = {"steps": 5, "batch_size": 2, "held_out": 1, "eval_every": 2, "keep": "best"}
@@ -637,8 +635,8 @@ def test_as_many_held_out_groups_as_there_are_are_refused(tmp_path: Path, tiny_m
 def test_how_a_batch_is_computed_changes_no_metric(tmp_path: Path, tiny_model: Path) -> None:
     def figures(number: int, **how: Any) -> list[dict[str, float]]:
         bench = Bench(tmp_path / str(number), tiny_model)
-        settings = {"steps": 4, "beta": 0.5, "mle_weight": 0.3, "max_grad_norm": 1.0, "held_out": 1, "eval_every": 2}
-        product = bench.train("cpo-ranked", batch_size=5, **settings, **how)
+        settings: dict[str, Any] = {"steps": 4, "beta": 0.5, "mle_weight": 0.3, "max_grad_norm": 1.0, "held_out": 1}
+        product = bench.train("cpo-ranked", batch_size=5, eval_every=2, **settings, **how)
         asked = how.get("attention", "cascade")
         assert product.manifest["computed"]["attention"] == asked
         return [{key: value for key, value in row.items() if key != "seconds" and value is not None}

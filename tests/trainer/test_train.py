@@ -206,10 +206,17 @@ def test_a_complete_training_is_never_repeated_and_a_changed_one_is(bench: Bench
     log_probs = bench.store.rows("reference-logprobs", {"model": bench.model.fingerprint, "dtype": "float32"})
     shards = log_probs.files()
     for number, change in enumerate(
-        [{"beta": 1.0}, {"lr": 1e-4}, {"seed": 1}, {"length_normalize": True}, {"steps": 1}]
-    ):
-        bench.train("cpo", **change)
+        [{"beta": 1.0}, {"lr": 1e-4}, {"seed": 1}, {"length_normalize": True}, {"steps": 1}, {"schedule": "linear"},
+         {"objective": "cpo-ranked"}, {"mle_weight": 1.0}, {"batch_size": 2}, {"held_out": 1}]
+    ):  # fmt: skip
+        bench.train(**{"objective": "cpo", **change})
         assert count() == number + 2
+    fewer = bench.store.rows("groups", {"of": "n = 1"})
+    with fewer.writer() as writer:
+        rows = bench.groups().read(list(CANDIDATES)).to_pylist()
+        writer.add([{**row, "candidates": row["candidates"][:2]} for row in rows])
+    config = Training(init="m", objective="cpo", reference="m", steps=1, batch_size=4)
+    train("t", config, bench.store, replace(bench.inputs("cpo"), groups=fewer))
     assert log_probs.files() == shards, "none of these needs a reference log-prob again"
 
 

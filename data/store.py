@@ -331,6 +331,11 @@ class Product:
         content: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
         return content
 
+    @property
+    def in_progress(self) -> Path:
+        """Where what makes it keeps its unfinished state."""
+        return self.path.parent / ".in-progress" / self.path.name
+
     def complete(self) -> bool:
         """Whether it is there and undamaged."""
         if not self.path.exists():

@@ -3,7 +3,7 @@
 Shapes: S hidden states, E (hidden state, token) pairs, H hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +40,13 @@ class Head:
         bias_V: Tensor | None,
         row_E: Tensor,
         label_E: Tensor,
+        first_S: Sequence[int],
         memory: int,
     ) -> Tensor:
         """Log-prob of each pair's token, in float32: (E,).
+
+        The pairs are (hidden state row[e], token label[e]), in the order of rows; row s has those from first[s] to
+        first[s + 1].
 
         The logits are kept between forward and backward pass if they fit into `memory` bytes, and become their own
         gradient in place; otherwise they are made in chunks, twice. Under autocast the products are in its dtype, all
@@ -56,7 +60,7 @@ class Head:
         scaled_SH = hidden_SH * self.scale if self.scale != 1.0 else hidden_SH
         with torch.autocast(hidden_SH.device.type, enabled=False):
             result: Tensor = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-                scaled_SH.to(dtype), weight_VH, bias_V, row_E, label_E, self.cap, memory
+                scaled_SH.to(dtype), weight_VH, bias_V, row_E, label_E, first_S, self.cap, memory
             )
         return result
 
@@ -72,6 +76,7 @@ class _TokenLogprobs(torch.autograd.Function):
         bias_V: Tensor | None,
         row_E: Tensor,
         label_E: Tensor,
+        first_S: Sequence[int],
         cap: float | None,
         memory: int,
     ) -> Tensor:
@@ -83,14 +88,14 @@ class _TokenLogprobs(torch.autograd.Function):
         lse_S = torch.empty(count, dtype=torch.float32, device=hidden_SH.device)
         for block in _slices(0, count, rows_in_memory):
             logits = torch.mm(hidden_SH[block], weight.t())
-            for rows, pairs in _chunks(block, vocabulary, row_E):
+            for rows, pairs in _chunks(block, vocabulary, first_S):
                 values = _finish(logits[_within(rows, block)], bias_V, cap)
                 lse_S[rows] = values.logsumexp(-1)
                 row = row_E[pairs]
                 logprob_E[pairs] = values[row - rows.start, label_E[pairs]] - lse_S[row]
         ctx.save_for_backward(hidden_SH, weight_VH, bias_V, row_E, label_E, lse_S)
         ctx.kept_SV = logits if keep else None
-        ctx.keep, ctx.cap, ctx.rows_in_memory = keep, cap, rows_in_memory
+        ctx.keep, ctx.cap, ctx.rows_in_memory, ctx.first_S = keep, cap, rows_in_memory, first_S
         return logprob_E
 
     @staticmethod
@@ -109,7 +114,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias_V) if wants_bias else None
         for block in _slices(0, len(lse_S), ctx.rows_in_memory):
             logits = kept_SV if kept_SV is not None else torch.mm(hidden_SH[block], weight.t())
-            for rows, pairs in _chunks(block, weight.shape[0], row_E):
+            for rows, pairs in _chunks(block, weight.shape[0], ctx.first_S):
                 chunk = logits[_within(rows, block)]
                 values = _finish(chunk, bias_V, ctx.cap)
                 # d log-prob / d logit = 1[label] − softmax
@@ -125,7 +130,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if wants_weight:
                 part = torch.mm(logits.t(), hidden_SH[block]).to(weight_VH.dtype)
                 grad_weight = part if grad_weight is None else grad_weight.add_(part)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 def _slices(start: int, end: int, size: int) -> Iterator[slice]:
@@ -133,13 +138,10 @@ def _slices(start: int, end: int, size: int) -> Iterator[slice]:
         yield slice(first, min(first + size, end))
 
 
-def _chunks(block: slice, vocabulary: int, row_E: Tensor) -> Iterator[tuple[slice, slice]]:
+def _chunks(block: slice, vocabulary: int, first_S: Sequence[int]) -> Iterator[tuple[slice, slice]]:
     """Rows of a block whose logits stay near the processor, each with its pairs (which follow the order of rows)."""
-    rows = list(_slices(block.start, block.stop, max(CHUNK_BYTES // (4 * vocabulary), 1)))
-    edges = torch.tensor([*(chunk.start for chunk in rows), block.stop], device=row_E.device)
-    places = torch.searchsorted(row_E, edges).tolist()
-    for chunk, first, last in zip(rows, places, places[1:], strict=False):
-        yield chunk, slice(first, last)
+    for rows in _slices(block.start, block.stop, max(CHUNK_BYTES // (4 * vocabulary), 1)):
+        yield rows, slice(first_S[rows.start], first_S[rows.stop])
 
 
 def _within(rows: slice, block: slice) -> slice:

@@ -54,14 +54,20 @@ class Watch:
     """Looks at the metrics of each step."""
 
     def __init__(self, name: str, metrics: Sequence[dict[str, float]]):
-        """`metrics` are those of the steps already done."""
+        """`metrics` are those of the steps already done; what they show was said when they were."""
         self._name = name
+        self._silent = True
         self._drops: list[float] = []
         self._next_drop = DROP
         self._first_repetition: float | None = None
         self._said_repetition = False
         for row in metrics:
             self.step(row)
+        self._silent = False
+
+    def _warn(self, message: str, *values: object) -> None:
+        if not self._silent:
+            log.warning(message, *values)
 
     def step(self, row: dict[str, float]) -> None:
         """Warn of what the metrics of one more step show."""
@@ -74,7 +80,7 @@ class Watch:
         self._drops = [*self._drops[-DROP_STEPS + 1 :], drop]
         mean = sum(self._drops) / len(self._drops)
         if len(self._drops) == DROP_STEPS and mean > self._next_drop:
-            log.warning(
+            self._warn(
                 "train %s, step %d: the target's own log-prob is %.2f nats per token below the reference's: the loss "
                 "falls by making negatives less likely still; a smaller lr or beta, or mle_weight, holds it",
                 self._name, step, mean,
@@ -87,7 +93,7 @@ class Watch:
             self._first_repetition = repetition
         elif repetition > self._first_repetition + REPETITION and not self._said_repetition:
             self._said_repetition = True
-            log.warning(
+            self._warn(
                 "train %s, step %d: %.0f%% of the 4-grams in greedy samples are repetitions, at first it was %.0f%%: "
                 "the model begins to loop; a smaller lr or fewer steps, or mle_weight, holds it",
                 self._name, step, 100 * repetition, 100 * self._first_repetition,

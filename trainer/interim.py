@@ -50,7 +50,7 @@ class Interim:
     """
 
     def __init__(self, product: Product, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer):
-        self._folder = in_progress(product)
+        self._folder = product.in_progress
         self._accelerator = accelerator
         self._parameters = {
             name.removeprefix("module."): parameter
@@ -89,19 +89,21 @@ class Interim:
             self.save(metrics, facts)
 
     def save(self, metrics: Metrics, facts: dict[str, Any]) -> None:
-        """Save the state after a whole step, unless it is saved already."""
+        """Save the state after a whole step, unless it is saved already, or no good: then what was saved stays."""
         start = time.monotonic()
         target = self._folder / str(len(metrics))
-        if not metrics or target.exists():
+        if not metrics or target.exists() or _anywhere(self._accelerator, not self._finite()):
             return
         with self._written(target) as scratch:
             if scratch is not None:
                 pq.write_table(pa.Table.from_pylist(metrics), scratch / "metrics.parquet")
                 (scratch / "facts.json").write_text(json.dumps({**facts, "sharded": self._sharded}))
             self._write(self._weights() | self._optimizer_state(), target, scratch)
-        best = self.best()
+        needed = {target.name}
+        if any(row.get("held_out_loss") is not None for row in metrics):
+            needed.add(f"best-{best_step(metrics)}")
         for path in self._folder.iterdir() if self._accelerator.is_main_process else ():
-            if path != target and path != best:
+            if path.name not in needed:
                 shutil.rmtree(path)
         self._saved = time.monotonic()
         self._pause = max(SAVE_SECONDS, (self._saved - start) / SAVE_SHARE)
@@ -113,11 +115,6 @@ class Interim:
             with self._written(target) as scratch:
                 self._write(self._weights(), target, scratch)
 
-    def best(self) -> Path | None:
-        """The last weights that `save_best` kept."""
-        found = sorted(self._folder.glob("best-*"), key=lambda path: int(path.name.removeprefix("best-")))
-        return found[-1] if found else None
-
     def restore_best(self, step: int) -> None:
         """Put the weights kept after `step` steps into the network."""
         saved, state = self._folder / f"best-{step}", self._weights()
@@ -125,6 +122,11 @@ class Interim:
             load_shards(state, checkpoint_id=saved / "shards")
         else:
             _fill(state, load_file(saved / "state.safetensors"))
+
+    def _finite(self) -> bool:
+        """Whether the trained weights, or this process's part of them, are."""
+        local = (p.to_local() if isinstance(p, DTensor) else p for p in self._parameters.values())
+        return bool(torch.stack([parameter.detach().isfinite().all() for parameter in local]).all())
 
     def _weights(self) -> dict[str, Tensor]:
         return {f"weights.{name}": parameter.detach() for name, parameter in self._parameters.items()}
@@ -168,14 +170,10 @@ class Interim:
         self._accelerator.wait_for_everyone()
 
 
-def in_progress(product: Product) -> Path:
-    """Where the state of a training in progress is."""
-    return product.path.parent / ".in-progress" / product.path.name
-
-
-def forget(product: Product) -> None:
-    """Remove the state of a training: it is complete."""
-    shutil.rmtree(in_progress(product), ignore_errors=True)
+def best_step(metrics: Metrics) -> int:
+    """After how many steps the held-out loss was lowest; of equals the first."""
+    measured = [row for row in metrics if row.get("held_out_loss") is not None]
+    return int(min(measured, key=lambda row: row["held_out_loss"])["step"]) + 1
 
 
 def _shared_scratch(target: Path) -> Path:

@@ -32,7 +32,7 @@ from cpo_pipe.trainer import objective
 from cpo_pipe.trainer.batches import batches, micro_batches
 from cpo_pipe.trainer.groups import Data, Group
 from cpo_pipe.trainer.health import Watch, repetition
-from cpo_pipe.trainer.interim import Interim, Metrics
+from cpo_pipe.trainer.interim import Interim, Metrics, best_step
 from cpo_pipe.trainer.objective import GroupFigures, Normalizers
 from cpo_pipe.trainer.parallel import join, wants_fsdp
 from cpo_pipe.trainer.scorer import Scorer, choose
@@ -71,7 +71,11 @@ def new_accelerator(name: str, config: Training, log_dir: Path | None) -> Accele
             raise InputError(f"train.{name}.trackers: {tracker} is not installed; pip install {tracker}")
     join()
     # The arithmetic is the scorer's (autocast over float32 weights), the same in every mode.
-    accelerator = Accelerator(mixed_precision="no", log_with=list(config.trackers) or None, project_dir=log_dir)
+    accelerator = Accelerator(
+        mixed_precision="no",
+        log_with=list(config.trackers) or None,
+        project_dir=log_dir and log_dir / "trackers" / name,
+    )
     if accelerator.num_processes != processes.count():
         raise InputError(
             f"{processes.count()} processes were started, but accelerate sees {accelerator.num_processes}: each would "
@@ -167,10 +171,11 @@ class Loop:
                 if self.config.trackers:
                     self._accelerator.log({key: value for key, value in row.items() if key != "step"}, step=step)
                 meter.advance(1, note=_note(row))
-                if self.config.keep == "best" and row.get("held_out_loss") == _lowest(metrics):
+                if self.config.keep == "best" and "held_out_loss" in row and best_step(metrics) == step + 1:
                     self._interim.save_best(step + 1)
                 self._interim.save_now_and_then(metrics, self.facts)
             self._leave_if_asked(stop, metrics, between_steps=True)
+        self._interim.save(metrics, self.facts)  # whatever may happen to the checkpoint
         if self.config.keep == "best":
             self._keep_best(metrics)
         return metrics
@@ -316,12 +321,7 @@ class Loop:
     ) -> None:
         if math.isfinite(row["loss"]):
             return
-        broken = [
-            batch[index]
-            for micro, found in figures
-            for index, nll, listwise in zip(micro, found.nll_G, found.listwise_G, strict=True)
-            if not math.isfinite(nll + listwise)
-        ]
+        broken = _broken(batch, figures)
         self._keep_last_good(metrics)
         raise RunError(
             f"train.{self.name}: the loss is {row['loss']} at step {step}, because of {_ids(broken or batch)}; look at "
@@ -331,11 +331,7 @@ class Loop:
     def _keep_last_good(self, metrics: Metrics) -> None:
         """Save the state before the step that went wrong, if it is sound itself."""
         self._optimizer.zero_grad(set_to_none=True)
-        finite = torch.stack([parameter.detach().isfinite().all() for parameter in _local(self.scorer)]).all()
-        if self._accelerator.num_processes > 1:
-            finite = self._accelerator.reduce(finite.int(), "sum") == self._accelerator.num_processes
-        if bool(finite):
-            self._interim.save(metrics, self.facts)
+        self._interim.save(metrics, self.facts)
 
     # ── looking at it now and then ───────────────────────────────────────────────────────────────────────────────
 
@@ -345,39 +341,51 @@ class Loop:
             return {}
         row: dict[str, float] = {}
         if self.data.held_out:
-            row |= {f"held_out_{key}": value for key, value in self._held_out().items()}
+            row |= {f"held_out_{key}": value for key, value in self._held_out(step).items()}
         if not self.sharded:  # generating needs the weights whole
             row["repetition"] = self._repetition()
         return row
 
     @torch.no_grad()
-    def _held_out(self) -> dict[str, float]:
+    def _held_out(self, step: int) -> dict[str, float]:
         normalizers = Normalizers.of(self.config, self.data.held_out)
         passes = self._passes(self.data.held_out)
         figures = [(micro, self._figures(self.data.held_out, micro, normalizers)[0]) for micro in passes]
-        return self._summary(self.data.held_out, figures, normalizers)
+        row = self._summary(self.data.held_out, figures, normalizers)
+        if not math.isfinite(row["loss"]):  # the steps since the last save are lost: their weights may be no good
+            broken = _broken(self.data.held_out, figures) or self.data.held_out
+            raise RunError(
+                f"train.{self.name}: the held-out loss is {row['loss']} after step {step}, because of {_ids(broken)}; "
+                f"look at these groups, or lower train.{self.name}.lr"
+            )
+        return row
 
     @torch.no_grad()
     def _repetition(self) -> float:
         """rep-4 of greedy samples. Each process makes the same: no weights move between them."""
         samples = []
         with self.scorer.own_attention() as model:
+            eos = model.config.eos_token_id
+            context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
             for group in (self.data.held_out or self.data.groups)[:SAMPLES]:
+                room = min(SAMPLE_TOKENS, context - len(group.prompt_ids))
+                if room < 1:
+                    continue
                 ids = torch.tensor([group.prompt_ids], device=self._accelerator.device)
                 out = model.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=SAMPLE_TOKENS, do_sample=False,
-                    pad_token_id=model.config.eos_token_id or 0,
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=room, do_sample=False,
+                    pad_token_id=(eos[0] if isinstance(eos, list) else eos) or 0,
                 )  # type: ignore[operator]  # fmt: skip
                 samples.append(out[0, ids.shape[1] :].tolist())
         return repetition(samples)
 
     def _keep_best(self, metrics: Metrics) -> None:
-        best = next(row for row in metrics if row.get("held_out_loss") == _lowest(metrics))
-        self._interim.restore_best(int(best["step"]) + 1)
+        best = best_step(metrics)
+        self._interim.restore_best(best)
+        loss = metrics[best - 1]["held_out_loss"]
         log.info(
-            "train %s: keeps the weights after step %d, whose held-out loss %.4f is the lowest",
-            self.name, best["step"], best["held_out_loss"],
-        )  # fmt: skip
+            "train %s: keeps the weights after %d steps, whose held-out loss %.4f is the lowest", self.name, best, loss
+        )
 
 
 class _StopRequests:
@@ -439,15 +447,14 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-def _local(module: nn.Module) -> Iterator[Tensor]:
-    """The trained weights, or this process's part of them."""
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            yield parameter.to_local() if hasattr(parameter, "to_local") else parameter
-
-
-def _lowest(metrics: Metrics) -> float:
-    return min(row["held_out_loss"] for row in metrics if row.get("held_out_loss") is not None)
+def _broken(batch: Sequence[Group], figures: Sequence[tuple[list[int], GroupFigures]]) -> list[Group]:
+    """The groups (of this process) whose loss is not finite."""
+    return [
+        batch[index]
+        for micro, found in figures
+        for index, nll, listwise in zip(micro, found.nll_G, found.listwise_G, strict=True)
+        if not math.isfinite(nll + listwise)
+    ]
 
 
 def _ids(groups: Sequence[Group]) -> str:

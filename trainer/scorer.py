@@ -80,7 +80,9 @@ class Scorer(nn.Module):
             output: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
             bias = getattr(output, "bias", None)
             hidden_SH = hidden.flatten(0, 1)[packed.source_S]
-            return self._head.logprobs(hidden_SH, output.weight, bias, packed.row_E, packed.label_E, self.logits_bytes)
+            return self._head.logprobs(
+                hidden_SH, output.weight, bias, packed.row_E, packed.label_E, packed.first_S, self.logits_bytes
+            )
 
     def set_attention(self, attention: Attention) -> None:
         """Compute in this way from now on. `choose` checks whether it is exact."""

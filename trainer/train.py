@@ -104,6 +104,8 @@ def train(name: str, config: Training, store: Store, inputs: Inputs, log_dir: Pa
             if not _agreed(product.complete()):  # again: another process may have made it while we waited
                 _make(name, config, store, inputs, product, log_dir)
                 return product
+    if processes.is_main():  # of a training that was killed between its checkpoint and this
+        shutil.rmtree(product.in_progress, ignore_errors=True)
     log.info("train %s: reused %s", name, product.name)
     return product
 
@@ -120,7 +122,6 @@ def _agreed(answer: bool) -> bool:
 def _make(name: str, config: Training, store: Store, inputs: Inputs, product: Product, log_dir: Path | None) -> None:
     from cpo_pipe.trainer.groups import Data
     from cpo_pipe.trainer.health import check_groups
-    from cpo_pipe.trainer.interim import forget
     from cpo_pipe.trainer.loop import Loop, new_accelerator
 
     accelerator = new_accelerator(name, config, log_dir)
@@ -152,7 +153,7 @@ def _make(name: str, config: Training, store: Store, inputs: Inputs, product: Pr
             folder.facts["seconds"] = sum(row["seconds"] for row in metrics)
             folder.facts["groups"] = len(groups)
             folder.facts["computed"] = loop.facts
-        forget(product)
+        shutil.rmtree(product.in_progress, ignore_errors=True)
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:  # end_training would also part the processes, which may train again
         tracker.finish()
@@ -174,10 +175,10 @@ def _held_out(name: str, config: Training, groups: Sequence["Group"]) -> tuple[S
     chosen = {group.example_id for group in by_hash[: config.held_out]}
     if len(chosen) < config.held_out:
         raise InputError(f"train.{name}.held_out is {config.held_out}, but only {len(chosen)} groups have a negative")
-    return (
-        [group for group in useful if group.example_id not in chosen],
-        [group for group in useful if group.example_id in chosen],
-    )
+    trained = [group for group in useful if group.example_id not in chosen]
+    if config.objective != "mle" and all(len(group.candidates) == 1 for group in trained):
+        raise InputError(f"train.{name}: no group with a negative is left to train on; lower train.{name}.held_out")
+    return trained, [group for group in useful if group.example_id in chosen]
 
 
 def _groups(name: str, config: Training, inputs: Inputs) -> list["Group"]:

@@ -8,6 +8,7 @@ tokens of the longest of these, E distinct (prefix, next token) pairs, S distinc
 tokens of the longest.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -75,6 +76,8 @@ class Packed:
     """Which hidden states, of rows times tokens, predict something."""
     row_E: Tensor
     """Which of the S predicts the pair's token; never falling."""
+    first_S: list[int]
+    """The first pair of each of the S, and E behind the last: known without asking the device."""
     label_E: Tensor
     """The token predicted."""
     pair_KL: Tensor
@@ -124,10 +127,12 @@ class _Pairs:
         place = {self._pairs[pair]: number for number, pair in enumerate(pairs)}
         sources = sorted({source for source, _ in pairs})
         row = {source: number for number, source in enumerate(sources)}
+        rows = [row[source] for source, _ in pairs]
         width = max(map(len, self._candidates))
         return {
             "source_S": torch.tensor(sources),
-            "row_E": torch.tensor([row[source] for source, _ in pairs]),
+            "row_E": torch.tensor(rows),
+            "first_S": [bisect_left(rows, number) for number in range(len(sources) + 1)],
             "label_E": torch.tensor([token for _, token in pairs]),
             "pair_KL": torch.tensor(
                 [[place[n] for n in numbers] + [len(pairs)] * (width - len(numbers)) for numbers in self._candidates]

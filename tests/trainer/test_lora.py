@@ -1,8 +1,10 @@
 """Low-rank adapters: what is trained, what is exported, and what is refused."""
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,8 @@ def _states_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """The state after the last step is kept: it holds the adapters before they are merged."""
     monkeypatch.setattr("cpo_pipe.trainer.interim.SAVE_SECONDS", 0.0)
     monkeypatch.setattr("cpo_pipe.trainer.interim.SAVE_SHARE", math.inf)
-    monkeypatch.setattr("cpo_pipe.trainer.interim.forget", lambda product: None)
+    keeps = SimpleNamespace(copyfile=shutil.copyfile, rmtree=lambda *_, **__: None)
+    monkeypatch.setattr("cpo_pipe.trainer.train.shutil", keeps)
 
 
 def adapters(bench: Bench, product: Product) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

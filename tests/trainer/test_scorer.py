@@ -254,6 +254,7 @@ def test_the_head_against_log_softmax(
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((20, 8), (50, 8), (50,))]
     row = torch.tensor([0, 0, 0, 1, 2, 4, 4, 19])
     label = torch.tensor([3, 4, 49, 0, 7, 7, 8, 1])
+    first = [sum(1 for r in row if r < s) for s in range(21)]
     upstream = torch.randn(8, generator=generator, dtype=torch.float64)
     results = []
     for dtype in (torch.float64, torch.float32):
@@ -263,7 +264,7 @@ def test_the_head_against_log_softmax(
             logits = logits if cap is None else cap * torch.tanh(logits / cap)
             values = logits.log_softmax(-1)[row, label]
         else:
-            values = Head(scale, cap).logprobs(hidden, weight, offset if bias else None, row, label, memory)
+            values = Head(scale, cap).logprobs(hidden, weight, offset if bias else None, row, label, first, memory)
         (values * upstream.to(dtype)).sum().backward()
         results.append([values, hidden.grad, weight.grad, *([offset.grad] if bias else [])])
     for expected, found in zip(*results, strict=True):
@@ -287,13 +288,13 @@ def test_memory_of_large_vocabularies_stays_within_the_cap(vocabulary: int) -> N
     weight = torch.randn(vocabulary, 4, requires_grad=True)
     row = torch.arange(300)
     with Count():
-        Head(1.0, None).logprobs(hidden, weight, None, row, row, 8 << 20).sum().backward()
+        Head(1.0, None).logprobs(hidden, weight, None, row, row, list(range(301)), 8 << 20).sum().backward()
     assert 0 < peak <= 8 << 20
 
 
 def test_a_second_backward_pass_is_refused() -> None:
     hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4)
-    values = Head(1.0, None).logprobs(hidden, weight, None, torch.arange(3), torch.arange(3), 1 << 20)
+    values = Head(1.0, None).logprobs(hidden, weight, None, torch.arange(3), torch.arange(3), [0, 1, 2, 3], 1 << 20)
     values.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="there is no second"):
         values.sum().backward()

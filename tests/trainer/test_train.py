@@ -346,6 +346,32 @@ def test_a_stopped_training_goes_on_where_it_was_bit_for_bit(
     assert not list(rough.store.root.glob("checkpoints/.in-progress/*"))
 
 
+def test_a_failed_export_loses_no_step_and_leftovers_go(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cpo_pipe.trainer.train.copy_tokenizer", full)
+        with pytest.raises(OSError, match="No space left"):
+            bench.train("cpo")
+    caplog.set_level("INFO")
+    product = bench.train("cpo")
+    assert "goes on after step 2" in caplog.text
+    assert not product.in_progress.exists()
+    product.in_progress.mkdir(parents=True)  # as if killed between the checkpoint and its removal
+    bench.train("cpo")
+    assert not product.in_progress.exists()
+
+
+def test_held_out_groups_may_not_be_all_that_have_a_negative(tmp_path: Path, tiny_model: Path) -> None:
+    alone = {"e": ([3, 4], [[5, 0]], [0])}
+    bench = Bench(tmp_path, tiny_model, {"a": CANDIDATES["a"], **alone})
+    with pytest.raises(InputError, match=r"no group with a negative is left to train on; lower train\.t\.held_out"):
+        bench.train("cpo", mle_weight=1.0, held_out=1)
+
+
 def test_every_pass_covers_all_rows_once() -> None:
     stream = [index for batch in batches(10, 4, 5, seed=0) for index in batch]
     assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))

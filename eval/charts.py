@@ -31,11 +31,16 @@ STYLE: Any = {
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 """Okabe and Ito's, which the colour-blind can tell apart."""
 
+SPARSE = 20
+"""A curve of fewer points shows them."""
+
 CURVES = {
     "loss": "loss",
     "won": "share of groups won",
     "margin": "reward margin",
     "target_logprob": "target log-prob (nats)",
+    "held_out_loss": "held-out loss",
+    "repetition": "repeated 4-grams, greedy",
 }
 """Columns of a training's step metrics that are drawn, with their axis labels."""
 
@@ -127,7 +132,7 @@ def _series(steps: pa.Table) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def _draw_curve(axes: Axes, label: str, step: np.ndarray, value: np.ndarray) -> None:
-    axes.plot(step, value, color=COLORS[0], linewidth=1.2, marker="o" if len(step) == 1 else None)
+    axes.plot(step, value, color=COLORS[0], linewidth=1.2, marker="o" if len(step) < SPARSE else None)
     axes.set(xlabel="step", title=label)
     axes.title.set_fontsize(10)
 

@@ -192,7 +192,8 @@ class Loop:
     def _start(self, facts: dict[str, Any]) -> None:
         """Decide how the model is computed, or do it as before the training was stopped."""
         if self.config.trackers:
-            self._accelerator.init_trackers("cpo-pipe", config=_flat(self.config), init_kwargs={})
+            named = {"wandb": {"name": self.name}, "mlflow": {"run_name": self.name}}
+            self._accelerator.init_trackers("cpo-pipe", config=_flat(self.config), init_kwargs=named)
         now = {"processes": self._accelerator.num_processes, "device": self._accelerator.device.type}
         if facts:
             if {key: facts[key] for key in now} != now:

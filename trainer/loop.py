@@ -7,8 +7,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -205,16 +205,18 @@ class Loop:
             if facts["threads"] != torch.get_num_threads():
                 log.info("train %s: takes %d threads, as before it was stopped", self.name, facts["threads"])
                 torch.set_num_threads(facts["threads"])
-            self.scorer.set_attention(facts["attention"])
             self.scorer.logits_bytes = facts["logits_mb"] << 20
             self.facts = facts | now
-            return
+            if facts["device"] == now["device"]:
+                self.scorer.set_attention(facts["attention"])
+                return
         every = [objective.texts(self.config, group) for group in (*self.data.groups, *self.data.held_out)]
         choice = choose(f"train {self.name}", self.scorer, every, self.config.attention, module=self._module)
-        self.facts = now | asdict(choice) | {
+        self.facts = {
             "threads": torch.get_num_threads(),
             "logits_mb": self.config.logits_mb,
             "micro_batch_tokens": self.config.micro_batch_tokens,
+            **self.facts, **now, **asdict(choice),
         }  # fmt: skip
 
     # ── one step ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -293,7 +295,7 @@ class Loop:
     def _synchronized(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients are exchanged in the last of a step's passes only."""
         if last:
-            return _nothing()
+            return nullcontext()
         manager: AbstractContextManager[Any] = self._accelerator.no_sync(self._module)
         return manager
 
@@ -441,11 +443,6 @@ def lr_factor(config: Training, step: int) -> float:
         return 1.0
     done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
     return 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _broken(batch: Sequence[Group], figures: Sequence[tuple[list[int], GroupFigures]]) -> list[Group]:

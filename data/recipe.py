@@ -198,14 +198,28 @@ class Training(Section):
 class Counts(Section):
     """How many negatives of each strategy a group gets."""
 
-    autoregressive: int = Field(11, ge=0, lt=1 << 16, description="sampled continuations per prompt")
+    autoregressive: int = Field(0, ge=0, lt=1 << 16, description="sampled from the model given the prompt (AN)")
+    batch: int = Field(0, ge=0, lt=1 << 16, description="targets of other training prompts (BN)")
+    meanfield: int = Field(
+        0,
+        ge=0,
+        lt=1 << 16,
+        description="the target with some tokens drawn again, given those before (MN)",
+    )
+    truncation: int = Field(0, ge=0, lt=1 << 16, description="the target cut at a random place, with an end token (TN)")
 
 
 class Negatives(Section):
     """How negatives are made. The defaults are the paper's settings."""
 
-    model: str = Field(description="the generator: a training's name, a folder or a hub name")
-    counts: Counts = Field(default_factory=Counts, description="negatives per prompt, by strategy")
+    model: str | None = Field(
+        None, description="the generator of autoregressive and meanfield: a training's name, a folder or a hub name"
+    )
+    counts: Counts = Field(
+        default_factory=lambda: Counts(autoregressive=11),
+        description="negatives per prompt, by strategy; several make a mixture",
+    )
+    meanfield_share: float = Field(0.15, gt=0, le=1, description="meanfield: share of the target's tokens drawn again")
     top_k: int = Field(50, ge=0, description="sample among the k likeliest tokens (0: all)")
     temperature: float = Field(1.0, gt=0, description="softmax temperature")
     max_new_tokens: Positive | None = Field(
@@ -219,6 +233,15 @@ class Negatives(Section):
     max_examples: Positive | None = Field(
         None, description="make groups for the first N training examples only (default: all)"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> "Negatives":
+        counts = self.counts
+        if not any(counts.model_dump().values()):
+            raise ValueError("counts are all 0: ask for at least 1 negative a prompt")
+        if self.model is None and (counts.autoregressive or counts.meanfield):
+            raise ValueError("model is missing: autoregressive and meanfield negatives come from one")
+        return self
 
 
 class Rank(Section):
@@ -327,7 +350,7 @@ class Recipe(Section):
 
     def _trainings_before(self, training: Training) -> list[str]:
         models = training.upstream()
-        if training.objective != "mle" and self.negatives is not None:
+        if training.objective != "mle" and self.negatives is not None and self.negatives.model is not None:
             models.append(self.negatives.model)
         return [name for name in models if name in self.train]
 

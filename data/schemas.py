@@ -40,16 +40,19 @@ NEGATIVES = pa.schema(
     [
         _EXAMPLE_ID,
         _SAMPLE_INDEX,
-        _column("strategy", pa.string(), "how it was made: `autoregressive`, …"),
+        _column("strategy", pa.string(), "how it was made: `autoregressive`, `batch`, `meanfield` or `truncation`"),
         _column("text", pa.string(), "the continuation without special tokens"),
         _TOKEN_IDS,
         _FINISH_REASON,
         _column(
-            "logprob", pa.float64(), "log-prob under the raw model (before top-k), summed over the tokens, in nats"
+            "logprob",
+            pa.float64(),
+            "log-prob under the raw model (before top-k), summed over the tokens, in nats; null where none wrote it",
+            nullable=True,
         ),
         _SEED,
-        _column("generator", pa.string(), "fingerprint of the model that sampled it"),
-        _ENGINE,
+        _column("generator", pa.string(), "fingerprint of the model that made it, if one did", nullable=True),
+        _column("engine", pa.string(), "provenance, not identity: engine, version, dtype", nullable=True),
     ]
 )
 

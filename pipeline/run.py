@@ -112,7 +112,7 @@ class Run:
     def sources(self) -> Sources:
         """Which negatives the recipe asks for, made or not."""
         config, examples = self._negatives(), self.examples()
-        return plan_negatives(config, self.store, examples, self.model(config.model), self._target_tokens())[0]
+        return plan_negatives(config, self.store, examples, self._generator(), self._target_tokens())[0]
 
     def groups(self) -> tuple[Sources, Rows]:
         """The complete groups, or MissingInput."""
@@ -136,7 +136,7 @@ class Run:
     def generate_negatives(self) -> None:
         """Stage `generate-negatives`."""
         config, examples = self._negatives(), self.examples()
-        model = self.model(config.model)
+        model = self._generator()
         with self._stage("generate-negatives") as record:
             sources = generate_negatives(config, self.store, examples, model, self._target_tokens())
             record["artifact"] = [pool.rows.name for pool in sources.pools]
@@ -313,6 +313,10 @@ class Run:
         assert system.merge is not None
         parts = [(self.model(part), weight) for part, weight in system.merge.items()]
         return checkpoint_model(name, merge(name, self.store, parts, self.examples().tokenizer))
+
+    def _generator(self) -> Model | None:
+        name = self._negatives().model
+        return None if name is None else self.model(name)
 
     def _negatives(self) -> Negatives:
         if self.recipe.negatives is None:

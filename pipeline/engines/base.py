@@ -24,6 +24,14 @@ WINDOW = 1024
 """Examples whose requests are sorted together."""
 
 
+MADE_TOGETHER = 64
+"""Examples whose negatives are made between two chances to record them, where no engine has a batch size."""
+
+
+MakeRows = Callable[[list[dict[str, Any]], list[list[int]]], list[dict[str, Any]]]
+"""From examples (EXAMPLES schema) and the sample indices wanted of each to the rows (NEGATIVES schema)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """The distribution to sample from, given a model and a prompt."""
@@ -189,6 +197,36 @@ def sample_missing(
                             ]
                         )
                     meter.advance(sum(map(len, answers)))
+        return int(missing.num_rows)
+
+
+def make_missing(
+    rows: Rows,
+    examples: pa.Table,
+    n: int,
+    make: MakeRows,
+    label: str,
+) -> int:
+    """Make the samples that `rows` lacks of those that no engine samples; returns how many.
+
+    What is made is kept, however this ends.
+    """
+    wanted = sample_keys(examples["example_id"], n)
+    if not rows.missing(wanted).num_rows:
+        return 0
+    with rows.lock():
+        missing = rows.missing(wanted)  # again: another process may have made them while we waited
+        with rows.writer() as writer, track(label, missing.num_rows) as meter:
+            for window, keys in _windows(examples, missing):
+                indices: dict[str, list[int]] = {}
+                for key in keys.to_pylist():
+                    indices.setdefault(key["example_id"], []).append(key["sample_index"])
+                chosen = [row for row in window.to_pylist() if row["example_id"] in indices]
+                for start in range(0, len(chosen), MADE_TOGETHER):
+                    part = chosen[start : start + MADE_TOGETHER]
+                    made = make(part, [indices[row["example_id"]] for row in part])
+                    writer.add(made)
+                    meter.advance(len(made))
         return int(missing.num_rows)
 
 

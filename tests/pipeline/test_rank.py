@@ -36,7 +36,7 @@ def sources(store: Store, negatives: list[dict[str, Any]], count: int) -> Source
         writer.add(negatives)
     names = dict.fromkeys(row["example_id"] for row in negatives)
     selection = pa.Table.from_pylist([example(name) for name in names], schema=EXAMPLES)
-    return Sources(selection, [Pool(rows, count)])
+    return Sources(selection, [Pool("autoregressive", rows, count)])
 
 
 SAMPLES = [

@@ -113,7 +113,7 @@ class Lora(Section):
 
     rank: Positive = Field(16, description="rank of the adapters")
     alpha: Positive = Field(32, description="their output is scaled by alpha / rank")
-    targets: Literal["all-linear"] | list[str] = Field(
+    targets: Literal["all-linear"] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = Field(
         "all-linear", description="names of the layers that get one; all-linear: all but the output embedding"
     )
 

@@ -46,20 +46,16 @@ def _cut(order: Sequence[int], groups: Sequence[Texts], attention: Attention, bu
     if attention in ("cascade", "split", "dense"):
         return [[index] for index in order]
     plan: list[list[int]] = []
+    rows = longest = total = 0
     for index in order:
-        if plan and _together([groups[other] for other in [*plan[-1], index]], attention) <= budget:
+        tokens, count = _tokens(groups[index], attention), len(groups[index][1])
+        rows, longest, total = rows + count, max(longest, tokens), total + tokens
+        if plan and (total if attention == "flex" else rows * longest) <= budget:
             plan[-1].append(index)
         else:
             plan.append([index])
+            rows, longest, total = count, tokens, tokens
     return plan
-
-
-def _together(groups: Sequence[Texts], attention: Attention) -> int:
-    """Tokens of one forward pass over several groups."""
-    if attention == "flex":
-        return sum(_tokens(group, attention) for group in groups)
-    rows = sum(len(candidates) for _, candidates in groups)
-    return rows * max(_tokens(group, attention) for group in groups)
 
 
 def _tokens(group: Texts, attention: Attention) -> int:

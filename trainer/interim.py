@@ -50,7 +50,7 @@ class Interim:
     """
 
     def __init__(self, product: Product, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer):
-        self._folder = product.in_progress
+        self.folder = product.in_progress
         self._accelerator = accelerator
         self._parameters = {
             name.removeprefix("module."): parameter
@@ -68,10 +68,10 @@ class Interim:
         Returns:
             The metrics of the steps behind it, and the facts saved with it; both empty where there is none.
         """
-        steps = [int(path.name) for path in self._folder.glob("[0-9]*")]
+        steps = [int(path.name) for path in self.folder.glob("[0-9]*")]
         if not steps:
             return [], {}
-        saved = self._folder / str(max(steps))
+        saved = self.folder / str(max(steps))
         state = self._weights() | self._optimizer_state()
         facts: dict[str, Any] = json.loads((saved / "facts.json").read_text())
         if facts["sharded"]:
@@ -91,18 +91,18 @@ class Interim:
     def save(self, metrics: Metrics, facts: dict[str, Any]) -> None:
         """Save the state after a whole step, unless it is saved already, or no good: then what was saved stays."""
         start = time.monotonic()
-        target = self._folder / str(len(metrics))
+        target = self.folder / str(len(metrics))
         if not metrics or target.exists() or _anywhere(self._accelerator, not self._finite()):
             return
         with self._written(target) as scratch:
             if scratch is not None:
-                pq.write_table(pa.Table.from_pylist(metrics), scratch / "metrics.parquet")
+                pq.write_table(metrics_table(metrics), scratch / "metrics.parquet")
                 (scratch / "facts.json").write_text(json.dumps({**facts, "sharded": self._sharded}))
             self._write(self._weights() | self._optimizer_state(), target, scratch)
         needed = {target.name}
         if any(row.get("held_out_loss") is not None for row in metrics):
             needed.add(f"best-{best_step(metrics)}")
-        for path in self._folder.iterdir() if self._accelerator.is_main_process else ():
+        for path in self.folder.iterdir() if self._accelerator.is_main_process else ():
             if path.name not in needed:
                 shutil.rmtree(path)
         self._saved = time.monotonic()
@@ -110,14 +110,14 @@ class Interim:
 
     def save_best(self, step: int) -> None:
         """Keep the weights after `step` steps: they are the best so far."""
-        target = self._folder / f"best-{step}"
+        target = self.folder / f"best-{step}"
         if not target.exists():
             with self._written(target) as scratch:
                 self._write(self._weights(), target, scratch)
 
     def restore_best(self, step: int) -> None:
         """Put the weights kept after `step` steps into the network."""
-        saved, state = self._folder / f"best-{step}", self._weights()
+        saved, state = self.folder / f"best-{step}", self._weights()
         if self._sharded:
             load_shards(state, checkpoint_id=saved / "shards")
         else:
@@ -168,6 +168,12 @@ class Interim:
             if main:
                 shutil.rmtree(scratch, ignore_errors=True)
         self._accelerator.wait_for_everyone()
+
+
+def metrics_table(metrics: Metrics) -> pa.Table:
+    """The metrics of all steps, with every column that any of them has."""
+    columns = dict.fromkeys(key for row in metrics for key in row)
+    return pa.table({key: [row.get(key) for row in metrics] for key in columns})
 
 
 def best_step(metrics: Metrics) -> int:

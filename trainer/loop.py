@@ -123,7 +123,10 @@ class Loop:
         self._accelerator = accelerator
         self._starts_as_reference = starts_as_reference
         self.scorer = Scorer(model, config.dtype, config.logits_mb)
-        self.scorer.set_checkpointing(config.gradient_checkpointing)
+        try:
+            self.scorer.set_checkpointing(config.gradient_checkpointing)
+        except ValueError as error:
+            raise InputError(f"train.{name}.gradient_checkpointing: {error}") from error
         optimizer = torch.optim.AdamW(
             [parameter for parameter in self.scorer.parameters() if parameter.requires_grad],
             lr=config.lr,
@@ -201,6 +204,14 @@ class Loop:
                     "train %s: was stopped in %d processes on %s and goes on in %d on %s: equal up to "
                     "rounding, not bitwise",
                     self.name, facts["processes"], facts["device"], now["processes"], now["device"],
+                )  # fmt: skip
+            kept = {key: facts[key] for key in ("attention", "logits_mb", "micro_batch_tokens")}
+            asked = {key: getattr(self.config, key) for key in kept}
+            ignored = [f"{key} {asked[key]}" for key in kept if asked[key] not in (kept[key], "auto")]
+            if ignored:
+                log.warning(
+                    "train %s: %s not taken: it goes on with %s, as it began; to begin anew, remove %s",
+                    self.name, ", ".join(ignored), kept, self._interim.folder,
                 )  # fmt: skip
             if facts["threads"] != torch.get_num_threads():
                 log.info("train %s: takes %d threads, as before it was stopped", self.name, facts["threads"])

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ TOLERANCE = 2e-5
 
 GRADIENT_TOLERANCE = 1e-4
 """The same for gradients."""
+
+CAUSAL_TOLERANCE = 1e-3
+"""Relative difference that a log-prob may have from itself when the row goes on behind it."""
 
 Texts = tuple[Sequence[int], Sequence[Sequence[int]]]
 """Token ids of a prompt and of its candidates."""
@@ -94,13 +97,10 @@ class Scorer(nn.Module):
         """Whether layers are computed again in the backward pass instead of being kept.
 
         Raises:
-            InputError: the model has no such layers.
+            ValueError: the model has no such layers.
         """
         if on:
-            try:
-                self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            except ValueError as error:
-                raise InputError(f"gradient_checkpointing: {error}") from error
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self._checkpointed(on)
 
     def _checkpointed(self, on: bool) -> None:
@@ -140,7 +140,7 @@ class Scorer(nn.Module):
                 extra["attention_mask"] = dense_mask(packed.tree, dtype, self.model)
             else:
                 extra["cpo_tree"] = packed.tree
-        hidden: Tensor = self.model.base_model(input_ids=packed.ids, use_cache=False, **extra)[0]
+        hidden: Tensor = _body(self.model)(input_ids=packed.ids, use_cache=False, **extra)[0]
         return hidden
 
     def _plain(self, packed: Packed) -> Tensor:
@@ -156,6 +156,14 @@ class Scorer(nn.Module):
             pairs = mine[packed.row_E]
             found.append(logits.log_softmax(-1)[places[packed.row_E[pairs]], packed.label_E[pairs]])
         return torch.cat(found)
+
+
+def _body(model: PreTrainedModel) -> nn.Module:
+    """What makes the hidden states."""
+    body: nn.Module = model.base_model
+    if body is model:  # where transformers' own name for it leads nowhere (Llama 4)
+        body = next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
+    return body
 
 
 @dataclass(frozen=True)
@@ -185,26 +193,22 @@ def choose(
     Args:
         name: of the model or training, for messages.
         scorer: gets the choice set.
-        groups: what will be computed; the longest, the middle and the shortest are tried.
+        groups: what will be computed; the longest, the middle and the shortest are tried, and one with a fork.
         requested: `auto`, or the one to take.
         module: the scorer as wrapped for several processes.
         gradients: whether gradients will be wanted, too.
 
     Raises:
-        InputError: the requested one is not exact for this model, or not for this device.
+        InputError: the requested one is not exact for this model, or not for this device; or the model is not causal.
     """
     device = next(scorer.parameters()).device.type
-    order = ORDER[device] if requested == "auto" else (requested,)
-    if requested == "auto" and all(len(candidates) == 1 for _, candidates in groups):
-        order = ("padded", "plain")  # nothing is shared, and rows side by side are faster than one by one
-    if order[0] not in ORDER[device]:
-        raise InputError(f"{name}: attention {requested} does not run on {device}; use auto")
-    by_length = sorted(groups, key=lambda group: len(group[0]) + max(map(len, group[1])))
-    places = {len(groups) - 1, (len(groups) - 1) // 2, 0}
-    probes = [by_length[place] for place in sorted(places, reverse=True)]
+    order = _order(name, scorer.model, groups, requested, device)
+    probes = _probes(scorer.model, groups)
     precision, scorer.dtype = scorer.dtype, "float32"
     try:
         truth = _probe(scorer, module or scorer, "plain", probes, gradients)
+        if not _rope_changes_between(scorer.model, groups):  # there a row's length does change its beginning
+            _check_causal(name, scorer, module or scorer, probes[0], truth[0])
         refused: dict[str, str] = {}
         for attention in order:
             reason, errors = _compare(scorer, module or scorer, attention, probes, truth, gradients)
@@ -223,8 +227,65 @@ def choose(
     return choice
 
 
+def _order(
+    name: str, model: PreTrainedModel, groups: Sequence[Texts], requested: str, device: str
+) -> tuple[Attention, ...]:
+    """The ways to try."""
+    if requested != "auto" and requested not in ORDER[device]:
+        raise InputError(f"{name}: attention {requested} does not run on {device}; use auto")
+    if _rope_changes_between(model, groups):
+        if requested != "auto":
+            raise InputError(
+                f"{name}: attention {requested} is not exact for this model: its rotary embeddings change with the "
+                "length of the longest row computed at once; use auto"
+            )
+        return ("plain",)
+    if requested != "auto":
+        return (cast(Attention, requested),)
+    if all(len(candidates) == 1 for _, candidates in groups):
+        return ("padded", "plain")  # nothing is shared, and rows side by side are faster than one by one
+    return ORDER[device]
+
+
+def _probes(model: PreTrainedModel, groups: Sequence[Texts]) -> list[Texts]:
+    """The longest, the middle and the shortest group, and one that has what these may lack: a fork, and padding."""
+    by_length = sorted(groups, key=lambda group: len(group[0]) + max(map(len, group[1])))
+    places = {len(groups) - 1, (len(groups) - 1) // 2, 0}
+    prompt, candidates = by_length[-1]
+    longest = max(candidates, key=len)
+    output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    fork = [(token + 1) % output.weight.shape[0] for token in longest[: len(longest) // 2 + 1]]
+    return [*(by_length[place] for place in sorted(places, reverse=True)), (prompt, [longest, fork])]
+
+
+def _rope_changes_between(model: PreTrainedModel, groups: Sequence[Texts]) -> bool:
+    """Whether rotary embeddings depend on the longest row computed at once, and rows on both sides of a limit occur."""
+    parameters: Any = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    layers = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    limits = [
+        layer["original_max_position_embeddings"]
+        for layer in layers
+        if layer.get("rope_type") in ("longrope", "dynamic") and layer.get("original_max_position_embeddings")
+    ]
+    rows = [len(prompt) + len(candidate) - 1 for prompt, candidates in groups for candidate in candidates]
+    return any(min(rows) <= limit < max(rows) for limit in limits)
+
+
+def _check_causal(name: str, scorer: Scorer, module: nn.Module, probe: Texts, truth: Sequence[Tensor]) -> None:
+    """Refuse a model whose tokens see what comes after them: its log-probs are none of a continuation.
+
+    `truth` begins with the log-probs of the probe's first candidate.
+    """
+    prompt, (candidate, *_) = probe
+    half = candidate[: len(candidate) // 2 + 1]
+    (alone,), _ = _probe(scorer, module, "plain", [(prompt, [half])], gradients=False)
+    whole = truth[0][: len(half)]
+    if float((alone - whole).abs().max()) > CAUSAL_TOLERANCE * float(whole.abs().max()):
+        raise InputError(f"{name}: the model is not causal: a token's log-prob changes with the tokens behind it")
+
+
 _Probe = tuple[list[Tensor], dict[str, Tensor]]
-"""Log-probs per token of each probe's candidates, and gradients by parameter."""
+"""Log-probs of each candidate's tokens, probe by probe, and gradients by parameter."""
 
 
 def _compare(
@@ -235,9 +296,12 @@ def _compare(
         logprobs, grads = _probe(scorer, module, attention, probes, gradients)
     except Unsupported as reason:
         return str(reason), (math.nan, math.nan)
-    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the model; the choice must not depend on what else is in memory
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
         # Models refuse what they don't know in many ways; whatever it is, this way of computing is not theirs.
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}", (math.nan, math.nan)
+        said = next(iter(str(error).strip().splitlines()), "no reason given")
+        return f"{type(error).__name__}: {said[:100]}", (math.nan, math.nan)
     scale = max(float(values.abs().max()) for values in truth[0])
     wrong = max(float((a - b).abs().max()) for a, b in zip(logprobs, truth[0], strict=True)) / scale
     wrong_gradient = 0.0
@@ -258,18 +322,30 @@ def _compare(
 def _probe(scorer: Scorer, module: nn.Module, attention: Attention, probes: Sequence[Texts], gradients: bool) -> _Probe:
     scorer.set_attention(attention)
     module.zero_grad(set_to_none=True)
-    logprobs = []
+    logprobs: list[Tensor] = []
     with torch.set_grad_enabled(gradients):
-        for texts in probes:
-            packed = scorer.pack([texts])
-            values = packed.per_token(module(packed))
-            logprobs.append(values.detach())
+        for together in _passes(attention, probes):
+            packed = scorer.pack(together)
+            rows = packed.per_token(module(packed))
+            lengths = [len(candidate) for _, candidates in together for candidate in candidates]
+            values = [row[:length] for row, length in zip(rows, lengths, strict=True)]
             if gradients:  # of a sum with weights that let no error cancel another
-                weights = torch.linspace(-1, 1, values.numel(), device=values.device).sin().view_as(values)
-                (values * weights).sum().backward()  # type: ignore[no-untyped-call]
+                start, flat = sum(map(len, logprobs)), torch.cat(values)
+                places = torch.arange(start, start + len(flat), dtype=flat.dtype, device=flat.device)
+                (flat * (7 * places).sin()).sum().backward()  # type: ignore[no-untyped-call]
+            logprobs += [value.detach() for value in values]
     grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     module.zero_grad(set_to_none=True)
     return logprobs, grads
+
+
+def _passes(attention: Attention, probes: Sequence[Texts]) -> list[list[Texts]]:
+    """Probes as they are computed: together where training does that, and one row at a time the plain way."""
+    if attention == "plain":
+        return [[(prompt, [candidate])] for prompt, candidates in probes for candidate in candidates]
+    if attention in ("padded", "flex"):
+        return [[probes[0]], list(probes[1:])]
+    return [[probe] for probe in probes]
 
 
 def _norm(tensor: Tensor) -> float:

@@ -122,6 +122,7 @@ def _agreed(answer: bool) -> bool:
 def _make(name: str, config: Training, store: Store, inputs: Inputs, product: Product, log_dir: Path | None) -> None:
     from cpo_pipe.trainer.groups import Data
     from cpo_pipe.trainer.health import check_groups
+    from cpo_pipe.trainer.interim import metrics_table
     from cpo_pipe.trainer.loop import Loop, new_accelerator
 
     accelerator = new_accelerator(name, config, log_dir)
@@ -148,7 +149,7 @@ def _make(name: str, config: Training, store: Store, inputs: Inputs, product: Pr
         with product.create() as folder:
             model.save_pretrained(folder.path)
             copy_tokenizer(inputs.tokenizer.path, folder.path)
-            pq.write_table(pa.Table.from_pylist(metrics), folder.path / METRICS_FILE)
+            pq.write_table(metrics_table(metrics), folder.path / METRICS_FILE)
             folder.facts["fingerprint"] = model_fingerprint(folder.path, sha256_file)
             folder.facts["seconds"] = sum(row["seconds"] for row in metrics)
             folder.facts["groups"] = len(groups)
@@ -194,17 +195,24 @@ def _groups(name: str, config: Training, inputs: Inputs) -> list["Group"]:
             log.info("train %s: %d of %d groups have K = 1 and leave the listwise loss", name, alone, len(groups))
     for model in (inputs.init, inputs.reference):
         if isinstance(model, Model) and groups:
-            _check_fits(name, groups, model.name, model.context())
+            _check_fits(name, groups, model.name, model.context(), model.vocabulary())
     return groups
 
 
-def _check_fits(name: str, groups: Sequence["Group"], model: str, context: int | None) -> None:
+def _check_fits(name: str, groups: Sequence["Group"], model: str, context: int | None, vocabulary: int | None) -> None:
     longest = max(groups, key=lambda group: group.tokens())
     if context is not None and longest.tokens() > context:
         raise InputError(
             f"train.{name}: example {longest.example_id} has {longest.tokens()} tokens and the context of {model} is "
             f"{context}: lower data.max_prompt_tokens and data.max_target_tokens (or negatives.max_new_tokens)"
         )
+    for group in groups:
+        largest = max(max(ids) for ids in (group.prompt_ids, *group.candidates))
+        if vocabulary is not None and largest >= vocabulary:
+            raise InputError(
+                f"train.{name}: a candidate of example {group.example_id} has the token id {largest}, but {model} has "
+                f"{vocabulary}: its generator has another vocabulary"
+            )
 
 
 def _reference(config: Training, store: Store, inputs: Inputs, groups: Sequence["Group"]) -> "ReferenceLogprobs":
@@ -241,7 +249,9 @@ def _initial_model(
         model = inputs.init.load(torch.float32)
     else:
         model = scratch_model(inputs.init, inputs.tokenizer)
-        _check_fits(name, groups, "the scratch model", getattr(model.config, "max_position_embeddings", None))
+        settings = model.config.get_text_config()
+        context = getattr(settings, "max_position_embeddings", None)
+        _check_fits(name, groups, "the scratch model", context, settings.vocab_size)
     model.train(False)
     if config.lora is None:
         return model, None
@@ -269,8 +279,8 @@ def scratch_model(config: ScratchModel, tokenizer: TokenizerFiles) -> "PreTraine
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 settings, dtype=torch.float32
             )
-    except (ValueError, TypeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         made = f"a {config.architecture} model cannot be made from config {config.config}"
         raise InputError(f"init: {made} ({reason})") from error
     return model

@@ -73,6 +73,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt_oss",
         {"sliding_window": 16, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
+    "Llama 4 (experts, chunks longer than all)": (
+        "llama4_text",
+        {"intermediate_size_mlp": 96, "num_local_experts": 4, "head_dim": 16, "attention_chunk_size": 128},
+    ),
     "StableLM": ("stablelm", {}),
     "Falcon (rotary)": ("falcon", {"num_kv_heads": 2}),
     "Falcon (ALiBi)": ("falcon", {"alibi": True, "new_decoder_architecture": False, "multi_query": False}),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.recipe import Training
 from cpo_pipe.data.store import Product
 from tests.trainer.test_train import CANDIDATES, Bench, metrics, naive_logprob, weights
 
@@ -126,7 +127,6 @@ def test_only_the_named_layers_change(tmp_path: Path, tiny_model: Path) -> None:
     [
         (["nope"], "nope"),
         (["q_proj", "v_prj"], "v_prj"),  # a typing error must not leave half of the adapters out
-        ([], "target_modules"),
         (["input_layernorm"], "input_layernorm|LlamaRMSNorm"),
         (["*"], r"\*"),
     ],
@@ -186,3 +186,9 @@ def test_adapters_of_another_rank_or_scale_are_another_training(tmp_path: Path, 
     assert len(paths) == 5
     assert bench.train("mle", steps=1, lora={"rank": 16}).path in paths, "a default, spelled out"
     assert len(list(bench.store.root.glob("checkpoints/*/manifest.json"))) == 5
+
+
+@pytest.mark.parametrize("targets", [[], ["q_proj", ""], "q_proj"])
+def test_targets_that_name_nothing_are_refused_by_the_recipe(targets: object) -> None:
+    with pytest.raises(ValueError, match=r"lora.targets"):
+        Training.model_validate({"init": "m", "objective": "mle", "lora": {"targets": targets}})

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.trainer.attention import Unsupported
 from cpo_pipe.trainer.head import Head
 from cpo_pipe.trainer.scorer import ORDER, Attention, Scorer, choose
 from cpo_pipe.trainer.trees import Packed, pack_rows, pack_trees
-from tests.trainer.architectures import ARCHITECTURES, group, make
+from tests.trainer.architectures import ARCHITECTURES, VOCABULARY, group, make
 
 Texts = tuple[list[int], list[list[int]]]
 
@@ -180,6 +180,52 @@ def test_a_window_is_minded_in_every_group_not_only_those_probed() -> None:
     assert choose("m", scorer, short).attention == "cascade"
     with pytest.raises(Unsupported, match="window of 16 is shorter"):
         scorer(scorer.pack([group(20, 3, 6)]))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Mamba (state space)", "LFM 2 (attention and convolution)", "GPT-Neo (local layers of 16)", "MPT (ALiBi)"],
+)
+def test_groups_without_a_fork_do_not_hide_what_is_wrong_with_forks(name: str) -> None:
+    # Where the longest, middle and shortest groups are chains (K = 1, or cuts of the target), every way looks exact.
+    chains = [([5] * 9, [[6, 7, 8, 9, 10, 11, 0], [6, 7, 0]]), ([4, 3], [[8, 9, 0]]), ([4], [[3]])]
+    assert choose("m", Scorer(make(name)), chains).attention == "padded"
+
+
+def test_rotary_embeddings_that_change_with_the_longest_row_are_computed_row_by_row() -> None:
+    factors = {"short_factor": [1.0] * 8, "long_factor": [8.0] * 8, "original_max_position_embeddings": 24}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    config = AutoConfig.for_model(
+        "phi3", vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=96, original_max_position_embeddings=24, rope_parameters=rope, initializer_range=0.3,
+        pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    straddling = group(16, 6, 14)
+    scorer = Scorer(model)
+    assert choose("m", scorer, [straddling]).attention == "plain"
+    assert_equal(ours(scorer, straddling), naive(model, straddling), 1e-5)
+    with pytest.raises(InputError, match="its rotary embeddings change with the length of the longest row"):
+        choose("m", scorer, [straddling], "cascade")
+    assert choose("m", scorer, [group(6, 6, 9)]).attention == "cascade", "no row is past the limit"
+
+
+def test_a_model_that_sees_what_follows_is_refused() -> None:
+    config = AutoConfig.for_model(
+        "bert", vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+        initializer_range=0.3,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="m: the model is not causal"):
+        choose("m", Scorer(AutoModelForCausalLM.from_config(config).eval()), GROUPS)
+
+
+def test_an_error_without_words_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = Scorer(make("Llama, untied"))
+    monkeypatch.setattr("cpo_pipe.trainer.scorer.pack_trees", lambda groups: (_ for _ in ()).throw(IndexError()))
+    choice = choose("m", scorer, GROUPS)
+    assert choice.attention == "padded"
+    assert choice.refused["cascade"] == "IndexError: no reason given"
 
 
 def test_a_head_that_is_not_known_goes_the_models_own_way() -> None:

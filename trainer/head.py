@@ -128,8 +128,12 @@ class _TokenLogprobs(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[block])
             if wants_weight:
-                part = torch.mm(logits.t(), hidden_SH[block]).to(weight_VH.dtype)
-                grad_weight = part if grad_weight is None else grad_weight.add_(part)
+                if grad_weight is None:
+                    grad_weight = torch.mm(logits.t(), hidden_SH[block]).to(weight_VH.dtype)
+                elif grad_weight.dtype == logits.dtype:
+                    grad_weight.addmm_(logits.t(), hidden_SH[block])  # no second matrix of this size
+                else:
+                    grad_weight += torch.mm(logits.t(), hidden_SH[block])
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 

@@ -92,9 +92,12 @@ def reference(groups: Sequence[Texts]) -> list[list[float]]:
     return [[-10.0 * len(candidate) for candidate in candidates] for _, candidates in groups]
 
 
-def make_ours(groups: Sequence[Texts], checkpointing: bool) -> Step:
-    """Forward and backward pass of one group through what the training loop calls; returns the tokens computed."""
-    scorer = Scorer(new_model())
+def make_ours(groups: Sequence[Texts], checkpointing: bool, accumulate: bool = False, logits_mb: int = 1024) -> Step:
+    """Forward and backward pass of one group through what the training loop calls; returns the tokens computed.
+
+    With `accumulate` gradients are added to those that are there, as in all but the first group of a batch.
+    """
+    scorer = Scorer(new_model(), logits_mb=logits_mb)
     scorer.set_checkpointing(checkpointing)
     scorer.set_attention("cascade")
     typed = [
@@ -108,7 +111,8 @@ def make_ours(groups: Sequence[Texts], checkpointing: bool) -> Step:
     }
 
     def step(index: int) -> int:
-        scorer.zero_grad(set_to_none=True)
+        if not accumulate:
+            scorer.zero_grad(set_to_none=True)
         packed = scorer.pack([objective.texts(CONFIG, typed[index])])
         figures = objective.figures(CONFIG, [typed[index]], packed.per_group(scorer(packed)), logprobs)
         objective.loss(CONFIG, figures, Normalizers.of(CONFIG, [typed[index]])).backward()  # type: ignore[no-untyped-call]
@@ -180,22 +184,26 @@ def memory_case() -> list[Texts]:
     return [group(200, [rng.randrange(30, 91) for _ in range(12)], rng), group(4, [4, 4], rng)]
 
 
-def our_memory_step(checkpointing: bool) -> Step:
-    return make_ours(memory_case(), checkpointing)
+def our_memory_step(checkpointing: bool, logits_mb: int) -> Step:
+    return make_ours(memory_case(), checkpointing, accumulate=True, logits_mb=logits_mb)
 
 
 def their_memory_step(batch: str, checkpointing: bool, restricted: bool) -> Step:
     (prompt, candidates), warm_up = memory_case()
     if batch == "pair":  # the pair that needs most
         candidates = [candidates[0], max(candidates[1:], key=len)]
-    return make_theirs([(prompt, candidates), warm_up], batch, checkpointing, restricted)
+    step: Any = make_theirs([(prompt, candidates), warm_up], batch, checkpointing, restricted)
+    step.trainer.model.zero_grad = lambda *_, **__: None  # gradients are added to those that are there
+    return step  # type: ignore[no-any-return]
 
 
 def memory() -> None:
-    """Print peak memory of one step, over what model and gradients take."""
+    """Print peak memory of one step in the middle of a batch, over what model and gradients take."""
     for checkpointing in (False, True):
-        mine = peak_bytes(our_memory_step, checkpointing, index=0, warm_up=1)
-        print(f"| {'on' if checkpointing else 'off'} | a whole group, ours | {mine / 2**20:.0f} |", flush=True)
+        for logits_mb in (1024, 16):
+            mine = peak_bytes(our_memory_step, checkpointing, logits_mb, index=0, warm_up=1)
+            name = f"a whole group, ours, logits_mb {logits_mb}"
+            print(f"| {'on' if checkpointing else 'off'} | {name} | {mine / 2**20:.0f} |", flush=True)
         for batch in ("pair", "group"):
             for restricted in (False, True):
                 theirs = peak_bytes(their_memory_step, batch, checkpointing, restricted, index=0, warm_up=1)

@@ -36,6 +36,6 @@ soak:
 exactness:
     python -m tests.benchmarks.exactness
 
-# The training step beside TRL's DPOTrainer: time, memory, the loop (about 40 minutes; needs the extra bench)
+# The training step beside TRL's DPOTrainer: time, memory, the loop (an hour and more; needs the extra bench)
 bench-train *ARGS:
     OMP_NUM_THREADS=1 python -m tests.benchmarks.train_step {{ARGS}}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.trainer.attention import CASCADE, FLEX, SPLIT, Unsupported, dense_mask
 from cpo_pipe.trainer.head import Head
 from cpo_pipe.trainer.trees import Packed, pack_rows, pack_trees
@@ -200,6 +200,7 @@ def choose(
 
     Raises:
         InputError: the requested one is not exact for this model, or not for this device; or the model is not causal.
+        RunError: the model's log-probs are not finite.
     """
     device = next(scorer.parameters()).device.type
     order = _order(name, scorer.model, groups, requested, device)
@@ -207,6 +208,8 @@ def choose(
     precision, scorer.dtype = scorer.dtype, "float32"
     try:
         truth = _probe(scorer, module or scorer, "plain", probes, gradients)
+        if not all(bool(values.isfinite().all()) for values in truth[0]):
+            raise RunError(f"{name}: the model gives log-probs that are not finite; are its weights damaged?")
         if not _rope_changes_between(scorer.model, groups):  # there a row's length does change its beginning
             _check_causal(name, scorer, module or scorer, probes[0], truth[0])
         refused: dict[str, str] = {}

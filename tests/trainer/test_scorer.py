@@ -2,13 +2,16 @@
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.errors import InputError, RunError
+from cpo_pipe.data.models import locate_model
+from cpo_pipe.data.store import Store
 from cpo_pipe.trainer.attention import Unsupported
 from cpo_pipe.trainer.head import Head
 from cpo_pipe.trainer.scorer import ORDER, Attention, Scorer, choose
@@ -218,6 +221,25 @@ def test_a_model_that_sees_what_follows_is_refused() -> None:
     )  # fmt: skip
     with pytest.raises(InputError, match="m: the model is not causal"):
         choose("m", Scorer(AutoModelForCausalLM.from_config(config).eval()), GROUPS)
+
+
+def test_weights_that_are_not_finite_are_said_to_be_the_trouble() -> None:
+    model = make("Llama, untied")
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    with pytest.raises(RunError, match="m: the model gives log-probs that are not finite"):
+        choose("m", Scorer(model), GROUPS)
+
+
+def test_soft_capped_scores_are_not_left_out_of_a_model_that_is_loaded(tmp_path: Path) -> None:
+    make("Gemma 2, window 16").save_pretrained(tmp_path)
+    loaded = locate_model(str(tmp_path), Store(tmp_path / "store")).load(torch.float32).eval()
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.attn_logit_softcapping = None
+    uncapped = AutoModelForCausalLM.from_pretrained(tmp_path, config=config).eval()
+    found, true, wrong = (torch.cat(naive(m, GROUPS[0])) for m in (loaded, make("Gemma 2, window 16"), uncapped))
+    torch.testing.assert_close(found, true)
+    assert float((found - wrong).abs().max()) > 1e-2, "soft-capping shows in this model"
 
 
 def test_an_error_without_words_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,8 +25,11 @@ typecheck:
     mypy
 
 # Speed, as ratios measured side by side in one run
-bench:
-    python -m pytest tests/benchmarks -o python_files="bench_*.py" -o python_functions="bench_*" -s
+bench: bench-pipeline bench-train
+
+# Of negatives, ranking and the store at scale (half an hour; vLLM's part where it is installed)
+bench-pipeline:
+    OMP_NUM_THREADS=1 python -m pytest tests/benchmarks -o python_files="bench_*.py" -o python_functions="bench_*" -s
 
 # What is too long for CI
 soak:

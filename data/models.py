@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.fingerprint import model_fingerprint, read_json, tokenizer_fingerprint
-from cpo_pipe.data.store import Store
+from cpo_pipe.data.store import Rows, Store
 
 if TYPE_CHECKING:
     import torch
@@ -102,6 +102,11 @@ def locate_model(name: str, store: Store) -> Model:
     folder = fetch_folder(name, "model")
     check_weights(folder)
     return Model(name, folder, model_fingerprint(folder, store.hash_file))
+
+
+def logprob_rows(store: Store, model: Model, dtype: str) -> Rows:
+    """The artifact that keeps log-probs of a frozen model; the dtype is identity, because it changes the values."""
+    return store.rows("reference-logprobs", {"model": model.fingerprint, "dtype": dtype})
 
 
 def check_weights(folder: Path) -> None:

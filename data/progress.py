@@ -37,7 +37,7 @@ class Meter:
             self._bar.update(self._task, advance=units, note=note)
         elif self._shown and time.monotonic() - self._logged >= LOG_SECONDS:
             self._logged = time.monotonic()
-            rate = self.done / (self._logged - self._start)
+            rate = max(self.done, 1e-9) / (self._logged - self._start)  # nothing may be done yet
             log.info("%s: %d/%d, %.3g/s, %.0f s left %s", self.label, self.done, self.total, rate,
                      (self.total - self.done) / rate, note)  # fmt: skip
 

@@ -6,14 +6,16 @@ the others.
 
 import difflib
 import graphlib
+import re
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cpo_pipe.data.errors import InputError
 
@@ -195,6 +197,59 @@ class Training(Section):
         return [*names, *([self.reference] if self.reference else [])]
 
 
+class Api(Section):
+    """A model behind an OpenAI-compatible server."""
+
+    url: str = Field(pattern=r"^https?://", description="base URL of the server, such as https://api.openai.com/v1")
+    model: str = Field(description="the model's name there")
+    revision: str | None = Field(
+        None, description="your name for what stands behind that name today; another one makes all of its outputs anew"
+    )
+    key: str = Field(
+        "OPENAI_API_KEY",
+        description="environment variable that holds the key, which stays there; a server of your own needs none",
+    )
+    server: Literal["openai", "vllm"] = Field(
+        "openai",
+        description="`vllm`: also takes top-k and, as completions, gives and takes token ids; it must then serve a "
+        "model with the tokenizer of the examples",
+    )
+    endpoint: Literal["chat", "completions"] = Field(
+        "chat", description="`chat`: the prompt as a user's message; `completions`: as rendered by data.template"
+    )
+    system: str | None = Field(None, description="system message before the user's; chat only")
+    concurrency: Positive = Field(16, description="requests under way at a time")
+    timeout: float = Field(120, gt=0, description="seconds that a request may take")
+    attempts: Positive = Field(
+        6, description="times that a request is sent before it counts as failed; being told to slow down is not counted"
+    )
+    input_price: float | None = Field(None, ge=0, description="US dollars for a million prompt tokens")
+    output_price: float | None = Field(None, ge=0, description="US dollars for a million tokens written")
+    max_usd: float | None = Field(
+        None, gt=0, description="stop a command before it spends more US dollars here; each command counts anew"
+    )
+    max_tokens: Positive | None = Field(
+        None, description="stop a command before it uses more tokens here, read and written"
+    )
+
+    @field_validator("key")
+    @classmethod
+    def _check_key(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):  # the value is not shown: it may be the key itself
+            raise ValueError("key must be the name of an environment variable, in capitals; never the key itself")
+        return name
+
+    @model_validator(mode="after")
+    def _check(self) -> "Api":
+        if self.max_usd is not None and (self.input_price is None or self.output_price is None):
+            raise ValueError("max_usd needs input_price and output_price: without them nothing says what a token costs")
+        if self.system is not None and self.endpoint != "chat":
+            raise ValueError("system has no meaning for the endpoint completions: leave it out")
+        if "@" in urlsplit(self.url).netloc:  # the URL is kept with what is made, the key is not
+            raise ValueError("url holds a password: leave it out, and put a key where `key` says")
+        return self
+
+
 class Counts(Section):
     """How many negatives of each strategy a group gets."""
 
@@ -209,16 +264,79 @@ class Counts(Section):
     truncation: int = Field(0, ge=0, lt=1 << 16, description="the target cut at a random place, with an end token (TN)")
 
 
+class PoolColumns(Section):
+    """Which column of a pool's file holds what."""
+
+    prompt: str = Field(
+        "prompt",
+        description="column with the prompt, as data.source has it; a file with a column example_id is matched by that",
+    )
+    context: str | None = Field(None, description="column with the prompt's context, where it is not in the prompt")
+    text: str = Field("text", description="column with a continuation, or a list of them")
+
+
+class Pool(Section):
+    """Continuations from another model: a file of them, an API, or a model that runs here."""
+
+    model: str | None = Field(None, description="an API of `apis`, a training's name, a folder or a hub name")
+    file: str | None = Field(
+        None,
+        description="a .jsonl or .parquet file with continuations that are there already, or a .json file with a list",
+    )
+    columns: PoolColumns = Field(default_factory=PoolColumns, description="column mapping of the file")
+    count: int = Field(1, gt=0, lt=1 << 16, description="negatives per prompt")
+    strength: float = Field(description="how good this source is; compared with the other pools' only")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Pool":
+        if (self.model is None) == (self.file is None):
+            raise ValueError("give either model or file")
+        if self.file is None and "columns" in self.model_fields_set:
+            raise ValueError("columns has no meaning without a file: leave it out")
+        return self
+
+
+class Instruction(Section):
+    """Continuations that an API model is asked for, given the prompt and the target."""
+
+    model: str = Field(description="an API of `apis`")
+    template: str = Field(
+        description="`unhelpful` (the paper's, for DPO), `minimal-edit` (the target, made worse by as few changes as "
+        "possible; after CLAIR), or a text with {prompt} and {target}"
+    )
+    count: int = Field(1, gt=0, lt=1 << 16, description="negatives per prompt")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Instruction":
+        if self.template not in ("unhelpful", "minimal-edit") and "{prompt}" not in self.template:
+            raise ValueError(
+                f"template {self.template!r} is not unhelpful, minimal-edit or a text with {{prompt}} and {{target}}"
+            )
+        return self
+
+
 class Negatives(Section):
     """How negatives are made. The defaults are the paper's settings."""
 
     model: str | None = Field(
-        None, description="the generator of autoregressive and meanfield: a training's name, a folder or a hub name"
+        None,
+        description="the generator of autoregressive and meanfield: a training's name, a folder or a hub name; for "
+        "autoregressive also an API of `apis`",
     )
     counts: Counts = Field(
         default_factory=lambda: Counts(autoregressive=11),
         description="negatives per prompt, by strategy; several make a mixture",
     )
+    pools: dict[Name, Pool] = Field(default_factory=dict, description="more of them, from other models, by name")
+    instructed: dict[Name, Instruction] = Field(
+        default_factory=dict, description="more of them, that an API model is asked for, by name"
+    )
+    hardest: int = Field(
+        0,
+        ge=0,
+        description="batch: take the targets nearest to the own one by embedding, of this many drawn (0: as drawn)",
+    )
+    embedder: str = Field("minilm", description="sentence-transformers model of `hardest`")
     meanfield_share: float = Field(0.15, gt=0, le=1, description="meanfield: share of the target's tokens drawn again")
     top_k: int = Field(50, ge=0, description="sample among the k likeliest tokens (0: all)")
     temperature: float = Field(1.0, gt=0, description="softmax temperature")
@@ -237,11 +355,20 @@ class Negatives(Section):
     @model_validator(mode="after")
     def _check(self) -> "Negatives":
         counts = self.counts
-        if not any(counts.model_dump().values()):
+        if not any(counts.model_dump().values()) and not self.pools and not self.instructed:
             raise ValueError("counts are all 0: ask for at least 1 negative a prompt")
+        if self.hardest and not counts.batch:
+            raise ValueError(f"hardest is {self.hardest}, but counts.batch is 0: leave one out, or give the other")
+        if self.hardest and self.hardest < counts.batch:
+            raise ValueError(f"hardest is {self.hardest}, too few to take counts.batch: {counts.batch} of: raise it")
         if self.model is None and (counts.autoregressive or counts.meanfield):
-            raise ValueError("model is missing: autoregressive and meanfield negatives come from one")
+            hint = "; or set counts: {} to take from pools and instructed only" if self.pools or self.instructed else ""
+            raise ValueError(f"model is missing: autoregressive and meanfield negatives come from one{hint}")
         return self
+
+    def upstream(self) -> list[str]:
+        """Names of the models it needs: trainings, APIs, folders or hub names."""
+        return [name for name in (self.model, *(pool.model for pool in self.pools.values())) if name is not None]
 
 
 class Rank(Section):
@@ -325,6 +452,7 @@ class Recipe(Section):
 
     name: Name = Field("recipe", description="names the run's folder (default: the file's name)")
     data: Data = Field(description="ground-truth pairs")
+    apis: dict[Name, Api] = Field(default_factory=dict, description="models behind OpenAI-compatible servers, by name")
     train: dict[Name, Training] = Field(description="named trainings")
     negatives: Negatives | None = Field(None, description="synthetic negatives")
     rank: Rank | Literal["none"] = Field(default_factory=Rank, description="order of the negatives, or `none`")
@@ -332,6 +460,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
+        if twice := sorted(self.apis.keys() & self.train.keys()):
+            raise ValueError(f"apis: {twice[0]} is also the name of a training; call one of them otherwise")
+        if self.negatives is not None:
+            self._check_apis(self.negatives)
+        self._check_local()
         self.training_order()
         for name, training in self.train.items():
             if training.objective != "mle" and self.negatives is None:
@@ -339,6 +472,31 @@ class Recipe(Section):
             if training.objective == "cpo-ranked" and self.rank == "none":
                 raise ValueError(f"rank is none, but train.{name} has the objective cpo-ranked: use cpo, or rank")
         return self
+
+    def _check_local(self) -> None:
+        """Refuse APIs where weights are needed, before any of them is paid."""
+        needed = {f"train.{name}": training.upstream() for name, training in self.train.items()}
+        if self.evaluate is not None:
+            needed |= {f"evaluate.systems.{name}": system.upstream() for name, system in self.evaluate.systems.items()}
+        for place, models in needed.items():
+            for model in models:
+                if model in self.apis:
+                    raise ValueError(
+                        f"{place} names {model}, which is an API: only a model with its weights here will do"
+                    )
+
+    def _check_apis(self, negatives: Negatives) -> None:
+        if negatives.model in self.apis and negatives.counts.meanfield:
+            raise ValueError(
+                f"negatives.model {negatives.model} is an API, which gives no distributions: set counts.meanfield to 0"
+            )
+        for name, instruction in negatives.instructed.items():
+            model = instruction.model
+            if model not in self.apis:
+                hint = nearest(model, self.apis) or f"there are {', '.join(self.apis) or 'none'}"
+                raise ValueError(f"negatives.instructed.{name}.model {model!r} is not among `apis`; {hint}")
+            if self.apis[model].endpoint != "chat":
+                raise ValueError(f"negatives.instructed.{name}.model {model} must be an API with the endpoint chat")
 
     def training_order(self) -> list[str]:
         """Names of the trainings, each after those it needs."""
@@ -350,8 +508,8 @@ class Recipe(Section):
 
     def _trainings_before(self, training: Training) -> list[str]:
         models = training.upstream()
-        if training.objective != "mle" and self.negatives is not None and self.negatives.model is not None:
-            models.append(self.negatives.model)
+        if training.objective != "mle" and self.negatives is not None:
+            models += self.negatives.upstream()
         return [name for name in models if name in self.train]
 
 

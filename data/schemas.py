@@ -16,7 +16,7 @@ _EXAMPLE_ID = _column(
 )
 _SAMPLE_INDEX = _column("sample_index", pa.int32(), "k of the k-th sample of its example, from 0")
 _TOKEN_IDS = _column("token_ids", _IDS, "token ids; ends with the EOS token only where the text really ended")
-_FINISH_REASON = _column("finish_reason", pa.string(), "`stop`: an end token was sampled; `length`: the limit was hit")
+_FINISH_REASON = _column("finish_reason", pa.string(), "`stop`: the text ended there; `length`: the limit was hit")
 _SEED = _column("seed", pa.int64(), "seed of this sample")
 _ENGINE = _column("engine", pa.string(), "provenance, not identity: engine, version, dtype")
 
@@ -40,7 +40,11 @@ NEGATIVES = pa.schema(
     [
         _EXAMPLE_ID,
         _SAMPLE_INDEX,
-        _column("strategy", pa.string(), "how it was made: `autoregressive`, `batch`, `meanfield` or `truncation`"),
+        _column(
+            "strategy",
+            pa.string(),
+            "how it was made: `autoregressive`, `batch`, `meanfield`, `truncation`, `pool` or `instructed`",
+        ),
         _column("text", pa.string(), "the continuation without special tokens"),
         _TOKEN_IDS,
         _FINISH_REASON,
@@ -51,7 +55,7 @@ NEGATIVES = pa.schema(
             nullable=True,
         ),
         _SEED,
-        _column("generator", pa.string(), "fingerprint of the model that made it, if one did", nullable=True),
+        _column("generator", pa.string(), "fingerprint of the model, API or file it came from, if any", nullable=True),
         _column("engine", pa.string(), "provenance, not identity: engine, version, dtype", nullable=True),
     ]
 )
@@ -61,7 +65,7 @@ CANDIDATE = pa.struct(
         _column("candidate_id", pa.string(), "hash of the prompt's and the candidate's token ids"),
         _column("text", pa.string(), "the continuation without special tokens"),
         _column("token_ids", _IDS, "token ids as trained on"),
-        _column("strategy", pa.string(), "`target`, or the strategy that made the negative"),
+        _column("strategy", pa.string(), "`target`, or the negative's strategy; `pool:NAME` and `instructed:NAME`"),
         _column("similarity", pa.float32(), "cosine to the target's embedding, −1 to 1", nullable=True),
         _column("rank", pa.int32(), "position in the preference order; 0 is the target", nullable=True),
     ]

@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from html import escape
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 WIDTH = 7.0
 """Inches; the page scales it."""
@@ -102,20 +104,62 @@ def training_curves(name: str, steps: pa.Table) -> Chart | None:
         return Chart(title, f"{title}: {text}.", _svg(figure, title))
 
 
-def similarity_histogram(cosines: Sequence[float]) -> Chart | None:
-    """How near the negatives are to their targets; None without any."""
-    values = np.asarray([cosine for cosine in cosines if cosine is not None], np.float64)
-    if not len(values):
+def quality_charts(strategies: Sequence[Mapping[str, Any]], together: Mapping[str, Any]) -> list[Chart]:
+    """What the quality table of the negatives holds as histograms; none of what was not measured.
+
+    Args:
+        strategies: rows of the table, one per strategy.
+        together: the row of all strategies.
+    """
+    similarity = _histograms("Similarity of the negatives to their targets", "cosine to the target", strategies,
+                             "similarity_histogram", "similarity_p50")  # fmt: skip
+    length = _histograms("Length of the negatives by their targets'", "tokens, as a multiple of the target's",
+                         strategies, "length_ratio_histogram", "length_ratio", octaves=True)  # fmt: skip
+    return [chart for chart in (similarity, length, _group_sizes(together["group_sizes"])) if chart is not None]
+
+
+def _histograms(
+    title: str, axis: str, rows: Sequence[Mapping[str, Any]], histogram: str, median: str, octaves: bool = False
+) -> Chart | None:
+    """A panel per strategy, one below the other on one axis: nothing has to be told apart by its colour."""
+    drawn = [row for row in rows if row[histogram]]
+    if not drawn:
+        return None
+    filled = [one for row in drawn for one in row[histogram] if one["count"]]
+    low, high = min(one["low"] for one in filled), max(one["high"] for one in filled)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.7 + 0.9 * len(drawn)), layout="constrained")
+        panels = list(figure.subplots(len(drawn), 1, squeeze=False, sharex=True, sharey=True).flat)
+        for panel, row in zip(panels, drawn, strict=True):
+            shares = np.array([one["count"] for one in row[histogram]]) / row["kept"]
+            edges = [row[histogram][0]["low"], *(one["high"] for one in row[histogram])]
+            panel.stairs(shares, edges, fill=True, color=COLORS[0])
+            panel.axvline(row[median], color="#333333", linewidth=1.5)
+            panel.set_title(row["strategy"], loc="left", fontsize=10, parse_math=False)
+            panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        if octaves:
+            panels[-1].set_xscale("log", base=2)
+            panels[-1].xaxis.set_major_formatter(lambda value, _: str(Fraction(value).limit_denominator(64)))
+        panels[-1].set(xlim=(low, high), xlabel=f"{axis}; the line is the median")
+        medians = "; ".join(f"{row['strategy']} {row['kept']} negatives, median {row[median]:.2f}" for row in drawn)
+        return Chart(title, f"{title}: {medians}. Shares of the strategy's negatives.", _svg(figure, title))
+
+
+def _group_sizes(counts: Sequence[int] | None) -> Chart | None:
+    """How many candidates groups have; `counts` by the number of negatives, from 0."""
+    if not counts:
         return None
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 2.2), layout="constrained")
         axes = figure.add_subplot()
-        axes.hist(values, bins=np.linspace(min(-0.2, float(values.min())), 1, 49).tolist(), color=COLORS[0])
-        axes.set(xlabel="cosine to the target", ylabel="negatives")
-        low, middle, high = np.percentile(values, [25, 50, 75])
-        title = "Similarity of the negatives to their targets"
-        text = f"{title}: {len(values)} negatives, median {middle:.2f}, half of them between {low:.2f} and {high:.2f}."
-        return Chart(title, text, _svg(figure, title))
+        sizes = np.arange(1, len(counts) + 1)
+        axes.bar(sizes, counts, color=[COLORS[1], *[COLORS[0]] * (len(counts) - 1)])
+        axes.set(xlabel="K, candidates of a group after dropping", ylabel="groups", xlim=(0.4, len(counts) + 0.6))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        title = "Candidates of a group"
+        mean = float(sizes @ np.array(counts)) / sum(counts)
+        alone = f"{counts[0]} of them have no negative (K = 1)" if counts[0] else "all of them have a negative"
+        return Chart(title, f"{title}: {sum(counts)} groups, K {mean:.2f} on average; {alone}.", _svg(figure, title))
 
 
 def _series(steps: pa.Table) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:

@@ -11,8 +11,6 @@ Generations and verdicts are rows and are reused; the figures are one product:
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +19,7 @@ import pyarrow.parquet as pq
 from cpo_pipe.data.embedding import Embedder, EmbeddingMemo, locate_embedder
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.examples import Examples, selection_hash
+from cpo_pipe.data.executor import Executor
 from cpo_pipe.data.fingerprint import Spec, address
 from cpo_pipe.data.models import Model
 from cpo_pipe.data.recipe import GROUND_TRUTH, Decoding, Evaluate
@@ -30,14 +29,13 @@ from cpo_pipe.eval.mauve import MIN_TEXTS
 from cpo_pipe.eval.measure import ANY_DECODING, Measurement, Outputs, embedding_metrics, read_outputs, read_targets
 from cpo_pipe.eval.statistics import Bootstrap
 from cpo_pipe.pipeline.engines.base import (
-    Engine,
-    Sample,
+    LazyEngine,
+    Sampled,
     Sampling,
     check_context,
-    open_engine,
-    sample_missing,
     stop_ids,
 )
+from cpo_pipe.pipeline.missing import Wanted, make_missing
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +127,7 @@ def evaluate(
     max_new_tokens: int,
     ranker: str | None,
     target_nll: TargetNll,
+    executor: Executor,
 ) -> Evaluation:
     """Make what is missing of a comparison; with nothing missing, no model is loaded.
 
@@ -140,6 +139,7 @@ def evaluate(
         max_new_tokens: longest output, in tokens.
         ranker: fingerprint of the embedding model that ranked the negatives, if one did.
         target_nll: gives the targets' log-probs under a model; called only if figures are to be made.
+        executor: samples the outputs.
 
     Raises:
         InputError: the split is empty, a model's context is too short for a prompt and what follows it, or
@@ -151,9 +151,8 @@ def evaluate(
         with product.lock():
             if not product.complete():  # again: another process may have made it while we waited
                 for name, model in systems.items():
-                    _generate(
-                        config, examples, wanted.selection, model, [g for g in wanted.generations if g.system == name]
-                    )
+                    outputs = [g for g in wanted.generations if g.system == name]
+                    _generate(config, examples, wanted.selection, model, outputs, executor)
                 _write(product, wanted, store, target_nll)
     log.info("evaluate: %d systems on %d examples in %s", len(systems), wanted.selection.num_rows, product.name)
     shared = wanted.embedder is not None and wanted.embedder.fingerprint == ranker
@@ -253,24 +252,22 @@ def _unanswered(judge: ExactJudge, selection: pa.Table) -> int:
 
 
 def _generate(
-    config: Evaluate, examples: Examples, selection: pa.Table, model: Model, generations: Sequence[Generations]
+    config: Evaluate,
+    examples: Examples,
+    selection: pa.Table,
+    model: Model,
+    generations: Sequence[Generations],
+    executor: Executor,
 ) -> None:
-    """Sample what one system lacks. Its engine and the tokenizer are loaded once, and only if needed."""
-    tokenizer = cache(examples.tokenizer.load)
-    engine: Callable[[], Engine] = cache(lambda: open_engine(config.engine, model))
-
-    def make_row(base: Mapping[str, Any], sample: Sample) -> Mapping[str, Any]:
-        return {"text": tokenizer().decode(sample.token_ids, skip_special_tokens=True)}
-
+    """Sample what one system lacks. Its engine is loaded once, and only if needed."""
+    longest = max(wanted.sampling.max_new_tokens for wanted in generations)
+    engine = LazyEngine(config.engine, model, check_context(selection, model, longest, "evaluate.max_new_tokens"))
     for wanted in generations:
-        made = sample_missing(
-            wanted.rows,
+        made = make_missing(
+            Wanted(wanted.rows, 1),
             selection,
-            n=1,
-            seed=config.seed,
-            sampling=wanted.sampling,
-            engine=engine,
-            make_row=make_row,
+            Sampled(wanted.rows, engine, wanted.sampling, config.seed, examples.tokenizer),
+            executor,
             batch_size=config.batch_size,
             label=f"evaluate {wanted.system}, {wanted.decoding}",
         )

@@ -21,7 +21,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from cpo_pipe.data import atomic
-from cpo_pipe.eval.charts import Bar, Chart, similarity_histogram, training_curves, win_rates
+from cpo_pipe.eval.charts import Bar, Chart, quality_charts, training_curves, win_rates
 from cpo_pipe.eval.measure import ANY_DECODING
 
 MAX_EXAMPLES = 50
@@ -69,6 +69,32 @@ box.addEventListener("input", () => {
 """
 
 
+# The figures of negatives, as shown: the first form that has all its columns.
+_QUALITY = {
+    "made": ("{made:,}",),
+    "copies of the target": ("{copies:.1%}",),
+    "duplicates": ("{duplicates:.1%}",),
+    "without an end token": ("{unended:.1%}",),
+    "kept": ("{kept:,}",),
+    "groups with none kept": ("{alone:.1%}",),
+    "tokens, mean": ("{tokens:.1f}",),
+    "length by the target's, median": ("{length_ratio:.2f}",),
+    "the longer is right": ("{longer:.0%}",),
+    "the longest is right (chance)": ("{longest:.0%} ({chance:.0%})",),
+    "the likelier is right": ("{likelier:.0%}",),
+    "the likeliest is right (chance)": ("{likeliest:.0%} ({chance:.0%})",),
+    "likelier per token is right": ("{likelier_per_token:.0%}",),
+    "likeliest per token is right (chance)": ("{likeliest_per_token:.0%} ({chance:.0%})",),
+    "reference log-prob, nats per token": ("{reference_logprob:.2f}",),
+    "sampler log-prob, nats per token": ("{sampler_logprob:.2f}",),
+    "cosine to the target, mean": ("{similarity:.2f}",),
+    "cosine, quantiles 10/50/90%": ("{similarity_p10:.2f}/{similarity_p50:.2f}/{similarity_p90:.2f}",),
+    **{
+        f"distinct-{n} (the targets')": (f"{{distinct_{n}:.2f}} ({{target_distinct_{n}:.2f}})", f"{{distinct_{n}:.2f}}")
+        for n in (1, 2, 3)
+    },
+}
+
 _NUMBER = re.compile(r"[0-9]+\.[0-9]+")
 _REPORT_ONLY = ("distinct-2", "length", "cosine to target")
 """Metrics that the table on the terminal leaves to the report."""
@@ -78,6 +104,8 @@ _REPORT_ONLY = ("distinct-2", "length", "cosine to target")
 class ReportData:
     """All that a report shows."""
 
+    identity: str
+    """Hash of what decides all the rest."""
     run: str
     created: str
     """Date and time, as shown."""
@@ -97,10 +125,10 @@ class ReportData:
     """`example_id`, `system`, `decoding`, `text`."""
     trainings: Mapping[str, pa.Table] = field(default_factory=dict)
     """Step metrics, by training: `step`, and what of `loss`, `won`, `margin`, `target_logprob` there is."""
-    similarities: Sequence[float] = ()
-    """Cosine of every negative to its target."""
-    dropped: Mapping[str, int] = field(default_factory=dict)
-    """Dropped negatives, by reason."""
+    quality: pa.Table | None = None
+    """Figures of the negatives: a row per strategy, then `all` and `target`."""
+    quality_notes: Sequence[str] = ()
+    """What is wrong with the negatives, and what could not be measured of them."""
     group_examples: pa.Table | None = None
     """The examples of `groups` (EXAMPLES schema)."""
     groups: pa.Table | None = None
@@ -114,6 +142,16 @@ class Grid:
     decoding: str
     systems: list[str]
     rows: list[tuple[str, list[str]]]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The figures of the negatives: a row per figure, a column per strategy."""
+
+    strategies: list[str]
+    rows: list[tuple[str, list[str]]]
+    meanings: dict[str, str]
+    charts: list[Chart]
 
 
 @dataclass(frozen=True)
@@ -137,6 +175,14 @@ class Card:
     negatives: list[Negative]
 
 
+def shows(path: Path, identity: str) -> bool:
+    """Whether the report at `path` is the one of this identity."""
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return f'name="identity" content="{identity}"' in file.read(4096)
+
+
 def write_report(path: Path, data: ReportData) -> None:
     """Write the report as one HTML file, complete or absent."""
     environment = jinja2.Environment(
@@ -152,7 +198,7 @@ def write_report(path: Path, data: ReportData) -> None:
         shared_note=SHARED_NOTE if _shared_here(data.metrics, data.shared_metrics) else "",
         win_charts=list(_win_charts(data)),
         training_charts=[chart for name, steps in data.trainings.items() if (chart := training_curves(name, steps))],
-        histogram=similarity_histogram(data.similarities),
+        quality=_quality(data.quality) if data.quality is not None else None,
         evaluated=evaluated,
         grouped=grouped,
         script=SCRIPT,
@@ -173,11 +219,33 @@ def print_table(metrics: pa.Table, baseline: str, shared_metrics: AbstractSet[st
             table.add_column(name, justify="right", overflow="fold", min_width=_widest_line(columns[name]))
         for row, system in enumerate(grid.systems):
             table.add_row(system, *(cells[row] for cells in columns.values()))
-        # Figures that need more room than the terminal has are wrapped by it, never cut.
-        needed = Measurement.get(console, console.options.update(width=10_000), table).minimum
-        console.print(table, width=max(needed, console.width), crop=False)
+        _print(console, table)
     for note in [*notes, *([SHARED_NOTE] if _shared_here(metrics, shared_metrics) else [])]:
         console.print(note, markup=False, highlight=False)
+
+
+def print_quality(table: pa.Table, notes: Sequence[str] = ()) -> None:
+    """Show the figures of the negatives on the terminal, a column per strategy."""
+    console = Console(markup=False, highlight=False)
+    shown = _quality(table)
+    grid = Table(title="Quality of the negatives", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    grid.add_column("", no_wrap=True, min_width=_widest_line([figure for figure, _ in shown.rows]))
+    for column, name in enumerate(shown.strategies):
+        cells = [cells[column] for _, cells in shown.rows]
+        grid.add_column(name, justify="right", overflow="fold", min_width=_widest_line([*cells, name[:15]]))
+    for figure, cells in shown.rows:
+        grid.add_row(figure, *cells)
+    _print(console, grid)
+    for note in notes:
+        console.print(note)
+
+
+def _print(console: Console, table: Table) -> None:
+    """Figures that need more room than the terminal has are wrapped by it, never cut."""
+    needed = Measurement.get(console, console.options.update(width=10_000), table).minimum
+    screen, console.width = console.width, max(needed, console.width)  # a width given to print would be cut to it
+    console.print(table, crop=False)
+    console.width = screen
 
 
 def _widest_line(cells: Sequence[str]) -> int:
@@ -279,6 +347,25 @@ def _win_charts(data: ReportData) -> Iterator[Chart]:
         ]
         title = metric[0].upper() + metric[1:] + (DAGGER if metric in data.shared_metrics else "")
         yield win_rates(title, data.baseline, bars)
+
+
+def _quality(table: pa.Table) -> Quality:
+    """The figures that were measured; those of all strategies together only where there are several."""
+    *strategies, together, target = ({**row, "strategy": visible(row["strategy"])} for row in table.to_pylist())
+    columns = [*strategies, *([together] if len(strategies) > 1 else []), {**target, "strategy": "targets"}]
+    rows = [(figure, [_first_form(forms, row) for row in columns]) for figure, forms in _QUALITY.items()]
+    rows = [(figure, cells) for figure, cells in rows if set(cells) != {"–"}]
+    docs = {name: (table.schema.field(name).metadata or {}).get(b"doc", b"").decode() for name in table.column_names}
+    meanings = {figure: "; ".join(docs[name] for name in _names(_QUALITY[figure][0])) for figure, _ in rows}
+    return Quality([row["strategy"] for row in columns], rows, meanings, quality_charts(strategies, together))
+
+
+def _first_form(forms: Sequence[str], row: Mapping[str, Any]) -> str:
+    return next((form.format(**row) for form in forms if all(row[name] is not None for name in _names(form))), "–")
+
+
+def _names(form: str) -> list[str]:
+    return re.findall(r"{(\w+)", form)
 
 
 # ── examples ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,131 +1,250 @@
 """Stage `generate-negatives`: synthetic continuations of the training prompts, by one strategy or a mixture."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import pyarrow as pa
 
+from cpo_pipe.data.embedding import locate_embedder
 from cpo_pipe.data.examples import Examples
+from cpo_pipe.data.executor import Executor, LocalExecutor, Work
 from cpo_pipe.data.fingerprint import Spec, hash_keys
 from cpo_pipe.data.models import Model
-from cpo_pipe.data.recipe import Negatives
+from cpo_pipe.data.recipe import Negatives, Pool
 from cpo_pipe.data.store import Rows, Store
-from cpo_pipe.pipeline.engines.base import (
-    Engine,
-    MakeRows,
-    Sampling,
-    check_context,
-    make_missing,
-    open_engine,
-    sample_keys,
-    stop_ids,
-)
-from cpo_pipe.pipeline.negatives import batch, meanfield, truncation
-from cpo_pipe.pipeline.negatives.autoregressive import make_autoregressive, negatives_spec
+from cpo_pipe.pipeline.engines.base import LazyEngine, Sampled, Sampling, check_context, stop_ids
+from cpo_pipe.pipeline.engines.openai import ApiModel, Asked, prompt_of
+from cpo_pipe.pipeline.missing import WINDOW, Wanted, make_missing
+from cpo_pipe.pipeline.negatives import autoregressive, batch, instructed, meanfield, pool, truncation
+from cpo_pipe.pipeline.negatives.instructed import Message
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Pool:
-    """The negatives of one strategy and how many of each example a group takes."""
+class FindModel(Protocol):
+    """What a model's name in the recipe means."""
 
-    strategy: str
-    rows: Rows
-    count: int
+    def __call__(self, name: str, *, any_tokenizer: bool = False) -> Model | ApiModel:
+        """The model; with `any_tokenizer` also one that does not know the examples' token ids."""
+        ...
+
+
+TOGETHER = 64
+"""Examples whose negatives are made together, where no engine has a batch size."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The negatives of one strategy, or of one pool or instruction."""
+
+    label: str
+    """The strategy, for pools and instructions with their name: `pool:gpt2`."""
+    wanted: Wanted
+
+    @property
+    def rows(self) -> Rows:
+        """Their artifact."""
+        return self.wanted.rows
+
+    @property
+    def count(self) -> int:
+        """How many of each example a group takes."""
+        return self.wanted.n
+
+
+@dataclass(frozen=True)
+class Job:
+    """A source, and what makes its negatives."""
+
+    source: Source
+    work: Work
+    batch_size: int = TOGETHER
+    """Examples per call of the work."""
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the negatives of a run are: its selection of examples and one pool per strategy."""
+    """Where the negatives of a run are: its selection of examples and what each strategy made."""
 
     selection: pa.Table
-    pools: list[Pool]
+    pools: list[Source]
+    """In the order in which rank prefers them: of equal negatives it keeps the first."""
 
     def spec(self) -> list[Spec]:
-        """Their part of the groups' spec: the counts are identity there, and only there."""
-        return [{"negatives": pool.rows.spec, "count": pool.count} for pool in self.pools]
+        """Their part of the groups' spec: the counts are identity there, and only there, as are the names of pools."""
+        return [
+            {"negatives": source.rows.spec, "count": source.count}
+            | ({"label": source.label} if ":" in source.label else {})
+            for source in self.pools
+        ]
 
     def missing(self) -> int:
         """Negatives that are still to be made."""
-        return sum(
-            pool.rows.missing(sample_keys(self.selection["example_id"], pool.count)).num_rows for pool in self.pools
-        )
+        return sum(int(source.wanted.missing(self.selection["example_id"]).sum()) for source in self.pools)
 
 
-def plan_negatives(
-    config: Negatives, store: Store, examples: Examples, model: Model | None, default_tokens: int
-) -> tuple[Sources, Sampling | None]:
-    """Which negatives a run wants, and how those from an engine are sampled; makes none.
+@dataclass(frozen=True)
+class Plan:
+    """Which negatives a run wants, and what would make them."""
 
-    Raises:
-        InputError: a prompt leaves the model no room for `max_new_tokens`.
-    """
-    selection = examples.read("train", config.max_examples)
-    counts, sampling = config.counts, None
-    specs: dict[str, Spec] = {}
-    if counts.autoregressive:
-        assert model is not None
-        sampling = Sampling(
-            temperature=config.temperature,
-            top_k=config.top_k,
-            max_new_tokens=config.max_new_tokens or default_tokens,
-            stop_ids=stop_ids(model, examples.tokenizer),
-        )
-        check_context(selection, model, sampling.max_new_tokens, "negatives.max_new_tokens")
-        specs["autoregressive"] = negatives_spec(examples, model, sampling, config.seed)
-    if counts.batch:
-        pool = hash_keys(sorted(selection["example_id"].to_pylist()))
-        specs["batch"] = batch.batch_spec(examples.rendering, config.seed, pool)
-    if counts.meanfield:
-        assert model is not None
-        ends = stop_ids(model, examples.tokenizer)
-        specs["meanfield"] = meanfield.meanfield_spec(
-            examples.rendering, model.fingerprint, config.meanfield_share, ends, config.seed
-        )
-    if counts.truncation:
-        specs["truncation"] = truncation.truncation_spec(examples.rendering, config.seed)
-    pools = [Pool(name, store.rows("negatives", spec), getattr(counts, name)) for name, spec in specs.items()]
-    return Sources(selection, pools), sampling
+    sources: Sources
+    jobs: list[Job]
 
 
-def generate_negatives(
-    config: Negatives, store: Store, examples: Examples, model: Model | None, default_tokens: int
-) -> Sources:
-    """Make what is missing of a run's negatives; `default_tokens` is used where the recipe gives no max_new_tokens.
+def plan_negatives(config: Negatives, store: Store, examples: Examples, find: FindModel, tokens: int) -> Plan:
+    """Which negatives a run wants, and what would make them; makes none.
+
+    Args:
+        config: the recipe's section.
+        store: where they are kept.
+        examples: what they are made of.
+        find: resolves the names of models.
+        tokens: the longest negative, where `config.max_new_tokens` does not say.
 
     Raises:
-        InputError: see `plan_negatives`; the engine asked for does not run the model; or the training examples are too
-            few for the batch negatives asked for.
+        InputError: a prompt leaves the model no room for `max_new_tokens`; a model or a file is not there.
     """
-    sources, sampling = plan_negatives(config, store, examples, model, default_tokens)
-    for pool in sources.pools:
-        if pool.strategy == "autoregressive":
-            assert model is not None
-            assert sampling is not None
-            engine = _engine(config, model)
-            made = make_autoregressive(config, pool.rows, examples, sources.selection, model, sampling, engine)
+    planner = _Planner(config, store, examples, find, config.max_new_tokens or tokens)
+    jobs = [*planner.strategies(), *planner.pools(), *planner.instructed()]
+    return Plan(Sources(planner.selection, [job.source for job in jobs]), jobs)
+
+
+class _Planner:
+    def __init__(self, config: Negatives, store: Store, examples: Examples, find: FindModel, tokens: int):
+        self.config, self.store, self.examples, self.find, self.tokens = config, store, examples, find, tokens
+        self.selection = examples.read("train", config.max_examples)
+
+    def strategies(self) -> Iterator[Job]:
+        config, examples = self.config, self.examples
+        counts, rendering, seed, tokenizer = config.counts, examples.rendering, config.seed, examples.tokenizer
+        if counts.autoregressive:
+            assert config.model is not None
+            yield self._sampled(autoregressive.STRATEGY, config.model, counts.autoregressive)
+        if counts.batch:
+            members = hash_keys(sorted(self.selection["example_id"].to_pylist()))
+            embedder = locate_embedder(config.embedder, self.store) if config.hardest else None
+            rows = self._rows(batch.batch_spec(rendering, seed, members, config.hardest, embedder))
+            work: Work = batch.Borrowed(rows, self.selection, seed, config.hardest, embedder)
+            yield Job(Source(batch.STRATEGY, Wanted(rows, counts.batch)), work)
+        if counts.meanfield:
+            assert config.model is not None
+            model = self.find(config.model)
+            assert isinstance(model, Model)
+            ends, share = stop_ids(model, tokenizer), config.meanfield_share
+            rows = self._rows(meanfield.meanfield_spec(rendering, model.fingerprint, share, ends, seed))
+            work = meanfield.Redrawn(rows, model, tokenizer, ends, share, seed)
+            yield Job(Source(meanfield.STRATEGY, Wanted(rows, counts.meanfield)), work)
+        if counts.truncation:
+            rows = self._rows(truncation.truncation_spec(rendering, seed))
+            work = truncation.Truncated(rows, tokenizer, seed)
+            yield Job(Source(truncation.STRATEGY, Wanted(rows, counts.truncation)), work)
+
+    def pools(self) -> Iterator[Job]:
+        """Of the files and models that `negatives.pools` names."""
+        for name, config in self.config.pools.items():
+            yield self._file(name, config) if config.file is not None else self._other_model(name, config)
+
+    def _file(self, name: str, config: Pool) -> Job:
+        assert config.file is not None
+        file = pool.PoolFile(name, Path(config.file), config.columns)
+        sha256 = file.sha256(self.store)
+        spec = pool.pool_file_spec(self.examples.rendering, sha256, config.columns, self.tokens)
+        rows, refused = self._rows(spec), self.store.rows("rejected", {"of": spec})
+        selection, tokenizer = self.selection.select(["example_id", "prompt"]), self.examples.tokenizer
+        work = pool.FromFile(rows, refused, file, sha256, selection, config.count, tokenizer, self.tokens)
+        return Job(Source(f"{pool.STRATEGY}:{name}", Wanted(rows, config.count, refused)), work)
+
+    def _other_model(self, name: str, config: Pool) -> Job:
+        assert config.model is not None
+        label = f"{pool.STRATEGY}:{name}"
+        model = self.find(config.model, any_tokenizer=True)
+        if isinstance(model, ApiModel):
+            return self._asked(label, model, config.count)
+        own = pool.other_tokenizer(model, self.examples.tokenizer, self.store)
+        if own is None:
+            return self._sampled(label, config.model, config.count)
+        examples, seed, sampling = self.examples, self.config.seed, self._sampling(stop_ids(model, own))
+        spec = pool.pool_model_spec(examples.rendering, model.fingerprint, own.fingerprint, sampling, seed)
+        rows, refused = self._rows(spec), self.store.rows("rejected", {"of": spec})
+        engine = LazyEngine(self.config.engine, model)
+        columns = {"strategy": pool.STRATEGY, "generator": model.fingerprint}
+        template = str(examples.rendering["template"])
+        work = pool.FromModel(rows, refused, engine, own, template, sampling, seed, examples.tokenizer, columns)
+        return Job(Source(label, Wanted(rows, config.count, refused)), work, self.config.batch_size)
+
+    def instructed(self) -> Iterator[Job]:
+        """Of what `negatives.instructed` asks APIs for."""
+        for name, config in self.config.instructed.items():
+            api = self.find(config.model)
+            assert isinstance(api, ApiModel)
+            message = Message(config.template)
+            yield self._asked(f"{instructed.STRATEGY}:{name}", api, config.count, message)
+
+    def _sampling(self, ends: tuple[int, ...]) -> Sampling:
+        config = self.config
+        return Sampling(temperature=config.temperature, top_k=config.top_k, max_new_tokens=self.tokens, stop_ids=ends)
+
+    def _sampled(self, label: str, name: str, count: int) -> Job:
+        config, examples = self.config, self.examples
+        model = self.find(name)
+        if isinstance(model, ApiModel):
+            return self._asked(label, model, count)
+        sampling = self._sampling(stop_ids(model, examples.tokenizer))
+        context = check_context(self.selection, model, self.tokens, "negatives.max_new_tokens")
+        spec = autoregressive.autoregressive_spec(examples.rendering, model.fingerprint, sampling, config.seed)
+        rows = self._rows(spec)
+        columns = {"strategy": label.partition(":")[0], "generator": model.fingerprint}
+        engine = LazyEngine(config.engine, model, context)
+        work = Sampled(rows, engine, sampling, config.seed, examples.tokenizer, columns)
+        return Job(Source(label, Wanted(rows, count)), work, config.batch_size)
+
+    def _asked(self, label: str, api: ApiModel, count: int, message: Message | None = None) -> Job:
+        """Of an API: it is asked the prompt, or what a message makes of the example."""
+        examples, seed, sampling = self.examples, self.config.seed, self._sampling(())
+        if message is None:
+            obeyed = api.obeyed(sampling)
+            spec = autoregressive.autoregressive_spec(examples.rendering, api.spec(), obeyed, seed)
         else:
-            make = _maker(pool.strategy, config, examples, sources.selection, model)
-            label = f"{pool.strategy} negatives"
-            made = make_missing(pool.rows, sources.selection, pool.count, make, label)
-        wanted = sources.selection.num_rows * pool.count
-        log.info(
-            "negatives: %d %s in %s (%d made, %d reused)", wanted, pool.strategy, pool.rows.name, made, wanted - made
-        )
-    return sources
+            spec = instructed.instructed_spec(examples.rendering, api, message, sampling, seed)
+        rows, refused = self._rows(spec), self.store.rows("rejected", {"of": spec})
+        columns = {"strategy": label.partition(":")[0], "generator": api.fingerprint}
+        work = Asked(rows, refused, api, sampling, seed, examples.tokenizer, message or prompt_of, columns)
+        return Job(Source(label, Wanted(rows, count, refused)), work, WINDOW)
+
+    def _rows(self, spec: Spec) -> Rows:
+        return self.store.rows("negatives", spec)
 
 
-def _engine(config: Negatives, model: Model) -> Callable[[], Engine]:
-    return lambda: open_engine(config.engine, model)
+def generate_negatives(plan: Plan, executor: Executor) -> None:
+    """Make what is missing of a run's negatives.
+
+    Raises:
+        InputError: the engine asked for does not run the model; or the training examples are too few for the batch
+            negatives asked for.
+    """
+    selection = plan.sources.selection
+    for job in plan.jobs:
+        source, label = job.source, f"{job.source.label} negatives"
+        # Requests wait for their server, not for a core: one process sends them all, and so keeps the caps. Who borrows
+        # targets has all of them in memory: one process is enough.
+        where = LocalExecutor() if isinstance(job.work, Asked | batch.Borrowed) else executor
+        before = _recorded(source, selection)
+        make_missing(source.wanted, selection, job.work, where, batch_size=job.batch_size, label=label)
+        if isinstance(job.work, Asked):
+            job.work.check()
+        there = _recorded(source, selection)
+        refused = selection.num_rows * source.count - there
+        log.info("negatives: %d %s in %s (%d made, %d reused)", there, source.label, source.rows.name, there - before,
+                 before)  # fmt: skip
+        if refused and source.wanted.refused is not None:
+            log.warning("negatives: %d %s will never be there; the reasons are in %s", refused, source.label,
+                        source.wanted.refused.name)  # fmt: skip
 
 
-def _maker(strategy: str, config: Negatives, examples: Examples, selection: pa.Table, model: Model | None) -> MakeRows:
-    """What makes a strategy's negatives; anything heavy is loaded when it is first called."""
-    if strategy == "truncation":
-        return truncation.maker(examples, config.seed)
-    if strategy == "batch":
-        return batch.maker(selection, config.seed)
-    assert model is not None
-    return meanfield.maker(examples, model, stop_ids(model, examples.tokenizer), config.meanfield_share, config.seed)
+def _recorded(source: Source, selection: pa.Table) -> int:
+    """Negatives of the selection that are there."""
+    return int(np.count_nonzero(source.rows.has_samples(selection["example_id"], source.count)))

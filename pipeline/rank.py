@@ -2,7 +2,8 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -10,11 +11,11 @@ import pyarrow.compute as pc
 
 from cpo_pipe.data.embedding import Embedder, locate_embedder
 from cpo_pipe.data.errors import MissingInput
+from cpo_pipe.data.executor import Executor, Made, Make
 from cpo_pipe.data.fingerprint import Spec, candidate_id
-from cpo_pipe.data.progress import track
 from cpo_pipe.data.recipe import Rank
 from cpo_pipe.data.store import Rows, Store
-from cpo_pipe.pipeline.generate import Sources
+from cpo_pipe.pipeline.generate import Source, Sources
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,42 @@ def plan_groups(config: Rank, ranked: bool, store: Store, sources: Sources) -> t
     return store.rows("groups", spec), store.rows("rejected", {"of": spec}), embedder
 
 
-def rank(config: Rank, ranked: bool, store: Store, sources: Sources) -> Rows:
+@dataclass(frozen=True)
+class Grouped:
+    """Work that makes groups of examples (EXAMPLES schema), and notes which negatives were dropped."""
+
+    dropped: Rows
+    groups: Rows
+    sources: Sequence[Source]
+    embedder: Embedder | None
+    drop_duplicates: bool
+    batch_size: int
+    at_once: bool = False
+
+    @property
+    def outputs(self) -> list[Rows]:
+        """The reasons are recorded before the groups: a group that is there has its reasons."""
+        return [self.dropped, self.groups]
+
+    def open(self) -> Make:
+        """Nothing is loaded before the first text."""
+        return self._make
+
+    def _make(self, batch: pa.Table) -> Iterator[Made]:
+        examples = batch.to_pylist()
+        kept, refused = collect_candidates(examples, self.sources, self.drop_duplicates)
+        for first in range(0, len(examples), self.batch_size):
+            part = slice(first, first + self.batch_size)
+            if self.embedder is not None:
+                add_ranks(kept[part], self.embedder)
+            groups = [
+                {"example_id": e["example_id"], "prompt_ids": e["prompt_ids"], "candidates": candidates}
+                for e, candidates in zip(examples[part], kept[part], strict=True)
+            ]
+            yield Made([[] if first else refused, groups], len(groups))
+
+
+def rank(config: Rank, ranked: bool, store: Store, sources: Sources, executor: Executor) -> Rows:
     """Make the groups that are missing, each with the target first and K − 1 negatives; without `ranked`, in no order.
 
     Raises:
@@ -48,58 +84,43 @@ def rank(config: Rank, ranked: bool, store: Store, sources: Sources) -> Rows:
         if sources.missing():
             raise MissingInput(f"{sources.missing()} negatives are missing: run `cpo-pipe generate-negatives` first")
         with groups.lock(), dropped.lock():
-            _make(config, embedder, sources, groups, dropped)
+            missing = groups.missing(sources.selection.select(["example_id"]))["example_id"]
+            examples = sources.selection.filter(pc.is_in(sources.selection["example_id"], missing.combine_chunks()))
+            batches = (examples.slice(start, SLICE) for start in range(0, examples.num_rows, SLICE))
+            work = Grouped(dropped, groups, sources.pools, embedder, config.drop_duplicates, config.batch_size)
+            executor.run(work, batches, "rank", examples.num_rows)
     sizes = _sizes(groups, example_ids)
-    negatives = sum(pool.count for pool in sources.pools)
-    lost = len(example_ids) * (negatives + 1) - sum(size * count for size, count in sizes.items())
-    if dropped.read(example_ids, ["source"]).num_rows < lost:  # a shard of the reasons was damaged
+    made = sum(int(source.rows.has_samples(example_ids, source.count).sum()) for source in sources.pools)
+    reasons = dropped_reasons(dropped, example_ids)
+    lost = len(example_ids) + made - sum(size * count for size, count in sizes.items())
+    if reasons.total() < lost:  # a shard of the reasons was damaged
         with dropped.lock():
             _explain_again(config, sources, dropped)
-    _summarize(groups, sizes, dropped_reasons(dropped, example_ids))
+        reasons = dropped_reasons(dropped, example_ids)
+    _summarize(groups, sizes, reasons)
     return groups
-
-
-def _make(config: Rank, embedder: Embedder | None, sources: Sources, groups: Rows, dropped: Rows) -> None:
-    missing = groups.missing(sources.selection.select(["example_id"]))["example_id"]
-    selection = sources.selection.filter(pc.is_in(sources.selection["example_id"], missing.combine_chunks()))
-    # The reasons are recorded before the groups: a group that is there has its reasons.
-    with dropped.writer() as drops, groups.writer(after=drops) as writer, track("rank", len(missing)) as meter:
-        for start in range(0, selection.num_rows, SLICE):
-            examples = selection.slice(start, SLICE).to_pylist()
-            kept, refused = collect_candidates(examples, sources, config.drop_duplicates)
-            drops.add(refused)
-            for first in range(0, len(examples), config.batch_size):
-                part = slice(first, first + config.batch_size)
-                if embedder is not None:
-                    add_ranks(kept[part], embedder)
-                writer.add(
-                    [
-                        {"example_id": e["example_id"], "prompt_ids": e["prompt_ids"], "candidates": candidates}
-                        for e, candidates in zip(examples[part], kept[part], strict=True)
-                    ]
-                )
-                meter.advance(len(kept[part]))
 
 
 def _explain_again(config: Rank, sources: Sources, dropped: Rows) -> None:
     """Record the reasons that are missing; the groups they belong to are there."""
     for start in range(0, sources.selection.num_rows, SLICE):
         examples = sources.selection.slice(start, SLICE).to_pylist()
-        _, refused = collect_candidates(examples, sources, config.drop_duplicates)
+        _, refused = collect_candidates(examples, sources.pools, config.drop_duplicates)
         rows = pa.Table.from_pylist(refused, schema=dropped.schema)
         missing = dropped.missing(rows.select(list(dropped.key)))
         dropped.append(rows.join(missing, keys=list(dropped.key), join_type="inner"))
 
 
 def collect_candidates(
-    examples: Sequence[dict[str, Any]], sources: Sources, drop_duplicates: bool
+    examples: Sequence[dict[str, Any]], sources: Sequence[Source], drop_duplicates: bool
 ) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
     """Candidates of each example, target first, unranked, and the rows of the negatives that were dropped."""
     negatives: dict[str, list[dict[str, Any]]] = {example["example_id"]: [] for example in examples}
-    for pool in sources.pools:
-        table = pool.rows.read(list(negatives), ["example_id", "sample_index", "strategy", "text", "token_ids"])
-        for row in table.filter(pc.less(table["sample_index"], pool.count)).to_pylist():
-            negatives[row["example_id"]].append(row)
+    for source in sources:
+        columns = ["example_id", "sample_index", "text", "token_ids"]
+        table = source.rows.read(list(negatives), columns, refresh=False)  # all were there when this began
+        for row in table.filter(pc.less(table["sample_index"], source.count)).to_pylist():
+            negatives[row["example_id"]].append({**row, "strategy": source.label})
     kept: list[list[dict[str, Any]]] = []
     refused: list[dict[str, Any]] = []
     for example in examples:
@@ -144,7 +165,10 @@ def _refusal(row: dict[str, Any], reason: str) -> dict[str, Any]:
 
 def dropped_reasons(dropped: Rows, example_ids: Sequence[str]) -> Counter[str]:
     """How many negatives of these examples were dropped, by reason."""
-    return Counter(dropped.read(example_ids, ["reason"])["reason"].to_pylist())
+    reasons: Counter[str] = Counter()
+    for table in dropped.batches(example_ids, columns=["reason"]):
+        reasons.update(table["reason"].to_pylist())
+    return reasons
 
 
 def _sizes(groups: Rows, example_ids: list[str]) -> Counter[int]:

@@ -11,26 +11,28 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cpo_pipe.data import atomic, processes
 from cpo_pipe.data.embedding import locate_embedder
 from cpo_pipe.data.errors import InputError, MissingInput
 from cpo_pipe.data.examples import Examples, largest_token_id
-from cpo_pipe.data.models import Model, check_vocabulary, locate_model
+from cpo_pipe.data.executor import Executor, LocalExecutor
+from cpo_pipe.data.fingerprint import digest
+from cpo_pipe.data.models import Model, check_vocabulary, locate_model, logprob_rows
 from cpo_pipe.data.recipe import Evaluate, Negatives, Rank, Recipe, System, Training, nearest
 from cpo_pipe.data.recipe_text import recipe_text
 from cpo_pipe.data.store import Rows, Store
-from cpo_pipe.pipeline.generate import Sources, generate_negatives, plan_negatives
+from cpo_pipe.pipeline.engines.openai import ApiModel
+from cpo_pipe.pipeline.generate import Plan, Sources, generate_negatives, plan_negatives
 from cpo_pipe.pipeline.prepare import find_examples, prepare, target_tokens
-from cpo_pipe.pipeline.rank import dropped_reasons, plan_groups, rank
+from cpo_pipe.pipeline.quality import Quality, measure_quality
+from cpo_pipe.pipeline.rank import plan_groups, rank
 from cpo_pipe.trainer.merge import merge
 from cpo_pipe.trainer.train import METRICS_FILE, Inputs, checkpoint, checkpoint_model, train, training_spec
 
@@ -43,32 +45,28 @@ REPORTED_GROUPS = 50
 PACKAGES = ("cpo-pipe", "torch", "transformers", "datasets", "sentence-transformers", "pyarrow")
 
 
-@dataclass(frozen=True)
-class _GroupFacts:
-    """What a report shows of the groups; empty where there are none."""
-
-    artifacts: Mapping[str, str] = field(default_factory=dict)
-    groups: pa.Table | None = None
-    """The first ones."""
-    similarities: Sequence[float] = ()
-    """Of all ranked negatives."""
-    dropped: Mapping[str, int] = field(default_factory=dict)
-    """Negatives by the reason why they were dropped."""
-    notes: Sequence[str] = ()
-
-
 class Run:
     """One recipe on one store."""
 
-    def __init__(self, recipe: Recipe, source: str, store: Store, run_dir: Path, options: Sequence[str] = ()):
+    def __init__(
+        self,
+        recipe: Recipe,
+        source: str,
+        store: Store,
+        run_dir: Path,
+        executor: Executor | None = None,
+        options: Sequence[str] = (),
+    ):
         """`source` and `options` are the recipe and the options as given on the command line; messages repeat them."""
         self.recipe = recipe
         self.store = store
         self.run_dir = run_dir
+        self.executor = executor or LocalExecutor()
         self._source = source
         self._options = options
         self._examples: Examples | None = None
         self._models: dict[str, Model] = {}
+        self._apis = {name: ApiModel(name, api) for name, api in recipe.apis.items()}
 
     # ── what is there ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -94,12 +92,16 @@ class Run:
             raise MissingInput(f"the training {name} is not done: run `{self._command('train', name)}`")
         return checkpoint_model(name, product)
 
-    def _locate_model(self, name: str) -> Model:
+    def _named(self, name: str) -> Model:
+        """The model of a folder or hub name, whatever its tokenizer is."""
         try:
-            model = locate_model(name, self.store)
+            return locate_model(name, self.store)
         except InputError as error:
             near = nearest(name, self.recipe.train, "the training ")
             raise InputError(f"{error}; {near}" if near else str(error)) from error
+
+    def _locate_model(self, name: str) -> Model:
+        model = self._named(name)
         known, used = model.vocabulary(), largest_token_id(self.examples())
         if known is not None and used >= known:
             raise InputError(
@@ -109,10 +111,14 @@ class Run:
         check_vocabulary(model, self.examples().tokenizer, self.store)
         return model
 
-    def sources(self) -> Sources:
+    def negatives(self) -> Plan:
         """Which negatives the recipe asks for, made or not."""
-        config, examples = self._negatives(), self.examples()
-        return plan_negatives(config, self.store, examples, self._generator(), self._target_tokens())[0]
+        tokens = target_tokens(self.recipe.data)
+        return plan_negatives(self._negatives(), self.store, self.examples(), self._generator, tokens)
+
+    def sources(self) -> Sources:
+        """Where the negatives are that the recipe asks for."""
+        return self.negatives().sources
 
     def groups(self) -> tuple[Sources, Rows]:
         """The complete groups, or MissingInput."""
@@ -135,11 +141,10 @@ class Run:
 
     def generate_negatives(self) -> None:
         """Stage `generate-negatives`."""
-        config, examples = self._negatives(), self.examples()
-        model = self._generator()
+        plan = self.negatives()
         with self._stage("generate-negatives") as record:
-            sources = generate_negatives(config, self.store, examples, model, self._target_tokens())
-            record["artifact"] = [pool.rows.name for pool in sources.pools]
+            generate_negatives(plan, self.executor)
+            record["artifact"] = [source.rows.name for source in plan.sources.pools]
 
     def rank(self) -> None:
         """Stage `rank`."""
@@ -149,7 +154,19 @@ class Run:
                 f"{sources.missing()} negatives are missing: run `{self._command('generate-negatives')}`"
             )
         with self._stage("rank") as record:
-            record["artifact"] = rank(self._rank(), self._ranked(), self.store, sources).name
+            record["artifact"] = rank(self._rank(), self._ranked(), self.store, sources, self.executor).name
+
+    def quality(self) -> None:
+        """Print figures of the negatives, with what is wrong with them, and write them to quality.parquet."""
+        from cpo_pipe.eval.report import print_quality
+
+        sources, groups = self.groups()
+        with self._stage("quality"):
+            measured = self._measure_quality(sources, groups)
+            content = pa.BufferOutputStream()
+            pq.write_table(measured.table, content)
+            atomic.write_bytes(self.run_dir / "quality.parquet", content.getvalue().to_pybytes())
+        print_quality(measured.table, measured.notes)
 
     def train(self, names: Sequence[str] = ()) -> dict[str, str]:
         """Stage `train`: the named trainings; without names all whose inputs are there, in order of dependency.
@@ -176,7 +193,8 @@ class Run:
                 blocked[name] = str(missing)
                 continue
             with self._stage(f"train {name}") as record:
-                record["artifact"] = train(name, self.recipe.train[name], self.store, inputs, self.run_dir).name
+                config = self.recipe.train[name]
+                record["artifact"] = train(name, config, self.store, inputs, self.run_dir, self.executor).name
         return blocked
 
     def evaluate(self) -> Path:
@@ -192,9 +210,10 @@ class Run:
                 self.store,
                 examples,
                 systems,
-                max_new_tokens=config.max_new_tokens or self._target_tokens(),
+                max_new_tokens=config.max_new_tokens or target_tokens(self.recipe.data),
                 ranker=self._ranker(),
                 target_nll=self._target_logprobs,
+                executor=self.executor,
             )
             record["artifact"] = evaluation.product.name
         shutil.copyfile(evaluation.product.path / "metrics.parquet", self.run_dir / "metrics.parquet")
@@ -204,34 +223,54 @@ class Run:
         return report
 
     def _report(self, evaluation: "Evaluation", systems: Mapping[str, Model]) -> Path:
-        from cpo_pipe.eval.report import ReportData, write_report
+        from cpo_pipe.eval.report import ReportData, shows, write_report
 
         trained = self._finished_trainings()
-        facts = self._group_facts()
-        artifacts = {"examples": self.examples().product.name, **facts.artifacts}
+        sources, groups, notes = self._shown_groups()
+        artifacts = {"examples": self.examples().product.name}
+        if groups is not None:
+            artifacts |= {"negatives": ", ".join(pool.rows.name for pool in sources.pools), "groups": groups.name}
         artifacts |= {f"training {name}": self._address(model) for name, model in trained.items()}
         artifacts |= {f"system {name}": self._address(model) for name, model in systems.items()}
-        path = self.run_dir / "report.html"
+        artifacts["metrics"] = evaluation.product.name
+        path, reference = self.run_dir / "report.html", self._reference_logprobs()
+        identity = digest(
+            [artifacts, recipe_text(self.recipe), _versions(), notes, reference.num_rows() if reference else 0]
+        )
+        if shows(path, identity):  # drawing takes longer than all the rest of a run with nothing to do
+            return path
+        measured = self._measure_quality(sources, groups) if groups is not None else None
+        first = sources.selection.slice(0, REPORTED_GROUPS)
         data = ReportData(
+            identity=identity,
             run=self.recipe.name,
             created=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
             versions=_versions(),
             recipe=recipe_text(self.recipe),
-            artifacts=artifacts | {"metrics": evaluation.product.name},
+            artifacts=artifacts,
             baseline=self._evaluation().baseline,
             metrics=evaluation.metrics(),
             shared_metrics=evaluation.shared_metrics,
-            notes=[*evaluation.notes, *facts.notes],
+            notes=[*evaluation.notes, *notes],
             examples=evaluation.examples,
             outputs=evaluation.outputs(),
             trainings={name: pq.read_table(model.path / METRICS_FILE) for name, model in trained.items()},
-            similarities=facts.similarities,
-            dropped=facts.dropped,
-            group_examples=self.examples().read("train", REPORTED_GROUPS) if facts.groups is not None else None,
-            groups=facts.groups,
+            quality=measured.table if measured else None,
+            quality_notes=measured.notes if measured else (),
+            group_examples=first if groups is not None else None,
+            groups=groups.read(first["example_id"]) if groups is not None else None,
         )
         write_report(path, data)
         return path
+
+    def _shown_groups(self) -> tuple[Sources, Rows | None, list[str]]:
+        """Negatives and groups of the recipe, where they are there, and what to say where not."""
+        if self.recipe.negatives is None:
+            return Sources(pa.table({}), []), None, []
+        try:
+            return *self.groups(), []
+        except MissingInput as missing:
+            return Sources(pa.table({}), []), None, [f"No negatives are shown: {missing}"]
 
     def _finished_trainings(self) -> dict[str, Model]:
         finished = {}
@@ -242,35 +281,25 @@ class Run:
 
     def _address(self, model: Model) -> str:
         """Where a model is in the store; of one from elsewhere its name and fingerprint."""
-        if model.path.is_relative_to(self.store.root):
-            return str(model.path.relative_to(self.store.root))
+        if model.path.is_relative_to(self.store.local):
+            return str(model.path.relative_to(self.store.local))
         return f"{model.name} ({model.fingerprint})"
 
-    def _group_facts(self) -> _GroupFacts:
-        if self.recipe.negatives is None:
-            return _GroupFacts()
-        try:
-            sources, groups = self.groups()
-        except MissingInput as missing:
-            return _GroupFacts(notes=[f"No negatives are shown: {missing}"])
-        ids = sources.selection["example_id"].to_pylist()
-        similarities: list[float] = []
-        for table in groups.batches(ids, columns=["candidates"]):
-            candidates = pc.list_flatten(table["candidates"])
-            negatives = candidates.filter(pc.not_equal(pc.struct_field(candidates, "strategy"), "target"))
-            similarities += pc.struct_field(negatives, "similarity").drop_null().to_pylist()
-        _, dropped, _ = plan_groups(self._rank(), self._ranked(), self.store, sources)
-        return _GroupFacts(
-            artifacts={"negatives": ", ".join(pool.rows.name for pool in sources.pools), "groups": groups.name},
-            groups=groups.read(ids[:REPORTED_GROUPS]),
-            similarities=similarities,
-            dropped=dict(dropped_reasons(dropped, ids)),
-        )
+    def _measure_quality(self, sources: Sources, groups: Rows) -> Quality:
+        return measure_quality(sources.selection, sources.pools, groups, self._reference_logprobs())
+
+    def _reference_logprobs(self) -> Rows | None:
+        """Where the first training with a reference model that is there keeps its log-probs, made or not."""
+        for training in self.recipe.train.values():
+            if training.reference is not None:
+                with suppress(MissingInput):
+                    return logprob_rows(self.store, self.model(training.reference), training.dtype)
+        return None
 
     def _target_logprobs(self, model: Model, examples: pa.Table) -> list[tuple[float, int]]:
         from cpo_pipe.trainer.logprobs import target_logprobs
 
-        return target_logprobs(self.store, model, examples)
+        return target_logprobs(self.store, model, examples, self.executor)
 
     def _ranker(self) -> str | None:
         """Fingerprint of the embedding model that ranks this recipe's negatives."""
@@ -299,12 +328,13 @@ class Run:
         config: Training = self.recipe.train[name]
         examples = self.examples()
         init = self.model(config.init) if isinstance(config.init, str) else config.init
+        columns = ["example_id", "prompt_ids", "target_ids"]  # texts need not be in memory while training
         if config.objective == "mle":
-            return Inputs(examples.tokenizer, init, examples.read("train"))
+            return Inputs(examples.tokenizer, init, examples.read("train", columns=columns))
         assert config.reference is not None
         reference = self.model(config.reference)
         sources, groups = self.groups()
-        return Inputs(examples.tokenizer, init, sources.selection, groups, reference)
+        return Inputs(examples.tokenizer, init, sources.selection.select(columns), groups, reference)
 
     def system(self, name: str, system: System) -> Model:
         """The model of a system; an ensemble is merged."""
@@ -314,9 +344,11 @@ class Run:
         parts = [(self.model(part), weight) for part, weight in system.merge.items()]
         return checkpoint_model(name, merge(name, self.store, parts, self.examples().tokenizer))
 
-    def _generator(self) -> Model | None:
-        name = self._negatives().model
-        return None if name is None else self.model(name)
+    def _generator(self, name: str, *, any_tokenizer: bool = False) -> Model | ApiModel:
+        """What makes negatives: an API of the recipe, or a model."""
+        if name in self._apis:
+            return self._apis[name]
+        return self._named(name) if any_tokenizer and name not in self.recipe.train else self.model(name)
 
     def _negatives(self) -> Negatives:
         if self.recipe.negatives is None:
@@ -334,9 +366,6 @@ class Run:
     def _ranked(self) -> bool:
         return self.recipe.rank != "none"
 
-    def _target_tokens(self) -> int:
-        return target_tokens(self.recipe.data)
-
     def _command(self, stage: str, *names: str) -> str:
         return shlex.join(["cpo-pipe", stage, self._source, *names, *self._options])
 
@@ -348,13 +377,14 @@ class Run:
             yield record
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is said before the work
+        self.store.register_run(self.run_dir)
         start = time.time()
         yield record
         atomic.write_bytes(self.run_dir / "recipe.yaml", recipe_text(self.recipe).encode())
         record |= {"started": start, "seconds": round(time.time() - start, 3)}
         path = self.run_dir / "run.json"
         run = json.loads(path.read_text()) if path.exists() else {"stages": {}}
-        run |= {"store": str(self.store.root.resolve()), "versions": _versions()}
+        run |= {"store": self.store.name, "versions": _versions()}
         run["stages"][name] = record
         atomic.write_bytes(path, json.dumps(run, indent=2).encode())
 

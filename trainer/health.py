@@ -3,7 +3,10 @@
 import logging
 from collections.abc import Sequence
 
-from cpo_pipe.trainer.groups import Group, ReferenceLogprobs
+import numpy as np
+
+from cpo_pipe.trainer.groups import Groups
+from cpo_pipe.trainer.tables import Flags, Lengths
 
 log = logging.getLogger(__name__)
 
@@ -19,23 +22,25 @@ REPETITION = 0.2
 """Rise of the share of repeated 4-grams in greedy samples."""
 
 
-def check_groups(name: str, groups: Sequence[Group], reference: ReferenceLogprobs) -> None:
-    """Warn before the first step of what the groups and the reference's log-probs show.
+def check_groups(name: str, groups: Groups, total: int) -> None:
+    """Say how many groups have K = 1, and warn of what the groups and the reference's log-probs show.
 
     Args:
         name: of the training, for messages.
-        groups: all that it has, those of K = 1 too.
-        reference: log π_ref of the candidates of those with K ≥ 2.
+        groups: with log π_ref; all of the selection with K ≥ 2.
+        total: groups of the selection, those of K = 1 too.
     """
-    several = [group for group in groups if len(group.candidates) > 1]
-    alone = 1 - len(several) / len(groups)
-    if alone > ALONE:
+    several_G = np.diff(groups.bounds) > 1
+    alone = total - int(several_G.sum())
+    if alone:
+        log.info("train %s: %d of %d groups have K = 1 and leave the listwise loss", name, alone, total)
+    if alone > ALONE * total:
         log.warning(
             "train %s: %.0f%% of the groups have no negative left (K = 1), and the listwise loss does not see them: "
             "the generator's samples equal the target or each other; a higher temperature makes others",
-            name, 100 * alone,
+            name, 100 * alone / total,
         )  # fmt: skip
-    right = sum(_already_right(group, reference) for group in several) / max(len(several), 1)
+    right = _already_right(groups)[several_G].sum() / max(total - alone, 1)
     if right > ALREADY_RIGHT:
         log.warning(
             "train %s: by log-prob per token the reference already puts the target first in %.0f%% of the groups: "
@@ -44,10 +49,15 @@ def check_groups(name: str, groups: Sequence[Group], reference: ReferenceLogprob
         )  # fmt: skip
 
 
-def _already_right(group: Group, reference: ReferenceLogprobs) -> bool:
-    values = [reference[group.example_id, candidate] for candidate in group.candidate_ids]
-    target, *others = [logprob / tokens for logprob, tokens in values]
-    return target > max(others)
+def _already_right(groups: Groups) -> Flags:
+    """Of each group whether the target's log-prob per token is above that of every negative."""
+    assert groups.reference_C is not None
+    per_token_C = groups.reference_C / Lengths.of(groups.table).candidate_C
+    first = groups.bounds[:-1]
+    target_G = per_token_C[first]
+    per_token_C[first] = -np.inf
+    right: Flags = target_G > np.maximum.reduceat(per_token_C, first)
+    return right
 
 
 class Watch:

@@ -103,7 +103,7 @@ class Interim:
         if any(row.get("held_out_loss") is not None for row in metrics):
             needed.add(f"best-{best_step(metrics)}")
         for path in self.folder.iterdir() if self._accelerator.is_main_process else ():
-            if path.name not in needed:
+            if path.is_dir() and path.name not in needed:  # the groups' file is there, too
                 shutil.rmtree(path)
         self._saved = time.monotonic()
         self._pause = max(SAVE_SECONDS, (self._saved - start) / SAVE_SHARE)

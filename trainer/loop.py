@@ -221,8 +221,8 @@ class Loop:
             if facts["device"] == now["device"]:
                 self.scorer.set_attention(facts["attention"])
                 return
-        every = [objective.texts(self.config, group) for group in (*self.data.groups, *self.data.held_out)]
-        choice = choose(f"train {self.name}", self.scorer, every, self.config.attention, module=self._module)
+        name, probes = f"train {self.name}", self.data.probes
+        choice = choose(name, self.scorer, probes, self.config.attention, module=self._module)
         self.facts = {
             "threads": torch.get_num_threads(),
             "logits_mb": self.config.logits_mb,
@@ -278,7 +278,7 @@ class Loop:
         groups = [batch[index] for index in micro or [0]]
         packed = self.scorer.pack([objective.texts(self.config, group) for group in groups])
         logprobs = packed.per_group(self._module(packed))
-        found = objective.figures(self.config, groups, logprobs, self.data.reference)
+        found = objective.figures(self.config, groups, logprobs)
         if not micro:
             share = sum((values.sum() for values in logprobs), start=torch.zeros((), device=logprobs[0].device)) * 0
             return GroupFigures(*(field.detach()[:0] for field in found)), share

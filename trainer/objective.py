@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from cpo_pipe.data.recipe import Training
-from cpo_pipe.trainer.groups import Group, ReferenceLogprobs, collate
+from cpo_pipe.trainer.groups import Group, collate
 from cpo_pipe.trainer.losses import cpo_loss, margin, mle_loss, ranked_cpo_loss, won
 
 ROUNDING = 1e-5
@@ -49,22 +49,19 @@ def texts(config: Training, group: Group) -> tuple[list[int], list[list[int]]]:
     return group.prompt_ids, group.candidates[:1] if config.objective == "mle" else group.candidates
 
 
-def figures(
-    config: Training, groups: Sequence[Group], logprobs: Sequence[Tensor], reference: ReferenceLogprobs
-) -> GroupFigures:
+def figures(config: Training, groups: Sequence[Group], logprobs: Sequence[Tensor]) -> GroupFigures:
     """The objective of each group, differentiable, and what is worth knowing of it.
 
     Args:
         config: objective, β and length normalization.
         groups: G of them.
         logprobs: of each group's candidates, summed over tokens.
-        reference: log π_ref of all candidates; empty for mle.
     """
     nll_G = mle_loss(torch.stack([values[0] for values in logprobs]))
     zero_G = torch.zeros_like(nll_G)
     if config.objective == "mle":
         return GroupFigures(nll_G, zero_G, zero_G, zero_G, zero_G)
-    batch = collate(groups, reference, nll_G.device)
+    batch = collate(groups, nll_G.device)
     policy_GK, reference_GK = pad_sequence(list(logprobs), batch_first=True), batch.reference_GK
     drop_G = reference_GK[:, 0] + nll_G.detach()
     if config.length_normalize:

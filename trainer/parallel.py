@@ -1,12 +1,17 @@
 """The processes that train together: one alone, or those that `accelerate launch` started."""
 
 import os
+from typing import TypeVar
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
+from numpy.typing import NDArray
 
 from cpo_pipe.data import processes
+
+_Answer = TypeVar("_Answer")
 
 
 def join() -> PartialState:
@@ -32,11 +37,19 @@ def wait() -> None:
         join().wait_for_everyone()
 
 
-def agreed(answer: bool) -> bool:
-    """What the main process says, so that all of them do the same."""
+def agreed(answer: _Answer) -> _Answer:
+    """What the main process says, so that all of them do the same; they wait for it."""
     if processes.count() == 1:
         return answer
     join()
     said = [answer]
     broadcast_object_list(said)
     return said[0]
+
+
+def share(places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of what is to be done this process's part."""
+    if processes.count() == 1:
+        return places
+    state = join()
+    return places[state.process_index :: state.num_processes]

@@ -167,6 +167,18 @@ def _body(model: PreTrainedModel) -> nn.Module:
 
 
 @dataclass(frozen=True)
+class Probes:
+    """Of the groups that will be computed, however many, what decides how. Small, and can be pickled."""
+
+    groups: Sequence[Texts]
+    """The longest, the middle and the shortest, by their longest row."""
+    rows: tuple[int, int]
+    """Input tokens of the shortest and of the longest of all rows."""
+    candidates: int
+    """Of the group that has most."""
+
+
+@dataclass(frozen=True)
 class Choice:
     """A way of computing that was found exact."""
 
@@ -182,7 +194,7 @@ class Choice:
 def choose(
     name: str,
     scorer: Scorer,
-    groups: Sequence[Texts],
+    probes: Probes,
     requested: Attention | Literal["auto"] = "auto",
     *,
     module: nn.Module | None = None,
@@ -193,7 +205,7 @@ def choose(
     Args:
         name: of the model or training, for messages.
         scorer: gets the choice set.
-        groups: what will be computed; the longest, the middle and the shortest are tried, and one with a fork.
+        probes: of what will be computed; one with a fork is tried, too.
         requested: `auto`, or the one to take.
         module: the scorer as wrapped for several processes.
         gradients: whether gradients will be wanted, too.
@@ -203,18 +215,18 @@ def choose(
         RunError: the model's log-probs are not finite.
     """
     device = next(scorer.parameters()).device.type
-    order = _order(name, scorer.model, groups, requested, device)
-    probes = _probes(scorer.model, groups)
+    order = _order(name, scorer.model, probes, requested, device)
+    tried = [*probes.groups, _fork(scorer.model, probes.groups[0])]
     precision, scorer.dtype = scorer.dtype, "float32"
     try:
-        truth = _probe(scorer, module or scorer, "plain", probes, gradients)
+        truth = _probe(scorer, module or scorer, "plain", tried, gradients)
         if not all(bool(values.isfinite().all()) for values in truth[0]):
             raise RunError(f"{name}: the model gives log-probs that are not finite; are its weights damaged?")
-        if not _rope_changes_between(scorer.model, groups):  # there a row's length does change its beginning
-            _check_causal(name, scorer, module or scorer, probes[0], truth[0])
+        if not _rope_changes_between(scorer.model, probes):  # there a row's length does change its beginning
+            _check_causal(name, scorer, module or scorer, tried[0], truth[0])
         refused: dict[str, str] = {}
         for attention in order:
-            reason, errors = _compare(scorer, module or scorer, attention, probes, truth, gradients)
+            reason, errors = _compare(scorer, module or scorer, attention, tried, truth, gradients)
             if reason is None:
                 choice = Choice(attention, *errors, refused)
                 break
@@ -230,13 +242,11 @@ def choose(
     return choice
 
 
-def _order(
-    name: str, model: PreTrainedModel, groups: Sequence[Texts], requested: str, device: str
-) -> tuple[Attention, ...]:
+def _order(name: str, model: PreTrainedModel, probes: Probes, requested: str, device: str) -> tuple[Attention, ...]:
     """The ways to try."""
     if requested != "auto" and requested not in ORDER[device]:
         raise InputError(f"{name}: attention {requested} does not run on {device}; use auto")
-    if _rope_changes_between(model, groups):
+    if _rope_changes_between(model, probes):
         if requested != "auto":
             raise InputError(
                 f"{name}: attention {requested} is not exact for this model: its rotary embeddings change with the "
@@ -245,23 +255,21 @@ def _order(
         return ("plain",)
     if requested != "auto":
         return (cast(Attention, requested),)
-    if all(len(candidates) == 1 for _, candidates in groups):
+    if probes.candidates == 1:
         return ("padded", "plain")  # nothing is shared, and rows side by side are faster than one by one
     return ORDER[device]
 
 
-def _probes(model: PreTrainedModel, groups: Sequence[Texts]) -> list[Texts]:
-    """The longest, the middle and the shortest group, and one that has what these may lack: a fork, and padding."""
-    by_length = sorted(groups, key=lambda group: len(group[0]) + max(map(len, group[1])))
-    places = {len(groups) - 1, (len(groups) - 1) // 2, 0}
-    prompt, candidates = by_length[-1]
+def _fork(model: PreTrainedModel, group: Texts) -> Texts:
+    """One that has what all others may lack: a fork, and padding."""
+    prompt, candidates = group
     longest = max(candidates, key=len)
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     fork = [(token + 1) % output.weight.shape[0] for token in longest[: len(longest) // 2 + 1]]
-    return [*(by_length[place] for place in sorted(places, reverse=True)), (prompt, [longest, fork])]
+    return prompt, [longest, fork]
 
 
-def _rope_changes_between(model: PreTrainedModel, groups: Sequence[Texts]) -> bool:
+def _rope_changes_between(model: PreTrainedModel, probes: Probes) -> bool:
     """Whether rotary embeddings depend on the longest row computed at once, and rows on both sides of a limit occur."""
     parameters: Any = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     layers = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
@@ -270,8 +278,8 @@ def _rope_changes_between(model: PreTrainedModel, groups: Sequence[Texts]) -> bo
         for layer in layers
         if layer.get("rope_type") in ("longrope", "dynamic") and layer.get("original_max_position_embeddings")
     ]
-    rows = [len(prompt) + len(candidate) - 1 for prompt, candidates in groups for candidate in candidates]
-    return any(min(rows) <= limit < max(rows) for limit in limits)
+    shortest, longest = probes.rows
+    return any(shortest <= limit < longest for limit in limits)
 
 
 def _check_causal(name: str, scorer: Scorer, module: nn.Module, probe: Texts, truth: Sequence[Tensor]) -> None:

@@ -1,30 +1,34 @@
 """Stage `train`: one named training, from its initial model to a checkpoint in the store."""
 
 import hashlib
+import heapq
 import logging
 import shutil
-from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cpo_pipe.data import processes
 from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.examples import selection_hash
+from cpo_pipe.data.executor import Executor
 from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec, model_fingerprint, sha256_file
 from cpo_pipe.data.models import Model, TokenizerFiles
 from cpo_pipe.data.recipe import ScratchModel, Training
 from cpo_pipe.data.store import Product, Rows, Store
 
 if TYPE_CHECKING:  # torch is imported only when there is something to train
+    from accelerate import Accelerator
+    from numpy.typing import NDArray
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from cpo_pipe.trainer.groups import Group, ReferenceLogprobs
+    from cpo_pipe.trainer.tables import Extremes, Ints
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +87,9 @@ def checkpoint_model(name: str, product: Product) -> Model:
     return Model(name, product.path, product.manifest["fingerprint"])
 
 
-def train(name: str, config: Training, store: Store, inputs: Inputs, log_dir: Path | None = None) -> Product:
+def train(
+    name: str, config: Training, store: Store, inputs: Inputs, log_dir: Path | None, executor: Executor
+) -> Product:
     """Train, or find the checkpoint that the same training made before.
 
     Args:
@@ -92,6 +98,7 @@ def train(name: str, config: Training, store: Store, inputs: Inputs, log_dir: Pa
         store: where the checkpoint and log π_ref are kept.
         inputs: what it starts from.
         log_dir: for trackers that write files.
+        executor: computes log π_ref where it is missing; see `cached_logprobs`.
 
     Raises:
         InputError: an example does not fit into the model's context, or nothing is left to train on.
@@ -102,7 +109,11 @@ def train(name: str, config: Training, store: Store, inputs: Inputs, log_dir: Pa
     if not _agreed(product.complete()):
         with product.lock() if processes.is_main() else nullcontext():
             if not _agreed(product.complete()):  # again: another process may have made it while we waited
-                _make(name, config, store, inputs, product, log_dir)
+                from cpo_pipe.trainer.loop import new_accelerator
+
+                accelerator = new_accelerator(name, config, log_dir)
+                with _table(config, inputs, product) as groups:
+                    _make(name, config, store, inputs, groups, product, accelerator, executor)
                 return product
     if processes.is_main():  # of a training that was killed between its checkpoint and this
         shutil.rmtree(product.in_progress, ignore_errors=True)
@@ -119,26 +130,52 @@ def _agreed(answer: bool) -> bool:
     return agreed(answer)
 
 
-def _make(name: str, config: Training, store: Store, inputs: Inputs, product: Product, log_dir: Path | None) -> None:
-    from cpo_pipe.trainer.groups import Data
+def _table(config: Training, inputs: Inputs, product: Product) -> AbstractContextManager[pa.Table]:
+    """All groups of the selection that are of use; for mle those of the target alone.
+
+    Groups of K = 1 are trained on only where the MLE loss has a use for them.
+    """
+    from cpo_pipe.trainer.tables import mapped_groups, targets
+
+    if inputs.groups is None:
+        return nullcontext(targets(inputs.selection))
+    return mapped_groups(inputs.groups, inputs.selection, product.in_progress, alone=config.mle_weight > 0)
+
+
+def _make(
+    name: str,
+    config: Training,
+    store: Store,
+    inputs: Inputs,
+    table: pa.Table,
+    product: Product,
+    accelerator: "Accelerator",
+    executor: Executor,
+) -> None:
+    from cpo_pipe.trainer.groups import Data, Groups
     from cpo_pipe.trainer.health import check_groups
     from cpo_pipe.trainer.interim import metrics_table
-    from cpo_pipe.trainer.loop import Loop, new_accelerator
+    from cpo_pipe.trainer.loop import Loop
+    from cpo_pipe.trainer.tables import Extremes, probes
 
-    accelerator = new_accelerator(name, config, log_dir)
-    everything = _groups(name, config, inputs)
-    groups, held_out = _held_out(name, config, everything)
-    reference = _reference(config, store, inputs, [*groups, *held_out])
+    if not table.num_rows:
+        raise InputError(f"train.{name}: nothing to train on: no example, or no group with a negative that was kept")
+    extremes = Extremes.of(table)
+    for needed in (inputs.init, inputs.reference):
+        if isinstance(needed, Model):
+            _check_fits(name, extremes, needed.name, needed.context(), needed.vocabulary())
+    trained, held_out = _held_out(name, config, table)
+    everything = Groups.of(table, _reference(config, store, inputs, table, executor))
     if config.objective != "mle":
-        check_groups(name, everything, reference)
-    model, adapted = _initial_model(name, config, inputs, groups)
-    data = Data(groups, held_out, reference)
+        check_groups(name, everything, inputs.selection.num_rows)
+    model, adapted = _initial_model(name, config, inputs, extremes)
+    data = Data(everything[trained], everything[held_out], probes(table))
     loop = Loop(name, config, model, data, product, accelerator, starts_as_reference=_starts_as_reference(inputs))
     metrics = loop.run()
     state = loop.whole_state() if loop.sharded else None
     if accelerator.is_main_process:
         if state is not None:  # into a network that is whole
-            model, adapted = _initial_model(name, config, inputs, groups)
+            model, adapted = _initial_model(name, config, inputs, extremes)
             model.load_state_dict(state)
         if adapted is not None:
             from cpo_pipe.trainer.lora import merged
@@ -152,7 +189,7 @@ def _make(name: str, config: Training, store: Store, inputs: Inputs, product: Pr
             pq.write_table(metrics_table(metrics), folder.path / METRICS_FILE)
             folder.facts["fingerprint"] = model_fingerprint(folder.path, sha256_file)
             folder.facts["seconds"] = sum(row["seconds"] for row in metrics)
-            folder.facts["groups"] = len(groups)
+            folder.facts["groups"] = len(trained)
             folder.facts["computed"] = loop.facts
         shutil.rmtree(product.in_progress, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -161,69 +198,51 @@ def _make(name: str, config: Training, store: Store, inputs: Inputs, product: Pr
     log.info("train %s: %d steps in %s, loss %.4f", name, config.steps, product.name, metrics[-1]["loss"])
 
 
-def _held_out(name: str, config: Training, groups: Sequence["Group"]) -> tuple[Sequence["Group"], Sequence["Group"]]:
-    """What is trained on, and what is only measured: chosen by hash, so that more rows move few.
+def _held_out(name: str, config: Training, groups: pa.Table) -> tuple["Ints", "Ints"]:
+    """Which groups are trained on, and which only measured: chosen by hash, so that more rows move few."""
+    from cpo_pipe.trainer.tables import Lengths
 
-    Groups of K = 1 are trained on only where the MLE loss has a use for them.
-    """
-    useful = [group for group in groups if len(group.candidates) > 1 or config.objective == "mle" or config.mle_weight]
-    if not useful:
-        raise InputError(f"train.{name}: nothing to train on: no example, or no group with a negative that was kept")
-    if config.held_out >= len(useful):
-        raise InputError(f"train.{name}.held_out is {config.held_out}, but there are only {len(useful)} groups")
-    several = [group for group in useful if len(group.candidates) > 1 or config.objective == "mle"]
-    by_hash = sorted(several, key=lambda group: hashlib.sha256(f"held out {group.example_id}".encode()).digest())
-    chosen = {group.example_id for group in by_hash[: config.held_out]}
+    if config.held_out >= groups.num_rows:
+        raise InputError(f"train.{name}.held_out is {config.held_out}, but there are only {groups.num_rows} groups")
+    several = Lengths.of(groups).size_G > (0 if config.objective == "mle" else 1)
+    ids = (example_id for chunk in groups["example_id"].chunks for example_id in chunk.to_pylist())
+    hashes = (
+        (hashlib.sha256(f"held out {example_id}".encode()).digest(), row)
+        for row, example_id in enumerate(ids)
+        if several[row]
+    )
+    chosen = np.array(sorted(row for _, row in heapq.nsmallest(config.held_out, hashes)), np.int64)
     if len(chosen) < config.held_out:
         raise InputError(f"train.{name}.held_out is {config.held_out}, but only {len(chosen)} groups have a negative")
-    trained = [group for group in useful if group.example_id not in chosen]
-    if config.objective != "mle" and all(len(group.candidates) == 1 for group in trained):
+    trained = np.setdiff1d(np.arange(groups.num_rows), chosen)
+    if not several[trained].any():
         raise InputError(f"train.{name}: no group with a negative is left to train on; lower train.{name}.held_out")
-    return trained, [group for group in useful if group.example_id in chosen]
+    return trained, chosen
 
 
-def _groups(name: str, config: Training, inputs: Inputs) -> list["Group"]:
-    """All groups of the selection; for mle those of the target alone."""
-    from cpo_pipe.trainer.groups import groups_from_examples, read_groups
-
-    if inputs.groups is None:
-        groups = groups_from_examples(inputs.selection)
-    else:
-        groups = read_groups(inputs.groups, inputs.selection)
-        alone = sum(len(group.candidates) == 1 for group in groups)
-        if alone:
-            log.info("train %s: %d of %d groups have K = 1 and leave the listwise loss", name, alone, len(groups))
-    for model in (inputs.init, inputs.reference):
-        if isinstance(model, Model) and groups:
-            _check_fits(name, groups, model.name, model.context(), model.vocabulary())
-    return groups
-
-
-def _check_fits(name: str, groups: Sequence["Group"], model: str, context: int | None, vocabulary: int | None) -> None:
-    longest = max(groups, key=lambda group: group.tokens())
-    if context is not None and longest.tokens() > context:
+def _check_fits(name: str, groups: "Extremes", model: str, context: int | None, vocabulary: int | None) -> None:
+    if context is not None and groups.longest > context:
         raise InputError(
-            f"train.{name}: example {longest.example_id} has {longest.tokens()} tokens and the context of {model} is "
+            f"train.{name}: example {groups.longest_in} has {groups.longest} tokens and the context of {model} is "
             f"{context}: lower data.max_prompt_tokens and data.max_target_tokens (or negatives.max_new_tokens)"
         )
-    for group in groups:
-        largest = max(max(ids) for ids in (group.prompt_ids, *group.candidates))
-        if vocabulary is not None and largest >= vocabulary:
-            raise InputError(
-                f"train.{name}: a candidate of example {group.example_id} has the token id {largest}, but {model} has "
-                f"{vocabulary}: its generator has another vocabulary"
-            )
+    if vocabulary is not None and groups.largest >= vocabulary:
+        raise InputError(
+            f"train.{name}: a candidate of example {groups.largest_in} has the token id {groups.largest}, but {model} "
+            f"has {vocabulary}: its generator has another vocabulary"
+        )
 
 
-def _reference(config: Training, store: Store, inputs: Inputs, groups: Sequence["Group"]) -> "ReferenceLogprobs":
-    from cpo_pipe.trainer.groups import read_reference
-    from cpo_pipe.trainer.logprobs import cached_logprobs
+def _reference(
+    config: Training, store: Store, inputs: Inputs, groups: pa.Table, executor: Executor
+) -> "NDArray[np.float64] | None":
+    from cpo_pipe.trainer.logprobs import cached_logprobs, read_logprobs
 
     if inputs.reference is None:
-        return {}
-    pairs = [(group.example_id, group.prompt_ids, group.candidates) for group in groups]
-    rows = cached_logprobs(store, inputs.reference, config.dtype, pairs, config.attention, config.micro_batch_tokens)
-    return read_reference(rows, groups)
+        return None
+    how = config.attention, config.micro_batch_tokens
+    rows = cached_logprobs(store, inputs.reference, config.dtype, groups, executor, *how)
+    return read_logprobs(rows, groups)
 
 
 def _starts_as_reference(inputs: Inputs) -> bool:
@@ -239,7 +258,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def _initial_model(
-    name: str, config: Training, inputs: Inputs, groups: Sequence["Group"]
+    name: str, config: Training, inputs: Inputs, extremes: "Extremes"
 ) -> tuple["PreTrainedModel", "PeftModel | None"]:
     """The network to train, in float32 and with all dropout off; and the same with its adapters, if it gets any."""
     import torch
@@ -251,7 +270,7 @@ def _initial_model(
         model = scratch_model(inputs.init, inputs.tokenizer)
         settings = model.config.get_text_config()
         context = getattr(settings, "max_position_embeddings", None)
-        _check_fits(name, groups, "the scratch model", context, settings.vocab_size)
+        _check_fits(name, extremes, "the scratch model", context, settings.vocab_size)
     model.train(False)
     if config.lora is None:
         return model, None

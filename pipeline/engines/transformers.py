@@ -1,21 +1,49 @@
 """Sampling with `transformers.generate`, on any machine."""
 
-from collections.abc import Sequence
+import inspect
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from cpo_pipe.data.models import Model
 from cpo_pipe.pipeline.engines.base import Request, Sample, Sampling
 
+log = logging.getLogger(__name__)
+
 BATCH_TOKENS = 1 << 14
 """Tokens of all samples decoded side by side, prompts and limits together: bounds the memory of the KV cache."""
 
+SEGMENT = 8
+"""Tokens decoded between two looks at which rows have ended: those leave the batch."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How rows are computed side by side."""
+
+    share: bool
+    """A prompt is computed once for all its rows, whose caches start as copies of its own."""
+    pad: bool
+    """Prompts of unlike length, the shorter padded on the left; otherwise only equally long ones."""
+
+
+PLAIN = Way(share=False, pad=False)
+WAYS = {
+    Way(share=True, pad=True): "a prompt is computed once for all its samples",
+    Way(share=True, pad=False): "only prompts of one length are computed side by side",
+    PLAIN: "every sample computes its prompt anew, beside prompts of its length only",
+}
+"""From the fastest to the one that asks nothing of a model, in words."""
+
 
 class TransformersEngine:
-    """Samples row by row with a seed of its own, in batches of left-padded prompts."""
+    """Samples row by row with a seed of its own, by the first way that the model computes exactly."""
 
     def __init__(self, model: Model):
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,81 +52,228 @@ class TransformersEngine:
         self._model = network.to(self._device).eval()
         # What the model's authors would sample with (a repetition penalty, say) must not leak into what was asked for.
         self._model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+        state_space = "cache_params" in inspect.signature(network.forward).parameters
+        self._cache_name = "cache_params" if state_space else "past_key_values"
+        self._way = self._first_exact()
         self.description = f"transformers {transformers.__version__}, {str(dtype).removeprefix('torch.')}"
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
         """For each request its `n` samples, in order."""
-        rows = [(request.prompt_ids, request.seed + k) for request in requests for k in range(request.n)]
-        samples: list[Sample] = []
-        longest = max(len(prompt) for prompt, _ in rows) + sampling.max_new_tokens
-        size = max(1, BATCH_TOKENS // longest)
-        for start in range(0, len(rows), size):
-            samples += self._decode(rows[start : start + size], sampling)
-        flat = iter(samples)
-        return [[next(flat) for _ in range(request.n)] for request in requests]
+        rows = [(tuple(request.prompt_ids), request.seed + k) for request in requests for k in range(request.n)]
+        # Long prompts first, equal ones together: little padding, and what needs the most memory is known at once.
+        order = sorted(range(len(rows)), key=lambda row: (-len(rows[row][0]), rows[row][0]))
+        samples: dict[int, Sample] = {}
+        for batch in self._batches([len(rows[row][0]) for row in order], sampling.max_new_tokens):
+            chosen = order[batch]
+            choice = SeededChoice([rows[row][1] for row in chosen], sampling, self._device)
+            self._decode([rows[row][0] for row in chosen], choice, self._way)
+            samples.update(zip(chosen, choice.samples(), strict=True))
+        numbers = iter(range(len(rows)))
+        return [[samples[next(numbers)] for _ in range(request.n)] for request in requests]
+
+    def _batches(self, lengths: Sequence[int], new_tokens: int) -> Iterator[slice]:
+        """Rows to decode side by side, of rows whose prompts have these lengths, the longest first."""
+        start = 0
+        while start < len(lengths):
+            end = min(start + max(1, BATCH_TOKENS // (lengths[start] + new_tokens)), len(lengths))
+            if not self._way.pad:
+                end = start + lengths[start:end].count(lengths[start])
+            yield slice(start, end)
+            start = end
+
+    def _first_exact(self) -> Way:
+        """The first way whose log-probs are those of the plain one; says so where that is not the fastest.
+
+        By trying, since no list of architectures knows the next one: two prompts of two samples each, of given tokens,
+        one of which ends before the others, so that caches are copied, cut and gone on with.
+        """
+        stop, tolerance = 1, 1e-4 if self._model.dtype == torch.float32 else 5e-2
+        prompts = [(2, 3, 4, 5, 6, 7)] * 2 + [(5, 3)] * 2
+        given = [[2, 3, 4, 5, 6], [stop, 2, 2, 2, 2], [4, 2, 5, 3, 6], [6, 5, 4, 3, 2]]
+
+        def logprobs(way: Way) -> torch.Tensor:
+            found = []
+            for part in [slice(0, 4)] if way.pad else [slice(0, 2), slice(2, 4)]:
+                choice = GivenChoice(given[part], [stop], self._device)
+                self._decode(prompts[part], choice, way, segment=2)
+                found += [sample.logprob for sample in choice.samples()]
+            return torch.tensor(found)
+
+        expected, why = logprobs(PLAIN), ""
+        for way in WAYS:
+            try:
+                error = ((logprobs(way) - expected) / expected.abs().clamp(min=1)).abs().max().item()
+                if error < tolerance:
+                    break
+                why = f"else log-probs were wrong by {error:.1%}"
+            except Exception as refusal:  # whatever a model says whose cache is of another kind
+                why = f"{type(refusal).__name__}: {refusal}".splitlines()[0]
+        if why:
+            log.info("engine transformers: %s (%s)", WAYS[way], why)
+        return way
 
     @torch.inference_mode()
-    def _decode(self, rows: Sequence[tuple[Sequence[int], int]], sampling: Sampling) -> list[Sample]:
-        width = max(len(prompt) for prompt, _ in rows)
-        pad = sampling.stop_ids[0] if sampling.stop_ids else 0
-        input_ids = torch.full((len(rows), width), pad)
-        mask = torch.zeros_like(input_ids)
-        for row, (prompt, _) in enumerate(rows):
-            input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        choose = SeededChoice([seed for _, seed in rows], sampling, self._device)
-        output = self._model.generate(
-            input_ids.to(self._device),
-            attention_mask=mask.to(self._device),
-            logits_processor=LogitsProcessorList([choose]),
+    def _decode(self, prompts: Sequence[tuple[int, ...]], choice: "Choice", way: Way, segment: int = SEGMENT) -> None:
+        """Continue each row's prompt; `choice` then has the samples.
+
+        Shapes: B rows, of which R go on; U distinct prompts, P tokens of the longest.
+        """
+        distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+        width = max(map(len, distinct))
+        ids_UP = torch.zeros(len(distinct), width, dtype=torch.long)
+        mask_UP = torch.zeros_like(ids_UP)
+        for prompt, number in distinct.items():
+            ids_UP[number, width - len(prompt) :] = torch.tensor(prompt)
+            mask_UP[number, width - len(prompt) :] = 1
+        ids_UP, mask_UP = ids_UP.to(self._device), mask_UP.to(self._device)
+        prompt_B = torch.tensor([distinct[prompt] for prompt in prompts], device=self._device)
+        ids, mask, cache = ids_UP[prompt_B], mask_UP[prompt_B], None
+        if way.share and len(prompts) > len(distinct) and width > 1:
+            # All but the last token, with which each row then goes on: its first new token is a step like the others.
+            cache = self._generate(ids_UP[:, :-1], mask_UP[:, :-1], 1)
+            cache.reorder_cache(prompt_B)  # meant for beams, and thus known to caches of every kind
+            ids = ids[:, -1:]
+        while True:
+            steps = min(segment, choice.remaining) if way.share else choice.remaining
+            cache = self._generate(ids, mask, steps, choice, cache)
+            going_R = choice.drop_ended()
+            if not len(going_R) or not choice.remaining:
+                return
+            if len(going_R) < len(mask):
+                cache.reorder_cache(going_R)
+            ids, mask = choice.last(), torch.nn.functional.pad(mask[going_R], (0, steps), value=1)
+
+    def _generate(
+        self, ids: torch.Tensor, mask: torch.Tensor, steps: int, choice: "Choice | None" = None, cache: Any = None
+    ) -> Any:
+        """Decode `steps` tokens, fewer if all rows end before.
+
+        Args:
+            ids: What the cache does not hold yet of the rows' tokens, (R, tokens).
+            mask: 1 for what is not padding, (R, tokens in the cache and in `ids`).
+            steps: How many tokens.
+            choice: What chooses them; None for whichever.
+            cache: That of the tokens before `ids`; changed.
+
+        Returns:
+            The cache, without the last token chosen.
+        """
+        return self._model.generate(
+            ids,
+            attention_mask=mask,
+            logits_processor=[choice] if choice else [],
+            stopping_criteria=[AllEnded(choice)] if choice else [],
             generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
-                do_sample=False,  # `choose` has sampled: what it leaves is one token a row
-                max_new_tokens=sampling.max_new_tokens,
-                eos_token_id=list(sampling.stop_ids) or None,
-                pad_token_id=pad,
+                do_sample=False,  # `choice` has sampled: what it leaves is one token a row
+                max_new_tokens=steps,
+                return_dict_in_generate=True,
             ),
-        )
-        logprobs = torch.stack(choose.logprobs, 1).double().cpu()
-        return [
-            _finish(ids, logprob, sampling) for ids, logprob in zip(output[:, width:].tolist(), logprobs, strict=True)
-        ]
+            **({} if cache is None else {self._cache_name: cache}),
+        ).past_key_values
 
 
-def _finish(token_ids: list[int], logprobs: torch.Tensor, sampling: Sampling) -> Sample:
-    """Cut a row of the batch where its own text ended."""
-    end = next((at + 1 for at, token in enumerate(token_ids) if token in sampling.stop_ids), None)
-    length = end if end is not None else len(token_ids)
-    reason = "stop" if end is not None else "length"
-    return Sample(token_ids[:length], reason, float(logprobs[:length].sum()))
+class Choice(LogitsProcessor, ABC):
+    """Chooses each row's next token and keeps it with its log-prob.
 
-
-class SeededChoice(LogitsProcessor):
-    """Chooses each row's next token with that row's own random numbers, so that no row depends on its batch.
-
-    Shapes: B rows, V vocabulary, k of top-k. After the choice the scores of all other tokens are −inf.
+    Shapes: B rows, of which R are still decoded; T tokens at most, V vocabulary.
     """
 
+    def __init__(self, rows: int, tokens: int, stop_ids: Sequence[int], device: torch.device):
+        self.stop_ids = stop_ids
+        self.remaining = tokens
+        """Steps that are left."""
+        self.ended_R = torch.zeros(rows, dtype=torch.bool, device=device)
+        """Whether a row has an end token; what it goes on with is not looked at."""
+        self._row_R = torch.arange(rows, device=device)
+        self._stop_ids = torch.tensor(stop_ids, dtype=torch.long, device=device)
+        self._token_BT = torch.zeros(rows, tokens, dtype=torch.long, device=device)
+        self._logprob_BT = torch.zeros(rows, tokens, device=device)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Scores (R, V) in, scores with one finite entry per row out."""
+        scores_RV, step = scores.float(), self._step
+        token_R = self.choose(scores_RV, self._row_R, step)
+        self._token_BT[self._row_R, step] = token_R
+        self._logprob_BT[self._row_R, step] = scores_RV.log_softmax(-1).gather(-1, token_R[:, None]).squeeze(-1)
+        self.ended_R |= torch.isin(token_R, self._stop_ids)
+        self.remaining -= 1
+        chosen = torch.full_like(scores, float("-inf"))
+        return chosen.scatter_(-1, token_R[:, None], 0.0)  # type: ignore[return-value]
+
+    @abstractmethod
+    def choose(self, scores_RV: torch.Tensor, row_R: torch.Tensor, step: int) -> torch.Tensor:
+        """The tokens (R,) that rows `row_R` go on with."""
+
+    def last(self) -> torch.Tensor:
+        """The tokens chosen last, (R, 1)."""
+        return self._token_BT[self._row_R, self._step - 1, None]
+
+    def drop_ended(self) -> torch.Tensor:
+        """Leave out the rows that have ended; returns the places (R after) of the others among those before."""
+        going = (~self.ended_R).nonzero().squeeze(-1)
+        self._row_R, self.ended_R = self._row_R[going], self.ended_R[going]
+        return going
+
+    def samples(self) -> list[Sample]:
+        """One of each row, in order."""
+        rows = zip(self._token_BT.tolist(), self._logprob_BT.double().cpu(), strict=True)
+        return [_finish(token_ids, logprobs, self.stop_ids) for token_ids, logprobs in rows]
+
+    @property
+    def _step(self) -> int:
+        return self._token_BT.shape[1] - self.remaining
+
+
+class AllEnded(StoppingCriteria):
+    """Ends decoding with the last of the rows; one that has ended goes on until then or until it is dropped."""
+
+    def __init__(self, choice: Choice):
+        self._choice = choice
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
+        """Which rows have ended, (R,)."""
+        return self._choice.ended_R  # type: ignore[return-value]
+
+
+class SeededChoice(Choice):
+    """Samples with each row's own random numbers, so that no row depends on its batch."""
+
     def __init__(self, seeds: Sequence[int], sampling: Sampling, device: torch.device):
+        super().__init__(len(seeds), sampling.max_new_tokens, sampling.stop_ids, device)
         self._sampling = sampling
-        self.logprobs: list[torch.Tensor] = []
         if sampling.temperature > 0:
             self._uniform_BT = torch.stack([_uniform(seed, sampling.max_new_tokens) for seed in seeds]).to(device)
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Scores (B, V) in, scores with one finite entry per row out; its raw log-prob is kept in `logprobs`."""
-        scores_BV = scores.float()
+    def choose(self, scores_RV: torch.Tensor, row_R: torch.Tensor, step: int) -> torch.Tensor:
+        """By temperature and top-k (k of the V tokens)."""
         if self._sampling.temperature == 0:
-            token_B = scores_BV.argmax(-1)
-        else:
-            k = min(self._sampling.top_k or scores_BV.shape[-1], scores_BV.shape[-1])
-            top_Bk, token_Bk = scores_BV.topk(k)
-            cumulative_Bk = (top_Bk.double() / self._sampling.temperature).softmax(-1).cumsum(-1)
-            draw_B1 = self._uniform_BT[:, len(self.logprobs), None] * cumulative_Bk[:, -1:]
-            place_B1 = torch.searchsorted(cumulative_Bk, draw_B1, right=True).clamp(max=k - 1)
-            token_B = token_Bk.gather(-1, place_B1).squeeze(-1)
-        self.logprobs.append(scores_BV.log_softmax(-1).gather(-1, token_B[:, None]).squeeze(-1))
-        chosen = torch.full_like(scores, float("-inf"))
-        return chosen.scatter_(-1, token_B[:, None], 0.0)  # type: ignore[return-value]
+            return scores_RV.argmax(-1)
+        k = min(self._sampling.top_k or scores_RV.shape[-1], scores_RV.shape[-1])
+        top_Rk, token_Rk = scores_RV.topk(k)
+        cumulative_Rk = (top_Rk.double() / self._sampling.temperature).softmax(-1).cumsum(-1)
+        draw_R1 = self._uniform_BT[row_R, step, None] * cumulative_Rk[:, -1:]
+        place_R1 = torch.searchsorted(cumulative_Rk, draw_R1, right=True).clamp(max=k - 1)
+        return token_Rk.gather(-1, place_R1).squeeze(-1)
+
+
+class GivenChoice(Choice):
+    """Takes the tokens it is given, (B, T)."""
+
+    def __init__(self, token_ids: list[list[int]], stop_ids: Sequence[int], device: torch.device):
+        super().__init__(len(token_ids), len(token_ids[0]), stop_ids, device)
+        self._given_BT = torch.tensor(token_ids, device=device)
+
+    def choose(self, scores_RV: torch.Tensor, row_R: torch.Tensor, step: int) -> torch.Tensor:
+        """The next of each row's."""
+        return self._given_BT[row_R, step]
+
+
+def _finish(token_ids: list[int], logprobs: torch.Tensor, stop_ids: Sequence[int]) -> Sample:
+    """Cut a row of the batch where its own text ended."""
+    end = next((at + 1 for at, token in enumerate(token_ids) if token in stop_ids), None)
+    length = end if end is not None else len(token_ids)
+    reason = "stop" if end is not None else "length"
+    return Sample(token_ids[:length], reason, float(logprobs[:length].sum()))
 
 
 def _uniform(seed: int, count: int) -> torch.Tensor:

@@ -1,6 +1,9 @@
-"""Sampling with vLLM, in process."""
+"""Sampling with vLLM, in process. Import this only where vLLM is installed."""
 
+import logging
 import os
+import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,17 +14,23 @@ from cpo_pipe.pipeline.engines.base import Request, Sample, Sampling
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "1")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # likewise read by torch
+# What it says before it has configured its logging, and what Python says about it.
+logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+
+# Here and not where they are used: something in the import keeps the stack that it was called from, and an engine on
+# that stack would never be freed.
+import torch  # noqa: E402
+from transformers import AutoConfig  # noqa: E402
+from vllm import LLM, ModelRegistry, SamplingParams, TokensPrompt, __version__  # noqa: E402
 
 CPU_CACHE_BYTES = 1 << 30
+"""Memory of the KV cache on a CPU; vLLM would take most of the machine's. Samples that do not fit wait."""
 
 
 def unsupported(model: Model) -> str | None:
     """Why vLLM does not run this model on this machine, or None if it does."""
-    import torch
-    from transformers import AutoConfig
-    from vllm import ModelRegistry
-
     config = AutoConfig.from_pretrained(model.path)
     architectures = config.architectures or ["unknown"]
     if not any(name in ModelRegistry.get_supported_archs() for name in architectures):
@@ -29,7 +38,10 @@ def unsupported(model: Model) -> str | None:
     if not torch.cuda.is_available():
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_attention_heads", None)
+        if not heads:
+            return "layers without attention on a CPU"
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
         if size not in CPUAttentionBackend.get_supported_head_sizes():
             return f"attention heads of {size} dimensions on a CPU"
     return None
@@ -38,46 +50,55 @@ def unsupported(model: Model) -> str | None:
 class VllmEngine:
     """Child k of a request uses seed + k (vLLM's own rule); prompts go in as token ids."""
 
-    def __init__(self, model: Model):
-        import torch
-        import vllm
+    def __init__(self, model: Model, context: int | None = None):
+        """Load the model.
 
+        Args:
+            model: The model.
+            context: Tokens of the longest prompt and its continuation together. None: as many as the model's context
+                and the memory of the cache allow, for which vLLM sets buffers aside.
+        """
         on_gpu = torch.cuda.is_available()
         settings: dict[str, Any] = {
             "model": str(model.path),
             "skip_tokenizer_init": True,
             "generation_config": "vllm",
             "dtype": "bfloat16" if on_gpu else "float32",
-            "enable_prefix_caching": True,
+            # A model's own context may need more memory for a single row than there is for the cache.
+            "max_model_len": -1 if context is None else context,
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
         }
         if not on_gpu:
-            # Chunked prefill kills the CPU engine on a seeded prompt that it splits; small blocks make short prompts
-            # hit the prefix cache; compiling costs more than it gives here.
+            # Chunked prefill fails on a seeded prompt that it splits; 32 is the smallest block, and only whole blocks
+            # of a prompt are shared by its samples; compiling costs more than it gives here.
             settings |= {"enable_chunked_prefill": False, "enforce_eager": True, "block_size": 32,
                          "kv_cache_memory_bytes": CPU_CACHE_BYTES}  # fmt: skip
-        self._vllm = vllm
-        self._llm = vllm.LLM(**settings)
-        self.description = f"vllm {vllm.__version__}, {settings['dtype']}"
+        set_num_threads = torch.set_num_threads
+        self._llm = LLM(**settings)
+        torch.set_num_threads = set_num_threads  # vLLM puts one there that does nothing, for the whole process
+        # Without it weights and cache stay in memory, and torch.distributed initialized, when the engine is dropped.
+        weakref.finalize(self, self._llm.llm_engine.engine_core.shutdown)
+        self.description = f"vllm {__version__}, {settings['dtype']}"
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
         """For each request its `n` samples, in order."""
         greedy = sampling.temperature == 0
         parameters = [
-            self._vllm.SamplingParams(
+            SamplingParams(
                 n=request.n,
                 seed=None if greedy else request.seed,
                 temperature=sampling.temperature,
                 top_k=0 if greedy else sampling.top_k,
                 max_tokens=sampling.max_new_tokens,
                 stop_token_ids=list(sampling.stop_ids),
+                ignore_eos=True,  # the end tokens of the model's config: only those asked for end a text
                 logprobs=0,
                 detokenize=False,
             )
             for request in requests
         ]
-        prompts = [self._vllm.TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in requests]
+        prompts = [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in requests]
         answers = self._llm.generate(prompts, parameters, use_tqdm=False)
         return [
             [Sample(list(one.token_ids), one.finish_reason, float(one.cumulative_logprob)) for one in answer.outputs]

@@ -1,24 +1,35 @@
 """Batch negatives (BN): the continuations of other training prompts (§3)."""
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
+from cpo_pipe.data.embedding import Embedder, EmbeddingMemo
 from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.executor import Make
 from cpo_pipe.data.fingerprint import Spec, row_seed
-from cpo_pipe.pipeline.engines.base import MakeRows
+from cpo_pipe.data.store import Rows
+from cpo_pipe.pipeline.negatives.rows import negative, per_example
 
 STRATEGY = "batch"
 DRAWN_AT_ONCE = 32
 """Random numbers asked for at once; fixed, so that a larger n goes on where a smaller one stopped."""
 
 
-def batch_spec(rendering: Spec, seed: int, pool: str) -> Spec:
-    """They depend on the whole pool (a hash of its ids): other rows make other negatives; no model runs for it."""
-    return {"strategy": STRATEGY, "prompt": rendering, "seed": seed, "pool": pool}
+def batch_spec(rendering: Spec, seed: int, pool: str, hardest: int = 0, embedder: Embedder | None = None) -> Spec:
+    """They depend on the whole pool (a hash of its ids): other rows make other negatives; no generator runs for it."""
+    spec: Spec = {"strategy": STRATEGY, "prompt": rendering, "seed": seed, "pool": pool}
+    return spec if embedder is None else {**spec, "hardest": hardest, "embedder": embedder.fingerprint}
+
+
+def nearest(target: str, others: Sequence[str], embed: Callable[[Sequence[str]], NDArray[np.float32]]) -> list[int]:
+    """Numbers of the other texts by falling cosine to the target; of equal ones the first drawn comes first."""
+    vectors = embed([target, *others])
+    return [int(number) for number in np.argsort(-(vectors[1:] @ vectors[0]), kind="stable")]
 
 
 class Draw:
@@ -37,8 +48,8 @@ class Draw:
         self._ids, self._prompts, self._targets = ids, prompts, targets
         self._seed = seed
 
-    def others(self, row: int, n: int) -> list[int]:
-        """The first n rows drawn for a row; a larger n only adds to a smaller one.
+    def others(self, row: int, n: int, field: str = "counts.batch") -> list[int]:
+        """The first n rows drawn for a row; a larger n only adds to a smaller one; `field` asks for so many.
 
         Raises:
             InputError: the pool has fewer than n other targets of other prompts.
@@ -61,41 +72,63 @@ class Draw:
                     break
         if len(found) < n:
             raise InputError(
-                f"negatives.counts.batch is {n}, but for example {self._ids[row]} there are only "
+                f"negatives.{field} is {n}, but for example {self._ids[row]} there are only "
                 f"{len(found)} other targets of other prompts: lower it, or give more training examples"
             )
         return found
 
 
-def maker(selection: pa.Table, seed: int) -> MakeRows:
-    """Draws from a selection (EXAMPLES schema) for its own rows."""
+@dataclass(frozen=True)
+class Borrowed:
+    """Work that gives each example of a selection targets of others."""
 
-    @cache
-    def pool() -> tuple[Draw, dict[str, int]]:
-        ids, prompts, targets = (selection[name].to_pylist() for name in ("example_id", "rendered", "target"))
-        return Draw(ids, prompts, targets, seed), {example_id: row for row, example_id in enumerate(ids)}
+    rows: Rows
+    selection: pa.Table
+    """EXAMPLES schema; the pool."""
+    seed: int
+    hardest: int = 0
+    """Of so many drawn the nearest by embedding are taken; 0: as drawn."""
+    embedder: Embedder | None = None
+    """For `hardest`."""
+    at_once: bool = False
 
-    def make(rows: list[dict[str, Any]], indices: list[list[int]]) -> list[dict[str, Any]]:
-        draw, place = pool()
-        made = []
-        for example, wanted in zip(rows, indices, strict=True):
-            others = draw.others(place[example["example_id"]], max(wanted) + 1)
-            chosen: list[dict[str, Any]] = selection.take([others[k] for k in wanted]).to_pylist()
-            for k, other in zip(wanted, chosen, strict=True):
-                made.append(
-                    {
-                        "example_id": example["example_id"],
-                        "sample_index": k,
-                        "strategy": STRATEGY,
-                        "text": other["target"],
-                        "token_ids": other["target_ids"],
-                        "finish_reason": "stop" if other["ends"] else "length",
-                        "logprob": None,
-                        "seed": row_seed(seed, example["example_id"]) + k,
-                        "generator": None,
-                        "engine": None,
-                    }
+    @property
+    def outputs(self) -> list[Rows]:
+        """The negatives."""
+        return [self.rows]
+
+    def open(self) -> Make:
+        """Index the pool."""
+        ids, prompts, targets = (self.selection[name].to_pylist() for name in ("example_id", "rendered", "target"))
+        draw = Draw(ids, prompts, targets, self.seed)
+        place = {example_id: row for row, example_id in enumerate(ids)}
+        memo = EmbeddingMemo(self.embedder) if self.embedder is not None else None
+        if memo is not None:
+            # All in one order: a vector's last digits depend on what is computed beside it, and with them the order of
+            # targets that are equal to the embedding model, such as those unlike in case only.
+            memo.add(sorted(set(targets)), "targets embedded")
+
+        def negatives_of(example: dict[str, Any], indices: list[int]) -> list[dict[str, Any]]:
+            row = place[example["example_id"]]
+            if memo is None:
+                others = draw.others(row, max(indices) + 1)
+            else:
+                drawn = draw.others(row, self.hardest, "hardest")
+                order = nearest(targets[row], [targets[other] for other in drawn], memo.encode)
+                others = [drawn[number] for number in order]
+            chosen = self.selection.take([others[k] for k in indices]).to_pylist()
+            first_seed = row_seed(self.seed, example["example_id"])
+            return [
+                negative(
+                    example,
+                    k,
+                    first_seed + k,
+                    strategy=STRATEGY,
+                    text=other["target"],
+                    token_ids=other["target_ids"],
+                    ends=other["ends"],
                 )
-        return made
+                for k, other in zip(indices, chosen, strict=True)
+            ]
 
-    return make
+        return per_example(negatives_of)

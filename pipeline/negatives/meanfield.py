@@ -3,17 +3,20 @@
 Shapes: L tokens of the target without its end token, V vocabulary.
 """
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
-from cpo_pipe.data.examples import Examples
+from cpo_pipe.data.executor import Made, Make
 from cpo_pipe.data.fingerprint import Spec, row_seed
-from cpo_pipe.data.models import Model
-from cpo_pipe.pipeline.engines.base import MakeRows
+from cpo_pipe.data.models import Model, TokenizerFiles
+from cpo_pipe.data.store import Rows
+from cpo_pipe.pipeline.missing import SAMPLE_INDICES
+from cpo_pipe.pipeline.negatives.rows import negative
 
 if TYPE_CHECKING:  # torch is imported only when there is something to make
     from torch import Tensor
@@ -67,51 +70,61 @@ def redraw(target: Sequence[int], logits_LV: "Tensor", share: float, stop_ids: S
     return drawn
 
 
-def maker(examples: Examples, model: Model, stop_ids: Sequence[int], share: float, seed: int) -> MakeRows:
-    """Draws tokens of the targets of examples again."""
+@dataclass(frozen=True)
+class Redrawn:
+    """Work that draws tokens of the targets of examples again."""
 
-    @cache
-    def network() -> "PreTrainedModel":
+    rows: Rows
+    model: Model
+    tokenizer: TokenizerFiles
+    stop_ids: Sequence[int]
+    share: float
+    seed: int
+    at_once: bool = False
+
+    @property
+    def outputs(self) -> list[Rows]:
+        """The negatives."""
+        return [self.rows]
+
+    def open(self) -> Make:
+        """Load the model and the tokenizer."""
         import torch
 
-        loaded: PreTrainedModel = model.load(torch.float32).train(False)
-        loaded.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-        return loaded
+        network: PreTrainedModel = self.model.load(torch.float32).train(False)
+        network.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+        tokenizer = self.tokenizer.load()
+        engine = f"transformers {version('transformers')}, float32"
 
-    tokenizer = cache(examples.tokenizer.load)
-    engine = f"transformers {version('transformers')}, float32"
+        def negatives_of(example: dict[str, Any], whole: list[int], logits_LV: "Tensor | None") -> Iterator[Any]:
+            first_seed = row_seed(self.seed, example["example_id"])
+            for k in example[SAMPLE_INDICES]:
+                ids: list[int] = []  # of an empty target
+                if logits_LV is not None:
+                    ids = redraw(whole, logits_LV, self.share, self.stop_ids, first_seed + k)
+                yield negative(
+                    example,
+                    k,
+                    first_seed + k,
+                    strategy=STRATEGY,
+                    text=str(tokenizer.decode(ids, skip_special_tokens=True)),
+                    token_ids=[*ids, *example["target_ids"][len(whole) :]],
+                    ends=example["ends"],
+                    generator=self.model.fingerprint,
+                    engine=engine,
+                )
 
-    def make(rows: list[dict[str, Any]], indices: list[list[int]]) -> list[dict[str, Any]]:
-        wholes = [row["target_ids"][:-1] if row["ends"] else row["target_ids"] for row in rows]
-        made = []
-        for numbers in _passes([len(row["prompt_ids"]) + len(row["target_ids"]) for row in rows], network()):
-            full = [number for number in numbers if wholes[number]]
-            found = target_logits(network(), [rows[n]["prompt_ids"] for n in full], [wholes[n] for n in full])
-            logits = dict(zip(full, found, strict=True))
-            for number in numbers:
-                example = rows[number]
-                for k in indices[number]:
-                    drawn_with = row_seed(seed, example["example_id"]) + k
-                    ids = (
-                        redraw(wholes[number], logits[number], share, stop_ids, drawn_with) if number in logits else []
-                    )
-                    made.append(
-                        {
-                            "example_id": example["example_id"],
-                            "sample_index": k,
-                            "strategy": STRATEGY,
-                            "text": tokenizer().decode(ids, skip_special_tokens=True),
-                            "token_ids": [*ids, *example["target_ids"][len(wholes[number]) :]],
-                            "finish_reason": "stop" if example["ends"] else "length",
-                            "logprob": None,
-                            "seed": drawn_with,
-                            "generator": model.fingerprint,
-                            "engine": engine,
-                        }
-                    )
-        return made
+        def make(batch: pa.Table) -> Iterator[Made]:
+            examples = batch.to_pylist()
+            wholes = [e["target_ids"][:-1] if e["ends"] else e["target_ids"] for e in examples]
+            for numbers in _passes([len(e["prompt_ids"]) + len(e["target_ids"]) for e in examples], network):
+                full = [number for number in numbers if wholes[number]]
+                prompts, targets = [examples[n]["prompt_ids"] for n in full], [wholes[n] for n in full]
+                logits = dict(zip(full, target_logits(network, prompts, targets), strict=True)) if full else {}
+                rows = [row for n in numbers for row in negatives_of(examples[n], wholes[n], logits.get(n))]
+                yield Made([rows], len(rows))
 
-    return make
+        return make
 
 
 def _passes(lengths: Sequence[int], model: "PreTrainedModel") -> list[list[int]]:

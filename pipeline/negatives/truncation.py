@@ -1,14 +1,16 @@
 """Truncation negatives (TN): the target cut at a random place, with an end token behind it (§3)."""
 
-from functools import cache
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cpo_pipe.data.examples import Examples
+from cpo_pipe.data.executor import Make
 from cpo_pipe.data.fingerprint import Spec, row_seed
+from cpo_pipe.data.models import TokenizerFiles
+from cpo_pipe.data.store import Rows
 from cpo_pipe.data.templates import eos_token_id
-from cpo_pipe.pipeline.engines.base import MakeRows
+from cpo_pipe.pipeline.negatives.rows import negative, per_example
 
 STRATEGY = "truncation"
 
@@ -32,31 +34,40 @@ def cuts(example_id: str, tokens: int, n: int, seed: int) -> list[int]:
     return [int(order[k % len(order)]) for k in range(n)]
 
 
-def maker(examples: Examples, seed: int) -> MakeRows:
-    """Cuts the targets of examples."""
-    tokenizer = cache(examples.tokenizer.load)
+@dataclass(frozen=True)
+class Truncated:
+    """Work that cuts the targets of examples."""
 
-    def make(rows: list[dict[str, Any]], indices: list[list[int]]) -> list[dict[str, Any]]:
-        made = []
-        for example, wanted in zip(rows, indices, strict=True):
+    rows: Rows
+    tokenizer: TokenizerFiles
+    seed: int
+    at_once: bool = False
+
+    @property
+    def outputs(self) -> list[Rows]:
+        """The negatives."""
+        return [self.rows]
+
+    def open(self) -> Make:
+        """Load the tokenizer."""
+        tokenizer = self.tokenizer.load()
+        end = eos_token_id(tokenizer)
+
+        def negatives_of(example: dict[str, Any], indices: list[int]) -> list[dict[str, Any]]:
             whole = example["target_ids"][:-1] if example["ends"] else example["target_ids"]
-            places = cuts(example["example_id"], len(whole), max(wanted) + 1, seed)
-            for k in wanted:
-                kept = whole[: places[k]]
-                made.append(
-                    {
-                        "example_id": example["example_id"],
-                        "sample_index": k,
-                        "strategy": STRATEGY,
-                        "text": tokenizer().decode(kept, skip_special_tokens=True),
-                        "token_ids": [*kept, eos_token_id(tokenizer())],
-                        "finish_reason": "stop",
-                        "logprob": None,
-                        "seed": row_seed(seed, example["example_id"]) + k,
-                        "generator": None,
-                        "engine": None,
-                    }
+            places = cuts(example["example_id"], len(whole), max(indices) + 1, self.seed)
+            first_seed = row_seed(self.seed, example["example_id"])
+            return [
+                negative(
+                    example,
+                    k,
+                    first_seed + k,
+                    strategy=STRATEGY,
+                    text=str(tokenizer.decode(whole[: places[k]], skip_special_tokens=True)),
+                    token_ids=[*whole[: places[k]], end],
+                    ends=True,
                 )
-        return made
+                for k in indices
+            ]
 
-    return make
+        return per_example(negatives_of)

@@ -15,7 +15,7 @@ from torch import Tensor
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.trainer.scorer import ORDER, Scorer, choose
 from tests.trainer.architectures import ARCHITECTURES, make
-from tests.trainer.test_scorer import GROUPS, gradients, naive, ours
+from tests.trainer.test_scorer import GROUPS, PROBES, gradients, naive, ours
 
 Measured = tuple[Tensor, Tensor]
 """Log-probs of all tokens, and the gradient, each in one row."""
@@ -41,11 +41,11 @@ def row(name: str) -> str:
     with torch.autocast("cpu", torch.bfloat16):
         rough = measure(model, naive(model, GROUPS[0]))
     scorer = Scorer(model)
-    choice = choose(name, scorer, GROUPS)
+    choice = choose(name, scorer, PROBES)
     cells = []
     for attention in ORDER["cpu"][:-1]:
         try:
-            choose(name, scorer, GROUPS, attention)
+            choose(name, scorer, PROBES, attention)
             cells.append(errors(measure(model, ours(scorer, GROUPS[0])), truth))
         except InputError as refusal:
             reason = str(refusal).split("this model: ")[1].removesuffix("; use auto")

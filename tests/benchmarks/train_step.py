@@ -22,6 +22,7 @@ import transformers
 import trl
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from cpo_pipe.data.executor import LocalExecutor
 from cpo_pipe.data.fingerprint import candidate_id
 from cpo_pipe.data.models import locate_model, locate_tokenizer
 from cpo_pipe.data.recipe import Training
@@ -101,20 +102,15 @@ def make_ours(groups: Sequence[Texts], checkpointing: bool, accumulate: bool = F
     scorer.set_checkpointing(checkpointing)
     scorer.set_attention("cascade")
     typed = [
-        Group(str(number), prompt, [str(j) for j in range(len(candidates))], candidates, None)
-        for number, (prompt, candidates) in enumerate(groups)
+        Group(str(number), list(prompt), [list(ids) for ids in candidates], None, logprobs)
+        for number, ((prompt, candidates), logprobs) in enumerate(zip(groups, reference(groups), strict=True))
     ]
-    logprobs = {
-        (str(number), str(j)): (value, len(groups[number][1][j]))
-        for number, values in enumerate(reference(groups))
-        for j, value in enumerate(values)
-    }
 
     def step(index: int) -> int:
         if not accumulate:
             scorer.zero_grad(set_to_none=True)
         packed = scorer.pack([objective.texts(CONFIG, typed[index])])
-        figures = objective.figures(CONFIG, [typed[index]], packed.per_group(scorer(packed)), logprobs)
+        figures = objective.figures(CONFIG, [typed[index]], packed.per_group(scorer(packed)))
         objective.loss(CONFIG, figures, Normalizers.of(CONFIG, [typed[index]])).backward()  # type: ignore[no-untyped-call]
         return packed.tokens()
 
@@ -238,7 +234,7 @@ def loop() -> None:
         )  # fmt: skip
         inputs = Inputs(locate_tokenizer(str(folder), store), model, selection, rows, model)
         config = Training(init="m", objective="cpo", reference="m", steps=steps, batch_size=len(groups), beta=0.1)
-        product = train("benchmark", config, store, inputs)
+        product = train("benchmark", config, store, inputs, None, LocalExecutor())
         # The first and the last step measure samples, too.
         taken = pq.read_table(product.path / METRICS_FILE)["seconds"].to_pylist()[1:-1]
     ours = make_ours(groups, False)

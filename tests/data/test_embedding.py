@@ -27,7 +27,7 @@ def test_vectors_are_those_of_the_plain_library(store: Store) -> None:
     embedder = locate_embedder("minilm", store)
     plain = SentenceTransformer(str(embedder.path)).encode(TEXTS, normalize_embeddings=True)
 
-    vectors = embedder.encode(TEXTS, batch_size=2)
+    vectors = embedder.encode(TEXTS)
 
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(vectors, plain, atol=1e-5)

@@ -68,7 +68,7 @@ def test_an_unknown_key_gets_the_nearest_known_one(sections: dict[str, Any], whe
 
 def test_an_unknown_key_like_none_gets_all_known_ones() -> None:
     assert refusal(rank={"zzz": 1}) == "rank.zzz is not a known key; known are model, drop_duplicates, batch_size"
-    assert refusal(zzz=1).endswith("known are name, data, train, negatives, rank, evaluate")
+    assert refusal(zzz=1).endswith("known are name, data, apis, train, negatives, rank, evaluate")
 
 
 def test_nearest() -> None:
@@ -295,3 +295,17 @@ def test_every_field_is_described() -> None:
     sections = [Recipe, *Section.__subclasses__()]
     undescribed = [f"{s.__name__}.{name}" for s in sections for name, f in s.model_fields.items() if not f.description]
     assert undescribed == []
+
+
+API = {"url": "http://127.0.0.1:1/v1", "model": "m"}
+
+
+def test_an_api_key_in_the_recipe_is_refused_and_not_shown() -> None:
+    said = refusal(apis={"gpt": {**API, "key": "sk-proj-secret"}})
+    assert said.endswith("key must be the name of an environment variable, in capitals; never the key itself")
+    assert "secret" not in said
+
+
+def test_an_api_where_weights_are_needed_is_refused_before_it_is_paid() -> None:
+    train = {"cpo": {"init": "gpt", "objective": "mle"}}
+    assert "train.cpo names gpt, which is an API" in refusal(apis={"gpt": API}, train=train)

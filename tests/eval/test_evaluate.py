@@ -12,14 +12,15 @@ import pytest
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.examples import Examples
+from cpo_pipe.data.executor import LocalExecutor
 from cpo_pipe.data.fingerprint import example_id
 from cpo_pipe.data.models import Model, locate_model, locate_tokenizer
 from cpo_pipe.data.recipe import GROUND_TRUTH, Evaluate
 from cpo_pipe.data.schemas import EXAMPLES, METRICS
 from cpo_pipe.data.store import Store
-from cpo_pipe.eval import evaluate as stage
 from cpo_pipe.eval.evaluate import Evaluation, evaluate
 from cpo_pipe.eval.mauve import MIN_TEXTS
+from cpo_pipe.pipeline.engines import base
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"]
 
@@ -70,6 +71,7 @@ class Bench:
             max_new_tokens=max_new_tokens,
             ranker=ranker,
             target_nll=nll,
+            executor=LocalExecutor(),
         )
 
 
@@ -131,7 +133,7 @@ def test_outputs_are_what_the_model_writes(bench: Bench) -> None:
 
 def test_a_second_run_makes_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     first = bench.run(decodings=DECODINGS)
-    monkeypatch.setattr(stage, "open_engine", no_engine)
+    monkeypatch.setattr(base, "open_engine", no_engine)
     again = bench.run(decodings=DECODINGS, nll=no_engine)
     assert again.product.path == first.product.path
     assert again.metrics().equals(first.metrics())
@@ -139,7 +141,7 @@ def test_a_second_run_makes_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatc
 
 def test_other_figures_reuse_the_outputs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     first = bench.run()
-    monkeypatch.setattr(stage, "open_engine", no_engine)
+    monkeypatch.setattr(base, "open_engine", no_engine)
     assert bench.run(bootstrap=300).product.path != first.product.path
     assert bench.run(examples=5).metrics()["n"].unique().to_pylist() == [5]
     assert bench.run(baseline="two").product.path != first.product.path
@@ -150,7 +152,7 @@ def test_the_seed_changes_samples_but_not_greedy_outputs(bench: Bench, monkeypat
     two = bench.run(decodings=DECODINGS, seed=1).outputs().to_pylist()
     sampled = [a["text"] == b["text"] for a, b in zip(one, two, strict=True) if a["decoding"] == "top-k"]
     assert not all(sampled)
-    monkeypatch.setattr(stage, "open_engine", no_engine)
+    monkeypatch.setattr(base, "open_engine", no_engine)
     bench.run(seed=2)  # greedy only: nothing to make
 
 
@@ -226,7 +228,7 @@ def test_a_target_that_does_not_fit_is_refused_before_anything_is_made(
     whole = Bench(tmp_path / "one", {"one": new_model()}, 3).examples.read("test")
     longest = max(len(row["prompt_ids"] + row["target_ids"]) for row in whole.to_pylist())
     assert longest > max(len(row["prompt_ids"]) for row in whole.to_pylist()) + 2  # there is room to write
-    monkeypatch.setattr(stage, "open_engine", no_engine)
+    monkeypatch.setattr(base, "open_engine", no_engine)
     bench = Bench(tmp_path / "two", {"one": new_model(max_position_embeddings=longest - 1)}, 3)
     message = (
         rf"evaluate.split is test, whose longest prompt and target together have {longest} tokens, but the context"
@@ -270,7 +272,7 @@ def test_a_killed_evaluation_keeps_its_outputs(bench: Bench, monkeypatch: pytest
 
     with pytest.raises(KeyboardInterrupt):
         bench.run(nll=killed)
-    monkeypatch.setattr(stage, "open_engine", no_engine)
+    monkeypatch.setattr(base, "open_engine", no_engine)
     assert bench.run().product.complete()
 
 
@@ -288,7 +290,8 @@ model = locate_model({model!r}, store)
 product, tokenizer = store.product("examples", {{"count": 12}}), locate_tokenizer({model!r}, store)
 examples = Examples(product, tokenizer, {{"template": "plain"}})
 config = Evaluate.model_validate(json.loads({config!r}))
-result = evaluate(config, store, examples, {{"one": model}}, max_new_tokens=6, ranker=None, target_nll=None)
+nothing = dict(ranker=None, target_nll=None, executor=None)
+result = evaluate(config, store, examples, {{"one": model}}, max_new_tokens=6, **nothing)
 print(result.metrics().num_rows, [name for name in {heavy} if name in sys.modules])
 """
 HEAVY = ("torch", "transformers", "sentence_transformers", "sklearn", "scipy")

@@ -8,7 +8,8 @@ import pytest
 
 from cpo_pipe.data.recipe import GROUND_TRUTH
 from cpo_pipe.data.schemas import EXAMPLES, GROUPS, METRICS
-from cpo_pipe.eval.report import MAX_EXAMPLES, ReportData, print_table, visible, write_report
+from cpo_pipe.eval.report import MAX_EXAMPLES, ReportData, print_quality, print_table, shows, visible, write_report
+from cpo_pipe.pipeline.quality import QUALITY
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> & \"'> {{ 7 * 7 }} \x1b[31m\x00 \u202egnihtemos $x$"
 
@@ -38,6 +39,26 @@ def group(example_id: str, text: str = "") -> dict[str, Any]:
     return {"example_id": example_id, "prompt_ids": [1], "candidates": candidates}
 
 
+def bins(*counts: int) -> list[dict[str, Any]]:
+    """A histogram of bins of a quarter."""
+    return [{"low": n / 4, "high": (n + 1) / 4, "count": count} for n, count in enumerate(counts, 1)]
+
+
+def strategy(name: str, **figures: Any) -> dict[str, Any]:
+    """Figures of a strategy's negatives; without reference log-probs."""
+    measured = {"made": 1200, "kept": 4, "copies": 0.25, "alone": 0.0, "tokens": 12.5, "length_ratio": 0.75,
+                "longer": 0.5, "longest": 0.625, "chance": 0.5, "similarity": 0.5, "similarity_p10": 0.125,
+                "similarity_p50": 0.5, "similarity_p90": 0.75, "distinct_2": 0.25, "target_distinct_2": 0.5,
+                "group_sizes": [1, 2, 0, 1], "length_ratio_histogram": bins(3, 0, 1),
+                "similarity_histogram": bins(0, 4)}  # fmt: skip
+    return {"strategy": name, **measured, **figures}
+
+
+def quality_table(*strategies: dict[str, Any]) -> pa.Table:
+    target = {"strategy": "target", "made": 3, "kept": 3, "tokens": 20.0, "distinct_2": 0.5}
+    return pa.Table.from_pylist([*strategies, strategy("all"), target], schema=QUALITY)
+
+
 def make_data(text: str = "", count: int = 3, **changes: Any) -> ReportData:
     metrics = [
         figure(GROUND_TRUTH, "-", "rep-4", 0.1),
@@ -55,13 +76,14 @@ def make_data(text: str = "", count: int = 3, **changes: Any) -> ReportData:
     ]
     steps = {"step": [1, 2, 3], "loss": [2.5, 2.0, None], "margin": [0.0, 0.1, 0.3], "learning_rate": [1e-5] * 3}
     settings: dict[str, Any] = {
-        "run": "a-run", "created": "2026-11-20 15:00", "versions": {"cpo-pipe": "0.1.0"}, "recipe": f"name: {text}",
+        "identity": "i1", "run": "a-run",
+        "created": "2026-11-20 15:00", "versions": {"cpo-pipe": "0.1.0"}, "recipe": f"name: {text}",
         "artifacts": {"examples": "examples/abc"}, "baseline": "mle",
         "metrics": pa.Table.from_pylist(metrics, schema=METRICS),
         "shared_metrics": {"MAUVE", "similarity win rate"}, "notes": ["a note"],
         "examples": pa.Table.from_pylist([example(number, text) for number in range(count)], schema=EXAMPLES),
         "outputs": pa.Table.from_pylist(outputs), "trainings": {"cpo-run": pa.table(steps)},
-        "similarities": [0.1, 0.5, 0.7], "dropped": {"copy of the target": 12},
+        "quality": quality_table(strategy("autoregressive")), "quality_notes": ["autoregressive: too short."],
         "group_examples": pa.Table.from_pylist([example(100, text)], schema=EXAMPLES),
         "groups": pa.Table.from_pylist([group("e100", text)], schema=GROUPS),
     }  # fmt: skip
@@ -146,7 +168,6 @@ def test_the_figures_are_shown_with_their_intervals(tmp_path: Path) -> None:
     assert "mle (baseline)" in page.text
     assert "a note" in page.text
     assert "MAUVE sd" not in page.text
-    assert "copy of the target" in page.text
 
 
 def test_metrics_of_the_rankers_model_are_marked(tmp_path: Path) -> None:
@@ -167,19 +188,70 @@ def test_negatives_stand_in_the_order_of_their_rank(tmp_path: Path) -> None:
 
 def test_charts_say_in_words_what_they_show(tmp_path: Path) -> None:
     _, page = render(tmp_path, make_data())
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 5
     assert "Win rates against mle: cpo, greedy 0.60 (0.50 to 0.70)." in page.text
     assert "Training of cpo-run: loss from 2.5 at step 1 to 2 at step 2; reward margin from 0" in page.text
-    assert "3 negatives, median 0.50" in page.text
+    assert "Similarity of the negatives to their targets: autoregressive 4 negatives, median 0.50." in page.text
+    assert "Length of the negatives by their targets': autoregressive 4 negatives, median 0.75." in page.text
+    assert "Candidates of a group: 4 groups, K 2.25 on average; 1 of them have no negative (K = 1)." in page.text
 
 
 def test_what_a_run_lacks_is_left_out(tmp_path: Path) -> None:
-    data = make_data(trainings={"a": pa.table({"other": [1]})}, similarities=[], dropped={}, groups=None,
+    data = make_data(trainings={"a": pa.table({"other": [1]})}, quality=None, quality_notes=[], groups=None,
                      group_examples=None)  # fmt: skip
     _, page = render(tmp_path, data)
     assert page.tags.count("svg") == 1
-    assert "there are no ranked negatives" in page.text
+    assert "There are no groups to measure." in page.text
     assert "Training" not in page.text
+
+
+def row_of(page: Page, figure: str) -> str:
+    """What stands behind a figure's name in the table."""
+    return page.text.split(f"\n{figure}")[1].split("\n")[0]
+
+
+def test_the_quality_of_negatives_is_shown_with_what_it_is_compared_with(tmp_path: Path) -> None:
+    _, page = render(tmp_path, make_data())
+    assert row_of(page, "made") == "1,2003"
+    assert row_of(page, "copies of the target") == "25.0%–"
+    assert row_of(page, "the longest is right (chance)") == "62% (50%)–"
+    assert row_of(page, "distinct-2 (the targets')") == "0.25 (0.50)0.50"
+    assert row_of(page, "cosine, quantiles 10/50/90%") == "0.12/0.50/0.75–"
+    assert "autoregressive: too short." in page.text
+    assert "likelier" not in page.text, "what was not measured"
+    assert "share of those made that equal the target, token by token" in page.text
+    assert "different 2-grams by all 2-grams of one negative a group; different 2-grams by" in page.text
+
+
+def test_strategies_together_are_shown_where_there_are_several(tmp_path: Path) -> None:
+    _, page = render(tmp_path, make_data())
+    assert "figureautoregressivetargets" in page.text
+    several = quality_table(strategy("batch"), strategy("pool:x", similarity_histogram=None, similarity_p50=None))
+    _, page = render(tmp_path, make_data(quality=several))
+    assert "figurebatchpool:xalltargets" in page.text
+    assert "Similarity of the negatives to their targets: batch 4 negatives, median 0.50. Shares" in page.text
+    assert "by their targets': batch 4 negatives, median 0.75; pool:x 4 negatives, median 0.75." in page.text
+
+
+def test_unranked_negatives_have_no_chart_of_similarities(tmp_path: Path) -> None:
+    unranked = strategy("batch", similarity_histogram=None, similarity=None, similarity_p50=None)
+    _, page = render(tmp_path, make_data(quality=quality_table(unranked)))
+    assert page.tags.count("svg") == 4
+    assert "Similarity of the negatives" not in page.text
+
+
+def test_labels_and_warnings_stay_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = quality_table(strategy(HOSTILE))
+    html, page = render(tmp_path, make_data(quality=table, quality_notes=[HOSTILE]))
+    _, harmless = render(tmp_path, make_data())
+    assert page.tags == harmless.tags
+    assert "<script>alert(1)</script>" not in html
+    assert page.text.count("<script>alert(1)</script>") >= 5  # note, table, panels and captions of two charts
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e]", html)
+    print_quality(table, ["[bold]not markup[/bold]"])
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "[bold]not markup[/bold]" in shown
 
 
 def test_no_more_examples_are_shown_than_fit(tmp_path: Path) -> None:
@@ -214,3 +286,24 @@ def test_a_narrow_terminal_loses_no_figure(capsys: pytest.CaptureFixture[str], m
     shown = capsys.readouterr().out
     assert "…" not in shown
     assert all(figure in shown for figure in ("0.500", "0.250", "4.125", "0.750", "± 0.015", "60"))
+
+
+def test_the_terminal_shows_the_quality_of_negatives(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    print_quality(quality_table(strategy("batch"), strategy("pool:a-name")), ["a note"])
+    lines = capsys.readouterr().out.splitlines()
+    (head,) = (line for line in lines if "batch" in line)
+    assert head.split() == ["batch", "pool:a-name", "all", "targets"]
+    assert ["made", "1,200", "1,200", "1,200", "3"] in [line.split() for line in lines]
+    assert lines[-1] == "a note"
+    assert not any("…" in line for line in lines)
+
+
+def test_a_report_is_drawn_again_only_for_another_identity(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    assert not shows(path, "i1")
+    write_report(path, make_data())
+    assert shows(path, "i1")
+    assert not shows(path, "i2")

@@ -62,7 +62,7 @@ class Project:
 
     def made(self) -> dict[str, str]:
         """Hash of every file that the store holds for good, by its path there."""
-        files = [path for path in self.store.rglob("*") if path.is_file() and ".locks" not in path.parts]
+        files = [path for path in self.store.rglob("*") if path.is_file() and not {".locks", ".runs"} & {*path.parts}]
         return {
             str(path.relative_to(self.store)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in files

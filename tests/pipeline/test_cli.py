@@ -303,3 +303,11 @@ def test_debug_shows_the_traceback(project) -> None:
     assert result.status == 2
     assert "Traceback" in result.err
     assert result.err.splitlines()[-1].startswith("error: the examples are not prepared")
+
+
+def test_quality_is_printed_and_kept(made) -> None:
+    result = made.cli("quality", "tiny.yaml")
+    assert result.status == 0, result.err
+    assert "autoregressive" in result.out
+    table = pq.read_table(made.root / "runs" / "tiny" / "quality.parquet")
+    assert {"target", "autoregressive"} <= set(table["strategy"].to_pylist())

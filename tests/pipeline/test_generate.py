@@ -12,12 +12,13 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
 from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.executor import LocalExecutor
 from cpo_pipe.data.models import locate_model
 from cpo_pipe.data.recipe import Counts, Data, Negatives
 from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline.engines.base import Request, Sampling, open_engine
 from cpo_pipe.pipeline.engines.transformers import TransformersEngine
-from cpo_pipe.pipeline.generate import Sources, generate_negatives
+from cpo_pipe.pipeline.generate import Sources, generate_negatives, plan_negatives
 from cpo_pipe.pipeline.prepare import prepare
 from tests.conftest import pairs, write_jsonl
 
@@ -113,9 +114,10 @@ class Workplace:
             }
         )
         before = self.count()
-        sources = generate_negatives(config, self.store, examples, locate_model(str(self.model), self.store), 5)
-        assert sources.missing() == 0
-        return self.count() - before, sources
+        plan = plan_negatives(config, self.store, examples, lambda _: locate_model(str(self.model), self.store), 5)
+        generate_negatives(plan, LocalExecutor())
+        assert plan.sources.missing() == 0
+        return self.count() - before, plan.sources
 
     def count(self) -> int:
         return sum(pq.read_metadata(path).num_rows for path in self.store.root.glob("negatives/*/shards/*.parquet"))

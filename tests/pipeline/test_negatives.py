@@ -12,11 +12,12 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
 from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.executor import LocalExecutor
 from cpo_pipe.data.fingerprint import row_seed
 from cpo_pipe.data.models import locate_model
 from cpo_pipe.data.recipe import Data, Negatives
 from cpo_pipe.data.store import Store
-from cpo_pipe.pipeline.generate import Sources, generate_negatives
+from cpo_pipe.pipeline.generate import Sources, generate_negatives, plan_negatives
 from cpo_pipe.pipeline.negatives.batch import Draw
 from cpo_pipe.pipeline.negatives.meanfield import redraw, target_logits
 from cpo_pipe.pipeline.negatives.truncation import cuts
@@ -35,7 +36,9 @@ class Bench:
         source = str(write_jsonl(self.root / "rows.jsonl", pairs(21) if rows is None else rows))
         self.examples = prepare(Data(source=source, tokenizer=str(self.model), test=1), self.store)
         config = Negatives.model_validate({"model": "m", "counts": counts, "engine": "transformers", **settings})
-        return generate_negatives(config, self.store, self.examples, locate_model(str(self.model), self.store), 5)
+        plan = plan_negatives(config, self.store, self.examples, lambda _: locate_model(str(self.model), self.store), 5)
+        generate_negatives(plan, LocalExecutor())
+        return plan.sources
 
     def rows(self, counts: dict[str, int], **arguments: Any) -> dict[str, list[dict[str, Any]]]:
         """Negatives by example id, of one strategy."""
@@ -88,7 +91,7 @@ def test_what_is_there_is_not_made_again(bench: Bench, strategy: str) -> None:
 def test_a_mixture_is_made_of_its_parts(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     sources = bench.negatives({"batch": 3, "meanfield": 5, "truncation": 3})
-    assert [(pool.strategy, pool.count) for pool in sources.pools] == [
+    assert [(pool.label, pool.count) for pool in sources.pools] == [
         ("batch", 3),
         ("meanfield", 5),
         ("truncation", 3),

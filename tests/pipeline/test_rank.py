@@ -8,12 +8,14 @@ import pyarrow as pa
 import pytest
 
 from cpo_pipe.data.errors import MissingInput
+from cpo_pipe.data.executor import LocalExecutor
 from cpo_pipe.data.fingerprint import candidate_id
 from cpo_pipe.data.recipe import Rank
 from cpo_pipe.data.schemas import EXAMPLES
 from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline import rank as rank_module
-from cpo_pipe.pipeline.generate import Pool, Sources
+from cpo_pipe.pipeline.generate import Source, Sources
+from cpo_pipe.pipeline.missing import Wanted
 from cpo_pipe.pipeline.rank import COPY, DUPLICATE, add_ranks, plan_groups, rank
 
 TARGET = [7, 8, 0]
@@ -36,7 +38,7 @@ def sources(store: Store, negatives: list[dict[str, Any]], count: int) -> Source
         writer.add(negatives)
     names = dict.fromkeys(row["example_id"] for row in negatives)
     selection = pa.Table.from_pylist([example(name) for name in names], schema=EXAMPLES)
-    return Sources(selection, [Pool("autoregressive", rows, count)])
+    return Sources(selection, [Source("autoregressive", Wanted(rows, count))])
 
 
 SAMPLES = [
@@ -51,7 +53,7 @@ SAMPLES = [
 def test_copies_and_duplicates_are_dropped_with_a_reason(tmp_path: Path) -> None:
     store = Store(tmp_path)
     wanted = sources(store, SAMPLES, 5)
-    groups = rank(Rank(), True, store, wanted)
+    groups = rank(Rank(), True, store, wanted, LocalExecutor())
     (group,) = groups.read(["x"]).to_pylist()
     kept = [candidate["token_ids"] for candidate in group["candidates"]]
     # [7, 8] is the target's text but not its end: another sequence to the model, hence a candidate.
@@ -66,7 +68,11 @@ def test_copies_and_duplicates_are_dropped_with_a_reason(tmp_path: Path) -> None
 
 def test_the_paper_to_the_letter_keeps_them(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    (group,) = rank(Rank(drop_duplicates=False), True, store, sources(store, SAMPLES, 5)).read(["x"]).to_pylist()
+    (group,) = (
+        rank(Rank(drop_duplicates=False), True, store, sources(store, SAMPLES, 5), LocalExecutor())
+        .read(["x"])
+        .to_pylist()
+    )
     candidates = group["candidates"]
     assert len(candidates) == 6
     assert sorted(c["rank"] for c in candidates) == list(range(6))
@@ -76,7 +82,7 @@ def test_the_paper_to_the_letter_keeps_them(tmp_path: Path) -> None:
 
 def test_the_order_is_falling_similarity_to_the_target(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    (group,) = rank(Rank(), True, store, sources(store, SAMPLES, 5)).read(["x"]).to_pylist()
+    (group,) = rank(Rank(), True, store, sources(store, SAMPLES, 5), LocalExecutor()).read(["x"]).to_pylist()
     by_rank = sorted(group["candidates"], key=lambda c: c["rank"])
     assert [c["text"] for c in by_rank] == ["a red fox", "a red fox", "a brown fox", "taxes were due in spring"]
     assert by_rank[0]["strategy"] == "target"
@@ -97,7 +103,7 @@ def test_ties_go_by_candidate_id() -> None:
 
 def test_n_is_taken_from_the_front_and_never_topped_up(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    (group,) = rank(Rank(), False, store, sources(store, SAMPLES, 3)).read(["x"]).to_pylist()
+    (group,) = rank(Rank(), False, store, sources(store, SAMPLES, 3), LocalExecutor()).read(["x"]).to_pylist()
     assert [c["token_ids"] for c in group["candidates"]] == [TARGET, [9, 0]]
     assert [c["rank"] for c in group["candidates"]] == [None, None]
 
@@ -106,7 +112,7 @@ def test_a_group_may_be_left_alone_and_is_counted(tmp_path: Path, caplog: pytest
     caplog.set_level("INFO")
     store = Store(tmp_path)
     alone = [negative("y", 0, TARGET, "a red fox")]
-    groups = rank(Rank(), True, store, sources(store, alone, 1))
+    groups = rank(Rank(), True, store, sources(store, alone, 1), LocalExecutor())
     assert len(groups.read(["y"])["candidates"].to_pylist()[0]) == 1
     assert "1 groups have no negative left" in caplog.text
 
@@ -114,22 +120,22 @@ def test_a_group_may_be_left_alone_and_is_counted(tmp_path: Path, caplog: pytest
 def test_missing_negatives_are_not_ranked_around(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with pytest.raises(MissingInput, match=r"1 negatives are missing: run `cpo-pipe generate-negatives`"):
-        rank(Rank(), True, store, sources(store, SAMPLES, 6))
+        rank(Rank(), True, store, sources(store, SAMPLES, 6), LocalExecutor())
 
 
 def test_groups_that_are_there_need_no_embedding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path)
     wanted = sources(store, SAMPLES, 5)
-    first = rank(Rank(), True, store, wanted)
+    first = rank(Rank(), True, store, wanted, LocalExecutor())
     monkeypatch.setattr(rank_module, "add_ranks", lambda *_: pytest.fail("embedded again"))
-    assert rank(Rank(), True, store, wanted).read(["x"]) == first.read(["x"])
+    assert rank(Rank(), True, store, wanted, LocalExecutor()).read(["x"]) == first.read(["x"])
 
 
 def test_reasons_whose_shard_was_damaged_are_found_again(tmp_path: Path) -> None:
     wanted = sources(Store(tmp_path), SAMPLES, 5)
-    rank(Rank(), True, Store(tmp_path), wanted)
+    rank(Rank(), True, Store(tmp_path), wanted, LocalExecutor())
     dropped = plan_groups(Rank(), True, Store(tmp_path), wanted)[1]
     before = dropped.read(["x"])
     dropped.files()[0].write_bytes(b"damaged")
-    rank(Rank(), True, Store(tmp_path), wanted)
+    rank(Rank(), True, Store(tmp_path), wanted, LocalExecutor())
     assert plan_groups(Rank(), True, Store(tmp_path), wanted)[1].read(["x"]) == before

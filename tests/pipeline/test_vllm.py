@@ -1,16 +1,21 @@
-"""The real vLLM: same samples however they are batched, the same log-probs, and rows that another engine reuses."""
+"""The real vLLM: same samples however they are batched, the same log-probs, and nothing left behind."""
 
+import gc
 import importlib.util
-from collections.abc import Iterator
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from cpo_pipe.data.executor import LocalExecutor
 from cpo_pipe.data.models import Model, locate_model
 from cpo_pipe.data.recipe import Data, Negatives
 from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline.engines.base import Request, Sampling, open_engine
-from cpo_pipe.pipeline.generate import generate_negatives
+from cpo_pipe.pipeline.generate import generate_negatives, plan_negatives
 from cpo_pipe.pipeline.prepare import prepare
 from tests.conftest import make_model, pairs, write_jsonl
 
@@ -20,6 +25,12 @@ pytestmark = [
 ]
 
 SAMPLING = Sampling(temperature=1.0, top_k=50, max_new_tokens=8, stop_ids=(0,))
+LONG = [*range(5, 45)]
+"""A prompt longer than a block of the cache."""
+REQUESTS = [Request([5, 6, 7], 11, 1 << 40), Request(LONG, 3, (1 << 61) - 2), Request([9, 10, 11, 12, 13], 3, 7)]
+
+Tokens = list[list[list[int]]]
+"""Of each request its samples."""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +39,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return locate_model(str(folder), Store(tmp_path_factory.mktemp("store")))
 
 
-def test_samples_and_logprobs(model: Model, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture(scope="module")
+def tokens(model: Model) -> Tokens:
+    """What a call with all requests samples."""
+    from cpo_pipe.pipeline.engines.vllm import VllmEngine
+
+    return [[sample.token_ids for sample in answer] for answer in VllmEngine(model).generate(REQUESTS, SAMPLING)]
+
+
+def test_samples_and_logprobs(model: Model, tokens: Tokens, caplog: pytest.LogCaptureFixture) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -37,16 +56,13 @@ def test_samples_and_logprobs(model: Model, caplog: pytest.LogCaptureFixture) ->
     caplog.set_level("INFO")
     engine = open_engine("auto", model)
     assert "engine: vllm" in caplog.text
-    requests = [Request([5, 6, 7], 11, 1 << 40), Request([9, 10, 11, 12, 13], 3, 7)]
-    samples = engine.generate(requests, SAMPLING)
-    ids = [[sample.token_ids for sample in answer] for answer in samples]
-    backwards = engine.generate(requests[::-1], SAMPLING)[::-1]
+    samples = [engine.generate([request], SAMPLING)[0] for request in REQUESTS[::-1]][::-1]
+    assert tokens == [[s.token_ids for s in answer] for answer in samples], "one by one, the last first"
     (later,) = engine.generate([Request([5, 6, 7], 6, (1 << 40) + 5)], SAMPLING)
-    assert ids == [[sample.token_ids for sample in answer] for answer in backwards]
-    assert ids[0][5:] == [sample.token_ids for sample in later], "samples 5 … 10 are those of a request for eleven"
-    assert len({tuple(sample) for sample in ids[0]}) > 1
+    assert tokens[0][5:] == [sample.token_ids for sample in later], "samples 5 … 10 are those of a request for eleven"
+    assert len({tuple(sample) for sample in tokens[0]}) > 1
     network = AutoModelForCausalLM.from_pretrained(model.path).eval()
-    flat = [(request.prompt_ids, s) for request, answer in zip(requests, samples, strict=True) for s in answer]
+    flat = [(request.prompt_ids, s) for request, answer in zip(REQUESTS, samples, strict=True) for s in answer]
     scorer = Scorer(network)
     packed = scorer.pack([(list(prompt), [sample.token_ids]) for prompt, sample in flat])
     with torch.no_grad():
@@ -57,19 +73,97 @@ def test_samples_and_logprobs(model: Model, caplog: pytest.LogCaptureFixture) ->
     assert engine.generate([Request([5, 6, 7], 1, 0)], greedy)[0][0].token_ids == theirs[0, 3:].tolist()
 
 
-def test_rows_made_by_vllm_are_found_by_a_run_with_transformers(model: Model, tmp_path: Path) -> None:
-    store = Store(tmp_path / "store")
-    source = str(write_jsonl(tmp_path / "rows.jsonl", pairs(7)))
-    examples = prepare(Data(source=source, tokenizer=str(model.path), test=1), store)
+def test_samples_share_whole_blocks_of_their_prompt(model: Model) -> None:
+    from vllm import SamplingParams, TokensPrompt
 
-    def rows(engine: str, n: int) -> Iterator[tuple[int, str]]:
-        config = Negatives.model_validate({"model": "m", "counts": {"autoregressive": n}, "engine": engine})
-        sources = generate_negatives(config, store, examples, model, 8)
-        table = sources.pools[0].rows.read(sources.selection["example_id"].to_pylist())
-        names = (name.split()[0] for name in table["engine"].to_pylist())
-        return zip(table["sample_index"].to_pylist(), names, strict=True)
+    from cpo_pipe.pipeline.engines.vllm import VllmEngine
 
-    assert list(rows("vllm", 3)) == [(k, "vllm") for _ in range(6) for k in range(3)]
-    assert list(rows("transformers", 3)) == [(k, "vllm") for _ in range(6) for k in range(3)]
-    mixed = [(0, "vllm"), (1, "vllm"), (2, "vllm"), (3, "transformers"), (4, "transformers")]
-    assert list(rows("transformers", 5)) == mixed * 6
+    engine = VllmEngine(model, context=len(LONG) + 1)
+    (answer,) = engine._llm.generate(
+        TokensPrompt(prompt_token_ids=LONG), SamplingParams(n=11, max_tokens=1, detokenize=False), use_tqdm=False
+    )
+    assert answer.num_cached_tokens == 32, "as the last of the eleven found them"
+
+
+FRESH = """\
+import gc, json, sys
+from pathlib import Path
+from cpo_pipe.pipeline.engines.vllm import VllmEngine  # first: torch reads its environment when it is imported
+from cpo_pipe.data.models import locate_model
+from cpo_pipe.data.store import Store
+from cpo_pipe.pipeline.engines.base import Request
+from tests.pipeline.test_vllm import REQUESTS, SAMPLING
+import torch
+engine = VllmEngine(locate_model(sys.argv[1], Store(Path(sys.argv[2]))), context=60)
+samples = [[sample.token_ids for sample in answer] for answer in engine.generate(REQUESTS, SAMPLING)]
+during = torch.distributed.is_initialized()
+del engine
+torch.set_num_threads(3)
+print(json.dumps([samples, during, torch.distributed.is_initialized(), torch.get_num_threads()]))
+"""
+
+
+def test_a_new_process_samples_the_same_says_nothing_and_leaves_nothing(
+    model: Model, tokens: Tokens, tmp_path: Path
+) -> None:
+    """With a dropped engine goes what it did to the process; else a second one would not find its GPU free."""
+    command = [sys.executable, "-c", FRESH, str(model.path), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    assert done.stderr == ""
+    assert json.loads(done.stdout) == [tokens, True, False, 3]
+
+
+def test_neither_a_huge_context_nor_a_missing_tokenizer_nor_other_end_tokens_matter(
+    model: Model, tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cpo_pipe.pipeline.engines import vllm
+
+    monkeypatch.setattr(vllm, "CPU_CACHE_BYTES", 1 << 26)  # room for half of that context
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    shutil.copy(model.path / "model.safetensors", folder)
+    config = json.loads((model.path / "config.json").read_text())
+    changed = {"max_position_embeddings": 1 << 18, "eos_token_id": list(range(1, 300))}
+    (folder / "config.json").write_text(json.dumps({**config, **changed}))
+    bare = locate_model(str(folder), Store(tmp_path / "store"))
+    for context in (None, len(LONG) + SAMPLING.max_new_tokens):
+        engine = vllm.VllmEngine(bare, context)
+        assert [[s.token_ids for s in answer] for answer in engine.generate(REQUESTS, SAMPLING)] == tokens
+        del engine
+        gc.collect()
+
+
+def test_a_model_without_attention_is_left_to_transformers(tmp_path: Path) -> None:
+    from cpo_pipe.pipeline.engines.vllm import unsupported
+
+    folder = make_model(tmp_path / "mamba", architecture="mamba", hidden_size=64, num_hidden_layers=2, state_size=8)
+    why = unsupported(locate_model(str(folder), Store(tmp_path / "store")))
+    assert why == "layers without attention on a CPU"
+
+
+def test_rows_depend_on_neither_order_nor_batch_and_another_engine_finds_them(model: Model, tmp_path: Path) -> None:
+    Row = tuple[str, int]
+
+    def rows(store: str, engine: str, n: int, batch_size: int = 64, step: int = 1) -> dict[Row, tuple[str, list[int]]]:
+        kept = Store(tmp_path / store)
+        source = str(write_jsonl(tmp_path / "rows.jsonl", pairs(7)[::step]))
+        examples = prepare(Data(source=source, tokenizer=str(model.path), test=1), kept)
+        config = Negatives.model_validate(
+            {"model": "m", "counts": {"autoregressive": n}, "engine": engine, "batch_size": batch_size}
+        )
+        plan = plan_negatives(config, kept, examples, lambda *_, **__: model, 8)
+        generate_negatives(plan, LocalExecutor())
+        table = plan.sources.pools[0].rows.read(plan.sources.selection["example_id"].to_pylist())
+        return {
+            (row["example_id"], row["sample_index"]): (row["engine"].split()[0], row["token_ids"])
+            for row in table.to_pylist()
+        }
+
+    made = rows("a", "vllm", 3)
+    assert len(made) == 6 * 3
+    assert {name for name, _ in made.values()} == {"vllm"}
+    assert rows("b", "vllm", 3, batch_size=2, step=-1) == made
+    assert rows("a", "transformers", 3) == made
+    more = rows("a", "transformers", 5)
+    assert {key: row for key, row in more.items() if key in made} == made
+    assert [name for key, (name, _) in more.items() if key not in made] == ["transformers"] * 6 * 2

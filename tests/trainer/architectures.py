@@ -1,10 +1,16 @@
 """Tiny models of many architectures, with random weights scaled up so that a wrong computation shows."""
 
 import random
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from cpo_pipe.data.fingerprint import candidate_id
+from cpo_pipe.data.schemas import CANDIDATE, GROUPS
+from cpo_pipe.trainer.scorer import Texts
 
 VOCABULARY = 96
 
@@ -123,3 +129,25 @@ def group(prompt: int, candidates: int, tokens: int, seed: int = 0) -> tuple[lis
         made.append([rng.randrange(1, 5) for _ in range(rng.randrange(1, tokens))])
     made.append(made[-1])
     return [rng.randrange(1, VOCABULARY) for _ in range(prompt)], made[:candidates]
+
+
+def table(groups: Mapping[str, Texts] | Sequence[Texts], ranks: Mapping[str, Sequence[int]] | None = None) -> pa.Table:
+    """Groups (by example id, or numbered) as the trainer has them."""
+    named = groups if isinstance(groups, Mapping) else {str(number): group for number, group in enumerate(groups)}
+    return pa.Table.from_pylist(
+        [
+            {
+                "example_id": name,
+                "prompt_ids": prompt,
+                "candidates": [
+                    {"candidate_id": candidate_id(prompt, ids), "token_ids": ids,
+                     "rank": None if ranks is None else ranks[name][place]}
+                    for place, ids in enumerate(candidates)
+                ],
+            }
+            for name, (prompt, candidates) in named.items()
+        ],
+        schema=pa.schema([GROUPS.field("example_id"), GROUPS.field("prompt_ids"),
+                          pa.field("candidates", pa.list_(pa.struct(
+                              [CANDIDATE.field(name) for name in ("candidate_id", "token_ids", "rank")])))]),
+    )  # fmt: skip

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from cpo_pipe.trainer.groups import Group
+from cpo_pipe.trainer.groups import Groups
 from cpo_pipe.trainer.health import ALONE, ALREADY_RIGHT, DROP, DROP_STEPS, REPETITION, Watch, check_groups, repetition
 from cpo_pipe.trainer.train import checkpoint_model
+from tests.trainer.architectures import table
 from tests.trainer.test_train import CANDIDATES, Bench, metrics
 
 
@@ -29,21 +31,10 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 # ── before the first step ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def group(name: str, tokens: Sequence[int]) -> Group:
-    """A group whose candidates have so many tokens."""
-    return Group(name, [1], [f"{name}{k}" for k in range(len(tokens))], [[2] * count for count in tokens], None)
-
-
 def check(*groups: tuple[Sequence[int], Sequence[float]]) -> None:
     """`check_groups` on groups given by their candidates' numbers of tokens and reference log-probs."""
-    made = [group(f"g{number}", tokens) for number, (tokens, _) in enumerate(groups)]
-    reference = {
-        (one.example_id, candidate): (logprob, len(ids))
-        for one, (_, logprobs) in zip(made, groups, strict=True)
-        if len(logprobs) > 1
-        for candidate, ids, logprob in zip(one.candidate_ids, one.candidates, logprobs, strict=True)
-    }
-    check_groups("t", made, reference)
+    made = table([([1], [[2] * count for count in tokens]) for tokens, _ in groups])
+    check_groups("t", Groups.of(made, np.concatenate([logprobs for _, logprobs in groups])), len(groups))
 
 
 HARD = ([2, 2], [-9.0, -8.0])

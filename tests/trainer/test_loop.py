@@ -23,15 +23,16 @@ from transformers import AutoModelForCausalLM
 
 from cpo_pipe.data import atomic
 from cpo_pipe.data.errors import InputError, RunError
+from cpo_pipe.data.executor import LocalExecutor
 from cpo_pipe.data.fingerprint import candidate_id
 from cpo_pipe.data.recipe import Training
 from cpo_pipe.data.store import Product, Rows, Store
 from cpo_pipe.trainer.batches import batches
-from cpo_pipe.trainer.groups import Group
 from cpo_pipe.trainer.interim import Interim
 from cpo_pipe.trainer.loop import lr_factor, new_accelerator
 from cpo_pipe.trainer.train import METRICS_FILE, _held_out, train
 from tests.conftest import pairs, write_jsonl
+from tests.trainer.architectures import table
 from tests.trainer.test_train import CANDIDATES, Bench, metrics, naive_logprob, weights
 
 # ── stopped by signals: real processes ───────────────────────────────────────────────────────────────────────────────
@@ -186,7 +187,7 @@ def command_of(stage: str, recipe: Path, store: Path, *names: str, settings: Seq
 
 def saved(store: Path) -> list[str]:
     """The states of trainings in progress."""
-    return sorted(path.name for path in store.glob("checkpoints/.in-progress/*/*"))
+    return sorted(path.name for path in store.glob("checkpoints/.in-progress/*/*") if path.is_dir())
 
 
 def checkpoint_of(store: Path, name: str) -> Path:
@@ -492,15 +493,10 @@ def test_with_an_absurd_learning_rate_nothing_that_is_not_finite_is_kept(
 def held_out_ids(bench: Bench, count: int) -> set[str]:
     """Which groups of a bench are held out."""
     config = Training.model_validate({"init": "m", "objective": "cpo", "reference": "m", "held_out": count})
-    groups = [
-        Group(name, prompt, [candidate_id(prompt, ids) for ids in candidates], candidates, ranks)
-        for name, (prompt, candidates, ranks) in bench.candidates.items()
-    ]
+    groups = table({name: (prompt, candidates) for name, (prompt, candidates, _) in bench.candidates.items()})
     trained, held_out = _held_out("t", config, groups)
-    ids = {group.example_id for group in held_out}
-    assert ids.isdisjoint(group.example_id for group in trained)
-    assert len(ids) + len(trained) == len(groups)
-    return ids
+    assert sorted([*trained, *held_out]) == list(range(groups.num_rows))
+    return set(groups["example_id"].take(held_out).to_pylist())
 
 
 def many(count: int) -> dict[str, Any]:
@@ -689,7 +685,7 @@ def test_sampling_changes_nothing_of_the_training(tmp_path: Path, tiny_model: Pa
 
 def tracked(bench: Bench, log_dir: Path, name: str, **settings: Any) -> Product:
     values = {"init": "m", "objective": "cpo", "reference": "m", "steps": 5, "batch_size": 4, "lr": 1e-3, **settings}
-    return train(name, Training.model_validate(values), bench.store, bench.inputs("cpo"), log_dir)
+    return train(name, Training.model_validate(values), bench.store, bench.inputs("cpo"), log_dir, LocalExecutor())
 
 
 def test_tensorboard_gets_the_metrics_of_each_step_of_each_training(

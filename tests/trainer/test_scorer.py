@@ -15,12 +15,14 @@ from cpo_pipe.data.store import Store
 from cpo_pipe.trainer.attention import Unsupported
 from cpo_pipe.trainer.head import Head
 from cpo_pipe.trainer.scorer import ORDER, Attention, Scorer, choose
+from cpo_pipe.trainer.tables import probes
 from cpo_pipe.trainer.trees import Packed, pack_rows, pack_trees
-from tests.trainer.architectures import ARCHITECTURES, VOCABULARY, group, make
+from tests.trainer.architectures import ARCHITECTURES, VOCABULARY, group, make, table
 
 Texts = tuple[list[int], list[list[int]]]
 
 GROUPS = [group(20, 12, 18), group(28, 4, 9, seed=1), group(1, 3, 5, seed=2)]
+PROBES = probes(table(GROUPS))
 
 TAKEN = {
     "Mistral, window 16": "split",
@@ -82,12 +84,12 @@ def test_exact_or_refused(name: str) -> None:
     expected = naive(model, texts)
     wanted = gradients(model, expected)
     norm = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
-    choice = choose("m", scorer, GROUPS)
+    choice = choose("m", scorer, PROBES)
     assert choice.attention == TAKEN.get(name, "cascade"), choice.refused
     refused = {}
     for attention in ORDER["cpu"]:
         try:
-            choose("m", scorer, GROUPS, attention)
+            choose("m", scorer, PROBES, attention)
         except InputError as refusal:
             refused[attention] = str(refusal)
             continue
@@ -108,7 +110,7 @@ def test_bfloat16_differs_by_rounding_only(name: str) -> None:
         rough = naive(model, GROUPS[0])
     usual = float((torch.cat(rough).float() - torch.cat(expected)).detach().abs().mean())
     scorer = Scorer(model, "bfloat16")
-    choice = choose("m", scorer, GROUPS)
+    choice = choose("m", scorer, PROBES)
     assert choice.logprob_error < 1e-5, "the self-check is in float32"
     for attention in (choice.attention, "padded"):
         scorer.set_attention(attention)  # type: ignore[arg-type]
@@ -156,7 +158,7 @@ def test_several_groups_in_one_row_of_flex_attention(name: str) -> None:
 def test_checkpointing_changes_nothing_and_happens() -> None:
     model = make("GPT-2 (learned positions, tied)")
     scorer = Scorer(model)
-    choose("m", scorer, GROUPS)
+    choose("m", scorer, PROBES)
     plain = gradients(model, ours(scorer, GROUPS[0]))
     calls = []
     model.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -174,13 +176,13 @@ def test_checkpointing_changes_nothing_and_happens() -> None:
 
 def test_a_named_way_for_another_device_is_refused() -> None:
     with pytest.raises(InputError, match="m: attention flex does not run on cpu"):
-        choose("m", Scorer(make("Llama, untied")), GROUPS, "flex")
+        choose("m", Scorer(make("Llama, untied")), PROBES, "flex")
 
 
 def test_a_window_is_minded_in_every_group_not_only_those_probed() -> None:
     scorer = Scorer(make("Mistral, window 16"))
     short = [group(4, 3, 6)]
-    assert choose("m", scorer, short).attention == "cascade"
+    assert choose("m", scorer, probes(table(short))).attention == "cascade"
     with pytest.raises(Unsupported, match="window of 16 is shorter"):
         scorer(scorer.pack([group(20, 3, 6)]))
 
@@ -192,7 +194,7 @@ def test_a_window_is_minded_in_every_group_not_only_those_probed() -> None:
 def test_groups_without_a_fork_do_not_hide_what_is_wrong_with_forks(name: str) -> None:
     # Where the longest, middle and shortest groups are chains (K = 1, or cuts of the target), every way looks exact.
     chains = [([5] * 9, [[6, 7, 8, 9, 10, 11, 0], [6, 7, 0]]), ([4, 3], [[8, 9, 0]]), ([4], [[3]])]
-    assert choose("m", Scorer(make(name)), chains).attention == "padded"
+    assert choose("m", Scorer(make(name)), probes(table(chains))).attention == "padded"
 
 
 def test_rotary_embeddings_that_change_with_the_longest_row_are_computed_row_by_row() -> None:
@@ -206,12 +208,12 @@ def test_rotary_embeddings_that_change_with_the_longest_row_are_computed_row_by_
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     straddling = group(16, 6, 14)
-    scorer = Scorer(model)
-    assert choose("m", scorer, [straddling]).attention == "plain"
+    scorer, between = Scorer(model), probes(table([straddling]))
+    assert choose("m", scorer, between).attention == "plain"
     assert_equal(ours(scorer, straddling), naive(model, straddling), 1e-5)
     with pytest.raises(InputError, match="its rotary embeddings change with the length of the longest row"):
-        choose("m", scorer, [straddling], "cascade")
-    assert choose("m", scorer, [group(6, 6, 9)]).attention == "cascade", "no row is past the limit"
+        choose("m", scorer, between, "cascade")
+    assert choose("m", scorer, probes(table([group(6, 6, 9)]))).attention == "cascade", "no row is past the limit"
 
 
 def test_a_model_that_sees_what_follows_is_refused() -> None:
@@ -220,7 +222,7 @@ def test_a_model_that_sees_what_follows_is_refused() -> None:
         initializer_range=0.3,
     )  # fmt: skip
     with pytest.raises(InputError, match="m: the model is not causal"):
-        choose("m", Scorer(AutoModelForCausalLM.from_config(config).eval()), GROUPS)
+        choose("m", Scorer(AutoModelForCausalLM.from_config(config).eval()), PROBES)
 
 
 def test_weights_that_are_not_finite_are_said_to_be_the_trouble() -> None:
@@ -228,7 +230,7 @@ def test_weights_that_are_not_finite_are_said_to_be_the_trouble() -> None:
     with torch.no_grad():
         model.lm_head.weight[5] = torch.nan
     with pytest.raises(RunError, match="m: the model gives log-probs that are not finite"):
-        choose("m", Scorer(model), GROUPS)
+        choose("m", Scorer(model), PROBES)
 
 
 def test_soft_capped_scores_are_not_left_out_of_a_model_that_is_loaded(tmp_path: Path) -> None:
@@ -245,7 +247,7 @@ def test_soft_capped_scores_are_not_left_out_of_a_model_that_is_loaded(tmp_path:
 def test_an_error_without_words_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = Scorer(make("Llama, untied"))
     monkeypatch.setattr("cpo_pipe.trainer.scorer.pack_trees", lambda groups: (_ for _ in ()).throw(IndexError()))
-    choice = choose("m", scorer, GROUPS)
+    choice = choose("m", scorer, PROBES)
     assert choice.attention == "padded"
     assert choice.refused["cascade"] == "IndexError: no reason given"
 
@@ -254,7 +256,7 @@ def test_a_head_that_is_not_known_goes_the_models_own_way() -> None:
     model = make("Cohere (scaled logits)")
     scorer = Scorer(model)
     scorer._head = Head(1.0, None)  # as if the config had not told
-    choice = choose("m", scorer, GROUPS)
+    choice = choose("m", scorer, PROBES)
     assert choice.attention == "plain"
     assert "off by" in choice.refused["padded"]
     assert_equal(ours(scorer, GROUPS[0]), naive(model, GROUPS[0]), 1e-5)

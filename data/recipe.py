@@ -347,7 +347,7 @@ class Negatives(Section):
     engine: Literal["auto", "vllm", "transformers"] = Field(
         "auto", description="`auto`: vllm where it is installed and supports the model"
     )
-    batch_size: Positive = Field(64, description="prompts per engine call; does not change the distribution")
+    batch_size: Positive = Field(256, description="prompts per engine call; does not change the distribution")
     max_examples: Positive | None = Field(
         None, description="make groups for the first N training examples only (default: all)"
     )
@@ -435,7 +435,7 @@ class Evaluate(Section):
     bootstrap: Positive = Field(2000, description="resamples of the bootstrap intervals")
     seed: Seed = Field(0, description="seed of sampling and of the bootstrap")
     engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="as in negatives")
-    batch_size: Positive = Field(64, description="prompts per engine call")
+    batch_size: Positive = Field(256, description="prompts per engine call")
 
     @model_validator(mode="after")
     def _check(self) -> "Evaluate":

@@ -223,10 +223,13 @@ def generate_negatives(plan: Plan, executor: Executor) -> None:
     """Make what is missing of a run's negatives.
 
     Raises:
-        InputError: the engine asked for does not run the model; or the training examples are too few for the batch
-            negatives asked for.
+        InputError: the engine asked for does not run the model; a pool's file breaks a rule; or the training examples
+            are too few for the batch negatives asked for.
     """
     selection = plan.sources.selection
+    for job in plan.jobs:
+        if isinstance(job.work, pool.FromFile) and job.source.wanted.missing(selection["example_id"]).any():
+            job.work.file.check()
     for job in plan.jobs:
         source, label = job.source, f"{job.source.label} negatives"
         # Requests wait for their server, not for a core: one process sends them all, and so keeps the caps. Who borrows

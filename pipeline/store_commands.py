@@ -6,6 +6,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from textwrap import shorten
 from typing import Annotated, Any
 
 import pyarrow.parquet as pq
@@ -30,6 +31,8 @@ NameArgument = Annotated[str, typer.Argument(help="KIND/ADDRESS, or as much of t
 
 SHORT = 8
 """Digits of a hash that people are shown."""
+LONGEST = 60
+"""Characters that are shown of a text in a spec, such as an instruction's template."""
 LISTED = 20
 """Files of one artifact that `show` lists."""
 
@@ -227,7 +230,7 @@ class Words:
         """The plain fields of any spec."""
         for key, value in spec.items():
             if not isinstance(value, dict | list) and value is not None:
-                yield f"{key.replace('_', ' ')} {self.value(value)}"
+                yield f"{key.replace('_', ' ')} {shorten(self.value(value), LONGEST, placeholder='…')}"
 
     def _examples(self, spec: Spec) -> Iterator[str]:
         source, split, rendering = spec["source"], spec["split"], spec["rendering"]

@@ -68,8 +68,8 @@ class Engine(Protocol):
     description: str
     """Engine, version and dtype, as recorded with each row."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
-        """For each request its `n` samples, in order."""
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
+        """Place and samples of each request, as they are ready."""
         ...
 
 
@@ -203,23 +203,23 @@ class Sampled:
 
         def make(batch: pa.Table) -> Iterator[Made]:
             found = list(requests(batch, self.seed))
-            answers = engine.generate([request for _, _, request in found], self.sampling)
-            rows = [
-                {
-                    **self.columns,
-                    "example_id": example_id,
-                    "sample_index": first + k,
-                    "text": tokenizer.decode(sample.token_ids, skip_special_tokens=True),
-                    "token_ids": sample.token_ids,
-                    "finish_reason": sample.finish_reason,
-                    "logprob": _finite(sample.logprob, example_id),
-                    "seed": request.seed + k,
-                    "engine": engine.description,
-                }
-                for (example_id, first, request), samples in zip(found, answers, strict=True)
-                for k, sample in enumerate(samples)
-            ]
-            yield Made([rows], len(rows))
+            for place, samples in engine.generate([request for _, _, request in found], self.sampling):
+                example_id, first, request = found[place]
+                rows = [
+                    {
+                        **self.columns,
+                        "example_id": example_id,
+                        "sample_index": first + k,
+                        "text": tokenizer.decode(sample.token_ids, skip_special_tokens=True),
+                        "token_ids": sample.token_ids,
+                        "finish_reason": sample.finish_reason,
+                        "logprob": _finite(sample.logprob, example_id),
+                        "seed": request.seed + k,
+                        "engine": engine.description,
+                    }
+                    for k, sample in enumerate(samples)
+                ]
+                yield Made([rows], len(rows))
 
         return make
 

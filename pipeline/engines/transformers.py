@@ -57,19 +57,22 @@ class TransformersEngine:
         self._way = self._first_exact()
         self.description = f"transformers {transformers.__version__}, {str(dtype).removeprefix('torch.')}"
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
-        """For each request its `n` samples, in order."""
-        rows = [(tuple(request.prompt_ids), request.seed + k) for request in requests for k in range(request.n)]
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
+        """Place and samples of each request, as they are ready."""
+        rows = [(place, k) for place, request in enumerate(requests) for k in range(request.n)]
+        prompts = [tuple(request.prompt_ids) for request in requests]
         # Long prompts first, equal ones together: little padding, and what needs the most memory is known at once.
-        order = sorted(range(len(rows)), key=lambda row: (-len(rows[row][0]), rows[row][0]))
-        samples: dict[int, Sample] = {}
-        for batch in self._batches([len(rows[row][0]) for row in order], sampling.max_new_tokens):
-            chosen = order[batch]
-            choice = SeededChoice([rows[row][1] for row in chosen], sampling, self._device)
-            self._decode([rows[row][0] for row in chosen], choice, self._way)
-            samples.update(zip(chosen, choice.samples(), strict=True))
-        numbers = iter(range(len(rows)))
-        return [[samples[next(numbers)] for _ in range(request.n)] for request in requests]
+        rows.sort(key=lambda row: (-len(prompts[row[0]]), prompts[row[0]], row))
+        waiting: dict[int, list[Sample]] = {}
+        for batch in self._batches([len(prompts[place]) for place, _ in rows], sampling.max_new_tokens):
+            chosen = rows[batch]
+            choice = SeededChoice([requests[place].seed + k for place, k in chosen], sampling, self._device)
+            self._decode([prompts[place] for place, _ in chosen], choice, self._way)
+            for (place, _), sample in zip(chosen, choice.samples(), strict=True):
+                samples = waiting.setdefault(place, [])
+                samples.append(sample)
+                if len(samples) == requests[place].n:
+                    yield place, waiting.pop(place)
 
     def _batches(self, lengths: Sequence[int], new_tokens: int) -> Iterator[slice]:
         """Rows to decode side by side, of rows whose prompts have these lengths, the longest first."""

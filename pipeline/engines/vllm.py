@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cpo_pipe.data.models import Model
@@ -24,6 +24,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 import torch  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 from vllm import LLM, ModelRegistry, SamplingParams, TokensPrompt, __version__  # noqa: E402
+from vllm.sampling_params import RequestOutputKind  # noqa: E402
 
 CPU_CACHE_BYTES = 1 << 30
 """Memory of the KV cache on a CPU; vLLM would take most of the machine's. Samples that do not fit wait."""
@@ -81,8 +82,8 @@ class VllmEngine:
         weakref.finalize(self, self._llm.llm_engine.engine_core.shutdown)
         self.description = f"vllm {__version__}, {settings['dtype']}"
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
-        """For each request its `n` samples, in order."""
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
+        """Place and samples of each request, as they are ready."""
         greedy = sampling.temperature == 0
         parameters = [
             SamplingParams(
@@ -95,12 +96,23 @@ class VllmEngine:
                 ignore_eos=True,  # the end tokens of the model's config: only those asked for end a text
                 logprobs=0,
                 detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
             )
             for request in requests
         ]
-        prompts = [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in requests]
-        answers = self._llm.generate(prompts, parameters, use_tqdm=False)
-        return [
-            [Sample(list(one.token_ids), one.finish_reason, float(one.cumulative_logprob)) for one in answer.outputs]
-            for answer in answers
+        engine = self._llm.llm_engine
+        # As LLM.generate does it, which keeps all answers until the last is there.
+        ids = [
+            engine.add_request(str(place), TokensPrompt(prompt_token_ids=list(request.prompt_ids)), chosen)
+            for place, (request, chosen) in enumerate(zip(requests, parameters, strict=True))
         ]
+        try:
+            while engine.has_unfinished_requests():
+                for answer in engine.step():
+                    samples = [
+                        Sample(list(one.token_ids), one.finish_reason, float(one.cumulative_logprob))
+                        for one in answer.outputs
+                    ]
+                    yield int(answer.request_id), samples
+        finally:
+            engine.abort_request(ids, internal=True)

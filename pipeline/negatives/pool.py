@@ -116,6 +116,14 @@ class PoolFile:
         """What is wrong with it, in one line."""
         return InputError(f"negatives.pools.{self.pool}.file {self.path}: {fault}")
 
+    def check(self) -> None:
+        """Look at the first row: what is wrong with all is known before other negatives are made.
+
+        Raises:
+            InputError: it has no rows, it cannot be read, or the first row breaks a rule.
+        """
+        next(self.continuations(self.key()), None)
+
     def key(self) -> str:
         """The column of the EXAMPLES schema that says whose its continuations are: `example_id` where it has one.
 

@@ -13,6 +13,7 @@ from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline.engines import transformers
 from cpo_pipe.pipeline.engines.base import Request, Sample, Sampling
 from cpo_pipe.pipeline.engines.transformers import PLAIN, TransformersEngine, Way
+from tests.pipeline.answers import answers
 from tests.trainer.architectures import ARCHITECTURES, VOCABULARY, make
 
 FASTEST, ONE_LENGTH = Way(share=True, pad=True), Way(share=True, pad=False)
@@ -51,7 +52,7 @@ def plainly(engine: TransformersEngine, requests: list[Request], sampling: Sampl
     """One row at a time, its prompt computed anew."""
     way, engine._way = engine._way, PLAIN
     samples = [
-        [engine.generate([Request(request.prompt_ids, 1, request.seed + k)], sampling)[0][0] for k in range(request.n)]
+        [answers(engine, [Request(request.prompt_ids, 1, request.seed + k)], sampling)[0][0] for k in range(request.n)]
         for request in requests
     ]
     engine._way = way
@@ -71,7 +72,7 @@ def test_samples_are_those_of_rows_computed_alone(
 ) -> None:
     engine = open_(make(name))
     assert engine._way == (ONE_LENGTH if name == "Mamba (state space)" else FASTEST)
-    found = engine.generate(REQUESTS, SAMPLING)
+    found = answers(engine, REQUESTS, SAMPLING)
     assert_same(found, plainly(engine, REQUESTS))
 
 
@@ -83,7 +84,7 @@ def test_a_model_without_a_cache_goes_the_plain_way_and_says_why(
     assert engine._way == PLAIN
     assert "every sample computes its prompt anew" in caplog.text
     assert "not used by the model: ['past_key_values']" in caplog.text
-    assert_same(engine.generate(REQUESTS, SAMPLING), plainly(engine, REQUESTS))
+    assert_same(answers(engine, REQUESTS, SAMPLING), plainly(engine, REQUESTS))
 
 
 def test_a_cache_that_is_copied_wrongly_is_not_shared(
@@ -103,11 +104,11 @@ def test_a_prompt_is_computed_once_and_rows_that_ended_no_more(llama: Model) -> 
         lambda _module, inputs, _output: steps.append(tuple(inputs[0].shape))
     )
     endless = Sampling(temperature=1.0, top_k=50, max_new_tokens=20, stop_ids=())
-    engine.generate([Request(prompt, 5, 0), Request(prompt, n - 5, 1 << 20)], endless)
+    answers(engine, [Request(prompt, 5, 0), Request(prompt, n - 5, 1 << 20)], endless)
     assert steps == [(1, len(prompt) - 1)] + [(n, 1)] * 20
     steps.clear()
     some = Sampling(temperature=1.0, top_k=50, max_new_tokens=20, stop_ids=tuple(range(0, 300, 10)))
-    (samples,) = engine.generate([Request(prompt, n, 0)], some)
+    (samples,) = answers(engine, [Request(prompt, n, 0)], some)
     hook.remove()
     going = [sum(len(sample.token_ids) > step for sample in samples) for step in (0, 8, 16)]
     assert [rows for rows, _ in steps[1:]] == [going[0]] * 8 + [going[1]] * 8 + [going[2]] * (len(steps) - 17)
@@ -116,12 +117,12 @@ def test_a_prompt_is_computed_once_and_rows_that_ended_no_more(llama: Model) -> 
 
 def test_rows_side_by_side_are_bounded_and_change_nothing(llama: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = TransformersEngine(llama)
-    at_once = engine.generate(REQUESTS, SAMPLING)
+    at_once = answers(engine, REQUESTS, SAMPLING)
     monkeypatch.setattr(transformers, "BATCH_TOKENS", 100)
     sizes: list[int] = []
     engine._model.get_input_embeddings().register_forward_hook(
         lambda _module, inputs, _output: sizes.append(len(inputs[0]))
     )
-    assert_same(engine.generate(REQUESTS, SAMPLING), at_once)
+    assert_same(answers(engine, REQUESTS, SAMPLING), at_once)
     assert sizes[:2] == [1, 100 // (25 + 20)], "the longest come first"
     assert max(sizes) == 100 // (7 + 20), "and the shortest beside others"

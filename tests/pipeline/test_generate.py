@@ -21,6 +21,7 @@ from cpo_pipe.pipeline.engines.transformers import TransformersEngine
 from cpo_pipe.pipeline.generate import Sources, generate_negatives, plan_negatives
 from cpo_pipe.pipeline.prepare import prepare
 from tests.conftest import pairs, write_jsonl
+from tests.pipeline.answers import answers
 
 SAMPLING = Sampling(temperature=1.0, top_k=50, max_new_tokens=6, stop_ids=(0,))
 
@@ -32,10 +33,10 @@ def engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Transf
 
 def test_a_sample_depends_on_prompt_and_seed_only(engine: TransformersEngine) -> None:
     requests = [Request([5, 6, 7], 3, 100), Request([9, 10, 11, 12, 13], 2, 7), Request([8], 1, 100)]
-    together = engine.generate(requests, SAMPLING)
-    backwards = engine.generate(requests[::-1], SAMPLING)[::-1]
-    alone = [engine.generate([request], SAMPLING)[0] for request in requests]
-    (third,) = engine.generate([Request([5, 6, 7], 1, 102)], SAMPLING)[0]
+    together = answers(engine, requests, SAMPLING)
+    backwards = answers(engine, requests[::-1], SAMPLING)[::-1]
+    alone = [answers(engine, [request], SAMPLING)[0] for request in requests]
+    (third,) = answers(engine, [Request([5, 6, 7], 1, 102)], SAMPLING)[0]
     ids = [[sample.token_ids for sample in samples] for samples in together]
     assert ids == [[sample.token_ids for sample in samples] for samples in backwards]
     assert ids == [[sample.token_ids for sample in samples] for samples in alone]
@@ -46,7 +47,7 @@ def test_a_sample_depends_on_prompt_and_seed_only(engine: TransformersEngine) ->
 def test_first_tokens_follow_the_models_top_k_distribution(engine: TransformersEngine, tiny_model: Path) -> None:
     draws, k = 4000, 5
     sampling = Sampling(temperature=0.7, top_k=k, max_new_tokens=1, stop_ids=())
-    samples = engine.generate([Request([5, 6, 7], draws, 1 << 20)], sampling)[0]
+    samples = answers(engine, [Request([5, 6, 7], draws, 1 << 20)], sampling)[0]
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     with torch.no_grad():
         logits = model(torch.tensor([[5, 6, 7]])).logits[0, -1]
@@ -61,7 +62,7 @@ def test_first_tokens_follow_the_models_top_k_distribution(engine: TransformersE
 def test_logprob_is_the_raw_models_and_the_stop_token_stays(engine: TransformersEngine, tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     frequent_stops = Sampling(temperature=2.0, top_k=3, max_new_tokens=6, stop_ids=tuple(range(0, 300, 2)))
-    samples = engine.generate([Request([5, 6, 7], 40, 0)], frequent_stops)[0]
+    samples = answers(engine, [Request([5, 6, 7], 40, 0)], frequent_stops)[0]
     assert {sample.finish_reason for sample in samples} == {"stop", "length"}
     for sample in samples:
         *body, last = sample.token_ids
@@ -76,7 +77,7 @@ def test_logprob_is_the_raw_models_and_the_stop_token_stays(engine: Transformers
 
 def test_greedy_is_that_of_transformers(engine: TransformersEngine, tiny_model: Path) -> None:
     greedy = Sampling(temperature=0, top_k=0, max_new_tokens=8, stop_ids=(0,))
-    ours = engine.generate([Request([5, 6, 7], 1, 0), Request([9], 1, 0)], greedy)
+    ours = answers(engine, [Request([5, 6, 7], 1, 0), Request([9], 1, 0)], greedy)
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     for prompt, (sample,) in zip([[5, 6, 7], [9]], ours, strict=True):
         theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=8, pad_token_id=0)
@@ -90,7 +91,7 @@ def test_a_models_own_generation_settings_do_not_leak_in(tiny_model: Path, tmp_p
     store = Store(tmp_path / "store")
     plain, configured = (TransformersEngine(locate_model(str(path), store)) for path in (tiny_model, folder))
     request = [Request([5, 6, 7], 4, 0)]
-    assert plain.generate(request, SAMPLING) == configured.generate(request, SAMPLING)
+    assert answers(plain, request, SAMPLING) == answers(configured, request, SAMPLING)
 
 
 class Workplace:

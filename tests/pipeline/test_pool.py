@@ -548,6 +548,14 @@ def test_a_mixture_with_pools_makes_ragged_groups(pools: Project) -> None:
     assert pools.made() == before
 
 
+def test_a_file_that_cannot_be_used_is_named_before_anything_is_sampled(pools: Project) -> None:
+    pools.write("strong.jsonl", '{"prompt": "say the 0", "answer": "x"}\n')
+    result = pools.cli("generate-negatives", "tiny.yaml")
+    assert result.status == 2
+    assert "no column 'text' (negatives.pools.strong.columns.text)" in result.error()
+    assert not list(pools.store.glob("negatives/*/shards/*.parquet"))
+
+
 def test_names_and_strengths_are_not_identity_of_negatives(pools: Project) -> None:
     assert pools.cli("generate-negatives", "tiny.yaml").status == 0
     before = pools.made()

@@ -162,6 +162,11 @@ SPECS = [
     ),
     ("checkpoints", {"a_field": 3, "made": "by another version"}, "a field 3, made by another version"),
     ("a-kind-of-the-future", {"x": 1.5, "deep": {}}, "x 1.5"),
+    (
+        "negatives",
+        {"strategy": "instructed", "generator": "cd" * 16, "instruction": "Make it worse. " * 9},
+        "instructed from model cdcdcdcd, instruction Make it worse. Make it worse. Make it worse. Make it worse.…",
+    ),
     ("verdicts", {"judge": "exact", "pattern": "a\x1b[2J\nb"}, "judge exact, pattern a\N{REPLACEMENT CHARACTER}[2J b"),
 ]
 

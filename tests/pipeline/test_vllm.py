@@ -18,6 +18,7 @@ from cpo_pipe.pipeline.engines.base import Request, Sampling, open_engine
 from cpo_pipe.pipeline.generate import generate_negatives, plan_negatives
 from cpo_pipe.pipeline.prepare import prepare
 from tests.conftest import make_model, pairs, write_jsonl
+from tests.pipeline.answers import answers
 
 pytestmark = [
     pytest.mark.vllm,
@@ -44,7 +45,7 @@ def tokens(model: Model) -> Tokens:
     """What a call with all requests samples."""
     from cpo_pipe.pipeline.engines.vllm import VllmEngine
 
-    return [[sample.token_ids for sample in answer] for answer in VllmEngine(model).generate(REQUESTS, SAMPLING)]
+    return [[sample.token_ids for sample in answer] for answer in answers(VllmEngine(model), REQUESTS, SAMPLING)]
 
 
 def test_samples_and_logprobs(model: Model, tokens: Tokens, caplog: pytest.LogCaptureFixture) -> None:
@@ -56,9 +57,9 @@ def test_samples_and_logprobs(model: Model, tokens: Tokens, caplog: pytest.LogCa
     caplog.set_level("INFO")
     engine = open_engine("auto", model)
     assert "engine: vllm" in caplog.text
-    samples = [engine.generate([request], SAMPLING)[0] for request in REQUESTS[::-1]][::-1]
+    samples = [answers(engine, [request], SAMPLING)[0] for request in REQUESTS[::-1]][::-1]
     assert tokens == [[s.token_ids for s in answer] for answer in samples], "one by one, the last first"
-    (later,) = engine.generate([Request([5, 6, 7], 6, (1 << 40) + 5)], SAMPLING)
+    (later,) = answers(engine, [Request([5, 6, 7], 6, (1 << 40) + 5)], SAMPLING)
     assert tokens[0][5:] == [sample.token_ids for sample in later], "samples 5 … 10 are those of a request for eleven"
     assert len({tuple(sample) for sample in tokens[0]}) > 1
     network = AutoModelForCausalLM.from_pretrained(model.path).eval()
@@ -70,7 +71,20 @@ def test_samples_and_logprobs(model: Model, tokens: Tokens, caplog: pytest.LogCa
     assert [s.logprob for _, s in flat] == pytest.approx(expected.tolist(), rel=1e-4)
     greedy = Sampling(temperature=0, top_k=0, max_new_tokens=8, stop_ids=(0,))
     theirs = network.generate(torch.tensor([[5, 6, 7]]), do_sample=False, max_new_tokens=8, pad_token_id=0)
-    assert engine.generate([Request([5, 6, 7], 1, 0)], greedy)[0][0].token_ids == theirs[0, 3:].tolist()
+    assert answers(engine, [Request([5, 6, 7], 1, 0)], greedy)[0][0].token_ids == theirs[0, 3:].tolist()
+
+
+def test_answers_come_as_they_are_ready_and_may_be_given_up(model: Model, tokens: Tokens) -> None:
+    from cpo_pipe.pipeline.engines.vllm import VllmEngine
+
+    engine = VllmEngine(model)
+    answering = engine.generate(REQUESTS * 40, SAMPLING)  # more samples than vLLM has under way
+    place, samples = next(answering)
+    assert [sample.token_ids for sample in samples] == tokens[place % len(REQUESTS)]
+    assert engine._llm.llm_engine.has_unfinished_requests(), "it did not wait for the others"
+    answering.close()  # as an error in whoever takes the answers does
+    assert not engine._llm.llm_engine.has_unfinished_requests()
+    assert [[sample.token_ids for sample in answer] for answer in answers(engine, REQUESTS, SAMPLING)] == tokens
 
 
 def test_samples_share_whole_blocks_of_their_prompt(model: Model) -> None:
@@ -92,10 +106,11 @@ from cpo_pipe.pipeline.engines.vllm import VllmEngine  # first: torch reads its 
 from cpo_pipe.data.models import locate_model
 from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline.engines.base import Request
+from tests.pipeline.answers import answers
 from tests.pipeline.test_vllm import REQUESTS, SAMPLING
 import torch
 engine = VllmEngine(locate_model(sys.argv[1], Store(Path(sys.argv[2]))), context=60)
-samples = [[sample.token_ids for sample in answer] for answer in engine.generate(REQUESTS, SAMPLING)]
+samples = [[sample.token_ids for sample in answer] for answer in answers(engine, REQUESTS, SAMPLING)]
 during = torch.distributed.is_initialized()
 del engine
 torch.set_num_threads(3)
@@ -128,7 +143,7 @@ def test_neither_a_huge_context_nor_a_missing_tokenizer_nor_other_end_tokens_mat
     bare = locate_model(str(folder), Store(tmp_path / "store"))
     for context in (None, len(LONG) + SAMPLING.max_new_tokens):
         engine = vllm.VllmEngine(bare, context)
-        assert [[s.token_ids for s in answer] for answer in engine.generate(REQUESTS, SAMPLING)] == tokens
+        assert [[s.token_ids for s in answer] for answer in answers(engine, REQUESTS, SAMPLING)] == tokens
         del engine
         gc.collect()
 

@@ -31,6 +31,10 @@ bench: bench-pipeline bench-train
 bench-pipeline:
     OMP_NUM_THREADS=1 python -m pytest tests/benchmarks -o python_files="bench_*.py" -o python_functions="bench_*" -s
 
+# The report in a browser: 5,000 examples of 4 systems, its size and the time until it is open (needs chromium)
+bench-report:
+    python -m pytest tests/benchmarks/bench_report.py -o python_functions="bench_*" -s
+
 # What is too long for CI
 soak:
     python -m pytest -m soak -s -rA

@@ -55,7 +55,7 @@ class Embedder:
         distinct = list(position)
         vectors = np.zeros((len(distinct), int(model.get_embedding_dimension() or 0)), np.float32)
         lengths = _token_lengths(model, distinct)
-        for batch in _batches(lengths, CPU_TOKENS if model.device.type == "cpu" else GPU_TOKENS):
+        for batch in batches_by_length(lengths, CPU_TOKENS if model.device.type == "cpu" else GPU_TOKENS):
             vectors[batch] = model.encode(
                 [distinct[number] for number in batch],
                 batch_size=len(batch),
@@ -104,7 +104,7 @@ def _token_lengths(model: "SentenceTransformer", texts: Sequence[str]) -> NDArra
     return np.array([len(ids) for ids in encoded["input_ids"]], np.int64)
 
 
-def _batches(lengths: NDArray[np.int64], budget: int) -> Iterator[NDArray[np.int64]]:
+def batches_by_length(lengths: NDArray[np.int64], budget: int) -> Iterator[NDArray[np.int64]]:
     """Numbers of texts of like length, as many at a time as fit into `budget` tokens with their padding."""
     order = np.argsort(lengths, kind="stable")
     start = 0

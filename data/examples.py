@@ -1,6 +1,7 @@
 """Prepared ground-truth pairs: the product that `prepare` makes and every later stage reads."""
 
 import hashlib
+import heapq
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -32,6 +33,16 @@ class Examples:
     def count(self, split: str) -> int:
         """Examples of a split."""
         return int(self.read(split, columns=["example_id"]).num_rows)
+
+
+def draw(examples: pa.Table, count: int, seed: int) -> pa.Table:
+    """`count` examples drawn by a seed, in their order: those whose ids hash lowest with it.
+
+    The order of the source changes none, other rows move few, and a larger draw contains the smaller ones.
+    """
+    ids = enumerate(examples["example_id"].to_pylist())
+    lowest = heapq.nsmallest(count, ((digest(["draw", seed, example_id]), row) for row, example_id in ids))
+    return examples.take(pa.array(sorted(row for _, row in lowest), pa.int64()))
 
 
 def largest_token_id(examples: Examples) -> int:

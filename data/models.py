@@ -1,12 +1,14 @@
 """Models by content: where a name leads, and what the weights and the tokenizer there are."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpo_pipe.data import adapters
 from cpo_pipe.data.errors import InputError
-from cpo_pipe.data.fingerprint import model_fingerprint, read_json, tokenizer_fingerprint
+from cpo_pipe.data.fingerprint import TOKENIZER_FILES, model_fingerprint, read_json, tokenizer_fingerprint
 from cpo_pipe.data.store import Rows, Store
 
 if TYPE_CHECKING:
@@ -71,8 +73,27 @@ class Model:
             )
         return network
 
+    def skeleton(self) -> "PreTrainedModel":
+        """The network without weights: the names and shapes of its tensors, and which of them are one.
 
-def fetch_folder(name: str, what: str) -> Path:
+        Raises:
+            InputError: transformers does not know the architecture.
+        """
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        try:
+            config = AutoConfig.from_pretrained(self.path)
+            with torch.device("meta"):
+                network: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                    config, dtype=torch.float32
+                )
+        except (ValueError, KeyError) as error:
+            raise InputError(f"model {self.name}: cannot be loaded ({_first_sentence(error)})") from error
+        return network
+
+
+def fetch_folder(name: str, what: str, revision: str | None = None) -> Path:
     """The folder that `name` (a folder or a hub name) leads to; a hub name is downloaded into the hub's cache.
 
     Raises:
@@ -84,7 +105,7 @@ def fetch_folder(name: str, what: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_FILES, ignore_patterns=_OTHER_FORMATS))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES, ignore_patterns=_OTHER_FORMATS))
     except HFValidationError as error:
         raise InputError(f"{what} {name}: no such folder, and not a hub name") from error
     except Exception as error:  # the hub client's failures have no common type: offline, not found, gated, …
@@ -93,15 +114,26 @@ def fetch_folder(name: str, what: str) -> Path:
         ) from error
 
 
-def locate_model(name: str, store: Store) -> Model:
-    """The model that a folder or hub name leads to.
+def locate_model(name: str, store: Store, revision: str | None = None) -> Model:
+    """The model that a folder or hub name leads to; of a LoRA adapter it is made, in the store, with its base.
 
     Raises:
-        InputError: there is none, or its files are damaged.
+        InputError: there is none, its files are damaged, or an adapter's base is not there.
     """
-    folder = fetch_folder(name, "model")
+    folder = fetch_folder(name, "model", revision)
     check_weights(folder)
+    if (folder / adapters.CONFIG).is_file():
+        product = adapters.adapted(name, folder, _base_model(name, folder, store), store)
+        return Model(name, product.path, product.manifest["fingerprint"])
     return Model(name, folder, model_fingerprint(folder, store.hash_file))
+
+
+def _base_model(name: str, adapter: Path, store: Store) -> Model:
+    base, revision = adapters.base_of(name, adapter)
+    try:
+        return locate_model(base, store, revision)
+    except InputError as error:
+        raise InputError(f"model {name}: the base of this adapter: {error}; correct {adapters.CONFIG}") from error
 
 
 def logprob_rows(store: Store, model: Model, dtype: str) -> Rows:
@@ -161,6 +193,13 @@ class TokenizerFiles:
         except Exception as error:  # the libraries' failures have no common type
             raise InputError(f"tokenizer {self.path}: cannot be loaded ({_first_sentence(error)})") from error
         return tokenizer
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Put a tokenizer's files beside a checkpoint's weights."""
+    for file in TOKENIZER_FILES:
+        if (source / file).is_file():
+            shutil.copyfile(source / file, target / file)
 
 
 def locate_tokenizer(name: str, store: Store) -> TokenizerFiles:

@@ -383,20 +383,105 @@ class Rank(Section):
     batch_size: Positive = Field(64, description="groups embedded at a time; does not change the order")
 
 
-Judge = Literal["exact", "similarity"]
+JudgeKind = Literal["exact", "similarity", "longer", "likelihood", "openai", "local"]
+_JUDGED_BY: dict[JudgeKind, tuple[str, ...]] = {
+    "exact": ("pattern",),
+    "similarity": (),
+    "longer": (),
+    "likelihood": ("model",),
+    "openai": ("api", "template", "both_orders"),
+    "local": ("model", "template", "both_orders"),
+}
+"""The settings that each kind of judge has."""
+
+
+class Judge(Section):
+    """Something that says which of two outputs for one prompt is the better."""
+
+    kind: JudgeKind = Field(
+        description="`exact` (the target's answer), `similarity` (nearer to the target), `longer` (more characters), "
+        "`likelihood` (likelier under a model), `openai` (an API is asked), `local` (a model here is asked) (default: "
+        "the judge's name)"
+    )
+    pattern: str | None = Field(
+        None, description="exact: regular expression whose first group is the answer (default: whole text)"
+    )
+    model: str | None = Field(
+        None, description="likelihood, local: a training's name, a folder or a hub name; it has a tokenizer of its own"
+    )
+    api: str | None = Field(None, description="openai: an API of `apis`")
+    template: str = Field(
+        "strict",
+        description="openai, local: what is asked; `dolly` and `wiki` (the paper's), `strict` (ours), or a text with "
+        "{prompt}, {output_a} and {output_b}",
+    )
+    both_orders: bool = Field(
+        True, description="openai, local: ask twice, with each output first; else the order is as good as by chance"
+    )
+
+    @field_validator("pattern")
+    @classmethod
+    def _check_pattern(cls, pattern: str | None) -> str | None:
+        try:
+            groups = re.compile(pattern).groups if pattern is not None else 1
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression ({error})") from error
+        if not groups:
+            raise ValueError(
+                f"{pattern!r} has no group, and its first group is the answer; put the answer's part in parentheses"
+            )
+        return pattern
+
+    @field_validator("template")
+    @classmethod
+    def _check_template(cls, template: str) -> str:
+        places = ("{prompt}", "{output_a}", "{output_b}")
+        if template not in ("dolly", "wiki", "strict") and not all(place in template for place in places):
+            raise ValueError(f"{template!r} is not dolly, wiki, strict or a text with {', '.join(places)}")
+        return template
+
+    @model_validator(mode="after")
+    def _check(self) -> "Judge":
+        known = _JUDGED_BY[self.kind]
+        for field in sorted(self.model_fields_set - {"kind", *known}):
+            raise ValueError(f"{field} has no meaning for the kind {self.kind}: leave it out")
+        for field in ("model", "api"):
+            if field in known and getattr(self, field) is None:
+                raise ValueError(f"{field} is missing: the kind {self.kind} needs one")
+        return self
 
 
 class Decoding(Section):
-    """How a system writes."""
+    """How a system writes: greedy, by beam search, or sampled by temperature, then top-k, then top-p."""
 
+    beams: Positive = Field(1, description="beams of beam search, as transformers does it (1: none)")
     top_k: int = Field(0, ge=0, description="sample among the k likeliest tokens (0: all)")
-    temperature: float = Field(1.0, ge=0, description="softmax temperature; 0 is greedy")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="sample among the fewest tokens whose probability together reaches p (1: all)"
+    )
+    temperature: float = Field(
+        default_factory=lambda given: 1.0 if given.get("beams", 1) == 1 else 0.0,
+        ge=0,
+        description="softmax temperature; 0 is greedy (default: 1; with beams 0)",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "Decoding":
+        if self.beams > 1:
+            for name, off in {"top_k": 0, "top_p": 1, "temperature": 0}.items():
+                if (value := getattr(self, name)) != off:
+                    raise ValueError(f"{name} is {value:g}, but beams is {self.beams}: beam search draws nothing; "
+                                     f"leave out {name}, or beams")  # fmt: skip
+        return self
 
 
 class System(Section):
     """A model that evaluation compares: one model, or a weight-space ensemble of several."""
 
-    model: str | None = Field(None, description="a training's name, a folder or a hub name")
+    model: str | None = Field(
+        None,
+        description="a training's name, a folder or a hub name (of a model or a LoRA adapter), or an API of `apis`",
+    )
     merge: dict[str, float] | None = Field(None, description="weights of an ensemble, by model; they sum to 1")
 
     @model_validator(mode="after")
@@ -407,28 +492,65 @@ class System(Section):
             raise ValueError(f"merge weights sum to {sum(self.merge.values()):g}, not to 1")
         return self
 
-    def upstream(self) -> list[str]:
-        """Names of the models it needs."""
-        return list(self.merge) if self.merge is not None else [self.model or ""]
+
+def ensemble_system(ensemble: str, alpha: float) -> str:
+    """The name of the system that an ensemble is at α; no system of the user's can have it."""
+    return f"{ensemble}@{alpha:g}"
+
+
+class Ensemble(Section):
+    """Two models merged by weight, θ = α θ_first + (1 − α) θ_second (Feng et al. 2025, §4): a system for each α."""
+
+    of: list[str] = Field(
+        min_length=2, max_length=2, description="the two models, each a training's name, a folder or a hub name"
+    )
+    alphas: list[Share] = Field(
+        min_length=1,
+        description="weights α of the first; each makes a system NAME@α, which at 0 and 1 is one of the models itself",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "Ensemble":
+        if self.of[0] == self.of[1]:
+            raise ValueError(f"of names {self.of[0]} twice: an ensemble needs two models")
+        names = [ensemble_system("", alpha) for alpha in self.alphas]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"alphas has {twice[1:]} twice: leave one out")
+        return self
+
+    def system(self, alpha: float) -> System:
+        """What it is at α."""
+        first, second = self.of
+        if alpha in (0, 1):
+            return System(model=first if alpha else second)
+        return System(merge={first: alpha, second: round(1 - alpha, 12)})  # 1 − 0.9 is the 0.1 that a user writes
 
 
 class Evaluate(Section):
     """Which systems are compared, on what, and how."""
 
     systems: dict[Name, System] = Field(description="the models to compare, by name")
-    baseline: str = Field(description="the system that the others are compared with")
+    ensembles: dict[Name, Ensemble] = Field(
+        default_factory=dict, description="more of them, merged from two models by a list of weights, by name"
+    )
+    baseline: str = Field(
+        description=f"the system that the others are compared with; `{GROUND_TRUTH}`: the targets themselves"
+    )
+    compare: list[tuple[str, str]] = Field(
+        default_factory=list, description="more comparisons, each [SYSTEM, SYSTEM], of the first against the second"
+    )
     split: Literal["validation", "test"] = Field("test", description="held-out split to evaluate on")
-    examples: Positive | None = Field(None, description="evaluate on the first N examples of the split (default: all)")
+    examples: Positive | None = Field(None, description="evaluate on N examples of the split (default: all)")
+    sample_seed: Seed | None = Field(None, description="draw the N examples by this seed (default: the first N)")
     decodings: dict[Name, Decoding] = Field(
         default_factory=lambda: {"greedy": Decoding(temperature=0)}, description="decoding configurations, by name"
     )
     max_new_tokens: Positive | None = Field(
         None, description="longest output, in tokens (default: data.max_target_tokens)"
     )
-    judges: list[Judge] = Field(default=["similarity"], description="pairwise judges against the baseline")
-    exact_pattern: str | None = Field(
-        None,
-        description="regular expression whose first group is the answer that `exact` compares (default: whole text)",
+    judges: dict[Name, Judge] = Field(
+        default_factory=lambda: {"similarity": Judge(kind="similarity")},
+        description="pairwise judges, by name; a list of kinds is short for those without settings",
     )
     embedder: str = Field("minilm", description="sentence-transformers model of the similarity judge and of MAUVE")
     mauve_seeds: int = Field(3, ge=0, description="k-means seeds that MAUVE is averaged over (0: no MAUVE)")
@@ -439,12 +561,58 @@ class Evaluate(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Evaluate":
-        if self.baseline not in self.systems:
-            hint = nearest(self.baseline, self.systems) or "name one of them"
-            raise ValueError(f"baseline {self.baseline!r} is not among the systems ({', '.join(self.systems)}); {hint}")
-        if GROUND_TRUTH in self.systems:
-            raise ValueError(f"systems: the name {GROUND_TRUTH} is taken by the targets themselves")
+        for field in ("systems", "ensembles"):
+            if GROUND_TRUTH in getattr(self, field):
+                raise ValueError(f"{field}: the name {GROUND_TRUTH} is taken by the targets themselves")
+        systems = self.all_systems()
+        if not systems:
+            raise ValueError("systems is empty: name at least one model to evaluate")
+        compared = [("compare", name) for pair in self.compare for name in pair]
+        for place, name in [("baseline", self.baseline), *compared]:
+            if name not in systems and name != GROUND_TRUTH:
+                hint = nearest(name, [*systems, GROUND_TRUTH]) or "name one of them"
+                raise ValueError(f"{place} {name!r} is not among the systems ({', '.join(systems)}); {hint}")
+        for first, second in self.compare:
+            if first in (second, GROUND_TRUTH):
+                raise ValueError(f"compare [{first}, {second}]: must be a system, and another one or {GROUND_TRUTH}")
+            if second == self.baseline:
+                raise ValueError(f"compare [{first}, {second}]: {second} is the baseline of all already: leave it out")
         return self
+
+    @field_validator("judges", mode="before")
+    @classmethod
+    def _name_judges(cls, judges: Any) -> Any:
+        """A list of kinds as a mapping; the kind of a judge that is called like one."""
+        if isinstance(judges, list):
+            if not all(isinstance(kind, str) for kind in judges):
+                raise ValueError("a list names kinds only: for settings give a mapping, such as {exact: {pattern: …}}")
+            judges = {kind: {"kind": kind} for kind in judges}
+        if not isinstance(judges, dict):
+            return judges
+        kinds = get_args(JudgeKind)
+        return {
+            name: {"kind": name, **settings} if isinstance(settings, dict) and name in kinds else settings
+            for name, settings in judges.items()
+        }
+
+    @model_validator(mode="after")
+    def _check_decodings(self) -> "Evaluate":
+        if self.sample_seed is not None and self.examples is None:
+            raise ValueError(f"sample_seed is {self.sample_seed}, but examples is not given: say how many to draw, or "
+                             "leave out sample_seed")  # fmt: skip
+        searching = [name for name, decoding in self.decodings.items() if decoding.beams > 1]
+        if searching and self.engine == "vllm":
+            raise ValueError(f"engine is vllm, but decodings.{searching[0]} is beam search, which is that of "
+                             "transformers: set engine to auto or transformers")  # fmt: skip
+        return self
+
+    def all_systems(self) -> dict[str, System]:
+        """The systems by name, those of the ensembles last."""
+        return self.systems | {
+            ensemble_system(name, alpha): ensemble.system(alpha)
+            for name, ensemble in self.ensembles.items()
+            for alpha in ensemble.alphas
+        }
 
 
 class Recipe(Section):
@@ -464,6 +632,9 @@ class Recipe(Section):
             raise ValueError(f"apis: {twice[0]} is also the name of a training; call one of them otherwise")
         if self.negatives is not None:
             self._check_apis(self.negatives)
+        for name, judge in self.evaluate.judges.items() if self.evaluate is not None else ():
+            if judge.api is not None:
+                self._check_api(f"evaluate.judges.{name}.api", judge.api)
         self._check_local()
         self.training_order()
         for name, training in self.train.items():
@@ -477,7 +648,11 @@ class Recipe(Section):
         """Refuse APIs where weights are needed, before any of them is paid."""
         needed = {f"train.{name}": training.upstream() for name, training in self.train.items()}
         if self.evaluate is not None:
-            needed |= {f"evaluate.systems.{name}": system.upstream() for name, system in self.evaluate.systems.items()}
+            needed |= {f"evaluate.systems.{name}": [*(system.merge or ())]
+                       for name, system in self.evaluate.systems.items()}  # fmt: skip
+            needed |= {f"evaluate.ensembles.{name}": ensemble.of for name, ensemble in self.evaluate.ensembles.items()}
+            needed |= {f"evaluate.judges.{name}": [judge.model]
+                       for name, judge in self.evaluate.judges.items() if judge.model is not None}  # fmt: skip
         for place, models in needed.items():
             for model in models:
                 if model in self.apis:
@@ -492,11 +667,14 @@ class Recipe(Section):
             )
         for name, instruction in negatives.instructed.items():
             model = instruction.model
-            if model not in self.apis:
-                hint = nearest(model, self.apis) or f"there are {', '.join(self.apis) or 'none'}"
-                raise ValueError(f"negatives.instructed.{name}.model {model!r} is not among `apis`; {hint}")
+            self._check_api(f"negatives.instructed.{name}.model", model)
             if self.apis[model].endpoint != "chat":
                 raise ValueError(f"negatives.instructed.{name}.model {model} must be an API with the endpoint chat")
+
+    def _check_api(self, place: str, name: str) -> None:
+        if name not in self.apis:
+            hint = nearest(name, self.apis) or f"there are {', '.join(self.apis) or 'none'}"
+            raise ValueError(f"{place} {name!r} is not among `apis`; {hint}")
 
     def training_order(self) -> list[str]:
         """Names of the trainings, each after those it needs."""

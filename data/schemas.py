@@ -118,8 +118,8 @@ METRICS = pa.schema(
         _column("decoding", pa.string(), "name of the decoding configuration"),
         _column("metric", pa.string(), "what was measured"),
         _column("value", pa.float64(), "the figure, in the metric's own unit"),
-        _column("ci_low", pa.float64(), "lower end of the 95% bootstrap interval", nullable=True),
-        _column("ci_high", pa.float64(), "upper end of the 95% bootstrap interval", nullable=True),
+        _column("ci_low", pa.float64(), "lower end of the 95% interval", nullable=True),
+        _column("ci_high", pa.float64(), "upper end of the 95% interval", nullable=True),
         _column("n", pa.int64(), "examples it was measured on"),
     ]
 )

@@ -33,6 +33,9 @@ STYLE: Any = {
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 """Okabe and Ito's, which the colour-blind can tell apart."""
 
+MARKERS, LINES = "os^Dv", ("-", "--", ":", "-.")
+"""Of several curves in one picture: what tells them apart without any colour."""
+
 SPARSE = 20
 """A curve of fewer points shows them."""
 
@@ -67,20 +70,60 @@ class Bar:
     high: float | None
 
 
-def win_rates(title: str, baseline: str, bars: Sequence[Bar]) -> Chart:
-    """Win rates with intervals, against the line at one half."""
+Point = tuple[float, float, float | None, float | None]
+"""α, the figure there, and its interval."""
+
+
+def win_rates(title: str, baseline: str, panels: Mapping[str, Sequence[Bar]]) -> Chart:
+    """Win rates with intervals against the line at one half, a panel per decoding (Feng et al. 2025, figure 1)."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 0.9 + 0.4 * len(bars)), layout="constrained")
-        axes = figure.add_subplot()
-        for row, bar in enumerate(bars):
-            if bar.low is not None and bar.high is not None:
-                axes.plot([bar.low, bar.high], [row, row], color=COLORS[0], linewidth=2)
-            axes.plot([bar.value], [row], "o", color=COLORS[0])
-        axes.axvline(0.5, color="#333333", linestyle="--", linewidth=1)
-        axes.set(xlim=(0, 1), ylim=(len(bars) - 0.5, -0.5), xlabel=f"win rate against {baseline}; a tie counts half")
-        axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
-        text = "; ".join(f"{bar.label} {_with_interval(bar)}" for bar in bars)
+        heights = [len(bars) for bars in panels.values()]
+        size = (WIDTH, 0.9 + 0.4 * sum(heights) + 0.3 * (len(panels) - 1))
+        figure = Figure(figsize=size, layout="constrained")
+        all_axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights).flat
+        for axes, (decoding, bars) in zip(all_axes, panels.items(), strict=True):
+            for row, bar in enumerate(bars):
+                if bar.low is not None and bar.high is not None:
+                    axes.plot([bar.low, bar.high], [row, row], color=COLORS[0], linewidth=2)
+                axes.plot([bar.value], [row], "o", color=COLORS[0])
+            axes.axvline(0.5, color="#333333", linestyle="--", linewidth=1)
+            axes.set(xlim=(0, 1), ylim=(len(bars) - 0.5, -0.5))
+            axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
+            axes.set_title(decoding, loc="left", fontsize=10, parse_math=False)
+        axes.set_xlabel(f"win rate against {baseline}; a tie counts half", parse_math=False)
+        text = "; ".join(
+            f"{bar.label}, {decoding} {_with_interval(bar)}" for decoding, bars in panels.items() for bar in bars
+        )
         return Chart(title, f"Win rates against {baseline}: {text}.", _svg(figure, title))
+
+
+def alpha_curves(title: str, curves: Sequence[tuple[str, Sequence[Point]]]) -> Chart:
+    """A figure of weight-space ensembles against their α, a curve each (Feng et al. 2025, figure 2).
+
+    Args:
+        title: of the figure.
+        curves: label and points of each, by rising α.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        for number, (label, points) in enumerate(curves):
+            alpha, value, low, high = zip(*points, strict=True)
+            color, marker, line = (each[number % len(each)] for each in (COLORS, MARKERS, LINES))
+            axes.plot(alpha, value, color=color, marker=marker, linestyle=line, label=label)
+            for at, below, above in zip(alpha, low, high, strict=True):
+                if below is not None and above is not None:
+                    axes.plot([at, at], [below, above], color=color, linewidth=1)
+        axes.set_xlabel("α, weight of the first model")
+        for entry in axes.legend(frameon=False).get_texts():
+            entry.set_parse_math(False)
+        text = "; ".join(f"{label}: {', '.join(map(_at_alpha, points))}" for label, points in curves)
+        return Chart(title, f"{title} against α. {text}.", _svg(figure, title))
+
+
+def _at_alpha(point: Point) -> str:
+    alpha, value, low, high = point
+    return f"{_with_interval(Bar('', value, low, high))} at {alpha:g}"
 
 
 def training_curves(name: str, steps: pa.Table) -> Chart | None:

@@ -2,15 +2,19 @@
 
 Generations and verdicts are rows and are reused; the figures are one product:
 
-    metrics.parquet   the METRICS schema, a row per system × decoding × metric
-    outputs.parquet   every output, so that a report needs no model
-    values.parquet    the figures per example that the means were taken of
-    manifest.json     what the figures need said beside them (`notes`)
+    metrics.parquet       the METRICS schema, a row per system × decoding × metric
+    comparisons.parquet   the COMPARISONS schema, a row per judge × decoding × two systems
+    outputs.parquet       every output, so that a report needs no model
+    values.parquet        the figures per example that the means were taken of
+    verdicts.parquet      the VERDICTS schema, how each output was judged, in each order
+    manifest.json         what the figures need said beside them (`notes`)
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,13 +22,17 @@ import pyarrow.parquet as pq
 
 from cpo_pipe.data.embedding import Embedder, EmbeddingMemo, locate_embedder
 from cpo_pipe.data.errors import InputError
-from cpo_pipe.data.examples import Examples, selection_hash
-from cpo_pipe.data.executor import Executor
+from cpo_pipe.data.examples import Examples, draw, selection_hash
+from cpo_pipe.data.executor import Executor, LocalExecutor
 from cpo_pipe.data.fingerprint import Spec, address
 from cpo_pipe.data.models import Model
 from cpo_pipe.data.recipe import GROUND_TRUTH, Decoding, Evaluate
 from cpo_pipe.data.store import Product, Rows, Store
-from cpo_pipe.eval.judges import ExactJudge, SimilarityJudge
+from cpo_pipe.eval.judges.base import Case, Judge, Judgement, Pair, make_verdicts, read_judgements
+from cpo_pipe.eval.judges.cost import Cost, Draft, cost
+from cpo_pipe.eval.judges.openai import OpenAiJudge
+from cpo_pipe.eval.judges.resolve import Means, named_spec, open_judges
+from cpo_pipe.eval.judges.scores import ExactJudge, ScoreJudge, SimilarityJudge
 from cpo_pipe.eval.mauve import MIN_TEXTS
 from cpo_pipe.eval.measure import ANY_DECODING, Measurement, Outputs, embedding_metrics, read_outputs, read_targets
 from cpo_pipe.eval.statistics import Bootstrap
@@ -35,11 +43,12 @@ from cpo_pipe.pipeline.engines.base import (
     check_context,
     stop_ids,
 )
-from cpo_pipe.pipeline.missing import Wanted, make_missing
+from cpo_pipe.pipeline.engines.openai import ApiModel, Asked, prompt_of
+from cpo_pipe.pipeline.missing import WINDOW, Wanted, make_missing
 
 log = logging.getLogger(__name__)
 
-DEFINITIONS = 1
+DEFINITIONS = 2
 """Raise when a metric's meaning changes: figures of the old meaning are then made again."""
 
 TargetNll = Callable[[Model, pa.Table], Sequence[tuple[float, int]]]
@@ -64,6 +73,14 @@ class Evaluation:
         """The figures (METRICS schema)."""
         return pq.read_table(self.product.path / "metrics.parquet")
 
+    def comparisons(self) -> pa.Table:
+        """The systems pair by pair (COMPARISONS schema)."""
+        return pq.read_table(self.product.path / "comparisons.parquet")
+
+    def verdicts(self) -> pa.Table:
+        """How each output was judged (VERDICTS schema of eval/measure.py)."""
+        return pq.read_table(self.product.path / "verdicts.parquet")
+
     def outputs(self) -> pa.Table:
         """All outputs: `example_id`, `system`, `decoding`, `text`."""
         return pq.read_table(self.product.path / "outputs.parquet")
@@ -83,6 +100,8 @@ class Generations:
     decoding: str
     sampling: Sampling
     rows: Rows
+    refused: Rows | None = None
+    """Of an API: outputs that it will never give, with the reason (REJECTED schema)."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +110,9 @@ class Comparison:
 
     config: Evaluate
     selection: pa.Table
-    systems: Mapping[str, Model]
+    systems: Mapping[str, Model | ApiModel]
     generations: list[Generations]
-    judges: list[ExactJudge | SimilarityJudge]
+    judges: list[Judge]
     embedder: Embedder | None
     memo: EmbeddingMemo | None
     """What judges and MAUVE embed with; None if neither does."""
@@ -101,6 +120,11 @@ class Comparison:
     def with_mauve(self) -> bool:
         """Whether MAUVE is asked for, and there are examples enough for it to say something."""
         return self.config.mauve_seeds > 0 and self.selection.num_rows >= MIN_TEXTS
+
+    def opponents(self, system: str) -> list[str]:
+        """Whom a system's outputs are judged against: the baseline first, then those that `compare` names."""
+        baseline = [self.config.baseline] if system != self.config.baseline else []
+        return [*baseline, *(second for first, second in dict.fromkeys(self.config.compare) if first == system)]
 
     def spec(self) -> Spec:
         """What decides the figures. The ranker does not: it decides only how they are marked."""
@@ -111,7 +135,8 @@ class Comparison:
             "systems": {name: model.fingerprint for name, model in self.systems.items()},
             "generations": [[g.system, g.decoding, address(g.rows.spec)] for g in self.generations],
             "baseline": config.baseline,
-            "judges": [judge.spec() for judge in self.judges],
+            **({"compare": [[*pair] for pair in config.compare]} if config.compare else {}),
+            "judges": [named_spec(config, judge) for judge in self.judges],
             "mauve": {"embedder": self.embedder.fingerprint, "seeds": config.mauve_seeds} if self.embedder else None,
             "bootstrap": config.bootstrap,
             "seed": config.seed,
@@ -122,11 +147,12 @@ def evaluate(
     config: Evaluate,
     store: Store,
     examples: Examples,
-    systems: Mapping[str, Model],
+    systems: Mapping[str, Model | ApiModel],
     *,
     max_new_tokens: int,
     ranker: str | None,
     target_nll: TargetNll,
+    judging: Means,
     executor: Executor,
 ) -> Evaluation:
     """Make what is missing of a comparison; with nothing missing, no model is loaded.
@@ -135,43 +161,105 @@ def evaluate(
         config: the recipe's section.
         store: where artifacts are.
         examples: the prepared examples.
-        systems: the models on disk, by system; ensembles are merged already.
+        systems: the models, by system; ensembles are merged already.
         max_new_tokens: longest output, in tokens.
         ranker: fingerprint of the embedding model that ranked the negatives, if one did.
         target_nll: gives the targets' log-probs under a model; called only if figures are to be made.
+        judging: what judges are made with.
         executor: samples the outputs.
 
     Raises:
         InputError: the split is empty, a model's context is too short for a prompt and what follows it, or
-            `exact_pattern` does not fit.
+            a judge's `pattern` does not fit.
+        RunError: an API did not answer all that it was asked; what it answered is kept.
     """
-    wanted = _plan(config, store, examples, systems, max_new_tokens)
+    wanted = _plan(config, store, examples, systems, max_new_tokens, judging)
     product = store.product("metrics", wanted.spec())
     if not product.complete():
         with product.lock():
             if not product.complete():  # again: another process may have made it while we waited
                 for name, model in systems.items():
                     outputs = [g for g in wanted.generations if g.system == name]
-                    _generate(config, examples, wanted.selection, model, outputs, executor)
+                    if isinstance(model, ApiModel):
+                        _ask(config, examples, wanted.selection, model, outputs)
+                    else:
+                        _generate(config, examples, wanted.selection, model, outputs, executor)
                 _write(product, wanted, store, target_nll)
     log.info("evaluate: %d systems on %d examples in %s", len(systems), wanted.selection.num_rows, product.name)
-    shared = wanted.embedder is not None and wanted.embedder.fingerprint == ranker
-    return Evaluation(product, wanted.selection, embedding_metrics() if shared else frozenset())
+    ranked = wanted.embedder is not None and wanted.embedder.fingerprint == ranker
+    against = [second for _, second in config.compare]
+    shared = embedding_metrics(_similarity(wanted.judges), against) if ranked else frozenset[str]()
+    return Evaluation(product, wanted.selection, shared)
+
+
+def judging_costs(
+    config: Evaluate,
+    store: Store,
+    examples: Examples,
+    systems: Mapping[str, Model | ApiModel | None],
+    *,
+    max_new_tokens: int,
+    judging: Means,
+) -> tuple[list[tuple[OpenAiJudge, Cost]], dict[tuple[str, str], int]]:
+    """What the judges that ask an API would still ask; nothing is asked, made or loaded.
+
+    Args:
+        config: the recipe's section.
+        store: where artifacts are.
+        examples: the prepared examples.
+        systems: the models, by system; None of one that is not there yet.
+        max_new_tokens: longest output, in tokens; what an output that is not there yet counts as.
+        judging: what judges are made with.
+
+    Returns:
+        The judges with their costs, and by system and decoding how many outputs are not there yet.
+    """
+    asking = {name: judge for name, judge in config.judges.items() if judge.kind == "openai"}
+    config = config.model_copy(update={"judges": asking, "mauve_seeds": 0})
+    there = {name: model for name, model in systems.items() if model is not None}
+    wanted = _plan(config, store, examples, there, max_new_tokens, judging)
+    cases, ids = _cases(wanted.selection), wanted.selection["example_id"]
+    sides: dict[tuple[str, str], list[str | None]] = {
+        (name, decoding): [None] * len(cases) for name in systems for decoding in config.decodings
+    }
+    sides |= {(GROUND_TRUTH, decoding): [case.target for case in cases] for decoding in config.decodings}
+    for g in wanted.generations:
+        absent = Wanted(g.rows, 1, g.refused).missing(ids)[:, 0]
+        texts = read_outputs(g.rows, ids.to_pylist()).texts
+        sides[g.system, g.decoding] = [None if gone else text for gone, text in zip(absent, texts, strict=True)]
+    drafts = [
+        Draft(*fields)
+        for system in systems
+        for whom in wanted.opponents(system)
+        for decoding in config.decodings
+        for fields in zip(cases, sides[system, decoding], sides[whom, decoding], strict=True)
+    ]
+    costs = [
+        (judge, cost(judge, drafts, max_new_tokens, store.rows("verdicts", judge.spec())))
+        for judge in wanted.judges
+        if isinstance(judge, OpenAiJudge)
+    ]
+    return costs, {of: missing for of, texts in sides.items() if (missing := texts.count(None))}
 
 
 # ── what is wanted ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _plan(
-    config: Evaluate, store: Store, examples: Examples, systems: Mapping[str, Model], max_new_tokens: int
+    config: Evaluate,
+    store: Store,
+    examples: Examples,
+    systems: Mapping[str, Model | ApiModel],
+    max_new_tokens: int,
+    judging: Means,
 ) -> Comparison:
-    selection = examples.read(config.split, config.examples)
+    selection = _select(config, examples)
     if not selection.num_rows:
         raise InputError(f"evaluate.split is {config.split}, which has no examples: raise data.{config.split}")
-    needed = config.mauve_seeds > 0 or SimilarityJudge.name in config.judges
+    needed = config.mauve_seeds > 0 or any(judge.kind == "similarity" for judge in config.judges.values())
     embedder = locate_embedder(config.embedder, store) if needed else None
     memo = EmbeddingMemo(embedder) if embedder else None
-    judges = _judges(config, embedder, memo)
+    judges = open_judges(config, store, judging, examples.rendering["template"], embedder, memo)
     for judge in judges:
         if isinstance(judge, ExactJudge):
             _check_pattern(config, judge, selection)
@@ -183,16 +271,11 @@ def _plan(
     return Comparison(config, selection, systems, generations, judges, embedder, memo)
 
 
-def _judges(
-    config: Evaluate, embedder: Embedder | None, memo: EmbeddingMemo | None
-) -> list[ExactJudge | SimilarityJudge]:
-    judges: list[ExactJudge | SimilarityJudge] = []
-    for name in dict.fromkeys(config.judges):
-        if name == ExactJudge.name:
-            judges.append(ExactJudge(config.exact_pattern))
-        elif embedder is not None and memo is not None:
-            judges.append(SimilarityJudge(memo.encode, embedder.fingerprint))
-    return judges
+def _select(config: Evaluate, examples: Examples) -> pa.Table:
+    """The examples evaluated on: the split's first, or drawn by a seed."""
+    if config.sample_seed is None or config.examples is None:
+        return examples.read(config.split, config.examples)
+    return draw(examples.read(config.split), config.examples, config.sample_seed)
 
 
 def _plan_system(
@@ -201,9 +284,11 @@ def _plan_system(
     examples: Examples,
     selection: pa.Table,
     system: str,
-    model: Model,
+    model: Model | ApiModel,
     max_new_tokens: int,
 ) -> list[Generations]:
+    if isinstance(model, ApiModel):
+        return _plan_asked(config, store, examples, system, model, max_new_tokens)
     check_context(selection, model, max_new_tokens, "evaluate.max_new_tokens")
     _check_targets(config, selection, model)
     ends = stop_ids(model, examples.tokenizer)
@@ -214,6 +299,20 @@ def _plan_system(
         if sampling.temperature > 0:
             spec["seed"] = config.seed
         generations.append(Generations(system, name, sampling, store.rows("generations", spec)))
+    return generations
+
+
+def _plan_asked(
+    config: Evaluate, store: Store, examples: Examples, system: str, api: ApiModel, max_new_tokens: int
+) -> list[Generations]:
+    generations = []
+    for name, decoding in config.decodings.items():
+        sampling = _sampling(decoding, max_new_tokens, ())
+        spec: Spec = {"model": api.spec(), "prompt": examples.rendering, "sampling": api.obeyed(sampling).spec()}
+        if sampling.temperature > 0:
+            spec["seed"] = config.seed
+        rows, refused = store.rows("generations", spec), store.rows("rejected", {"of": spec})
+        generations.append(Generations(system, name, sampling, rows, refused))
     return generations
 
 
@@ -232,14 +331,20 @@ def _check_targets(config: Evaluate, selection: pa.Table, model: Model) -> None:
 
 def _sampling(decoding: Decoding, max_new_tokens: int, ends: tuple[int, ...]) -> Sampling:
     return Sampling(
-        temperature=decoding.temperature, top_k=decoding.top_k, max_new_tokens=max_new_tokens, stop_ids=ends
+        temperature=decoding.temperature,
+        top_k=decoding.top_k,
+        top_p=decoding.top_p,
+        beams=decoding.beams,
+        max_new_tokens=max_new_tokens,
+        stop_ids=ends,
     )
 
 
 def _check_pattern(config: Evaluate, judge: ExactJudge, selection: pa.Table) -> None:
     if _unanswered(judge, selection) == selection.num_rows:
         raise InputError(
-            f"evaluate.exact_pattern is {config.exact_pattern!r}: it matches none of the {selection.num_rows} "
+            f"evaluate.judges.{judge.name}.pattern is {config.judges[judge.name].pattern!r}: it matches none of the "
+            f"{selection.num_rows} "
             "targets, so no output could be right; correct it, or leave it out to compare whole texts"
         )
 
@@ -259,10 +364,10 @@ def _generate(
     generations: Sequence[Generations],
     executor: Executor,
 ) -> None:
-    """Sample what one system lacks. Its engine is loaded once, and only if needed."""
+    """Sample what one system lacks. Its engine is loaded once, and only if needed; beam search may need another."""
     longest = max(wanted.sampling.max_new_tokens for wanted in generations)
     engine = LazyEngine(config.engine, model, check_context(selection, model, longest, "evaluate.max_new_tokens"))
-    for wanted in generations:
+    for wanted in sorted(generations, key=lambda wanted: wanted.sampling.beams):
         made = make_missing(
             Wanted(wanted.rows, 1),
             selection,
@@ -271,6 +376,26 @@ def _generate(
             batch_size=config.batch_size,
             label=f"evaluate {wanted.system}, {wanted.decoding}",
         )
+        log.info("evaluate: outputs of %s, %s in %s (%d made, %d reused)", wanted.system, wanted.decoding,
+                 wanted.rows.name, made, selection.num_rows - made)  # fmt: skip
+
+
+def _ask(
+    config: Evaluate, examples: Examples, selection: pa.Table, api: ApiModel, generations: Sequence[Generations]
+) -> None:
+    """Ask an API for what it has not yet answered; one process sends all requests, and so keeps the caps."""
+    for wanted in generations:
+        assert wanted.refused is not None
+        work = Asked(wanted.rows, wanted.refused, api, wanted.sampling, config.seed, examples.tokenizer, prompt_of)
+        made = make_missing(
+            Wanted(wanted.rows, 1, wanted.refused),
+            selection,
+            work,
+            LocalExecutor(),
+            batch_size=WINDOW,
+            label=f"evaluate {wanted.system}, {wanted.decoding}",
+        )
+        work.check()
         log.info("evaluate: outputs of %s, %s in %s (%d made, %d reused)", wanted.system, wanted.decoding,
                  wanted.rows.name, made, selection.num_rows - made)  # fmt: skip
 
@@ -286,7 +411,9 @@ def _write(product: Product, wanted: Comparison, store: Store, target_nll: Targe
     with product.create() as writer:
         writer.facts["notes"] = notes
         pq.write_table(measured.figures(), writer.path / "metrics.parquet")
+        pq.write_table(measured.comparisons(), writer.path / "comparisons.parquet")
         pq.write_table(measured.values(), writer.path / "values.parquet")
+        pq.write_table(measured.verdicts(), writer.path / "verdicts.parquet")
         pq.write_table(_output_table(example_ids, outputs), writer.path / "outputs.parquet")
 
 
@@ -295,12 +422,18 @@ def _measure(
 ) -> Measurement:
     config, example_ids = wanted.config, wanted.selection["example_id"].to_pylist()
     targets = read_targets(wanted.selection)
-    if wanted.memo is not None and (wanted.with_mauve() or SimilarityJudge.name in config.judges):
+    if wanted.memo is not None and (wanted.with_mauve() or _similarity(wanted.judges)):
         texts = [text for outputs in (targets, *all_outputs.values()) for text in outputs.texts]
         wanted.memo.add(texts, "embed outputs")
+    cases = _cases(wanted.selection)
+    sides = {**all_outputs, **{(GROUND_TRUTH, decoding): targets for decoding in config.decodings}}
+    judgements = _judge(wanted, cases, sides, store)
+    scores = _scores(wanted.judges, cases, all_outputs)
     measured = Measurement(example_ids, targets, Bootstrap(resamples=config.bootstrap, seed=config.seed))
     measured.measure_text(GROUND_TRUTH, ANY_DECODING, targets)
     for system, model in wanted.systems.items():
+        if isinstance(model, ApiModel):  # which says nothing of texts that are not its own
+            continue
         measured.measure_nll(system, target_nll(model, wanted.selection))
     for (system, decoding), outputs in all_outputs.items():
         measured.measure_text(system, decoding, outputs)
@@ -309,23 +442,92 @@ def _measure(
             seeds = range(config.seed, config.seed + config.mauve_seeds)
             measured.measure_mauve(system, decoding, outputs, wanted.memo.encode, seeds)
         for judge in wanted.judges:
-            measured.measure_score(judge, system, decoding, outputs)
-            if system != config.baseline:
-                verdicts = store.rows("verdicts", judge.spec())
-                measured.measure_wins(
-                    judge, verdicts, system, decoding, outputs, all_outputs[config.baseline, decoding]
-                )
+            if isinstance(judge, ScoreJudge):
+                measured.measure_score(judge, system, decoding, scores[judge.name, system, decoding])
+            for whom in wanted.opponents(system):
+                found, other = judgements[judge.name, system, decoding, whom], sides[whom, decoding]
+                against = whom if whom != config.baseline else None
+                measured.keep_judgements(judge, system, whom, decoding, found)
+                measured.measure_wins(judge, found, system, decoding, outputs, other, against)
+                if judge.sees_order and against is None:
+                    measured.measure_order(judge, system, decoding, found)
+    measured.measure_differences(config.baseline)
     return measured
+
+
+def _cases(selection: pa.Table) -> list[Case]:
+    columns = (selection[name].to_pylist() for name in ("example_id", "prompt", "rendered", "target"))
+    return [Case(*fields) for fields in zip(*columns, strict=True)]
+
+
+def _judge(
+    wanted: Comparison, cases: Sequence[Case], sides: Mapping[tuple[str, str], Outputs], store: Store
+) -> dict[tuple[str, str, str, str], list[Judgement]]:
+    """By judge, system, decoding and opponent, what the judge makes of the outputs against the opponent's.
+
+    All is asked before anything is measured: what an API leaves unanswered keeps nothing else from being judged.
+    """
+    pairs = {
+        (g.system, g.decoding, whom): [
+            Pair(*fields)
+            for fields in zip(cases, sides[g.system, g.decoding].texts, sides[whom, g.decoding].texts, strict=True)
+        ]
+        for g in wanted.generations
+        for whom in wanted.opponents(g.system)
+    }
+    verdicts = {judge.name: store.rows("verdicts", judge.spec()) for judge in wanted.judges}
+    for judge in wanted.judges:
+        make_verdicts(judge, list(chain.from_iterable(pairs.values())), verdicts[judge.name])
+    for judge in wanted.judges:
+        if isinstance(judge, OpenAiJudge):
+            judge.api.check_answered()
+    return {
+        (judge.name, *of): read_judgements(judge, some, verdicts[judge.name])
+        for judge in wanted.judges
+        for of, some in pairs.items()
+    }
+
+
+def _scores(
+    judges: Sequence[Judge], cases: Sequence[Case], all_outputs: Mapping[tuple[str, str], Outputs]
+) -> dict[tuple[str, str, str], list[float]]:
+    """By judge, system and decoding the outputs' scores; of all in one call, so that a model is loaded once."""
+    texts = [text for outputs in all_outputs.values() for text in outputs.texts]
+    scores: dict[tuple[str, str, str], list[float]] = {}
+    for judge in judges:
+        if isinstance(judge, ScoreJudge):
+            found = judge.scores([*cases] * len(all_outputs), texts)
+            for place, of in enumerate(all_outputs):
+                scores[judge.name, *of] = found[place * len(cases) : (place + 1) * len(cases)]
+    return scores
+
+
+def _similarity(judges: Sequence[Judge]) -> list[str]:
+    """Names of the judges that embed."""
+    return [judge.name for judge in judges if isinstance(judge, SimilarityJudge)]
 
 
 def _notes(wanted: Comparison) -> list[str]:
     notes, n = [], wanted.selection.num_rows
     if wanted.config.mauve_seeds > 0 and not wanted.with_mauve():
         notes.append(f"MAUVE is left out: on {n} examples it says nothing; it needs {MIN_TEXTS} at least")
+    for g in wanted.generations:
+        if g.refused is not None:
+            ids = wanted.selection["example_id"].to_pylist()
+            reasons = Counter(g.refused.read(ids, ["example_id", "reason"])["reason"].to_pylist())
+            why = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+            if reasons:
+                notes.append(
+                    f"{g.system}, {g.decoding}: the API refused {reasons.total()} of {n} outputs ({why}); each counts "
+                    "as an empty one"
+                )
     for judge in wanted.judges:
+        if wanted.config.baseline == GROUND_TRUTH and isinstance(judge, ExactJudge | SimilarityJudge):
+            notes.append(f"{judge.name}: goes by likeness to the target, so against the ground truth none can win")
         if isinstance(judge, ExactJudge) and (unanswered := _unanswered(judge, wanted.selection)):
             notes.append(
-                f"exact: the pattern matches nothing in {unanswered} of {n} targets; there every output counts as wrong"
+                f"{judge.name}: the pattern matches nothing in {unanswered} of {n} targets; there every output counts "
+                "as wrong"
             )
     return notes
 

@@ -2,18 +2,24 @@
 
 Both sets' features are quantized together by k-means; the two histograms P and Q are compared with every mixture
 R = w·P + (1 − w)·Q, and the curve of exp(−c·KL(Q|R)) against exp(−c·KL(P|R)) encloses an area between 0 (nothing in
-common) and 1 (the same). Any features will do; ours are sentence embeddings, so figures are not those of the paper's
-GPT-2 features, and compare only with each other.
+common) and 1 (the same). Any features will do, and figures compare only where they are the same: what evaluation
+reports is on sentence embeddings; the paper's are `causal_features` of GPT-2.
 
-Legend: N texts, D features, k clusters.
+Legend: N texts, D features, T tokens, k clusters.
 """
 
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cpo_pipe.data.embedding import batches_by_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MIN_TEXTS = 100
 """With fewer texts a side there are fewer than ten clusters, and the score says nothing."""
@@ -23,6 +29,9 @@ MIXTURES = 25
 EXPLAINED_VARIANCE = 0.9
 RESTARTS = 5
 _EPSILON = 1e-6
+
+BATCH_TOKENS = 1 << 12
+"""Tokens per forward pass of `causal_features`, with padding."""
 
 Histogram = NDArray[np.float64]
 
@@ -42,6 +51,35 @@ def mauve(p_ND: NDArray[np.float32], q_ND: NDArray[np.float32], seeds: Sequence[
     reduced = _reduce(np.concatenate([p_ND, q_ND]))
     scores = [_score(reduced, len(p_ND), clusters, seed) for seed in seeds]
     return MauveScore(statistics.fmean(scores), statistics.stdev(scores) if len(scores) > 1 else None)
+
+
+def causal_features(network: "PreTrainedModel", token_ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+    """Features of texts by a causal model, (N, D): its last hidden state, after the final norm, of their last token.
+
+    Texts of like length share a forward pass, padded behind their end, which no token of a causal model sees.
+
+    Args:
+        network: in eval mode; its body is run, without the head.
+        token_ids: of each text, one at least (give an empty text the token that ends texts), and no more than the
+            model's context.
+    """
+    import torch
+
+    body: Any = network.base_model  # which transformers types as any module
+    lengths = np.array([len(ids) for ids in token_ids])
+    assert lengths.all()
+    features = np.zeros((len(lengths), network.config.hidden_size), np.float32)
+    for rows in batches_by_length(lengths, BATCH_TOKENS):
+        texts_T = [torch.tensor(token_ids[row]) for row in rows]
+        padded_NT, mask_NT = (
+            torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(body.device)
+            for parts in (texts_T, [torch.ones_like(ids) for ids in texts_T])
+        )
+        with torch.no_grad():
+            hidden_NTD = body(input_ids=padded_NT, attention_mask=mask_NT, use_cache=False).last_hidden_state
+        last_ND = hidden_NTD[torch.arange(len(rows)), torch.tensor(lengths[rows]) - 1]
+        features[rows] = last_ND.float().cpu().numpy()
+    return features
 
 
 def divergence_area(p: Histogram, q: Histogram) -> float:

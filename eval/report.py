@@ -21,11 +21,9 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from cpo_pipe.data import atomic
-from cpo_pipe.eval.charts import Bar, Chart, quality_charts, training_curves, win_rates
-from cpo_pipe.eval.measure import ANY_DECODING
-
-MAX_EXAMPLES = 50
-"""Examples shown, of the evaluation and of the groups each."""
+from cpo_pipe.eval.charts import Bar, Chart, Point, alpha_curves, quality_charts, training_curves, win_rates
+from cpo_pipe.eval.examples import pack, visible
+from cpo_pipe.eval.measure import ANY_DECODING, NOTICEABLE
 
 DAGGER = " †"
 SHARED_NOTE = (
@@ -35,10 +33,16 @@ SHARED_NOTE = (
 
 MEANINGS = {
     "rep-4": "share of a text's 4-grams that repeat an earlier one, 0 to 1; nearer to the ground truth's is better",
-    "distinct-2": "different 2-grams by all 2-grams of all outputs together, 0 to 1; low: the outputs are all alike",
+    "loops": "share of the outputs that end in a phrase of two tokens or more, three times in a row; lower is better",
+    **{
+        f"distinct-{n}": f"different {n}-grams by all {n}-grams of all outputs together, 0 to 1; low: the outputs are "
+        "all alike"
+        for n in (1, 2, 3)
+    },
     "length": "tokens of an output, without the one that ends it",
     "chrF": "mean sentence chrF2 against the target, 0 to 100; higher is better",
     "target NLL": "negative log-likelihood of the targets' tokens, nats per token; lower is better",
+    "target perplexity": "exponential of target NLL; lower is better",
     "MAUVE": "likeness of all outputs to all targets, 0 to 1, ± standard deviation over k-means seeds, on sentence "
     "embeddings; higher is better; differences within the spread are noise",
     "exact match": "share of the outputs that are right; higher is better",
@@ -49,25 +53,15 @@ _JUDGED = {
     "tie": "share that it gives to neither",
     "loss": "share that it gives to the baseline",
     "win rate": "wins and half of the ties, 0 to 1; above 0.5 is better than the baseline",
+    "position bias": "share of the verdicts naming a winner that go to the output shown first; 0.5 is none",
+    "flip rate": "share of the pairs whose verdict changes with the order in which the outputs are shown",
+    "unparseable": "share of the answers that are no verdict; each counts as a tie",
+    "match": "share of the outputs that are right; higher is better",
+    "characters": "characters of an output",
+    "log-prob": "log-prob of an output's tokens and of its end, nats per token; higher is likelier",
+    "length-controlled win rate": "the win rate that a logistic model expects if outputs had the length of the "
+    "baseline's, as AlpacaEval 2.0; from 100 examples on",
 }
-
-# What has no shape of its own, or changes the direction of what follows it: shown by name instead of done.
-_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-SCRIPT = """
-const box = document.getElementById("search"), count = document.getElementById("found");
-const cards = [...document.querySelectorAll("details.card")];
-box.addEventListener("input", () => {
-  const words = box.value.toLowerCase();
-  let shown = 0;
-  for (const card of cards) {
-    card.hidden = !card.textContent.toLowerCase().includes(words);
-    shown += !card.hidden;
-  }
-  count.textContent = words ? `${shown} of ${cards.length} shown` : "";
-});
-"""
-
 
 # The figures of negatives, as shown: the first form that has all its columns.
 _QUALITY = {
@@ -96,8 +90,21 @@ _QUALITY = {
 }
 
 _NUMBER = re.compile(r"[0-9]+\.[0-9]+")
-_REPORT_ONLY = ("distinct-2", "length", "cosine to target")
+_REPORT_ONLY = ("loops", "distinct-1", "distinct-2", "distinct-3", "length", "target perplexity", "cosine to target")
 """Metrics that the table on the terminal leaves to the report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRecord:
+    """What a stage of the run took."""
+
+    name: str
+    seconds: float
+    """When it last ran, reuse of what was there included."""
+    total_seconds: float
+    """In all runs of this folder together."""
+    spent: str
+    """What its APIs were asked, and what that cost; empty where none was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,12 +124,19 @@ class ReportData:
     baseline: str
     metrics: pa.Table
     """METRICS schema."""
+    comparisons: pa.Table
+    """COMPARISONS schema."""
     shared_metrics: AbstractSet[str]
     notes: Sequence[str]
     examples: pa.Table
     """The evaluated examples, in order (EXAMPLES schema)."""
     outputs: pa.Table
     """`example_id`, `system`, `decoding`, `text`."""
+    verdicts: pa.Table
+    """How each output was judged (VERDICTS schema)."""
+    ensembles: Mapping[str, Sequence[tuple[float, str]]] = field(default_factory=dict)
+    """α and system of each ensemble's members, by its name, by rising α."""
+    stages: Sequence[StageRecord] = ()
     trainings: Mapping[str, pa.Table] = field(default_factory=dict)
     """Step metrics, by training: `step`, and what of `loss`, `won`, `margin`, `target_logprob` there is."""
     quality: pa.Table | None = None
@@ -141,6 +155,14 @@ class Grid:
 
     decoding: str
     systems: list[str]
+    rows: list[tuple[str, list[str]]]
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Every two systems by one metric: a row per decoding and pair."""
+
+    metric: str
     rows: list[tuple[str, list[str]]]
 
 
@@ -166,12 +188,10 @@ class Negative:
 
 @dataclass(frozen=True)
 class Card:
-    """One prompt with all that was written for it."""
+    """A training prompt with its negatives."""
 
     prompt: str
     target: str
-    outputs: list[tuple[str, str, str]]
-    """System, decoding, text."""
     negatives: list[Negative]
 
 
@@ -188,23 +208,32 @@ def write_report(path: Path, data: ReportData) -> None:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["visible"] = visible
-    source = files("cpo_pipe.eval").joinpath("report.html.j2").read_text(encoding="utf-8")
-    evaluated, grouped = example_cards(data), group_cards(data)
+    environment.filters |= {"visible": visible, "duration": _duration}
+    folder = files("cpo_pipe.eval")
+    source, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("report.html.j2", "report.js"))
     html = environment.from_string(source).render(
         data=data,
-        grids=[_marked(grid, data) for grid in grids(data.metrics)],
+        grids=marked_grids(data),
         meanings=_meanings(data.metrics),
         shared_note=SHARED_NOTE if _shared_here(data.metrics, data.shared_metrics) else "",
-        win_charts=list(_win_charts(data)),
+        charts=[*_win_charts(data), *_alpha_charts(data)],
+        differences=_differences(data),
+        noticeable=NOTICEABLE,
         training_charts=[chart for name, steps in data.trainings.items() if (chart := training_curves(name, steps))],
         quality=_quality(data.quality) if data.quality is not None else None,
-        evaluated=evaluated,
-        grouped=grouped,
-        script=SCRIPT,
-        script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
+        packed=pack(data.examples, data.outputs, data.verdicts),
+        grouped=group_cards(data),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     atomic.write_bytes(path, html.encode())
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    if hours:
+        return f"{hours} h {rest // 60} min"
+    return f"{rest // 60} min {rest % 60} s" if rest >= 60 else f"{seconds:.1f} s"
 
 
 def print_table(metrics: pa.Table, baseline: str, shared_metrics: AbstractSet[str], notes: Sequence[str] = ()) -> None:
@@ -279,12 +308,6 @@ def _percentages(shares: Sequence[str]) -> str:
     return "–" if "–" in shares else "/".join(f"{100 * float(share.split()[0]):.0f}" for share in shares)
 
 
-def visible(text: str) -> str:
-    r"""Text with its control and direction characters shown as `\x1b`, and lines ended as HTML ends them."""
-    lines = text.replace("\r\n", "\n")
-    return _INVISIBLE.sub(lambda match: match[0].encode("unicode_escape").decode(), lines)
-
-
 # ── figures ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -317,10 +340,16 @@ def _cell(row: Mapping[str, Any], spread: Mapping[str, Any] | None) -> str:
     return text
 
 
-def _marked(grid: Grid, data: ReportData) -> Grid:
-    systems = [f"{system} (baseline)" if system == data.baseline else system for system in grid.systems]
-    rows = [(metric + (DAGGER if metric in data.shared_metrics else ""), cells) for metric, cells in grid.rows]
-    return Grid(grid.decoding, systems, rows)
+def marked_grids(data: ReportData) -> list[Grid]:
+    """The figures by decoding, with marks at the baseline and at the metrics of the ranker's embedding model."""
+    return [
+        Grid(
+            grid.decoding,
+            [f"{system} (baseline)" if system == data.baseline else system for system in grid.systems],
+            [(metric + (DAGGER if metric in data.shared_metrics else ""), cells) for metric, cells in grid.rows],
+        )
+        for grid in grids(data.metrics)
+    ]
 
 
 def _shared_here(metrics: pa.Table, shared_metrics: AbstractSet[str]) -> bool:
@@ -338,15 +367,69 @@ def _meanings(metrics: pa.Table) -> dict[str, str]:
 
 
 def _win_charts(data: ReportData) -> Iterator[Chart]:
-    rates = [row for row in data.metrics.to_pylist() if row["metric"].endswith(" win rate")]
+    """A chart per kind of win rate; members of ensembles have charts of their own."""
+    members = {system for points in data.ensembles.values() for _, system in points}
+    rates = [row for row in data.metrics.to_pylist() if " win rate" in row["metric"]]
     for metric in dict.fromkeys(row["metric"] for row in rates):
-        bars = [
-            Bar(f"{row['system']}, {row['decoding']}", row["value"], row["ci_low"], row["ci_high"])
-            for row in rates
-            if row["metric"] == metric
+        panels: dict[str, list[Bar]] = {}
+        for row in rates:
+            if row["metric"] == metric and row["system"] not in members:
+                bar = Bar(row["system"], row["value"], row["ci_low"], row["ci_high"])
+                panels.setdefault(row["decoding"], []).append(bar)
+        if panels:
+            yield win_rates(_title(metric, data), metric.partition(" against ")[2] or data.baseline, panels)
+
+
+def _alpha_charts(data: ReportData) -> Iterator[Chart]:
+    """A chart per kind of win rate, and one of MAUVE, against the ensembles' α."""
+    rows = {(row["metric"], row["system"], row["decoding"]): row for row in data.metrics.to_pylist()}
+    decodings = list(dict.fromkeys(decoding for _, _, decoding in rows))
+    for metric in dict.fromkeys(metric for metric, _, _ in rows):
+        if " win rate" not in metric and metric != "MAUVE":
+            continue
+        curves = [
+            (f"{ensemble}, {decoding}", points)
+            for ensemble, members in data.ensembles.items()
+            for decoding in decodings
+            if (points := list(_points(rows, metric, members, decoding)))
         ]
-        title = metric[0].upper() + metric[1:] + (DAGGER if metric in data.shared_metrics else "")
-        yield win_rates(title, data.baseline, bars)
+        if curves:
+            spread = ", ± standard deviation over seeds" if metric == "MAUVE" else ""
+            yield alpha_curves(f"{_title(metric, data)} of ensembles{spread}", curves)
+
+
+def _points(
+    rows: Mapping[tuple[str, str, str], Mapping[str, Any]],
+    metric: str,
+    members: Sequence[tuple[float, str]],
+    decoding: str,
+) -> Iterator[Point]:
+    for alpha, system in members:
+        if row := rows.get((metric, system, decoding)):
+            low, high = row["ci_low"], row["ci_high"]
+            if spread := rows.get((f"{metric} sd", system, decoding)):
+                low, high = row["value"] - spread["value"], row["value"] + spread["value"]
+            yield alpha, row["value"], low, high
+
+
+def _title(metric: str, data: ReportData) -> str:
+    return metric + (DAGGER if metric in data.shared_metrics else "")
+
+
+def _differences(data: ReportData) -> list[Differences]:
+    tables: dict[str, list[tuple[str, list[str]]]] = {}
+    for row in data.comparisons.to_pylist():
+        interval = "" if row["ci_low"] is None else f" [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+        cells = [f"{row['difference']:+.3f}{interval}", _p(row["p"]), _p(row["p_holm"]), f"{row['n_needed']:,}"]
+        head = f"{row['system_a']} against {row['system_b']}, {row['decoding']}"
+        tables.setdefault(row["metric"], []).append((head, cells))
+    return [
+        Differences(metric + (DAGGER if metric in data.shared_metrics else ""), rows) for metric, rows in tables.items()
+    ]
+
+
+def _p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _quality(table: pa.Table) -> Quality:
@@ -371,29 +454,16 @@ def _names(form: str) -> list[str]:
 # ── examples ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def example_cards(data: ReportData) -> list[Card]:
-    """The first evaluated prompts, with what each system wrote."""
-    shown = data.examples.slice(0, MAX_EXAMPLES).select(["example_id", "rendered", "target"]).to_pylist()
-    ids = {example["example_id"] for example in shown}
-    written: dict[str, list[tuple[str, str, str]]] = {example_id: [] for example_id in ids}
-    for row in data.outputs.to_pylist():
-        if row["example_id"] in ids:
-            written[row["example_id"]].append((row["system"], row["decoding"], row["text"]))
-    return [Card(example["rendered"], example["target"], written[example["example_id"]], []) for example in shown]
-
-
 def group_cards(data: ReportData) -> list[Card]:
-    """The first training prompts, with their ranked negatives."""
+    """Training prompts with their ranked negatives."""
     if data.group_examples is None:
         return []
     negatives = _negatives(data.groups)
-    shown = data.group_examples.select(["example_id", "rendered", "target"]).to_pylist()
-    cards = [
-        Card(example["rendered"], example["target"], [], negatives[example["example_id"]])
-        for example in shown
+    return [
+        Card(example["rendered"], example["target"], negatives[example["example_id"]])
+        for example in data.group_examples.select(["example_id", "rendered", "target"]).to_pylist()
         if example["example_id"] in negatives
     ]
-    return cards[:MAX_EXAMPLES]
 
 
 def _negatives(groups: pa.Table | None) -> dict[str, list[Negative]]:

@@ -15,6 +15,16 @@ def rep_n(token_ids: Sequence[int], n: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+def ends_in_loop(token_ids: Sequence[int]) -> bool:
+    """Whether a text ends in a phrase of two tokens or more that stands there at least three times in a row.
+
+    The repetition of Holtzman et al. 2020, "The curious case of neural text degeneration", table 1. A single token six
+    times in a row is a phrase of two three times; the phrase may be cut, as its last tokens then begin another.
+    """
+    ids = list(token_ids)
+    return any(ids[-3 * size : -size] == ids[-2 * size :] for size in range(2, len(ids) // 3 + 1))
+
+
 def distinct_n(texts: Sequence[Sequence[int]], n: int = 2) -> float:
     """Distinct n-grams of all texts together by their n-grams (Li et al. 2016): low where the texts are all alike.
 
@@ -35,6 +45,20 @@ def chrf(outputs: Sequence[str], targets: Sequence[str]) -> NDArray[np.float64]:
     metric = CHRF()
     scores = [metric.sentence_score(output, [target]).score for output, target in zip(outputs, targets, strict=True)]
     return np.array(scores, np.float64)
+
+
+def self_bleu(samples: Sequence[str]) -> float:
+    """How alike several samples for one prompt are: mean sentence BLEU-4 of each against all others, 0 to 100.
+
+    Zhu et al. 2018, "Texygen", by sacrebleu, with n-grams as long as the sample has them. High: the model says the same
+    again and again. Needs two samples; `distinct_n` of the samples' token ids is the other figure of their diversity.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+
+    metric = BLEU(effective_order=True)
+    others = [[*samples[:number], *samples[number + 1 :]] for number in range(len(samples))]
+    scores = [metric.sentence_score(sample, rest).score for sample, rest in zip(samples, others, strict=True)]
+    return float(np.mean(scores))
 
 
 def _n_grams(token_ids: Sequence[int], n: int) -> list[tuple[int, ...]]:

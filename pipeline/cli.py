@@ -142,9 +142,28 @@ def train(
         print(f"{name} is waiting: {reason}")
 
 
-def evaluate(run: Run) -> None:
+def evaluate(
+    run: Run,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Ask nothing; print the calls, tokens and price of judges behind an API.")
+    ] = False,
+) -> None:
     """Compare the systems on held-out prompts and write report.html."""
-    run.evaluate()
+    if dry_run:
+        run.judging_costs()
+    else:
+        run.evaluate()
+
+
+def merge(
+    run: Run,
+    system: Annotated[
+        str, typer.Argument(help="A system of `evaluate`: of the ensemble `mix` that at α = 0.5 is called mix@0.5.")
+    ],
+    out: Annotated[Path, typer.Option(help="A folder that is new or empty.")],
+) -> None:
+    """Write the model of a system, such as a weight-space ensemble, to a folder that transformers and vLLM load."""
+    run.merge(system, out)
 
 
 def run_(run: Run) -> None:
@@ -157,7 +176,7 @@ def demo(run: Run) -> None:
     run.everything()
 
 
-for _function in (prepare, generate_negatives, rank, quality, train, evaluate, run_):
+for _function in (prepare, generate_negatives, rank, quality, train, evaluate, merge, run_):
     _stage(_function)
 _stage(demo, recipe="demo")
 app.add_typer(store_app, name="store")

@@ -24,24 +24,27 @@ from cpo_pipe.data.errors import InputError, MissingInput
 from cpo_pipe.data.examples import Examples, largest_token_id
 from cpo_pipe.data.executor import Executor, LocalExecutor
 from cpo_pipe.data.fingerprint import digest
-from cpo_pipe.data.models import Model, check_vocabulary, locate_model, logprob_rows
-from cpo_pipe.data.recipe import Evaluate, Negatives, Rank, Recipe, System, Training, nearest
+from cpo_pipe.data.models import Model, check_vocabulary, copy_tokenizer, locate_model, logprob_rows
+from cpo_pipe.data.recipe import Evaluate, Negatives, Rank, Recipe, System, Training, ensemble_system, nearest
 from cpo_pipe.data.recipe_text import recipe_text
 from cpo_pipe.data.store import Rows, Store
-from cpo_pipe.pipeline.engines.openai import ApiModel
+from cpo_pipe.pipeline.engines.openai import ApiModel, Tokens
 from cpo_pipe.pipeline.generate import Plan, Sources, generate_negatives, plan_negatives
 from cpo_pipe.pipeline.prepare import find_examples, prepare, target_tokens
 from cpo_pipe.pipeline.quality import Quality, measure_quality
 from cpo_pipe.pipeline.rank import plan_groups, rank
-from cpo_pipe.trainer.merge import merge
+from cpo_pipe.trainer.merge import ensemble, merge
 from cpo_pipe.trainer.train import METRICS_FILE, Inputs, checkpoint, checkpoint_model, train, training_spec
 
 if TYPE_CHECKING:
     from cpo_pipe.eval.evaluate import Evaluation
+    from cpo_pipe.eval.judges.resolve import Means
+    from cpo_pipe.eval.report import StageRecord
 
 log = logging.getLogger(__name__)
 
 REPORTED_GROUPS = 50
+MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "README.md")
 PACKAGES = ("cpo-pipe", "torch", "transformers", "datasets", "sentence-transformers", "pyarrow")
 
 
@@ -203,7 +206,7 @@ class Run:
         from cpo_pipe.eval.report import print_table
 
         config, examples = self._evaluation(), self.examples()
-        systems = {name: self.system(name, system) for name, system in config.systems.items()}
+        systems = {name: self.system(name, system) for name, system in config.all_systems().items()}
         with self._stage("evaluate") as record:
             evaluation = evaluate(
                 config,
@@ -213,6 +216,7 @@ class Run:
                 max_new_tokens=config.max_new_tokens or target_tokens(self.recipe.data),
                 ranker=self._ranker(),
                 target_nll=self._target_logprobs,
+                judging=self._judging(),
                 executor=self.executor,
             )
             record["artifact"] = evaluation.product.name
@@ -222,7 +226,79 @@ class Run:
         print(f"report: {report}")
         return report
 
-    def _report(self, evaluation: "Evaluation", systems: Mapping[str, Model]) -> Path:
+    def judging_costs(self) -> None:
+        """Print what `evaluate` would still ask of judges that cost something; nothing is asked, made or loaded."""
+        from cpo_pipe.eval.evaluate import judging_costs
+        from cpo_pipe.eval.judges.cost import TOKEN_BYTES
+
+        config = self._evaluation()
+        systems = {name: self._system_there(system) for name, system in config.all_systems().items()}
+        max_new_tokens = config.max_new_tokens or target_tokens(self.recipe.data)
+        costs, missing = judging_costs(
+            config,
+            self.store,
+            self.examples(),
+            systems,
+            max_new_tokens=max_new_tokens,
+            judging=self._judging(),
+        )
+        for judge, cost in costs:
+            price = judge.api.price(cost.tokens)
+            dollars = f": about {price:.4g} US dollars" if price is not None else ""
+            print(
+                f"judge {judge.name} (apis.{judge.api.name}): {cost.calls:,} calls to be made, about "
+                f"{cost.tokens.prompt:,} prompt tokens, at most {cost.tokens.written:,} written{dollars}"
+            )
+        if not costs:
+            print("no judge of this recipe costs anything")
+            return
+        print(f"prompt tokens are estimated: one for every {TOKEN_BYTES} bytes of UTF-8")
+        for (name, decoding), count in missing.items():
+            print(f"{name}, {decoding}: {count:,} outputs are not there yet; each counts as {max_new_tokens} tokens, "
+                  "the most that it can have")  # fmt: skip
+
+    def _system_there(self, system: System) -> Model | ApiModel | None:
+        """The model of a system; None where it is not trained, or not merged."""
+        try:
+            if system.model is not None:
+                return self.system("", system)
+            assert system.merge is not None
+            parts = [(self.model(part), weight) for part, weight in system.merge.items()]
+        except MissingInput:
+            return None
+        product = ensemble(self.store, parts, self.examples().tokenizer)
+        return checkpoint_model("", product) if product.complete() else None
+
+    def merge(self, name: str, out: Path) -> None:
+        """Write the model of a system to a folder of its own, with the tokenizer of the examples.
+
+        Raises:
+            InputError: there is no such system, it is an API, or the folder is not empty.
+        """
+        systems = self._evaluation().all_systems()
+        if name not in systems:
+            hint = nearest(name, systems) or f"there are {', '.join(systems)}"
+            raise InputError(f"system {name}: not among evaluate's; {hint}")
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise InputError(f"--out {out}: is there already; name a folder that is new or empty")
+        model = self.system(name, systems[name])
+        if isinstance(model, ApiModel):
+            raise InputError(f"system {name}: is an API, whose weights are not here; name another system")
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        scratch = atomic.temporary(out.absolute())
+        try:
+            scratch.mkdir()
+            for pattern in MODEL_FILES:
+                for file in model.path.glob(pattern):
+                    shutil.copyfile(file, scratch / file.name)
+            copy_tokenizer(self.examples().tokenizer.path, scratch)
+            atomic.rename(scratch, out.absolute())
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        print(f"system {name}: written to {out}")
+
+    def _report(self, evaluation: "Evaluation", systems: Mapping[str, Model | ApiModel]) -> Path:
+        from cpo_pipe.eval.exports import write_exports
         from cpo_pipe.eval.report import ReportData, shows, write_report
 
         trained = self._finished_trainings()
@@ -250,18 +326,45 @@ class Run:
             artifacts=artifacts,
             baseline=self._evaluation().baseline,
             metrics=evaluation.metrics(),
+            comparisons=evaluation.comparisons(),
             shared_metrics=evaluation.shared_metrics,
             notes=[*evaluation.notes, *notes],
             examples=evaluation.examples,
             outputs=evaluation.outputs(),
+            verdicts=evaluation.verdicts(),
+            ensembles=self._ensembles(),
+            stages=self._stage_records(),
             trainings={name: pq.read_table(model.path / METRICS_FILE) for name, model in trained.items()},
             quality=measured.table if measured else None,
             quality_notes=measured.notes if measured else (),
             group_examples=first if groups is not None else None,
             groups=groups.read(first["example_id"]) if groups is not None else None,
         )
-        write_report(path, data)
+        write_exports(self.run_dir, data)
+        write_report(path, data)  # last: it says that the others are there too
         return path
+
+    def _ensembles(self) -> dict[str, list[tuple[float, str]]]:
+        """α and system of each ensemble's members."""
+        return {
+            name: [(alpha, ensemble_system(name, alpha)) for alpha in sorted(ensemble.alphas)]
+            for name, ensemble in self._evaluation().ensembles.items()
+        }
+
+    def _stage_records(self) -> list["StageRecord"]:
+        """What the stages of this run took, as run.json has it."""
+        from cpo_pipe.eval.report import StageRecord
+
+        stages = json.loads((self.run_dir / "run.json").read_text())["stages"]
+        return [
+            StageRecord(
+                name=name,
+                seconds=stage["seconds"],
+                total_seconds=stage.get("total_seconds", stage["seconds"]),
+                spent="; ".join(_spent_in_words(api, spent) for api, spent in stage.get("apis", {}).items()),
+            )
+            for name, stage in sorted(stages.items(), key=lambda item: item[1]["started"])
+        ]
 
     def _shown_groups(self) -> tuple[Sources, Rows | None, list[str]]:
         """Negatives and groups of the recipe, where they are there, and what to say where not."""
@@ -279,8 +382,10 @@ class Run:
                 finished[name] = self.model(name)
         return finished
 
-    def _address(self, model: Model) -> str:
+    def _address(self, model: Model | ApiModel) -> str:
         """Where a model is in the store; of one from elsewhere its name and fingerprint."""
+        if isinstance(model, ApiModel):
+            return f"{model.config.model} at {model.config.url}"
         if model.path.is_relative_to(self.store.local):
             return str(model.path.relative_to(self.store.local))
         return f"{model.name} ({model.fingerprint})"
@@ -300,6 +405,22 @@ class Run:
         from cpo_pipe.trainer.logprobs import target_logprobs
 
         return target_logprobs(self.store, model, examples, self.executor)
+
+    def _judging(self) -> "Means":
+        """What judges are made with."""
+        from cpo_pipe.eval.judges.resolve import Means
+
+        return Means(self._apis, self._judge_model, self._logprobs)
+
+    def _judge_model(self, name: str) -> Model:
+        return self.model(name) if name in self.recipe.train else self._named(name)
+
+    def _logprobs(self, model: Model, groups: pa.Table) -> list[float]:
+        from cpo_pipe.trainer.logprobs import cached_logprobs, read_logprobs
+
+        rows = cached_logprobs(self.store, model, "float32", groups, self.executor)
+        values: list[float] = read_logprobs(rows, groups).tolist()
+        return values
 
     def _ranker(self) -> str | None:
         """Fingerprint of the embedding model that ranks this recipe's negatives."""
@@ -336,10 +457,10 @@ class Run:
         sources, groups = self.groups()
         return Inputs(examples.tokenizer, init, sources.selection.select(columns), groups, reference)
 
-    def system(self, name: str, system: System) -> Model:
+    def system(self, name: str, system: System) -> Model | ApiModel:
         """The model of a system; an ensemble is merged."""
         if system.model is not None:
-            return self.model(system.model)
+            return self._apis.get(system.model) or self.model(system.model)
         assert system.merge is not None
         parts = [(self.model(part), weight) for part, weight in system.merge.items()]
         return checkpoint_model(name, merge(name, self.store, parts, self.examples().tokenizer))
@@ -379,14 +500,37 @@ class Run:
         self.run_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is said before the work
         self.store.register_run(self.run_dir)
         start = time.time()
+        before = {name: api.ledger.used for name, api in self._apis.items()}
         yield record
         atomic.write_bytes(self.run_dir / "recipe.yaml", recipe_text(self.recipe).encode())
         record |= {"started": start, "seconds": round(time.time() - start, 3)}
         path = self.run_dir / "run.json"
         run = json.loads(path.read_text()) if path.exists() else {"stages": {}}
         run |= {"store": self.store.name, "versions": _versions()}
+        earlier = run["stages"].get(name, {})
+        record["total_seconds"] = round(earlier.get("total_seconds", 0.0) + record["seconds"], 3)
+        record["apis"] = earlier.get("apis", {})
+        for api, tokens in before.items():
+            _add_spent(record["apis"], self._apis[api], self._apis[api].ledger.used - tokens)
         run["stages"][name] = record
         atomic.write_bytes(path, json.dumps(run, indent=2).encode())
+
+
+def _add_spent(apis: dict[str, dict[str, Any]], api: ApiModel, used: Tokens) -> None:
+    """Add what an API was asked to what it was asked before; dollars where the recipe names its prices."""
+    if used != Tokens():
+        before = apis.get(api.name, {"prompt_tokens": 0, "written_tokens": 0, "usd": 0.0})
+        price, sofar = api.price(used), before["usd"]
+        apis[api.name] = {
+            "prompt_tokens": before["prompt_tokens"] + used.prompt,
+            "written_tokens": before["written_tokens"] + used.written,
+            "usd": None if price is None or sofar is None else sofar + price,
+        }
+
+
+def _spent_in_words(api: str, spent: Mapping[str, Any]) -> str:
+    dollars = "" if spent["usd"] is None else f", {spent['usd']:.4g} US dollars"
+    return f"{api}: {spent['prompt_tokens']:,} prompt tokens and {spent['written_tokens']:,} written{dollars}"
 
 
 def _versions() -> dict[str, str]:

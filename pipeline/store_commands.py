@@ -252,8 +252,12 @@ class Words:
         yield from self._other(rest)
 
     def _sampling(self, sampling: Spec) -> Iterator[str]:
-        greedy = sampling["temperature"] == 0
-        yield "greedy" if greedy else f"temperature {sampling['temperature']:g}, top-k {sampling['top_k'] or 'off'}"
+        if sampling["temperature"] == 0:
+            yield f"{sampling['beams']} beams" if "beams" in sampling else "greedy"
+        else:
+            yield f"temperature {sampling['temperature']:g}, top-k {sampling['top_k'] or 'off'}"
+            if "top_p" in sampling:
+                yield f"top-p {sampling['top_p']:g}"
         yield f"at most {sampling['max_new_tokens']} tokens"
 
     def _groups(self, spec: Spec) -> Iterator[str]:
@@ -264,7 +268,7 @@ class Words:
             yield "duplicates kept"
 
     def _rejected(self, spec: Spec) -> Iterator[str]:
-        kind = "groups" if "candidates" in spec["of"] else "negatives"
+        kind = "groups" if "candidates" in spec["of"] else "negatives" if "strategy" in spec["of"] else "generations"
         yield f"refused for {kind}/{address(spec['of'])[:SHORT]}"
 
     def _logprobs(self, spec: Spec) -> Iterator[str]:
@@ -274,6 +278,9 @@ class Words:
     def _checkpoints(self, spec: Spec) -> Iterator[str]:
         if "merge" in spec:
             yield " + ".join(f"{weight:g} × {self._model(model)}" for model, weight in spec["merge"])
+            return
+        if "adapter" in spec:
+            yield f"{self._model(spec['base'])} with the LoRA adapter {self.value(spec['adapter'])}"
             return
         settings, init = spec["settings"], spec["init"]
         weight = settings.get("mle_weight")
@@ -300,7 +307,7 @@ class Words:
         others = [name for name in spec["systems"] if name != spec["baseline"]]
         yield f"{' and '.join(others)} against {spec['baseline']}" if others else f"{spec['baseline']} alone"
         yield " and ".join(dict.fromkeys(decoding for _, decoding, _ in spec["generations"]))
-        yield f"judged by {' and '.join(judge['judge'] for judge in spec['judges']) or 'none'}"
+        yield f"judged by {' and '.join(judge.get('name', judge['judge']) for judge in spec['judges']) or 'none'}"
 
 
 _SUMMARIES = {

@@ -154,7 +154,8 @@ def read_logprobs(rows: Rows, groups: pa.Table) -> NDArray[np.float64]:
     for start in range(0, groups.num_rows, LOOKED_UP):
         part = groups.slice(start, LOOKED_UP)
         keys = candidate_keys(part)
-        recorded = rows.read(part["example_id"], [*rows.key, "logprob"], refresh=start == 0)
+        ids = part["example_id"].unique()  # an example may have several groups, with prompts of its own
+        recorded = rows.read(ids, [*rows.key, "logprob"], refresh=start == 0)
         numbered = keys.append_column("place", pa.array(np.arange(keys.num_rows)))
         joined = numbered.join(recorded, list(rows.key), join_type="left outer").sort_by("place")
         if joined["logprob"].null_count:

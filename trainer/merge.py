@@ -1,45 +1,218 @@
-"""Weight-space ensembles: θ = Σ w_i θ_i, such as α θ_MLE + (1 − α) θ_CPO (Feng et al. 2025, §4)."""
+"""Weight-space ensembles: θ = Σ w_i θ_i, such as α θ_MLE + (1 − α) θ_CPO (Feng et al. 2025, §4).
 
+Made tensor by tensor from the parts' safetensors, so that no model is in memory as a whole.
+"""
+
+import json
 import logging
+import re
+import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cpo_pipe.data.errors import InputError
-from cpo_pipe.data.fingerprint import model_fingerprint, sha256_file
-from cpo_pipe.data.models import Model, TokenizerFiles
+from cpo_pipe.data.fingerprint import model_fingerprint, read_json, sha256_file
+from cpo_pipe.data.models import Model, TokenizerFiles, copy_tokenizer
+from cpo_pipe.data.progress import track
 from cpo_pipe.data.store import Product, Store
-from cpo_pipe.trainer.train import checkpoint, copy_tokenizer
+from cpo_pipe.trainer.train import checkpoint
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
+
+SHARD_SIZE = "2GB"
+"""The largest file of an ensemble, which is what is in memory of it while it is made."""
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_OLD_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
+"""Tensors in files of old versions of transformers, which its models now compute themselves."""
+
+
+def ensemble(store: Store, parts: Sequence[tuple[Model, float]], tokenizer: TokenizerFiles) -> Product:
+    """Where the ensemble of models is, made or not."""
+    weights = sorted([model.fingerprint, weight] for model, weight in parts)
+    return checkpoint(store, {"merge": weights, "tokenizer": tokenizer.fingerprint})
 
 
 def merge(name: str, store: Store, parts: Sequence[tuple[Model, float]], tokenizer: TokenizerFiles) -> Product:
     """The ensemble of models of one architecture, weights summing to 1, made if it is not there.
 
     Raises:
-        InputError: the models' tensors differ in name or shape.
+        InputError: as for `write_merged`.
     """
-    weights = sorted([model.fingerprint, weight] for model, weight in parts)
-    spec = {"merge": weights, "tokenizer": tokenizer.fingerprint}
-    product = checkpoint(store, spec)
+    product = ensemble(store, parts, tokenizer)
     if product.complete():
         return product
-    import torch
-
     with product.lock():
         if product.complete():
             return product
-        model = parts[0][0].load(torch.float32)
-        total = {key: tensor * parts[0][1] for key, tensor in model.state_dict().items()}
-        for other, weight in parts[1:]:
-            state = other.load(torch.float32).state_dict()
-            if {key: t.shape for key, t in state.items()} != {key: t.shape for key, t in total.items()}:
-                raise InputError(f"system {name}: {other.name} and {parts[0][0].name} are not of one architecture")
-            for key, tensor in state.items():
-                total[key] += tensor * weight
-        model.load_state_dict(total)
         with product.create() as folder:
-            model.save_pretrained(folder.path)
+            write_merged(name, parts, folder.path)
             copy_tokenizer(tokenizer.path, folder.path)
             folder.facts["fingerprint"] = model_fingerprint(folder.path, sha256_file)
     log.info("system %s: merged into %s", name, product.name)
     return product
+
+
+def write_merged(
+    system: str, parts: Sequence[tuple[Model, float]], folder: Path, shard_size: str | int = SHARD_SIZE
+) -> None:
+    """Write weights and configs of an ensemble, in float32 whatever the parts are.
+
+    In memory are one shard of what is written and one tensor of one part.
+
+    Args:
+        system: its name, for messages.
+        parts: models with their weights.
+        folder: an empty one.
+        shard_size: the largest file, in bytes or such as `2GB`.
+
+    Raises:
+        InputError: the parts' tensors differ in name, shape, or where they are no floats; one is not finite; or a part
+            is quantized.
+    """
+    import torch
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    with ExitStack() as stack:
+        opened = [_Part(system, model, stack) for model, _ in parts]
+        weights = [weight for _, weight in parts]
+        for one, other in pairwise(opened):
+            _check_alike(system, one, other)
+        names = sorted({name for part in opened for name in part.names})
+        outlines = {name: opened[0].outline(name) for name in names}
+        plan = split_torch_state_dict_into_shards(outlines, max_shard_size=shard_size)
+        with track(f"merge {system}", len(names)) as meter:
+            for file, held in plan.filename_to_tensors.items():
+                shard: dict[str, torch.Tensor] = {}
+                for name in held:
+                    shard[name] = _merged(system, name, opened, weights)
+                    meter.advance()
+                save_file(shard, folder / file, metadata={"format": "pt"})
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        _write_configs(opened, folder)
+
+
+def _merged(system: str, name: str, parts: Sequence["_Part"], weights: Sequence[float]) -> "torch.Tensor":
+    """One tensor of the ensemble."""
+    import torch
+
+    first = parts[0].tensor(name)
+    if not first.is_floating_point():
+        for other in parts[1:]:
+            if not torch.equal(first, other.tensor(name)):
+                raise InputError(
+                    f"system {system}: the tensor {name}, which is no float, differs between {parts[0].model} and "
+                    f"{other.model}: nothing lies between them"
+                )
+        return first
+    total = first.to(torch.float32, copy=True).mul_(weights[0])  # what was read is the file itself, mapped
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        total += part.tensor(name).to(torch.float32, copy=True).mul_(weight)
+    return total
+
+
+def _check_alike(system: str, one: "_Part", other: "_Part") -> None:
+    """Refuse two parts of which one has a tensor that the other lacks, or has in another shape or kind."""
+    for name in sorted({*one.names, *other.names}):
+        mine, theirs = one.described(name), other.described(name)
+        if mine != theirs:
+            raise InputError(
+                f"system {system}: {one.model} and {other.model} are not of one architecture: the tensor {name} is "
+                f"{mine} in the one and {theirs} in the other; merge models that began as the same one"
+            )
+
+
+def _write_configs(parts: Sequence["_Part"], folder: Path) -> None:
+    """Those of the first part. Two embeddings that are one in it, but not in another, are two in the ensemble."""
+    skeleton, generation = parts[0].skeleton, parts[0].folder / "generation_config.json"
+    config = skeleton.config
+    config.dtype, config.architectures = "float32", [type(skeleton).__name__]
+    if not all(part.skeleton.all_tied_weights_keys for part in parts):
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    config.save_pretrained(folder)
+    if generation.is_file():
+        shutil.copyfile(generation, folder / generation.name)
+
+
+class _Part:
+    """A model's tensors, read from its files one at a time, under the names that the architecture has for them."""
+
+    def __init__(self, system: str, model: Model, stack: ExitStack):
+        """`stack` closes the files."""
+        from safetensors import safe_open
+
+        self.system, self.model, self.folder = system, model.name, model.path
+        if "quantization_config" in read_json(model.path / "config.json"):
+            raise InputError(f"system {system}: {model.name} is quantized; name the model that it was made from")
+        self.skeleton = model.skeleton()
+        expected, ignored = self.skeleton.state_dict().keys(), _ignored(self.skeleton)
+        self._at: dict[str, tuple[Any, str]] = {}
+        for path in _weight_files(model.path):
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            for key in file.keys():  # noqa: SIM118  (it is no mapping)
+                with_prefix = f"{self.skeleton.base_model_prefix}.{key}"  # files of a body without its head lack it
+                name = with_prefix if with_prefix in expected and key not in expected else key
+                if name in expected or not ignored.search(name):
+                    self._at[name] = file, key
+        self.names = list(self._at)
+        """Without those that are another one."""
+        for pair in self.skeleton.all_tied_weights_keys.items():
+            for absent, there in (pair, pair[::-1]):
+                if absent not in self._at and there in self._at:
+                    self._at[absent] = self._at[there]
+
+    def described(self, name: str) -> str:
+        """Kind and shape of a tensor, to compare and to show."""
+        if name not in self._at:
+            return "absent"
+        file, key = self._at[name]
+        view = file.get_slice(key)
+        kind = "float" if view.get_dtype() in _FLOATS else view.get_dtype()
+        return f"{kind} {view.get_shape()}"
+
+    def outline(self, name: str) -> "torch.Tensor":
+        """What a tensor becomes in an ensemble, without its content."""
+        import torch
+
+        file, key = self._at[name]
+        if not self.described(name).startswith("float"):
+            return torch.empty_like(self.tensor(name), device="meta")
+        return torch.empty(file.get_slice(key).get_shape(), dtype=torch.float32, device="meta")
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        """A tensor, in its own dtype.
+
+        Raises:
+            InputError: it is not finite.
+        """
+        file, key = self._at[name]
+        tensor: torch.Tensor = file.get_tensor(key)
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise InputError(
+                f"system {self.system}: the tensor {name} of {self.model} is not finite: the model is broken, train or "
+                "download it again"
+            )
+        return tensor
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would read: others may hold other copies of the weights."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() or not index.is_file():
+        return [single]
+    return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+
+
+def _ignored(skeleton: "PreTrainedModel") -> re.Pattern[str]:
+    """Names of tensors that files may have though the architecture has them not."""
+    return re.compile("|".join([*(skeleton._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS]))

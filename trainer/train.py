@@ -17,8 +17,8 @@ from cpo_pipe.data import processes
 from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.examples import selection_hash
 from cpo_pipe.data.executor import Executor
-from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec, model_fingerprint, sha256_file
-from cpo_pipe.data.models import Model, TokenizerFiles
+from cpo_pipe.data.fingerprint import Spec, model_fingerprint, sha256_file
+from cpo_pipe.data.models import Model, TokenizerFiles, copy_tokenizer
 from cpo_pipe.data.recipe import ScratchModel, Training
 from cpo_pipe.data.store import Product, Rows, Store
 
@@ -152,6 +152,7 @@ def _make(
     accelerator: "Accelerator",
     executor: Executor,
 ) -> None:
+    from cpo_pipe.trainer.card import write_card
     from cpo_pipe.trainer.groups import Data, Groups
     from cpo_pipe.trainer.health import check_groups
     from cpo_pipe.trainer.interim import metrics_table
@@ -187,6 +188,8 @@ def _make(
             model.save_pretrained(folder.path)
             copy_tokenizer(inputs.tokenizer.path, folder.path)
             pq.write_table(metrics_table(metrics), folder.path / METRICS_FILE)
+            settings = product.spec["settings"]
+            write_card(folder.path, name, config, inputs.init, settings, len(trained), metrics[-1]["loss"])
             folder.facts["fingerprint"] = model_fingerprint(folder.path, sha256_file)
             folder.facts["seconds"] = sum(row["seconds"] for row in metrics)
             folder.facts["groups"] = len(trained)
@@ -248,13 +251,6 @@ def _reference(
 def _starts_as_reference(inputs: Inputs) -> bool:
     init, reference = inputs.init, inputs.reference
     return isinstance(init, Model) and reference is not None and init.fingerprint == reference.fingerprint
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Put a tokenizer's files beside a checkpoint's weights."""
-    for file in TOKENIZER_FILES:
-        if (source / file).is_file():
-            shutil.copyfile(source / file, target / file)
 
 
 def _initial_model(

@@ -23,22 +23,32 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """The distribution to sample from, given a model and a prompt."""
+    """The distribution to sample from, given a model and a prompt: temperature, then top-k, then top-p."""
 
     temperature: float
-    """Softmax temperature; 0 is greedy."""
+    """Softmax temperature; 0 is greedy, or beam search."""
     top_k: int
     """Sample among the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Sample among the fewest tokens whose probability together reaches p; 1: all."""
+    beams: int = 1
+    """Beam search with so many beams, which has one sample and no temperature; 1: none."""
     max_new_tokens: int
     stop_ids: tuple[int, ...]
     """Token ids that end a continuation; the one that did stays in its token ids."""
 
+    def __post_init__(self) -> None:
+        assert self.beams == 1 or self.temperature == 0
+
     def spec(self) -> Spec:
-        """Its part of an artifact's spec; what greedy decoding ignores is left out."""
+        """Its part of an artifact's spec; what is off, or ignored by greedy decoding, is left out."""
         common = {"max_new_tokens": self.max_new_tokens, "stop_ids": sorted(self.stop_ids)}
+        if self.beams > 1:
+            return {"temperature": 0, "beams": self.beams, **common}
         if self.temperature == 0:
             return {"temperature": 0, **common}
-        return {"temperature": float(self.temperature), "top_k": self.top_k, **common}
+        top_p = {"top_p": self.top_p} if self.top_p < 1 else {}
+        return {"temperature": float(self.temperature), "top_k": self.top_k, **top_p, **common}
 
 
 @dataclass(frozen=True)
@@ -67,24 +77,31 @@ class Engine(Protocol):
 
     description: str
     """Engine, version and dtype, as recorded with each row."""
+    searches: bool
+    """Whether it knows beam search."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
         """Place and samples of each request, as they are ready."""
         ...
 
 
-def open_engine(choice: str, model: Model, context: int | None = None) -> Engine:
+def open_engine(choice: str, model: Model, context: int | None = None, searches: bool = False) -> Engine:
     """Load the engine for a model; `auto` is vllm where it is installed and supports the model, and says what it took.
 
     Args:
         choice: `auto`, `vllm` or `transformers`.
         model: what samples.
         context: tokens of the longest prompt with what follows it, where that is known.
+        searches: whether it is for beam search, which `auto` leaves to transformers: vLLM's has other rules.
 
     Raises:
         InputError: the engine asked for is not installed or does not support the model.
     """
     if choice == "transformers":
+        return _transformers(model)
+    if searches:
+        assert choice == "auto"
+        log.info("engine: transformers (beam search)")
         return _transformers(model)
     installed = importlib.util.find_spec("vllm") is not None
     if choice == "vllm" and not installed:
@@ -160,7 +177,10 @@ def check_context(selection: pa.Table, model: Model, new_tokens: int, field: str
 
 
 class LazyEngine:
-    """The engine of a model, loaded when it is first used; pickled without what is loaded."""
+    """The engine of a model, loaded when it is first used; pickled without what is loaded.
+
+    There is one at a time: for beam search one that knows none gives way.
+    """
 
     def __init__(self, choice: str, model: Model, context: int | None = None):
         """As for `open_engine`."""
@@ -168,10 +188,13 @@ class LazyEngine:
         self._arguments = choice, model, context
         self._engine: Engine | None = None
 
-    def __call__(self) -> Engine:
-        """The engine."""
+    def __call__(self, sampling: Sampling) -> Engine:
+        """The engine for a sampling."""
+        searches = sampling.beams > 1
+        if self._engine is not None and searches and not self._engine.searches:
+            self._engine = None  # before the other is loaded: there may not be memory for both
         if self._engine is None:
-            self._engine = open_engine(*self._arguments)
+            self._engine = open_engine(*self._arguments, searches)
         return self._engine
 
     def __reduce__(self) -> tuple[type["LazyEngine"], tuple[str, Model, int | None]]:
@@ -199,7 +222,7 @@ class Sampled:
 
     def open(self) -> Make:
         """Load the engine and the tokenizer."""
-        engine, tokenizer = self.engine(), self.tokenizer.load()
+        engine, tokenizer = self.engine(self.sampling), self.tokenizer.load()
 
         def make(batch: pa.Table) -> Iterator[Made]:
             found = list(requests(batch, self.seed))

@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -125,11 +125,16 @@ class ApiModel:
 
         Only vLLM takes top-k. Ends are not asked for by id: the tokenizer's EOS always is one, and the others are the
         model's own.
+
+        Raises:
+            InputError: it is beam search, which servers do not have.
         """
-        top_k = sampling.top_k if self.config.server == "vllm" else 0
-        return Sampling(
-            temperature=sampling.temperature, top_k=top_k, max_new_tokens=sampling.max_new_tokens, stop_ids=()
-        )
+        if sampling.beams > 1:
+            raise InputError(
+                f"apis.{self.name}: beams is {sampling.beams}, but an API has no beam search: leave it out of the "
+                "comparison, or take other decodings"
+            )
+        return replace(sampling, top_k=sampling.top_k if self.config.server == "vllm" else 0, stop_ids=())
 
     def key(self) -> str | None:
         """The key in the environment, or None: a server of one's own wants none.
@@ -147,6 +152,33 @@ class ApiModel:
                 "beyond ASCII, as no key does: export it again"
             )
         return key or None
+
+    def check_client(self) -> None:
+        """Look for what asking takes, before anything is asked.
+
+        Raises:
+            InputError: the extra `openai` is not installed, or the key that the recipe names is not there.
+        """
+        if not all(map(importlib.util.find_spec, ("openai", "tenacity"))):
+            raise InputError(f"apis.{self.name}: its client is not installed: pip install 'cpo-pipe[openai]'")
+        self.key()
+
+    def check_answered(self) -> None:
+        """Say what is still missing after the work.
+
+        Raises:
+            RunError: requests got no answer, however often they were sent; the others went on.
+        """
+        ledger = self.ledger
+        if ledger.failed:
+            raise RunError(
+                f"apis.{self.name}: {ledger.failed:,} requests got no answer, each sent {self.config.attempts} times "
+                f"or more (the last: {ledger.last_failure}); what was made is kept: run the same command again"
+            )
+
+    def neutral(self) -> dict[str, Any]:
+        """Defaults that are to be named: vLLM's server would put those of its model's generation config there."""
+        return {"top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0} if self.config.server == "vllm" else {}
 
     def price(self, tokens: Tokens) -> float | None:
         """US dollars for so many tokens; None where the recipe names no prices."""
@@ -290,6 +322,14 @@ class ApiClient:
         most = Tokens(_most_tokens(prompt) if isinstance(prompt, str) else len(prompt), n * max_tokens)
         body = {"prompt": prompt, "max_tokens": max_tokens, "n": n, **parameters}
         return await self._ask("/completions", body, most)
+
+    async def say(self, text: str, max_tokens: int, n: int = 1, **parameters: Any) -> Answer:
+        """Answers to a text: the message of a user, or what is to be completed, by the endpoint; all else as above."""
+        if self._config.endpoint == "completions":
+            return await self.complete(text, max_tokens, n, **parameters)
+        system = self._config.system
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        return await self.chat([*messages, {"role": "user", "content": text}], max_tokens, n, **parameters)
 
     def halt(self) -> None:
         """Send nothing more; what is under way may still be answered."""
@@ -611,9 +651,7 @@ class Asked:
         Raises:
             InputError: the extra `openai` is not installed, or the key that the recipe names is not there.
         """
-        if not all(map(importlib.util.find_spec, ("openai", "tenacity"))):
-            raise InputError(f"apis.{self.api.name}: its client is not installed: pip install 'cpo-pipe[openai]'")
-        self.api.key()
+        self.api.check_client()
         if self.sampling.top_k and not self.api.obeyed(self.sampling).top_k:
             log.info("apis.%s: top_k %d is not used: only server: vllm takes it", self.api.name, self.sampling.top_k)
         return _Asking(self)
@@ -624,12 +662,7 @@ class Asked:
         Raises:
             RunError: requests got no answer, however often they were sent; the others went on.
         """
-        ledger, api = self.api.ledger, self.api
-        if ledger.failed:
-            raise RunError(
-                f"apis.{api.name}: {ledger.failed:,} requests got no answer, each sent {api.config.attempts} times or "
-                f"more (the last: {ledger.last_failure}); what was made is kept: run the same command again"
-            )
+        self.api.check_answered()
 
 
 def prompt_of(example: Mapping[str, Any]) -> str:
@@ -674,15 +707,14 @@ class _Asking:
                 yield _Wish(examples[example_id], first + k, Request(request.prompt_ids, each, request.seed + k))
 
     async def _ask(self, client: ApiClient, wish: _Wish) -> tuple[_Wish, Answer | Refused | Failed]:
-        request, example, system = wish.request, wish.example, self._config.system
+        request, example = wish.request, wish.example
         parameters = {"max_tokens": self._asked.sampling.max_new_tokens, "n": request.n, **self._parameters(request)}
         try:
-            if self._config.endpoint == "completions":
-                prompt = request.prompt_ids if self._by_ids else example["rendered"]
-                return wish, await client.complete(prompt, **parameters)
-            messages = [{"role": "system", "content": system}] if system is not None else []
-            messages.append({"role": "user", "content": self._asked.message(example)})
-            return wish, await client.chat(messages, **parameters)
+            if self._by_ids:
+                return wish, await client.complete(request.prompt_ids, **parameters)
+            completed = self._config.endpoint == "completions"
+            text = example["rendered"] if completed else self._asked.message(example)
+            return wish, await client.say(text, **parameters)
         except (Refused, Failed) as why:
             return wish, why
 
@@ -692,8 +724,9 @@ class _Asking:
         if sampling.temperature:
             parameters["seed"] = self._seed(request.seed)
         if self._config.server == "vllm":
-            # Named although they are the defaults: the server would put those of its model's generation config there.
-            parameters |= {"top_k": sampling.top_k, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+            parameters |= {**self._asked.api.neutral(), "top_k": sampling.top_k, "top_p": sampling.top_p}
+        elif sampling.top_p < 1:
+            parameters["top_p"] = sampling.top_p
         if self._by_ids:
             parameters |= {"return_token_ids": True, "stop_token_ids": [self._eos], "logprobs": 0}
         return parameters

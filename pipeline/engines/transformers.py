@@ -3,7 +3,7 @@
 import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,8 @@ WAYS = {
 class TransformersEngine:
     """Samples row by row with a seed of its own, by the first way that the model computes exactly."""
 
+    searches = True
+
     def __init__(self, model: Model):
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
@@ -59,26 +61,32 @@ class TransformersEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
         """Place and samples of each request, as they are ready."""
+        assert sampling.beams == 1 or all(request.n == 1 for request in requests)
         rows = [(place, k) for place, request in enumerate(requests) for k in range(request.n)]
         prompts = [tuple(request.prompt_ids) for request in requests]
         # Long prompts first, equal ones together: little padding, and what needs the most memory is known at once.
         rows.sort(key=lambda row: (-len(prompts[row[0]]), prompts[row[0]], row))
         waiting: dict[int, list[Sample]] = {}
-        for batch in self._batches([len(prompts[place]) for place, _ in rows], sampling.max_new_tokens):
+        for batch in self._batches([len(prompts[place]) for place, _ in rows], sampling):
             chosen = rows[batch]
-            choice = SeededChoice([requests[place].seed + k for place, k in chosen], sampling, self._device)
-            self._decode([prompts[place] for place, _ in chosen], choice, self._way)
+            inputs = [prompts[place] for place, _ in chosen]
+            if sampling.beams > 1:
+                choice: Choice = self._search(inputs, sampling)
+            else:
+                choice = SeededChoice([requests[place].seed + k for place, k in chosen], sampling, self._device)
+            self._decode(inputs, choice, self._way)
             for (place, _), sample in zip(chosen, choice.samples(), strict=True):
                 samples = waiting.setdefault(place, [])
                 samples.append(sample)
                 if len(samples) == requests[place].n:
                     yield place, waiting.pop(place)
 
-    def _batches(self, lengths: Sequence[int], new_tokens: int) -> Iterator[slice]:
+    def _batches(self, lengths: Sequence[int], sampling: Sampling) -> Iterator[slice]:
         """Rows to decode side by side, of rows whose prompts have these lengths, the longest first."""
         start = 0
         while start < len(lengths):
-            end = min(start + max(1, BATCH_TOKENS // (lengths[start] + new_tokens)), len(lengths))
+            tokens = (lengths[start] + sampling.max_new_tokens) * sampling.beams
+            end = min(start + max(1, BATCH_TOKENS // tokens), len(lengths))
             if not self._way.pad:
                 end = start + lengths[start:end].count(lengths[start])
             yield slice(start, end)
@@ -116,22 +124,52 @@ class TransformersEngine:
         return way
 
     @torch.inference_mode()
+    def _search(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling) -> "GivenChoice":
+        """What beam search finds after each prompt, yet to be decoded for its log-probs.
+
+        By transformers' own search and defaults: candidates compare by log-prob per token (`length_penalty` 1), and a
+        prompt is done when none that goes on is better, as it stands, than the worst of the finished ones, as many as
+        there are beams (`early_stopping` false).
+        """
+        ids_BP, mask_BP = self._padded(prompts)
+        stop_ids = list(sampling.stop_ids)
+        found = self._model.generate(
+            ids_BP,
+            attention_mask=mask_BP,
+            generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
+                num_beams=sampling.beams,
+                do_sample=False,
+                length_penalty=1.0,
+                early_stopping=False,
+                max_new_tokens=sampling.max_new_tokens,
+                eos_token_id=stop_ids or None,
+                pad_token_id=stop_ids[0] if stop_ids else None,
+                use_cache=self._way.share,  # otherwise caches may not be what they should be
+            ),
+        )
+        return GivenChoice(found[:, ids_BP.shape[1] :].tolist(), stop_ids, self._device)
+
+    def _padded(self, prompts: Collection[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask of prompts, padded on the left, each (prompts, tokens of the longest)."""
+        width = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        return ids.to(self._device), mask.to(self._device)
+
+    @torch.inference_mode()
     def _decode(self, prompts: Sequence[tuple[int, ...]], choice: "Choice", way: Way, segment: int = SEGMENT) -> None:
         """Continue each row's prompt; `choice` then has the samples.
 
         Shapes: B rows, of which R go on; U distinct prompts, P tokens of the longest.
         """
         distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-        width = max(map(len, distinct))
-        ids_UP = torch.zeros(len(distinct), width, dtype=torch.long)
-        mask_UP = torch.zeros_like(ids_UP)
-        for prompt, number in distinct.items():
-            ids_UP[number, width - len(prompt) :] = torch.tensor(prompt)
-            mask_UP[number, width - len(prompt) :] = 1
-        ids_UP, mask_UP = ids_UP.to(self._device), mask_UP.to(self._device)
+        ids_UP, mask_UP = self._padded(distinct)
         prompt_B = torch.tensor([distinct[prompt] for prompt in prompts], device=self._device)
         ids, mask, cache = ids_UP[prompt_B], mask_UP[prompt_B], None
-        if way.share and len(prompts) > len(distinct) and width > 1:
+        if way.share and len(prompts) > len(distinct) and ids_UP.shape[1] > 1:
             # All but the last token, with which each row then goes on: its first new token is a step like the others.
             cache = self._generate(ids_UP[:, :-1], mask_UP[:, :-1], 1)
             cache.reorder_cache(prompt_B)  # meant for beams, and thus known to caches of every kind
@@ -248,14 +286,16 @@ class SeededChoice(Choice):
             self._uniform_BT = torch.stack([_uniform(seed, sampling.max_new_tokens) for seed in seeds]).to(device)
 
     def choose(self, scores_RV: torch.Tensor, row_R: torch.Tensor, step: int) -> torch.Tensor:
-        """By temperature and top-k (k of the V tokens)."""
+        """By temperature, top-k (k of the V tokens) and top-p."""
         if self._sampling.temperature == 0:
             return scores_RV.argmax(-1)
         k = min(self._sampling.top_k or scores_RV.shape[-1], scores_RV.shape[-1])
         top_Rk, token_Rk = scores_RV.topk(k)
         cumulative_Rk = (top_Rk.double() / self._sampling.temperature).softmax(-1).cumsum(-1)
-        draw_R1 = self._uniform_BT[row_R, step, None] * cumulative_Rk[:, -1:]
-        place_R1 = torch.searchsorted(cumulative_Rk, draw_R1, right=True).clamp(max=k - 1)
+        top_p_R1 = torch.full_like(cumulative_Rk[:, :1], self._sampling.top_p)
+        last_R1 = torch.searchsorted(cumulative_Rk, top_p_R1).clamp(max=k - 1)
+        draw_R1 = self._uniform_BT[row_R, step, None] * cumulative_Rk.gather(-1, last_R1)
+        place_R1 = torch.searchsorted(cumulative_Rk, draw_R1, right=True).minimum(last_R1)
         return token_Rk.gather(-1, place_R1).squeeze(-1)
 
 

@@ -51,6 +51,8 @@ def unsupported(model: Model) -> str | None:
 class VllmEngine:
     """Child k of a request uses seed + k (vLLM's own rule); prompts go in as token ids."""
 
+    searches = False
+
     def __init__(self, model: Model, context: int | None = None):
         """Load the model.
 
@@ -84,6 +86,7 @@ class VllmEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
         """Place and samples of each request, as they are ready."""
+        assert sampling.beams == 1
         greedy = sampling.temperature == 0
         parameters = [
             SamplingParams(
@@ -91,6 +94,7 @@ class VllmEngine:
                 seed=None if greedy else request.seed,
                 temperature=sampling.temperature,
                 top_k=0 if greedy else sampling.top_k,
+                top_p=1.0 if greedy else sampling.top_p,
                 max_tokens=sampling.max_new_tokens,
                 stop_token_ids=list(sampling.stop_ids),
                 ignore_eos=True,  # the end tokens of the model's config: only those asked for end a text

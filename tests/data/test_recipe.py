@@ -98,12 +98,52 @@ def test_nearest() -> None:
         ({"negatives": {"model": "base", "seed": -1}}, "negatives.seed is -1: input should be greater"),
         ({"evaluate": {"systems": SYSTEMS, "baseline": "base", "seed": -1}}, "evaluate.seed is -1: input should be"),
         ({"train": {"a": {**MLE, "beta": 2.0}}}, "train.a: beta has no meaning for the objective mle: leave it out"),
-        ({"evaluate": {"systems": SYSTEMS, "baseline": "base", "judges": ["taste"]}}, "evaluate.judges.0 is 'taste': "),
+        ({"evaluate": {"systems": SYSTEMS, "baseline": "base", "judges": ["taste"]}}, "evaluate.judges.taste.kind is"),
         ({"evaluate": {"systems": {"a": {}}, "baseline": "a"}}, "evaluate.systems.a: give either model or merge"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named_with_its_rule(sections: dict[str, Any], message: str) -> None:
     assert refusal(**sections).startswith(message)
+
+
+def evaluation(**settings: Any) -> dict[str, Any]:
+    return {"evaluate": {"systems": SYSTEMS, "baseline": "base", **settings}}
+
+
+@pytest.mark.parametrize(
+    ("decoding", "message"),
+    [
+        ({"top_p": 0}, ".top_p is 0: input should be greater than 0"),
+        ({"top_p": 1.1}, ".top_p is 1.1: input should be less than or equal to 1"),
+        ({"beams": 0}, ".beams is 0: input should be greater than 0"),
+        ({"beams": 4, "top_k": 5}, ": top_k is 5, but beams is 4: beam search draws nothing; leave out top_k, or"),
+        ({"beams": 4, "top_p": 0.9}, ": top_p is 0.9, but beams is 4: beam search draws nothing; leave out top_p, or"),
+        ({"beams": 4, "temperature": 1.0}, ": temperature is 1, but beams is 4: beam search draws nothing; leave out"),
+    ],
+)
+def test_a_decoding_that_contradicts_itself(decoding: dict[str, Any], message: str) -> None:
+    assert refusal(**evaluation(decodings={"d": decoding})).startswith(f"evaluate.decodings.d{message}")
+
+
+def test_beam_search_needs_no_temperature_and_comes_from_transformers() -> None:
+    given: list[dict[str, Any]] = [{"beams": 4}, {"beams": 4, "temperature": 0, "top_k": 0, "top_p": 1.0}, {"beams": 1}]
+    decodings = {f"d{number}": decoding for number, decoding in enumerate(given)}
+    recipe = parse_recipe(content(**evaluation(decodings=decodings)), "r")
+    assert recipe.evaluate is not None
+    assert [d.temperature for d in recipe.evaluate.decodings.values()] == [0, 0, 1]
+    assert parse_recipe(yaml.safe_load(recipe_text(recipe)), "r") == recipe
+    message = refusal(**evaluation(decodings=decodings, engine="vllm"))
+    assert message == (
+        "evaluate: engine is vllm, but decodings.d0 is beam search, which is that of transformers: set engine to auto "
+        "or transformers"
+    )
+
+
+def test_a_sample_has_a_size() -> None:
+    message = refusal(**evaluation(sample_seed=3))
+    assert message == (
+        "evaluate: sample_seed is 3, but examples is not given: say how many to draw, or leave out sample_seed"
+    )
 
 
 def test_unions() -> None:
@@ -248,7 +288,9 @@ def test_a_cycle_is_told_in_the_order_of_need() -> None:
         {"rank": "none"},
         {"rank": {}},
         {"train": {"base": {**MLE, "lr": 1e-5, "adam_epsilon": 1e-12}}},
-        {"evaluate": {"systems": {"x": {"merge": {"b": 0.25, "1": 0.75}}}, "baseline": "x", "exact_pattern": "#(.)"}},
+        {"evaluate": {"systems": {"x": {"merge": {"b": 0.25, "1": 0.75}}}, "baseline": "x",
+                      "judges": {"exact": {"pattern": "#(.)"}, "ours": {"kind": "longer"}}}},
+        {"evaluate": {"systems": {"x": {"model": "b"}}, "baseline": "x", "judges": ["exact", "longer"]}},
     ],
 )  # fmt: skip
 def test_the_text_reads_back_as_the_same_recipe(tmp_path: Path, sections: dict[str, Any]) -> None:
@@ -282,10 +324,11 @@ def test_the_name_may_be_left_to_the_file(tmp_path: Path) -> None:
 def test_the_answer_of_the_gsm8k_recipe() -> None:
     evaluation = load_recipe("gsm8k").evaluate
     assert evaluation is not None
-    assert evaluation.exact_pattern is not None
+    pattern = evaluation.judges["exact"].pattern
+    assert pattern is not None
     answers = {"#### 18.": "18", "####-1,234.50 kg": "-1,234.50", "so\n####  7": "7", "#### .": None}
     for text, answer in answers.items():
-        match = re.search(evaluation.exact_pattern, text)
+        match = re.search(pattern, text)
         assert (match[1] if match else None) == answer
 
 
@@ -309,3 +352,47 @@ def test_an_api_key_in_the_recipe_is_refused_and_not_shown() -> None:
 def test_an_api_where_weights_are_needed_is_refused_before_it_is_paid() -> None:
     train = {"cpo": {"init": "gpt", "objective": "mle"}}
     assert "train.cpo names gpt, which is an API" in refusal(apis={"gpt": API}, train=train)
+
+
+def judging(judges: Any, **sections: Any) -> dict[str, Any]:
+    evaluation = {"systems": SYSTEMS, "baseline": "base", "judges": judges}
+    return content(evaluate=evaluation, apis={"mini": API}, **sections)
+
+
+def test_a_list_of_judges_is_short_for_those_without_settings() -> None:
+    short = parse_recipe(judging(["exact", "longer"]), "r").evaluate
+    long = parse_recipe(judging({"exact": {}, "longer": {"kind": "longer"}}), "r").evaluate
+    assert short is not None
+    assert short == long
+    assert {name: judge.kind for name, judge in short.judges.items()} == {"exact": "exact", "longer": "longer"}
+    other = parse_recipe(judging({"exact": {"kind": "longer"}, "gpt": {"kind": "openai", "api": "mini"}}), "r").evaluate
+    assert other is not None
+    assert [judge.kind for judge in other.judges.values()] == ["longer", "openai"]
+    assert (other.judges["gpt"].template, other.judges["gpt"].both_orders) == ("strict", True)
+
+
+@pytest.mark.parametrize(
+    ("judges", "message"),
+    [
+        ({"mine": {}}, "evaluate.judges.mine.kind is missing"),
+        ({"mine": {"kind": "exakt"}}, "evaluate.judges.mine.kind is 'exakt': input should be 'exact', 'similarity', "),
+        ([{"exact": {}}], "evaluate.judges: a list names kinds only: for settings give a mapping"),
+        ({"longer": {"pattern": "(a)"}}, "evaluate.judges.longer: pattern has no meaning for the kind longer: leave"),
+        ({"exact": {"both_orders": False}}, "evaluate.judges.exact: both_orders has no meaning for the kind exact"),
+        ({"openai": {"api": "mini", "model": "base"}}, "evaluate.judges.openai: model has no meaning for the kind"),
+        ({"openai": {}}, "evaluate.judges.openai: api is missing: the kind openai needs one"),
+        ({"local": {}}, "evaluate.judges.local: model is missing: the kind local needs one"),
+        ({"openai": {"api": "mimi"}}, "evaluate.judges.openai.api 'mimi' is not among `apis`; did you mean mini?"),
+        ({"local": {"model": "mini"}}, "evaluate.judges.local names mini, which is an API: only a model with its"),
+        ({"openai": {"api": "mini", "template": "{prompt} {output_a}"}},
+         "evaluate.judges.openai.template: '{prompt} {output_a}' is not dolly, wiki, strict or a text with {prompt}, "),
+        ({"exact": {"pattern": "("}}, "evaluate.judges.exact.pattern: '(' is not a regular expression (missing ), "),
+        ({"exact": {"pattern": "####"}}, "evaluate.judges.exact.pattern: '####' has no group, and its first group is"),
+        ({"exact": {"patern": "(a)"}}, "evaluate.judges.exact.patern is not a known key; did you mean pattern?"),
+        ({"a b": {"kind": "exact"}}, "evaluate.judges.a b is 'a b': string should match pattern"),
+    ],
+)  # fmt: skip
+def test_a_judge_has_the_settings_of_its_kind(judges: Any, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_recipe(judging(judges), "r")
+    assert str(caught.value).removeprefix("recipe r: ").startswith(message)

@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from cpo_pipe.data.recipe import GROUND_TRUTH, Evaluate
 from cpo_pipe.data.schemas import EXAMPLES, METRICS
 from cpo_pipe.data.store import Store
 from cpo_pipe.eval.evaluate import Evaluation, evaluate
+from cpo_pipe.eval.judges.resolve import Means
 from cpo_pipe.eval.mauve import MIN_TEXTS
 from cpo_pipe.pipeline.engines import base
 
@@ -71,6 +73,7 @@ class Bench:
             max_new_tokens=max_new_tokens,
             ranker=ranker,
             target_nll=nll,
+            judging=Means({}, no_engine, no_engine),
             executor=LocalExecutor(),
         )
 
@@ -101,15 +104,18 @@ def test_all_figures_are_there(bench: Bench) -> None:
     found = figures(result)
 
     assert result.metrics().schema.equals(METRICS)
-    per_decoding = {"rep-4", "distinct-2", "length", "chrF", "exact match"}
+    text = {"rep-4", "loops", "distinct-1", "distinct-2", "distinct-3", "length"}
+    per_decoding = {*text, "chrF", "exact match"}
     wins = {"exact win", "exact tie", "exact loss", "exact win rate"}
-    expected = {(GROUND_TRUTH, "-", name) for name in ("rep-4", "distinct-2", "length")}
-    expected |= {(system, "-", "target NLL") for system in ("one", "two")}
+    expected = {(GROUND_TRUTH, "-", name) for name in text}
+    likelihood = ("target NLL", "target perplexity")
+    expected |= {(system, "-", name) for system in ("one", "two") for name in likelihood}
     expected |= {(system, d, name) for system in ("one", "two") for d in DECODINGS for name in per_decoding}
     expected |= {("two", d, name) for d in DECODINGS for name in wins}
     assert set(found) == expected
     assert {row["n"] for row in found.values()} == {12}
     assert found["one", "-", "target NLL"]["value"] == pytest.approx(2)
+    assert found["one", "-", "target perplexity"]["value"] == pytest.approx(math.exp(2))
     # Without the token that ends it: a target's length is that of its text.
     lengths = [len(bench.examples.tokenizer.load().encode(text)) for text in result.examples["target"].to_pylist()]
     assert found[GROUND_TRUTH, "-", "length"]["value"] == pytest.approx(sum(lengths) / 12)
@@ -174,6 +180,10 @@ def test_similarity_wins_are_those_of_the_cosines(bench: Bench) -> None:
     ids = result.examples["example_id"].to_pylist()
     wins = sum(cosines["two", i] > cosines["one", i] + 1e-6 for i in ids)
     assert figures(result)["two", "greedy", "similarity win"]["value"] == pytest.approx(wins / len(ids))
+    (against,) = result.comparisons().to_pylist()
+    assert (against["system_a"], against["system_b"], against["n"]) == ("two", "one", len(ids))
+    rate = figures(result)["two", "greedy", "similarity win rate"]
+    assert against["difference"] == pytest.approx(rate["value"] - 0.5)
 
 
 def test_mauve_is_left_out_where_it_says_nothing(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
@@ -205,14 +215,14 @@ def test_metrics_of_the_rankers_model_are_named(bench: Bench) -> None:
 def test_bad_input_is_one_line(bench: Bench) -> None:
     with pytest.raises(InputError, match=r"evaluate.split is validation, which has no examples"):
         bench.run(split="validation")
-    with pytest.raises(InputError, match=r"evaluate.exact_pattern is '#### \(.\)': it matches none of the 12 targets"):
-        bench.run(exact_pattern="#### (.)")
+    with pytest.raises(InputError, match=r"judges.right.pattern is '#### \(.\)': it matches none of the 12 targets"):
+        bench.run(judges={"right": {"kind": "exact", "pattern": "#### (.)"}})
 
 
 def test_a_target_without_an_answer_is_noted(bench: Bench) -> None:
-    result = bench.run(exact_pattern=r"(\d+)")
+    result = bench.run(judges={"exact": {"pattern": r"(\d+)"}})
     assert result.notes == []
-    result = bench.run(exact_pattern=r"the (\w+)|1(\d)")  # two groups: the first is the answer
+    result = bench.run(judges={"exact": {"pattern": r"the (\w+)|1(\d)"}})  # two groups: the first is the answer
     assert result.notes
 
 
@@ -290,7 +300,7 @@ model = locate_model({model!r}, store)
 product, tokenizer = store.product("examples", {{"count": 12}}), locate_tokenizer({model!r}, store)
 examples = Examples(product, tokenizer, {{"template": "plain"}})
 config = Evaluate.model_validate(json.loads({config!r}))
-nothing = dict(ranker=None, target_nll=None, executor=None)
+nothing = dict(ranker=None, target_nll=None, judging=None, executor=None)
 result = evaluate(config, store, examples, {{"one": model}}, max_new_tokens=6, **nothing)
 print(result.metrics().num_rows, [name for name in {heavy} if name in sys.modules])
 """

@@ -1,8 +1,14 @@
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cpo_pipe.eval.mauve import divergence_area, mauve
+from cpo_pipe.data.models import locate_model
+from cpo_pipe.data.store import Store
+from cpo_pipe.eval import mauve as module
+from cpo_pipe.eval.mauve import causal_features, divergence_area, mauve
 
 SEEDS = (0, 1, 2)
 CENTRES = np.random.default_rng(0).normal(size=(20, 16))
@@ -49,7 +55,7 @@ def test_equal_histograms_enclose_the_whole_square() -> None:
     assert divergence_area(np.array([0.5, 0.25, 0.25]), np.array([0.5, 0.25, 0.25])) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("shift", [0.0, 0.1, 0.3, 1.0])
+@pytest.mark.parametrize("shift", [0.0, 0.1, 0.2, 0.3, 0.5, 1.0, 3.0])
 def test_agrees_with_the_authors_own_within_the_noise_of_its_seeds(shift: float) -> None:
     oracle = pytest.importorskip("mauve", reason="mauve-text is GPL: never a dependency, here if you installed it")
     p, q = _texts(1, n=500), _texts(2, shift, n=500)
@@ -58,3 +64,46 @@ def test_agrees_with_the_authors_own_within_the_noise_of_its_seeds(shift: float)
     assert ours.sd is not None
     noise = np.hypot(np.std(theirs, ddof=1), ours.sd)
     assert abs(ours.mean - np.mean(theirs)) <= 2 * noise + 1e-6
+
+
+def test_the_area_is_that_of_the_authors_own_curve() -> None:
+    oracle = pytest.importorskip("mauve.compute_mauve", reason="mauve-text is GPL: an oracle, where you installed it")
+    random = np.random.default_rng(0)
+    for concentration in (0.05, 0.5, 5):
+        p, q = random.dirichlet([concentration] * 50, size=2)
+        curve = oracle.get_divergence_curve_for_multinomials(p, q, np.linspace(1e-6, 1 - 1e-6, 25), 5)
+        x, y = curve.T
+        order, other = np.argsort(x), np.argsort(y)
+        expected = (np.trapezoid(y[order], x[order]) + np.trapezoid(x[other], y[other])) / 2
+        assert divergence_area(p, q) == pytest.approx(expected, abs=1e-6)
+
+
+def token_ids(count: int) -> list[list[int]]:
+    random = np.random.default_rng(0)
+    return [random.integers(1, 300, size=length).tolist() for length in random.integers(1, 40, size=count)]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_causal_features_are_the_last_state_of_each_text_alone(
+    architecture: str, new_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    network = locate_model(str(new_model(architecture=architecture)), Store(tmp_path)).load(torch.float32).eval()
+    texts = token_ids(20)
+    with torch.no_grad():
+        alone = [network(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1] for ids in texts]
+    expected = torch.stack(alone).numpy()
+    np.testing.assert_allclose(causal_features(network, texts), expected, atol=2e-5)
+    monkeypatch.setattr(module, "BATCH_TOKENS", 60)  # other batches, the same features
+    np.testing.assert_allclose(causal_features(network, texts), expected, atol=2e-5)
+
+
+def test_causal_features_are_those_of_mauve_text(new_model: Callable[..., Path], tmp_path: Path) -> None:
+    oracle = pytest.importorskip("mauve.utils", reason="mauve-text is GPL: an oracle, where you installed it")
+    import torch
+
+    network = locate_model(str(new_model(architecture="gpt2")), Store(tmp_path)).load(torch.float32).eval()
+    texts = token_ids(12)
+    theirs = oracle.featurize_tokens_from_model(network.base_model, [torch.tensor([ids]) for ids in texts], 5)
+    np.testing.assert_allclose(causal_features(network, texts), theirs.numpy(), atol=2e-5)

@@ -1,93 +1,23 @@
+import base64
+import gzip
+import hashlib
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
-from cpo_pipe.data.recipe import GROUND_TRUTH
-from cpo_pipe.data.schemas import EXAMPLES, GROUPS, METRICS
-from cpo_pipe.eval.report import MAX_EXAMPLES, ReportData, print_quality, print_table, shows, visible, write_report
-from cpo_pipe.pipeline.quality import QUALITY
-
-HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> & \"'> {{ 7 * 7 }} \x1b[31m\x00 \u202egnihtemos $x$"
-
-
-def example(number: int, text: str = "") -> dict[str, Any]:
-    return {"example_id": f"e{number}", "split": "test", "prompt": f"prompt {number}",
-            "rendered": f"prompt {number} {text}", "target": f"target {number} {text}", "prompt_ids": [1],
-            "target_ids": [2], "ends": True, "category": None}  # fmt: skip
-
-
-def figure(system: str, decoding: str, metric: str, value: float, interval: bool = True) -> dict[str, Any]:
-    low, high = (value - 0.1, value + 0.1) if interval else (None, None)
-    return {"system": system, "decoding": decoding, "metric": metric, "value": value, "ci_low": low, "ci_high": high,
-            "n": 7}  # fmt: skip
-
-
-def group(example_id: str, text: str = "") -> dict[str, Any]:
-    def candidate(name: str, strategy: str, similarity: float | None, rank: int) -> dict[str, Any]:
-        return {"candidate_id": name, "text": f"{name} {text}", "token_ids": [1], "strategy": strategy,
-                "similarity": similarity, "rank": rank}  # fmt: skip
-
-    candidates = [
-        candidate("gold", "target", 1.0, 0),
-        candidate("farther", "autoregressive", 0.25, 2),
-        candidate("nearer", "autoregressive", 0.5, 1),
-    ]
-    return {"example_id": example_id, "prompt_ids": [1], "candidates": candidates}
-
-
-def bins(*counts: int) -> list[dict[str, Any]]:
-    """A histogram of bins of a quarter."""
-    return [{"low": n / 4, "high": (n + 1) / 4, "count": count} for n, count in enumerate(counts, 1)]
-
-
-def strategy(name: str, **figures: Any) -> dict[str, Any]:
-    """Figures of a strategy's negatives; without reference log-probs."""
-    measured = {"made": 1200, "kept": 4, "copies": 0.25, "alone": 0.0, "tokens": 12.5, "length_ratio": 0.75,
-                "longer": 0.5, "longest": 0.625, "chance": 0.5, "similarity": 0.5, "similarity_p10": 0.125,
-                "similarity_p50": 0.5, "similarity_p90": 0.75, "distinct_2": 0.25, "target_distinct_2": 0.5,
-                "group_sizes": [1, 2, 0, 1], "length_ratio_histogram": bins(3, 0, 1),
-                "similarity_histogram": bins(0, 4)}  # fmt: skip
-    return {"strategy": name, **measured, **figures}
-
-
-def quality_table(*strategies: dict[str, Any]) -> pa.Table:
-    target = {"strategy": "target", "made": 3, "kept": 3, "tokens": 20.0, "distinct_2": 0.5}
-    return pa.Table.from_pylist([*strategies, strategy("all"), target], schema=QUALITY)
-
-
-def make_data(text: str = "", count: int = 3, **changes: Any) -> ReportData:
-    metrics = [
-        figure(GROUND_TRUTH, "-", "rep-4", 0.1),
-        figure("mle", "-", "target NLL", 4.125),
-        figure("mle", "greedy", "rep-4", 0.5),
-        figure("cpo", "greedy", "rep-4", 0.25),
-        figure("cpo", "greedy", "MAUVE", 0.75, interval=False),
-        figure("cpo", "greedy", "MAUVE sd", 0.015, interval=False),
-        figure("cpo", "greedy", "similarity win rate", 0.6),
-    ]
-    outputs = [
-        {"example_id": f"e{number}", "system": system, "decoding": "greedy", "text": f"{system} says {text}"}
-        for system in ("mle", "cpo")
-        for number in range(count)
-    ]
-    steps = {"step": [1, 2, 3], "loss": [2.5, 2.0, None], "margin": [0.0, 0.1, 0.3], "learning_rate": [1e-5] * 3}
-    settings: dict[str, Any] = {
-        "identity": "i1", "run": "a-run",
-        "created": "2026-11-20 15:00", "versions": {"cpo-pipe": "0.1.0"}, "recipe": f"name: {text}",
-        "artifacts": {"examples": "examples/abc"}, "baseline": "mle",
-        "metrics": pa.Table.from_pylist(metrics, schema=METRICS),
-        "shared_metrics": {"MAUVE", "similarity win rate"}, "notes": ["a note"],
-        "examples": pa.Table.from_pylist([example(number, text) for number in range(count)], schema=EXAMPLES),
-        "outputs": pa.Table.from_pylist(outputs), "trainings": {"cpo-run": pa.table(steps)},
-        "quality": quality_table(strategy("autoregressive")), "quality_notes": ["autoregressive: too short."],
-        "group_examples": pa.Table.from_pylist([example(100, text)], schema=EXAMPLES),
-        "groups": pa.Table.from_pylist([group("e100", text)], schema=GROUPS),
-    }  # fmt: skip
-    return ReportData(**{**settings, **changes})
+from cpo_pipe.data.schemas import EXAMPLES, METRICS
+from cpo_pipe.eval.charts import alpha_curves
+from cpo_pipe.eval.examples import visible
+from cpo_pipe.eval.exports import write_exports
+from cpo_pipe.eval.measure import COMPARISONS, VERDICTS
+from cpo_pipe.eval.report import ReportData, StageRecord, print_quality, print_table, shows, write_report
+from tests.eval.report_data import HOSTILE, example, figure, make_data, quality_table, said, strategy, verdict
 
 
 class Page(HTMLParser):
@@ -114,21 +44,35 @@ def render(tmp_path: Path, data: ReportData) -> tuple[str, Page]:
     return html, Page(html)
 
 
+def unpacked(html: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the page's script gets: the names of columns and comparisons, and the examples."""
+    packed = re.search(r'<script type="application/gzip"[^>]*>(.*?)</script>', html)
+    assert packed is not None
+    head, *examples = gzip.decompress(base64.b64decode(packed[1], validate=True)).decode().splitlines()
+    return json.loads(head), [json.loads(line) for line in examples]
+
+
 def test_text_of_models_stays_text(tmp_path: Path) -> None:
     html, page = render(tmp_path, make_data(HOSTILE))
     _, harmless = render(tmp_path, make_data("harmless"))
     assert page.tags == harmless.tags
-    assert page.tags.count("script") == 1
+    assert page.tags.count("script") == 2
     assert "<script>alert(1)</script>" not in html
-    assert page.text.count("<script>alert(1)</script>") >= 10  # prompt, target, outputs, negatives, recipe
+    assert page.text.count("<script>alert(1)</script>") == 6  # of a group, whose prompt stands twice, and recipe
     assert "{{ 7 * 7 }}" in page.text
     assert not [name for name, _ in page.attributes if name.startswith("on")]
 
 
 def test_control_and_direction_characters_are_shown_by_name(tmp_path: Path) -> None:
     html, _ = render(tmp_path, make_data(HOSTILE))
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e]", html)
+    hidden = re.compile("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e]")
+    assert not hidden.search(html)
+    _, examples = unpacked(html)
+    assert not hidden.search("".join([*examples[0]["outputs"], examples[0]["prompt"], examples[0]["target"]]))
+    assert "\\x1b[31m\\x00 \\u202egnihtemos" in examples[0]["outputs"][0]
     assert visible("a\x1b[31m\u202eb\r\nc\td\r\ud800") == "a\\x1b[31m\\u202eb\nc\td\\r\\ud800"
+    assert visible("\u200b\u2066\ufeff\u061c\u2028") == "\\u200b\\u2066\\ufeff\\u061c\\u2028"
+    assert visible("é 語 👩\u200d💻") == "é 語 👩\u200d💻"
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
@@ -142,9 +86,6 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
 
 
 def test_the_policy_lets_only_the_pages_own_script_run(tmp_path: Path) -> None:
-    import base64
-    import hashlib
-
     html, _ = render(tmp_path, make_data(HOSTILE))
     script = re.search(r"<script>(.*?)</script>", html, re.DOTALL)
     assert script is not None
@@ -168,6 +109,21 @@ def test_the_figures_are_shown_with_their_intervals(tmp_path: Path) -> None:
     assert "mle (baseline)" in page.text
     assert "a note" in page.text
     assert "MAUVE sd" not in page.text
+
+
+def test_differences_between_systems_are_shown_judge_by_judge(tmp_path: Path) -> None:
+    pair = {"metric": "similarity win rate", "decoding": "greedy", "system_a": "cpo", "system_b": "mle",
+            "difference": 0.1, "ci_low": 0.0125, "ci_high": 0.2, "p": 0.02, "p_holm": 0.04, "n": 7,
+            "n_needed": 1785}  # fmt: skip
+    alone = pair | {"metric": "exact win rate", "difference": -0.25, "ci_low": None, "ci_high": None, "p": 1e-9}
+    table = pa.Table.from_pylist([pair, alone], schema=COMPARISONS)
+    _, page = render(tmp_path, make_data(comparisons=table))
+    assert row_of(page, "cpo against mle, greedy") == "+0.100 [+0.013, +0.200]0.0200.0401,785"
+    assert "-0.250< 0.0010.0401,785" in page.text
+    similarity, exact = page.text.index("\nsimilarity win rate †\n"), page.text.index("\nexact win rate\n")
+    assert similarity < page.text.index("+0.100") < exact < page.text.index("-0.250")
+    _, page = render(tmp_path, make_data())
+    assert "Differences between systems" not in page.text
 
 
 def test_metrics_of_the_rankers_model_are_marked(tmp_path: Path) -> None:
@@ -254,10 +210,113 @@ def test_labels_and_warnings_stay_text(tmp_path: Path, capsys: pytest.CaptureFix
     assert "[bold]not markup[/bold]" in shown
 
 
-def test_no_more_examples_are_shown_than_fit(tmp_path: Path) -> None:
-    _, page = render(tmp_path, make_data(count=MAX_EXAMPLES + 10, groups=None, group_examples=None))
-    assert [value for name, value in page.attributes if name == "class"].count("card") == MAX_EXAMPLES
-    assert f"the first {MAX_EXAMPLES} of {MAX_EXAMPLES + 10}" in page.text
+def test_the_page_carries_all_examples_with_outputs_and_verdicts(tmp_path: Path) -> None:
+    scores = said("ab", "a", '{"a": 0.81234567, "b": true}')
+    answers = said("ab", "a", '{"answer": "A"}'), said("ba", "b", '{"answer": "A"}', p_a=0.25)
+    verdicts = [
+        verdict(0, "a", scores),
+        verdict(0, "tie", *answers, judge="api"),
+        verdict(2, "tie"),  # equal outputs
+    ]
+    html, _ = render(tmp_path, make_data(count=3, verdicts=pa.Table.from_pylist(verdicts, schema=VERDICTS)))
+    head, examples = unpacked(html)
+    assert head["columns"] == [["mle", "greedy"], ["cpo", "greedy"]]
+    assert head["comparisons"] == [
+        {"judge": judge, "system": "cpo", "decoding": "greedy", "opponent": "mle"} for judge in ("similarity", "api")
+    ]
+    assert [example["id"] for example in examples] == ["e0", "e1", "e2"]
+    assert examples[1]["outputs"] == ["mle says ", "cpo says "]
+    assert examples[1]["verdicts"] == [None, None]
+    assert examples[0]["verdicts"] == [
+        {"winner": "a", "orders": [{"order": "ab", "winner": "a", "said": "cpo: 0.8123; mle: yes"}]},
+        {
+            "winner": "tie",
+            "orders": [
+                {"order": "ab", "winner": "a", "said": "answer: A"},
+                {"order": "ba", "winner": "b", "said": "answer: A; P(cpo is better): 0.25"},
+            ],
+        },
+    ]
+    assert examples[2]["verdicts"] == [{"winner": "tie", "orders": []}, None]
+
+
+def test_examples_that_would_make_the_page_too_large_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cpo_pipe.eval.examples.MAX_PACKED", 300_000)
+    noise = np.random.default_rng(0).integers(0, 256, (40, 20_000), np.uint8)
+    outputs = [
+        {"example_id": f"e{number}", "system": "mle", "decoding": "greedy", "text": row.tobytes().hex()}
+        for number, row in enumerate(noise)
+    ]
+    html, page = render(tmp_path, make_data(count=40, outputs=pa.Table.from_pylist(outputs)))
+    _, examples = unpacked(html)
+    assert 13 <= len(examples) <= 20, "20,000 bytes each, of 300,000 and what the compression holds back"
+    assert examples[-1]["outputs"] == [outputs[len(examples) - 1]["text"]]
+    assert f"The first {len(examples)} of 40 held-out prompts" in page.text
+
+
+def test_ensembles_are_curves_over_their_weights(tmp_path: Path) -> None:
+    figures = [figure(f"both@{alpha:g}", "greedy", "similarity win rate", rate)
+               for alpha, rate in ((0, 0.25), (0.5, 0.625), (1, 0.5))]  # fmt: skip
+    figures += [figure("cpo", "greedy", "similarity win rate", 0.5), figure("both@1", "greedy", "MAUVE", 0.75, False),
+                figure("both@1", "greedy", "MAUVE sd", 0.125, False)]  # fmt: skip
+    members = [(0.0, "both@0"), (0.5, "both@0.5"), (1.0, "both@1")]
+    metrics = pa.Table.from_pylist(figures, schema=METRICS)
+    _, page = render(tmp_path, make_data(metrics=metrics, ensembles={"both": members}))
+    rates = "0.25 (0.15 to 0.35) at 0, 0.62 (0.53 to 0.72) at 0.5, 0.50 (0.40 to 0.60) at 1"
+    assert f"similarity win rate † of ensembles against α. both, greedy: {rates}." in page.text
+    assert "both, greedy: 0.75 (0.62 to 0.88) at 1." in page.text, "MAUVE with its spread"
+    assert "Win rates against mle: cpo, greedy 0.50 (0.40 to 0.60)." in page.text, "members are in the curves"
+
+
+def test_curves_are_told_apart_by_more_than_colour() -> None:
+    chart = alpha_curves(
+        "t", [("one", [(0.0, 0.1, None, None)]), ("<two>", [(0.0, 0.2, 0.1, 0.3), (1.0, 0.3, None, None)])]
+    )
+    assert "&lt;two&gt;" in chart.svg
+    assert "stroke-dasharray" in chart.svg
+    assert chart.text == "t against α. one: 0.10 at 0; <two>: 0.20 (0.10 to 0.30) at 0, 0.30 at 1."
+
+
+def test_win_rates_have_a_panel_per_decoding(tmp_path: Path) -> None:
+    figures = [figure("cpo", decoding, "j win rate", 0.5) for decoding in ("greedy", "top-k")]
+    figures.append(figure("cpo", "greedy", "j win rate against rival", 0.25))
+    _, page = render(tmp_path, make_data(metrics=pa.Table.from_pylist(figures, schema=METRICS)))
+    assert "Win rates against mle: cpo, greedy 0.50 (0.40 to 0.60); cpo, top-k 0.50 (0.40 to 0.60)." in page.text
+    assert "Win rates against rival: cpo, greedy 0.25 (0.15 to 0.35)." in page.text
+
+
+def test_time_and_cost_of_the_stages_are_shown(tmp_path: Path) -> None:
+    stages = [
+        StageRecord(name="prepare", seconds=0.25, total_seconds=59.4, spent=""),
+        StageRecord(name="train cpo", seconds=61, total_seconds=7380, spent="mini: 12 prompt tokens"),
+    ]
+    _, page = render(tmp_path, make_data(stages=stages))
+    assert row_of(page, "prepare") == "0.2 s59.4 s–"
+    assert row_of(page, "train cpo") == "1 min 1 s2 h 3 minmini: 12 prompt tokens"
+
+
+def test_the_figures_are_also_markdown(tmp_path: Path) -> None:
+    write_exports(tmp_path, make_data())
+    lines = (tmp_path / "metrics.md").read_text().splitlines()
+    assert "| metric | ground-truth | mle (baseline) | cpo |" in lines
+    assert "| --- | ---: | ---: | ---: |" in lines
+    assert "| MAUVE † | – | – | 0.750 ± 0.015 |" in lines
+
+
+def test_outputs_are_written_as_alpaca_eval_reads_them(tmp_path: Path) -> None:
+    examples = pa.Table.from_pylist([example(0), {**example(1), "category": "qa"}], schema=EXAMPLES)
+    outputs = [{"example_id": name, "system": "ens@0.5", "decoding": "top-p", "text": f"{HOSTILE} {name}"}
+               for name in ("e1", "e0")]  # fmt: skip
+    write_exports(tmp_path, make_data(examples=examples, outputs=pa.Table.from_pylist(outputs)))
+    files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json"))
+    assert files == ["model_outputs/ens@0.5/top-p.json", "model_outputs/ground-truth.json"]
+    assert json.loads((tmp_path / files[0]).read_text()) == [
+        {"instruction": f"prompt {number}", "output": f"{HOSTILE} e{number}", "generator": "ens@0.5/top-p",
+         "dataset": dataset} for number, dataset in enumerate(("a-run", "qa"))
+    ]  # fmt: skip
+    assert json.loads((tmp_path / files[1]).read_text())[0]["output"] == "target 0 "
 
 
 def test_the_same_data_give_the_same_page(tmp_path: Path) -> None:

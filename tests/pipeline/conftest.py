@@ -17,7 +17,7 @@ data: {{source: pairs.jsonl, tokenizer: {model}, train: 16, validation: 4, test:
        max_prompt_tokens: 40, max_target_tokens: 40}}
 train:
   start: {{init: {model}, objective: mle, steps: 2, batch_size: 4, lr: 0.001}}
-  cpo: {{init: start, objective: cpo, reference: start, steps: 2, batch_size: 4, beta: 0.1}}
+  cpo: {{init: start, objective: cpo, reference: start, steps: 2, batch_size: 4, beta: 0.1, lr: 0.01}}
 negatives: {{model: start, counts: {{autoregressive: 3}}, max_new_tokens: 8, engine: transformers}}
 rank: none
 evaluate:

@@ -47,7 +47,7 @@ SET_CASES = {
     "negatives.max_new_tokens=127": ("generate-negatives", "negatives.max_new_tokens is 127 and the longest prompt"),
     "evaluate.max_new_tokens=127": ("evaluate", "but the context of start is 128 tokens"),
     "evaluate.baseline=strat": ("evaluate", "evaluate: baseline 'strat' is not among the systems (start, cpo); did"),
-    "evaluate.exact_pattern='(['": ("evaluate", "evaluate.exact_pattern is '([': not a regular expression"),
+    "evaluate.judges={exact: {pattern: '(['}}": ("evaluate", "judges.exact.pattern: '([' is not a regular expression"),
     "evaluate=null": ("evaluate", "evaluate is missing: the recipe has no such section"),
     "evaluate.systems.cpo={merge: {start: 0.5, cpo: 0.4}}": ("evaluate", "evaluate.systems.cpo: merge weights sum to"),
     "data.train=30": ("prepare", "data.train 30 + data.validation 4 + data.test 4: only 24 rows are left to split"),
@@ -289,7 +289,8 @@ def test_an_ensemble_of_two_architectures(made, new_model: Callable[..., Path]) 
     merge = f"evaluate.systems.both={{merge: {{start: 0.5, '{other}': 0.5}}}}"
     result = made.cli("evaluate", "tiny.yaml", "--set", merge)
     assert result.status == 2
-    assert f"system both: {other} and start are not of one architecture" in result.error()
+    said = f"system both: start and {other} are not of one architecture: the tensor model.embed_tokens.weight is float"
+    assert said in result.error()
     assert made.made() == before
 
 

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from cpo_pipe.data.recipe import builtin_recipes, load_recipe
+from tests.pipeline.api_server import serve
 
 STAGES = ("prepare", "generate-negatives", "rank", "train", "evaluate", "run")
 
@@ -239,7 +240,7 @@ def test_init_prints_the_recipe_itself_with_every_key_commented(cli: Callable, t
     assert load_recipe(str(tmp_path / "my.yaml")) == load_recipe(name).model_copy(update={"name": "my"})
 
     lines = text.splitlines()
-    named = {"train", "systems", "decodings"}  # below them stand the user's own names
+    named = {"train", "systems", "decodings", "judges"}  # below them stand the user's own names
     path: list[str] = []
     keys = 0
     for before, line in zip(["", *lines], lines, strict=False):
@@ -311,3 +312,167 @@ def test_quality_is_printed_and_kept(made) -> None:
     assert "autoregressive" in result.out
     table = pq.read_table(made.root / "runs" / "tiny" / "quality.parquet")
     assert {"target", "autoregressive"} <= set(table["strategy"].to_pylist())
+
+
+# ── ensembles, written out ───────────────────────────────────────────────────────────────────────────────────────
+
+ENSEMBLES = ("--set", "evaluate.ensembles={mix: {of: [start, cpo], alphas: [0, 0.5, 1]}}")
+
+
+def test_an_ensemble_at_its_ends_is_its_models_whose_outputs_are_used(made) -> None:
+    def kept(kind: str) -> set[Path]:
+        return {path.parent for path in made.store.glob(f"{kind}/*/spec.json")}
+
+    checkpoints, generations = kept("checkpoints"), kept("generations")
+    result = made.cli("evaluate", "tiny.yaml", *ENSEMBLES)
+    assert result.status == 0, result.err
+    (merged,), (written,) = kept("checkpoints") - checkpoints, kept("generations") - generations
+    assert json.loads((merged / "spec.json").read_text())["merge"][0][1] == 0.5
+    fingerprint = json.loads((merged / "manifest.json").read_text())["fingerprint"]
+    assert json.loads((written / "spec.json").read_text())["model"] == fingerprint
+    rows = {(row["system"], row["metric"]): row["value"] for row in figures(made)}
+    assert {system for system, _ in rows} == {"ground-truth", "start", "cpo", "mix@0", "mix@0.5", "mix@1"}
+    assert rows["mix@1", "exact tie"] == 1, "the baseline itself"
+    for metric in ("target NLL", "rep-4", "exact match"):
+        assert (rows["mix@0", metric], rows["mix@1", metric]) == (rows["cpo", metric], rows["start", metric])
+    assert rows["mix@0.5", "target NLL"] not in (rows["cpo", "target NLL"], rows["start", "target NLL"])
+
+
+def figures(project) -> list[dict]:
+    return pq.read_table(project.root / "runs/tiny/metrics.parquet").to_pylist()
+
+
+def test_merge_writes_a_model_that_transformers_loads(made) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    result = made.cli("merge", "tiny.yaml", "mix@0.5", "--out", "out/mix", *ENSEMBLES)
+    assert result.status == 0, result.err
+    assert result.out == "system mix@0.5: written to out/mix\n"
+    addresses = trainings(made)
+    start, cpo, mix = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for folder in (made.store / addresses["start"], made.store / addresses["cpo"], made.root / "out/mix")
+    )
+    assert all((mix[name] == start[name] * 0.5 + cpo[name] * 0.5).all() for name in mix)
+    tokenizers = [AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (made.root / "out/mix", made.model)]
+    assert tokenizers[0] == tokenizers[1]
+    assert not [*(made.root / "out").glob(".tmp-*")]
+
+
+def trainings(project) -> dict[str, str]:
+    stages = json.loads((project.root / "runs/tiny/run.json").read_text())["stages"]
+    return {name.removeprefix("train "): stage["artifact"] for name, stage in stages.items() if "train " in name}
+
+
+def test_merge_writes_any_system_but_overwrites_nothing(made) -> None:
+    (made.root / "empty").mkdir()
+    assert made.cli("merge", "tiny.yaml", "cpo", "--out", "empty").status == 0
+    kept = {path.name: path.read_bytes() for path in (made.root / "empty").iterdir()}
+    assert kept["model.safetensors"] == (made.store / trainings(made)["cpo"] / "model.safetensors").read_bytes()
+    made.write("file", "mine")
+    for out in ("empty", "file"):
+        result = made.cli("merge", "tiny.yaml", "start", "--out", out)
+        assert result.status == 2
+        assert result.error() == f"error: --out {out}: is there already; name a folder that is new or empty"
+    assert {path.name: path.read_bytes() for path in (made.root / "empty").iterdir()} == kept
+    assert (made.root / "file").read_text() == "mine"
+
+
+def test_merge_of_what_is_no_model(made) -> None:
+    before = made.made()
+    result = made.cli("merge", "tiny.yaml", "mix@0.4", "--out", "out", *ENSEMBLES)
+    assert result.status == 2
+    assert "error: system mix@0.4: not among evaluate's; did you mean mix@0" in result.error()
+    api = ("--set", "apis.mini={url: 'http://127.0.0.1:9/v1', model: m}", "--set", "evaluate.systems.gpt={model: mini}")
+    result = made.cli("merge", "tiny.yaml", "gpt", "--out", "out", *api)
+    assert result.status == 2
+    assert "system gpt: is an API, whose weights are not here" in result.error()
+    result = made.cli("merge", "tiny.yaml", "start", "--out", "tiny.yaml/out")
+    assert result.status == 2
+    assert made.made() == before
+    assert not (made.root / "out").exists()
+
+
+def test_ensembles_of_apis_are_refused_before_anything_is_asked(made) -> None:
+    api = ("--set", "apis.mini={url: 'http://127.0.0.1:9/v1', model: m}")
+    sections = ("ensembles={mix: {of: [start, mini], alphas: [0]}}", "systems.x={merge: {start: 0.5, mini: 0.5}}")
+    for section in sections:
+        result = made.cli("evaluate", "tiny.yaml", *api, "--set", f"evaluate.{section}")
+        assert result.status == 2
+        assert "names mini, which is an API: only a model with its weights here will do" in result.error()
+
+
+def test_an_adapter_is_a_system(made) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(made.model)
+    peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(made.root / "adapter")
+    settings = [f"evaluate.systems.plain={{model: {made.model}}}", "evaluate.systems.lora={model: adapter}",
+                "evaluate.compare=[[lora, plain]]"]  # fmt: skip
+    result = made.cli("evaluate", "tiny.yaml", *(part for setting in settings for part in ("--set", setting)))
+    assert result.status == 0, result.err
+    rows = {(row["system"], row["metric"]): row["value"] for row in figures(made)}
+    assert rows["lora", "exact tie against plain"] == 1, "an adapter that is not trained changes nothing"
+
+
+def test_an_api_and_the_ground_truth_in_a_report(made) -> None:
+    with serve() as server:
+        settings = [
+            f"apis.mini.url={server.url}",
+            "apis.mini.model=m",
+            "evaluate.systems.gpt={model: mini}",
+            "evaluate.baseline=ground-truth",
+            "evaluate.judges=[longer]",
+            "evaluate.compare=[[gpt, cpo]]",
+        ]
+        options = [part for setting in settings for part in ("--set", setting)]
+        result = made.cli("evaluate", "tiny.yaml", *options)
+        assert result.status == 0, result.err
+        assert len(server.seen) == 4
+        assert made.cli("evaluate", "tiny.yaml", *options).status == 0
+        assert len(server.seen) == 4
+    page = (made.root / "runs/tiny/report.html").read_text()
+    assert f"m at {server.url}" in page
+    rows = {(row["system"], row["metric"]) for row in figures(made)}
+    assert {("gpt", "longer win rate"), ("cpo", "longer win rate"), ("gpt", "longer win rate against cpo")} <= rows
+    assert ("gpt", "target NLL") not in rows
+
+
+def test_a_run_leaves_more_than_its_report(made) -> None:
+    """Figures as Markdown, outputs as AlpacaEval reads them, curves of ensembles, and what the APIs took, added up."""
+    with serve() as server:
+        settings = [
+            f"apis.mini={{url: {server.url}, model: m, input_price: 1, output_price: 2}}",
+            "evaluate.systems.gpt={model: mini}",
+            "evaluate.ensembles={both: {of: [cpo, start], alphas: [1, 0.5]}}",
+            "evaluate.judges=[longer]",
+        ]
+        options = [part for setting in settings for part in ("--set", setting)]
+        assert made.cli("evaluate", "tiny.yaml", *options).status == 0
+        first = json.loads((made.root / "runs/tiny/run.json").read_text())["stages"]["evaluate"]
+        assert made.cli("evaluate", "tiny.yaml", *options, "--set", "evaluate.bootstrap=60").status == 0
+    run = made.root / "runs/tiny"
+    again = json.loads((run / "run.json").read_text())["stages"]["evaluate"]
+    spent = again["apis"]["mini"]
+    assert spent == first["apis"]["mini"], "nothing was asked again, and nothing is forgotten"
+    assert spent["usd"] == pytest.approx((spent["prompt_tokens"] + 2 * spent["written_tokens"]) / 1e6)
+    assert again["total_seconds"] == pytest.approx(first["total_seconds"] + again["seconds"], abs=0.01)
+    page = (run / "report.html").read_text()
+    assert f"mini: {spent['prompt_tokens']:,} prompt tokens and" in page
+    assert "longer win rate of ensembles against α. both, greedy: " in page
+    assert "| metric | start (baseline) |" in (run / "metrics.md").read_text().replace("ground-truth | ", "")
+    verdicts = pq.read_table(made.store / again["artifact"] / "verdicts.parquet").to_pylist()
+    others = {"cpo", "gpt", "both@0.5", "both@1"}
+    assert {(row["system"], row["opponent"]) for row in verdicts} == {(name, "start") for name in others}
+    assert len(verdicts) == 4 * len(others)
+    for row in verdicts:
+        scores = [json.loads(said["raw"]) for said in row["orders"]] or [{"a": 0, "b": 0}]  # equal outputs: unasked
+        a, b = scores[0]["a"], scores[0]["b"]
+        assert row["winner"] == ("tie" if a == b else "a" if a > b else "b")
+    (outputs,) = (run / "model_outputs/gpt").glob("*.json")
+    rows = json.loads(outputs.read_text())
+    assert len(rows) == 4
+    assert set(rows[0]) == {"instruction", "output", "generator", "dataset"}
+    assert (run / "model_outputs/both@0.5/greedy.json").is_file()
+    assert made.cli("store", "verify").status == 0

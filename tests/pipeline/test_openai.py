@@ -199,6 +199,26 @@ def test_what_identifies_a_model() -> None:
     assert pickle.loads(pickle.dumps(model())) == model()
 
 
+def test_beam_search_is_refused() -> None:
+    api = ApiModel("gpt", Api(url="http://x/v1", model="m", server="vllm"))
+    with pytest.raises(InputError, match=r"^apis\.gpt: beams is 4, but an API has no beam search: leave it out"):
+        api.obeyed(replace(SAMPLING, temperature=0, beams=4))
+
+
+@pytest.mark.parametrize("server", ["openai", "vllm"])
+def test_top_p_is_sent_where_it_is_on(tmp_path: Path, tokenizer: TokenizerFiles, server: str) -> None:
+    def body(top_p: float, root: str) -> dict[str, Any]:
+        with serve(written) as there:
+            run = Run(tmp_path / root, tokenizer, there.url, replace(SAMPLING, top_p=top_p), server=server)
+            assert run.api.obeyed(run.work.sampling).top_p == top_p
+            run.make(examples(1))
+            return there.seen[0].body
+
+    assert body(0.9, "on")["top_p"] == 0.9
+    # vLLM's server would put the one of its model's generation config there.
+    assert body(1.0, "off").get("top_p") == (1.0 if server == "vllm" else None)
+
+
 # ── trouble that passes ──────────────────────────────────────────────────────────────────────────────────────────
 
 

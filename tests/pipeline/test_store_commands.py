@@ -60,7 +60,7 @@ def test_ls_says_what_everything_is(used) -> None:
         f"autoregressive from checkpoint {start}, temperature 1, top-k 50, at most 8 tokens, seed 0"
     )
     assert what["groups"] == "3 autoregressive, unranked"
-    assert what["checkpoints"] == f"cpo, β 0.1, lr 1e-05, 2 steps, batch 4, from checkpoint {start}, seed 0"
+    assert what["checkpoints"] == f"cpo, β 0.1, lr 0.01, 2 steps, batch 4, from checkpoint {start}, seed 0"
     assert what["generations"] in (f"by checkpoint {name}, greedy, at most 8 tokens" for name in (start, cpo))
     assert what["reference-logprobs"] in (f"under checkpoint {name}, float32" for name in (start, cpo))
     assert what["verdicts"] == "judge exact"
@@ -150,9 +150,24 @@ SPECS = [
         "0.25 × model abababab + 0.75 × model cdcdcdcd",
     ),
     (
+        "checkpoints",
+        {"base": "ab" * 16, "adapter": "cd" * 16},
+        "model abababab with the LoRA adapter cdcdcdcd",
+    ),
+    (
         "generations",
         {"model": "ab" * 16, "sampling": {"temperature": 0.7, "top_k": 0, "max_new_tokens": 9}, "seed": 4},
         "by model abababab, temperature 0.7, top-k off, at most 9 tokens, seed 4",
+    ),
+    (
+        "generations",
+        {"model": "ab" * 16, "sampling": {"temperature": 1, "top_k": 5, "top_p": 0.9, "max_new_tokens": 9}, "seed": 4},
+        "by model abababab, temperature 1, top-k 5, top-p 0.9, at most 9 tokens, seed 4",
+    ),
+    (
+        "generations",
+        {"model": "ab" * 16, "sampling": {"temperature": 0, "beams": 4, "max_new_tokens": 9}},
+        "by model abababab, 4 beams, at most 9 tokens",
     ),
     ("verdicts", {"judge": "similarity", "embedder": "ab" * 16}, "judge similarity, embedder abababab"),
     (

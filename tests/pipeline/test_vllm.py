@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from cpo_pipe.data.executor import LocalExecutor
 from cpo_pipe.data.models import Model, locate_model
 from cpo_pipe.data.recipe import Data, Negatives
 from cpo_pipe.data.store import Store
-from cpo_pipe.pipeline.engines.base import Request, Sampling, open_engine
+from cpo_pipe.pipeline.engines import base
+from cpo_pipe.pipeline.engines.base import LazyEngine, Request, Sampled, Sampling, open_engine
 from cpo_pipe.pipeline.generate import generate_negatives, plan_negatives
+from cpo_pipe.pipeline.missing import Wanted, make_missing
 from cpo_pipe.pipeline.prepare import prepare
 from tests.conftest import make_model, pairs, write_jsonl
 from tests.pipeline.answers import answers
@@ -72,6 +75,61 @@ def test_samples_and_logprobs(model: Model, tokens: Tokens, caplog: pytest.LogCa
     greedy = Sampling(temperature=0, top_k=0, max_new_tokens=8, stop_ids=(0,))
     theirs = network.generate(torch.tensor([[5, 6, 7]]), do_sample=False, max_new_tokens=8, pad_token_id=0)
     assert answers(engine, [Request([5, 6, 7], 1, 0)], greedy)[0][0].token_ids == theirs[0, 3:].tolist()
+
+
+def test_top_p_is_that_of_the_filters_of_transformers(model: Model) -> None:
+    import torch
+    from scipy.stats import chisquare
+    from transformers import (
+        AutoModelForCausalLM,
+        LogitsProcessorList,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    from cpo_pipe.pipeline.engines.vllm import VllmEngine
+
+    draws, ids = 2000, torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(model.path).eval()(ids).logits[:, -1]
+    filters = LogitsProcessorList([TemperatureLogitsWarper(0.9), TopKLogitsWarper(40), TopPLogitsWarper(0.8)])
+    expected = filters(ids, logits)[0].double().softmax(-1)
+    sampling = Sampling(temperature=0.9, top_k=40, top_p=0.8, max_new_tokens=1, stop_ids=())
+    (samples,) = answers(VllmEngine(model, context=60), [Request([5, 6, 7], draws, 1 << 20)], sampling)
+    counts = torch.bincount(torch.tensor([sample.token_ids[0] for sample in samples]), minlength=len(expected))
+    kept = expected > 0
+    assert 2 < int(kept.sum()) < 40
+    assert torch.equal(counts > 0, kept)
+    assert chisquare(counts[kept].tolist(), (expected[kept] * draws).tolist()).pvalue > 1e-3
+
+
+def test_beam_search_is_that_of_transformers_once_vllm_is_gone(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU may not have room for both."""
+    import torch
+
+    gc.collect()  # what the tests before have left
+    store = Store(tmp_path / "store")
+    source = str(write_jsonl(tmp_path / "rows.jsonl", pairs(5)))
+    examples = prepare(Data(source=source, tokenizer=str(model.path), test=1), store)
+    selection = examples.read("train")
+    open_transformers = base._transformers
+    there: list[bool] = []
+    monkeypatch.setattr(
+        base,
+        "_transformers",
+        lambda model: [there.append(torch.distributed.is_initialized()), open_transformers(model)][1],
+    )
+    engine = LazyEngine("auto", model, 60)
+    for sampling, name in ((SAMPLING, "vllm"), (replace(SAMPLING, temperature=0, beams=3), "transformers")):
+        rows = store.rows("generations", {"sampling": sampling.spec()})
+        work = Sampled(rows, engine, sampling, 0, examples.tokenizer)
+        make_missing(Wanted(rows, 1), selection, work, LocalExecutor(), batch_size=2, label=name)
+        table = rows.read(selection["example_id"].to_pylist())
+        assert {row.split()[0] for row in table["engine"].to_pylist()} == {name}
+    assert there == [False]
 
 
 def test_answers_come_as_they_are_ready_and_may_be_given_up(model: Model, tokens: Tokens) -> None:

@@ -197,6 +197,31 @@ def test_the_checkpoint_is_one_that_transformers_loads(bench: Bench) -> None:
     assert json.loads((product.path / "spec.json").read_text())["reference"] == bench.model.fingerprint
 
 
+def test_the_card_is_one_that_the_hub_reads(bench: Bench, tiny_model: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    product = bench.train("cpo-ranked", steps=1)
+    assert "README.md" in product.manifest["files"]
+    card = ModelCard.load(product.path / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.tags == ["cpo-pipe", "cpo-ranked"]
+    assert card.data.base_model is None, "a folder is no address on the hub"
+    assert card.data.license is None
+    assert "steps: 1\n" in card.text
+    assert str(tiny_model) not in card.content
+
+
+def test_the_base_model_is_the_hub_model_that_the_weights_come_from(bench: Bench, tiny_model: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    def trained(init: Model) -> Product:
+        return bench.train("mle", init=init, steps=1)
+
+    first = trained(Model("org/base", tiny_model, "f1"))
+    then = trained(Model("sft", first.path, "f2"))
+    assert [ModelCard.load(made.path / "README.md").data.base_model for made in (first, then)] == ["org/base"] * 2
+
+
 def test_a_complete_training_is_never_repeated_and_a_changed_one_is(bench: Bench) -> None:
     def count() -> int:
         return len(list(bench.store.root.glob("checkpoints/*/manifest.json")))

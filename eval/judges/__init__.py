@@ -1,0 +1,1 @@
+"""Judges: which of two outputs for one prompt is the better."""

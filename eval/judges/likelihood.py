@@ -1,0 +1,59 @@
+"""The judge `likelihood`: which output another model finds the likelier text after the prompt."""
+
+from collections.abc import Sequence
+
+from cpo_pipe.data import templates
+from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.fingerprint import Spec
+from cpo_pipe.data.models import Model, TokenizerFiles
+from cpo_pipe.eval.judges.base import NOISE, Case
+from cpo_pipe.eval.judges.logprobs import Logprobs, Scored, summed
+from cpo_pipe.eval.judges.scores import ScoreJudge
+
+
+class LikelihoodJudge(ScoreJudge):
+    """The output with the higher mean log-prob of its tokens and of the one that ends a text, under one model.
+
+    The end counts, so that an empty output has a score as well.
+    """
+
+    noise = NOISE
+
+    def __init__(self, name: str, model: Model, tokenizer: TokenizerFiles, template: str, logprobs: Logprobs):
+        """`tokenizer` is the model's own; with the `template` chat its chat template renders the prompts."""
+        super().__init__(name, f"{name} log-prob")
+        self._model, self._tokenizer, self._template, self._logprobs = model, tokenizer, template, logprobs
+
+    def spec(self) -> Spec:
+        """What decides its verdicts."""
+        return {"judge": "likelihood", "model": self._model.fingerprint, "tokenizer": self._tokenizer.fingerprint,
+                "template": self._template}  # fmt: skip
+
+    def scores(self, cases: Sequence[Case], outputs: Sequence[str]) -> list[float]:
+        """Mean log-prob of each output's tokens, its end included, in nats.
+
+        Raises:
+            InputError: the model has no room for a prompt and its output, or its tokenizer no chat template.
+        """
+        tokenizer = self._tokenizer.load()
+        end = templates.eos_token_id(tokenizer)
+        rendered = [case.rendered for case in cases]
+        if self._template == templates.CHAT:
+            rendered = [templates.render(templates.CHAT, case.prompt, tokenizer=tokenizer) for case in cases]
+        prompts = templates.encode_prompts(self._template, rendered, tokenizer)
+        written = [[*ids, end] for ids in templates.encode_texts(outputs, tokenizer)]
+        self._check_context(max((len(x) + len(y) for x, y in zip(prompts, written, strict=True)), default=0))
+        wanted = [
+            Scored(case.example_id, prompt, [ids]) for case, prompt, ids in zip(cases, prompts, written, strict=True)
+        ]
+        sums = summed(self._logprobs, self._model, wanted)
+        return [total / len(ids) for (total,), ids in zip(sums, written, strict=True)]
+
+    def _check_context(self, longest: int) -> None:
+        context = self._model.context()
+        if context is not None and longest > context:
+            raise InputError(
+                f"evaluate.judges.{self.name}.model {self._model.name}: its context is {context} tokens, but the "
+                f"longest prompt and output together have {longest}: name a model with a longer context, or lower "
+                "evaluate.max_new_tokens"
+            )

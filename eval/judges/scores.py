@@ -1,0 +1,115 @@
+"""Judges that give each output a score by itself: the higher one wins."""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpo_pipe.data.fingerprint import Spec
+from cpo_pipe.eval.judges.base import AB, NOISE, Case, Pair, Verdict, higher
+
+Encode = Callable[[Sequence[str]], NDArray[np.float32]]
+"""Unit vectors of texts, (n, d)."""
+
+
+class ScoreJudge(ABC):
+    """The output with the higher score wins; equal scores are a tie. It sees no order."""
+
+    sees_order = False
+    orders: Sequence[str] = (AB,)
+    noise = 0.0
+    """Scores nearer to each other than this are equal."""
+
+    def __init__(self, name: str, score_name: str):
+        """`score_name` is the metric that is the mean score of a system's outputs."""
+        self.name, self.score_name = name, score_name
+
+    @abstractmethod
+    def spec(self) -> Spec:
+        """What decides its verdicts."""
+
+    @abstractmethod
+    def scores(self, cases: Sequence[Case], outputs: Sequence[str]) -> list[float]:
+        """The score of each output, written for the case at its place."""
+
+    def judge(self, pairs: Sequence[Pair]) -> Iterator[list[tuple[int, Verdict]]]:
+        """All verdicts at once; `raw` holds both scores."""
+        cases = [pair.case for pair in pairs]
+        a = self.scores(cases, [pair.output_a for pair in pairs])
+        b = self.scores(cases, [pair.output_b for pair in pairs])
+        yield [
+            (place, Verdict(higher(x, y, self.noise), None, {"a": x, "b": y}))
+            for place, (x, y) in enumerate(zip(a, b, strict=True))
+        ]
+
+
+class ExactJudge(ScoreJudge):
+    """Right (1) or wrong (0): the output's answer is the target's. Both right, or both wrong, is a tie."""
+
+    def __init__(self, name: str, pattern: str | None):
+        """`pattern` is a regular expression whose first group is the answer; None compares whole texts."""
+        super().__init__(name, f"{name} match")
+        self._pattern = re.compile(pattern) if pattern is not None else None
+
+    def spec(self) -> Spec:
+        """What decides its verdicts."""
+        return {"judge": "exact", "pattern": self._pattern.pattern if self._pattern else None}
+
+    def scores(self, cases: Sequence[Case], outputs: Sequence[str]) -> list[float]:
+        """1 for each output that is right, 0 for the others. A target without an answer makes none right."""
+        return [float(self._is_right(output, case.target)) for case, output in zip(cases, outputs, strict=True)]
+
+    def answer(self, text: str) -> str | None:
+        """What is compared: the first match's first group, or the whole text; None where nothing matches."""
+        if self._pattern is None:
+            return normalized(text)
+        match = self._pattern.search(text)
+        return normalized(match[1]) if match and match[1] is not None else None
+
+    def _is_right(self, output: str, target: str) -> bool:
+        answer = self.answer(target)
+        return answer is not None and self.answer(output) == answer
+
+
+class SimilarityJudge(ScoreJudge):
+    """Nearer to the target: the higher cosine between the embeddings of output and target, −1 to 1."""
+
+    noise = NOISE
+    metric = "cosine to target"
+    """The score's, of every judge of this kind: there is one embedding model."""
+
+    def __init__(self, name: str, encode: Encode, fingerprint: str):
+        super().__init__(name, self.metric)
+        self._encode = encode
+        self._fingerprint = fingerprint
+
+    def spec(self) -> Spec:
+        """What decides its verdicts."""
+        return {"judge": "similarity", "embedder": self._fingerprint}
+
+    def scores(self, cases: Sequence[Case], outputs: Sequence[str]) -> list[float]:
+        """Cosine of each output to its target."""
+        cosines = np.einsum("nd,nd->n", self._encode(outputs), self._encode([case.target for case in cases]))
+        return [min(1.0, max(-1.0, float(cosine))) for cosine in cosines]
+
+
+class LongerJudge(ScoreJudge):
+    """The output with more characters, whatever is in it: what a judge must beat to say more than that."""
+
+    def __init__(self, name: str):
+        super().__init__(name, f"{name} characters")
+
+    def spec(self) -> Spec:
+        """What decides its verdicts."""
+        return {"judge": "longer", "unit": "characters"}
+
+    def scores(self, cases: Sequence[Case], outputs: Sequence[str]) -> list[float]:
+        """Characters of each output: they need no tokenizer, of which systems may have several."""
+        return [float(len(output)) for output in outputs]
+
+
+def normalized(text: str) -> str:
+    """Text without what `exact` does not look at: case, and how much white space there is and where."""
+    return " ".join(text.casefold().split())

@@ -90,7 +90,10 @@ _QUALITY = {
 }
 
 _NUMBER = re.compile(r"[0-9]+\.[0-9]+")
-_REPORT_ONLY = ("loops", "distinct-1", "distinct-2", "distinct-3", "length", "target perplexity", "cosine to target")
+_REPORT_ONLY = re.compile(
+    r"loops|distinct-\d|length|target perplexity|cosine to target"
+    r"|.* (tie|loss|position bias|flip rate|unparseable|characters|log-prob|against \S+)"
+)
 """Metrics that the table on the terminal leaves to the report."""
 
 
@@ -288,7 +291,7 @@ def _terminal_columns(grid: Grid, shared_metrics: AbstractSet[str]) -> Iterator[
     for metric, cells in rows.items():
         judge, _, figure = metric.rpartition(" ")
         dagger = DAGGER if metric in shared_metrics else ""
-        if metric in _REPORT_ONLY or figure in ("tie", "loss"):
+        if _REPORT_ONLY.fullmatch(metric):
             continue
         if figure == "win":
             parts = zip(*(rows[f"{judge} {part}"] for part in ("win", "tie", "loss")), strict=True)

@@ -338,6 +338,20 @@ def test_the_terminal_shows_the_same_figures(
     assert "a note" in shown
 
 
+def test_the_terminal_leaves_the_rest_to_the_report(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    data = make_data()
+    row = {"system": "cpo", "decoding": "greedy", "value": 0.987, "ci_low": None, "ci_high": None, "n": 4}
+    left = ["gpt position bias", "gpt flip rate", "likely log-prob", "gpt win rate against mix@0.5", "distinct-3"]
+    more = pa.Table.from_pylist([row | {"metric": metric} for metric in left], schema=data.metrics.schema)
+    print_table(pa.concat_tables([data.metrics, more]), "mle", data.shared_metrics)
+    shown = capsys.readouterr().out
+    assert "0.987" not in shown
+    assert "99" not in shown
+
+
 def test_a_narrow_terminal_loses_no_figure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "30")
     data = make_data()

@@ -28,8 +28,8 @@ def first(seen: Seen) -> Reply:
     return written(seen, "A")
 
 
-PAIRS = 4
-"""Test examples: both systems write the same after two steps of training, which is judged once."""
+PAIRS = 8
+"""What two systems write for four test examples, against the targets."""
 
 
 def test_what_is_said_beforehand_is_what_is_asked(made: Project) -> None:
@@ -116,7 +116,7 @@ def test_outputs_that_are_not_there_count_as_the_longest(project: Project) -> No
         assert dry.status == 0, dry.err
         assert server.seen == []
     head, _, *missing = dry.out.splitlines()
-    assert head.startswith(f"judge taste (apis.mini): {2 * PAIRS} calls to be made")
+    assert head.startswith(f"judge taste (apis.mini): {PAIRS} calls to be made")
     assert missing == [
         f"{name}, greedy: 4 outputs are not there yet; each counts as 8 tokens, the most that it can have"
         for name in ("start", "cpo")

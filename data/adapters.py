@@ -40,6 +40,10 @@ def base_of(name: str, folder: Path) -> tuple[str, str | None]:
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise InputError(f"model {name}: {CONFIG} names no base_model_name_or_path; put the base model there")
+    if (Path(base) / CONFIG).is_file():
+        raise InputError(
+            f"model {name}: its base {base} is an adapter itself; merge that one first, and name the result"
+        )
     return base, config.get("revision")
 
 
@@ -51,7 +55,9 @@ def adapted(name: str, folder: Path, base: "Model", store: Store) -> Product:
     """
     config = {key: value for key, value in read_json(folder / CONFIG).items() if key not in _NOT_IDENTITY}
     tokenizer = folder if any((folder / file).is_file() for file in TOKENIZER_FILES) else base.path
-    spec = {"base": base.fingerprint, "adapter": digest([config, store.hash_file(folder / WEIGHTS)])}
+    files = [[file, store.hash_file(tokenizer / file)] for file in TOKENIZER_FILES if (tokenizer / file).is_file()]
+    spec = {"base": base.fingerprint, "adapter": digest([config, store.hash_file(folder / WEIGHTS)]),
+            "tokenizer": digest(files)}  # fmt: skip
     product = store.product("checkpoints", spec)
     if not product.complete():
         if importlib.util.find_spec("peft") is None:

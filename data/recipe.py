@@ -543,7 +543,9 @@ class Evaluate(Section):
     examples: Positive | None = Field(None, description="evaluate on N examples of the split (default: all)")
     sample_seed: Seed | None = Field(None, description="draw the N examples by this seed (default: the first N)")
     decodings: dict[Name, Decoding] = Field(
-        default_factory=lambda: {"greedy": Decoding(temperature=0)}, description="decoding configurations, by name"
+        default_factory=lambda: {"greedy": Decoding(temperature=0)},
+        min_length=1,
+        description="decoding configurations, by name",
     )
     max_new_tokens: Positive | None = Field(
         None, description="longest output, in tokens (default: data.max_target_tokens)"

@@ -48,7 +48,7 @@ from cpo_pipe.pipeline.missing import WINDOW, Wanted, make_missing
 
 log = logging.getLogger(__name__)
 
-DEFINITIONS = 2
+DEFINITIONS = 3
 """Raise when a metric's meaning changes: figures of the old meaning are then made again."""
 
 TargetNll = Callable[[Model, pa.Table], Sequence[tuple[float, int]]]

@@ -2,18 +2,16 @@
 
 After Dubois et al. 2024, "Length-Controlled AlpacaEval" (eq. 2), as AlpacaEval 2.0 computes it: the logistic model
 
-    P(system preferred on x) = σ(θ + ψ · γ_x + φ · tanh(Δ_x / sd(Δ))),
+    P(system preferred on x) = σ(θ + φ · tanh(Δ_x / sd(Δ))),
 
-Δ_x the system's length less the baseline's in characters and γ_x the instruction's difficulty, is fitted to the
-outcomes of one system (a tie is half a win and half a loss) and averaged over the examples at Δ = 0. L1 penalty by
-liblinear on all three, its strength by 5-fold cross-validation of the log loss: both as there.
+Δ_x the system's length less the baseline's in characters, is fitted to the outcomes of one system (a tie is half a win
+and half a loss) and taken at Δ = 0. L1 penalty by liblinear on both, its strength by 5-fold cross-validation of the log
+loss: both as there.
 
-Two things of AlpacaEval belong to its own 805 instructions and baseline. Its γ_x were fitted to many systems' outcomes
-on them: ours are made of the other systems' outcomes on the same example (`difficulty`), and the term is left out where
-there are none. Its fit is also drawn, with a weight of 0.2, towards answers that the baseline was told to write
-shorter or longer: nobody has those for other data, so they are left out.
-
-Legend: S systems, N examples.
+Two things of AlpacaEval belong to its own 805 instructions and baseline, and are left out. One is a term for the
+instruction's difficulty, fitted to many systems' outcomes together with their lengths: the bare outcomes of the systems
+at hand cannot stand for it, since those share the judge's liking for length, which it would then take for difficulty.
+The other draws the fit, with a weight of 0.2, towards answers that the baseline was told to write shorter or longer.
 """
 
 import statistics
@@ -42,14 +40,13 @@ Values = NDArray[np.float64]
 
 
 def length_controlled(
-    outcomes: Sequence[float] | Values, longer: Sequence[float] | Values, difficulty_N: Values | None, seed: int
+    outcomes: Sequence[float] | Values, longer: Sequence[float] | Values, seed: int
 ) -> Estimate | None:
     """Win rate at equal length with its 95% interval (± 1.96 bootstrap standard errors); None for too few examples.
 
     Args:
         outcomes: of the system on each example, 1 (won) to 0 (lost).
         longer: characters of the system's output less the baseline's.
-        difficulty_N: of each example, from the other systems; None where there are none.
         seed: of the bootstrap.
     """
     scores, delta = np.asarray(outcomes, np.float64), np.asarray(longer, np.float64)
@@ -57,8 +54,7 @@ def length_controlled(
     if n < MIN_EXAMPLES or min(wins, n - wins) < MIN_RARER:
         return None
     lengths = np.tanh(delta / np.std(delta, ddof=1)) if np.ptp(delta) > 0 else np.zeros(n)
-    hardness = np.zeros(n) if difficulty_N is None else difficulty_N
-    design = np.stack([np.ones(n), hardness, lengths], axis=1)
+    design = np.stack([np.ones(n), lengths], axis=1)
     strength = _chosen_strength(design, scores)
     value = _rate(design, scores, strength)
     draws = np.random.default_rng(seed % (1 << 32)).integers(n, size=(REFITS, n))
@@ -66,23 +62,12 @@ def length_controlled(
     return Estimate(value, max(0.0, value - 1.96 * error), min(1.0, value + 1.96 * error), n)
 
 
-def difficulty(outcomes_SN: Values) -> Values:
-    """How easily each example is won, by the outcomes of other systems: their log odds, centred, (N,).
-
-    Half a win and half a loss are added, so that it stays finite.
-    """
-    wins = outcomes_SN.sum(axis=0)
-    odds = np.log((wins + 0.5) / (len(outcomes_SN) - wins + 0.5))
-    centred: Values = odds - odds.mean()
-    return centred
-
-
 def _rate(design: Values, scores: Values, strength: float) -> float:
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(C=strength, l1_ratio=1, solver="liblinear", fit_intercept=False, random_state=0)
     _fit(model, design, scores)
-    return float(np.mean(model.predict_proba(design * [1, 1, 0])[:, 1]))
+    return float(np.mean(model.predict_proba(design * [1, 0])[:, 1]))
 
 
 def _chosen_strength(design: Values, scores: Values) -> float:

@@ -15,7 +15,7 @@ from cpo_pipe.data.schemas import METRICS
 from cpo_pipe.data.store import Rows
 from cpo_pipe.eval.judges.base import Judge, Judgement
 from cpo_pipe.eval.judges.scores import Encode, ExactJudge, ScoreJudge, SimilarityJudge
-from cpo_pipe.eval.length_control import difficulty, length_controlled
+from cpo_pipe.eval.length_control import length_controlled
 from cpo_pipe.eval.mauve import MIN_TEXTS, mauve
 from cpo_pipe.eval.power import examples_needed
 from cpo_pipe.eval.statistics import Bootstrap, Estimate, holm, share, sign_flip_p
@@ -261,8 +261,10 @@ class Measurement:
         itself. Holm's adjustment is over all pairs and decodings of a judge, as they stand in one table.
         """
         for (judge, decoding), contests in self._contests.items():
-            for system in contests:
-                self._measure_at_equal_length(length_controlled_metric(judge), decoding, system, contests)
+            for system, contest in contests.items():
+                rate = length_controlled(contest.outcomes, contest.longer, self._bootstrap.seed)
+                if rate is not None:
+                    self._add(system, decoding, length_controlled_metric(judge), rate)
         for judge in dict.fromkeys(judge for judge, _ in self._contests):
             pairs = [
                 pair
@@ -272,16 +274,6 @@ class Measurement:
             ]
             adjusted = holm([pair["p"] for pair in pairs])
             self._comparisons += [pair | {"p_holm": p} for pair, p in zip(pairs, adjusted, strict=True)]
-
-    def _measure_at_equal_length(
-        self, metric: str, decoding: str, system: str, contests: Mapping[str, _Contest]
-    ) -> None:
-        others = [contest.outcomes for name, contest in contests.items() if name != system]
-        hardness = difficulty(np.stack(others)) if others else None
-        contest = contests[system]
-        rate = length_controlled(contest.outcomes, contest.longer, hardness, self._bootstrap.seed)
-        if rate is not None:
-            self._add(system, decoding, metric, rate)
 
     def _compared(
         self, metric: str, decoding: str, contests: Mapping[str, _Contest], baseline: str

@@ -206,8 +206,8 @@ class Run:
         from cpo_pipe.eval.report import print_table
 
         config, examples = self._evaluation(), self.examples()
-        systems = {name: self.system(name, system) for name, system in config.all_systems().items()}
         with self._stage("evaluate") as record:
+            systems = {name: self.system(name, system) for name, system in config.all_systems().items()}
             evaluation = evaluate(
                 config,
                 self.store,
@@ -281,6 +281,7 @@ class Run:
             raise InputError(f"system {name}: not among evaluate's; {hint}")
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise InputError(f"--out {out}: is there already; name a folder that is new or empty")
+        self.store.register_run(self.run_dir)
         model = self.system(name, systems[name])
         if isinstance(model, ApiModel):
             raise InputError(f"system {name}: is an API, whose weights are not here; name another system")

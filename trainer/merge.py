@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_NOT_COMPUTED = {
+    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "tie_word_embeddings",
+    "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+"""Entries of a config that change nothing in what a model with its weights computes."""
+
 SHARD_SIZE = "2GB"
 """The largest file of an ensemble, which is what is in memory of it while it is made."""
 
@@ -122,13 +128,24 @@ def _merged(system: str, name: str, parts: Sequence["_Part"], weights: Sequence[
 
 
 def _check_alike(system: str, one: "_Part", other: "_Part") -> None:
-    """Refuse two parts of which one has a tensor that the other lacks, or has in another shape or kind."""
+    """Refuse two parts that compute otherwise, or have a tensor that the other lacks, or has in another shape or kind.
+
+    Then it does not matter whose config the ensemble gets.
+    """
     for name in sorted({*one.names, *other.names}):
         mine, theirs = one.described(name), other.described(name)
         if mine != theirs:
             raise InputError(
                 f"system {system}: {one.model} and {other.model} are not of one architecture: the tensor {name} is "
                 f"{mine} in the one and {theirs} in the other; merge models that began as the same one"
+            )
+    configs = [part.skeleton.config.to_dict() for part in (one, other)]
+    for key in sorted({*configs[0], *configs[1]} - _NOT_COMPUTED):
+        values = [config.get(key) for config in configs]
+        if values[0] != values[1]:
+            raise InputError(
+                f"system {system}: {one.model} and {other.model} are not of one architecture: {key} is {values[0]!r} "
+                f"in the config of the one and {values[1]!r} in that of the other; merge models that began as one"
             )
 
 

@@ -160,3 +160,25 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, store: Store, t
     next(iter(state.values())).fill_(float("nan"))
     save_file(state, adapter / "adapter_model.safetensors")
     assert "cannot be merged" in refusal(adapter, store)
+
+
+def test_another_tokenizer_makes_another_checkpoint(tmp_path: Path, tiny_model: Path) -> None:
+    store = Store(tmp_path / "store")
+    adapter = make_adapter(tmp_path / "adapter", tiny_model)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model / file, adapter / file)
+    before = locate_model(str(adapter), store)
+    config = json.loads((adapter / "tokenizer_config.json").read_text())
+    (adapter / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "{{ messages }}"}))
+    after = locate_model(str(adapter), store)
+    assert (before.path != after.path, before.fingerprint) == (True, after.fingerprint)
+    assert "chat_template" in (after.path / "tokenizer_config.json").read_text() or list(after.path.glob("*.jinja"))
+
+
+def test_an_adapter_of_an_adapter_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", tiny_model)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="is an adapter itself; merge that one first"):
+        locate_model(str(adapter), Store(tmp_path / "store"))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cpo_pipe.eval.length_control import MIN_EXAMPLES, difficulty, length_controlled
+from cpo_pipe.eval.length_control import MIN_EXAMPLES, length_controlled
 from cpo_pipe.eval.statistics import Estimate
 
 Values = NDArray[np.float64]
@@ -24,8 +24,8 @@ def judge(
     return np.where(random.random(n) < ties, 0.5, won), lengths
 
 
-def controlled(outcomes: Values, longer: Values, hardness: Values | None = None) -> Estimate:
-    rate = length_controlled(outcomes, longer, hardness, 0)
+def controlled(outcomes: Values, longer: Values) -> Estimate:
+    rate = length_controlled(outcomes, longer, 0)
     assert rate is not None
     assert rate.low is not None
     assert rate.high is not None
@@ -70,13 +70,11 @@ def test_better_systems_have_higher_rates() -> None:
 
 def test_the_fit_is_that_of_statsmodels_where_there_is_much_to_learn_from() -> None:
     models = pytest.importorskip("statsmodels.api")
-    random = np.random.default_rng(1)
-    hardness = random.normal(size=2000)
-    outcomes, lengths = judge(0.5 + hardness, 1.5, 60, n=2000)
-    design = np.stack([np.ones(2000), hardness, np.tanh(lengths / lengths.std(ddof=1))], axis=1)
+    outcomes, lengths = judge(0.5, 1.5, 60, n=2000)
+    design = np.stack([np.ones(2000), np.tanh(lengths / lengths.std(ddof=1))], axis=1)
     fitted = models.GLM(outcomes, design, family=models.families.Binomial()).fit()
-    expected = logistic(design[:, :2] @ fitted.params[:2]).mean()
-    assert controlled(outcomes, lengths, hardness).value == pytest.approx(expected, abs=0.004)
+    expected = float(logistic(fitted.params[0]))
+    assert controlled(outcomes, lengths).value == pytest.approx(expected, abs=0.004)
 
 
 def test_the_interval_is_as_wide_as_the_rate_varies_from_sample_to_sample() -> None:
@@ -110,22 +108,15 @@ def test_a_rate_that_the_penalty_makes_one_half_has_an_interval() -> None:
 
 def test_too_few_examples_or_wins_give_no_rate() -> None:
     outcomes, lengths = judge(0, 1, 0, n=MIN_EXAMPLES)
-    assert length_controlled(outcomes[1:], lengths[1:], None, 0) is None
+    assert length_controlled(outcomes[1:], lengths[1:], 0) is None
     rare = np.zeros(MIN_EXAMPLES)
     rare[:9] = 1
-    assert length_controlled(rare, lengths, None, 0) is None
-    assert length_controlled(1 - rare, lengths, None, 0) is None
+    assert length_controlled(rare, lengths, 0) is None
+    assert length_controlled(1 - rare, lengths, 0) is None
 
 
 def test_the_seed_decides_the_interval() -> None:
     outcomes, lengths = judge(0, 1, 0, n=200)
-    one = length_controlled(outcomes, lengths, None, 1)
-    assert one == length_controlled(outcomes, lengths, None, 1)
-    assert one != length_controlled(outcomes, lengths, None, 2)
-
-
-def test_difficulty_by_hand() -> None:
-    # Two other systems: both win, one wins, one ties and one loses, none wins: 2.5:0.5, 1.5:1.5, 1:2, 0.5:2.5.
-    found = difficulty(np.array([[1, 1, 0.5, 0], [1, 0, 0, 0]], dtype=float))
-    odds = np.log([5, 1, 1 / 2, 1 / 5])
-    np.testing.assert_allclose(found, odds - odds.mean())
+    one = length_controlled(outcomes, lengths, 1)
+    assert one == length_controlled(outcomes, lengths, 1)
+    assert one != length_controlled(outcomes, lengths, 2)

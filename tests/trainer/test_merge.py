@@ -265,3 +265,13 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, tiny_model: Pat
 def test_quantized_parts_are_refused(tmp_path: Path, tiny_model: Path) -> None:
     packed = reconfigured(tiny_model, tmp_path / "packed", quantization_config={"quant_method": "fp8"})
     assert "packed is quantized" in refusal(tmp_path / "a", tiny_model, packed)
+
+
+@pytest.mark.parametrize(("field", "value"), [("rms_norm_eps", 0.5), ("max_position_embeddings", 99)])
+def test_models_that_compute_otherwise_are_refused(
+    tmp_path: Path, new_model: NewModel, field: str, value: float
+) -> None:
+    one = new_model(seed=1)
+    other = reconfigured(new_model(seed=2), tmp_path / "other", **{field: value})
+    with pytest.raises(InputError, match=rf"not of one architecture: {field} is .* in that of the other"):
+        merged(tmp_path / "out", one, other)

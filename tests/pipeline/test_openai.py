@@ -586,7 +586,7 @@ def test_closed_in_the_middle(tmp_path: Path, tokenizer: TokenizerFiles, caplog:
         assert next(iter(made)).units == 1
         del made
         gc.collect()
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 15, "it waited for no answer"
     assert "destroyed" not in caplog.text
 
 

@@ -316,7 +316,7 @@ def test_a_pause_is_meant_for_all(headers: dict[str, str], tmp_path: Path, token
         later = [seen.at - told for seen in server.seen if seen.at > told + 0.2]
         assert len(later) >= 5
         assert min(later) > 0.95, later
-        assert max(later) < 3
+        assert max(later) < 10
 
 
 def test_no_more_requests_are_under_way_than_allowed(tmp_path: Path, tokenizer: TokenizerFiles) -> None:

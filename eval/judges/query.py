@@ -71,7 +71,7 @@ class Query:
 
 
 def read_answer(answer: str) -> Literal["A", "B", "TIE"] | None:
-    """The verdict that an answer is: its first line names A, B or TIE, and no later line another.
+    """The verdict that an answer is: its first line is one of A, B and TIE, and no later line is another.
 
     A name may stand behind words of the templates (`Response A`, `More helpful: B`) and between quotes, asterisks and
     the like. Anything else is None: a sentence would have to be understood.

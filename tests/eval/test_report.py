@@ -300,6 +300,8 @@ def test_time_and_cost_of_the_stages_are_shown(tmp_path: Path) -> None:
 def test_the_figures_are_also_markdown(tmp_path: Path) -> None:
     write_exports(tmp_path, make_data())
     lines = (tmp_path / "metrics.md").read_text().splitlines()
+    assert "a note" in lines, "what the figures need said beside them is pasted with them"
+    assert any(line.startswith("† Measured with the same") for line in lines)
     assert "| metric | ground-truth | mle (baseline) | cpo |" in lines
     assert "| --- | ---: | ---: | ---: |" in lines
     assert "| MAUVE † | – | – | 0.750 ± 0.015 |" in lines

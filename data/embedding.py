@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,15 +118,23 @@ CHUNK = 256
 """Texts embedded between two steps of the progress bar."""
 
 
-class EmbeddingMemo:
-    """An embedder that keeps what it has seen: evaluation compares the same targets with one system after another."""
+class Encoder(Protocol):
+    """Something that makes vectors of texts."""
 
-    def __init__(self, embedder: Embedder):
-        self._embedder = embedder
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Of the texts, in their order, (n, d)."""
+        ...
+
+
+class EmbeddingMemo:
+    """An encoder that keeps what it has seen: evaluation compares the same targets with one system after another."""
+
+    def __init__(self, encoder: Encoder):
+        self._encoder = encoder
         self._seen: dict[str, NDArray[np.float32]] = {}
 
     def add(self, texts: Iterable[str], label: str) -> None:
-        """Embed the texts that are new, under a progress bar called `label`."""
+        """Encode the texts that are new, under a progress bar called `label`."""
         new = self._new(texts)
         if not new:
             return
@@ -136,7 +144,7 @@ class EmbeddingMemo:
                 meter.advance(len(new[start : start + CHUNK]))
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Unit vectors of the texts, in their order, (n, d)."""
+        """Vectors of the texts, in their order, (n, d); of an `Embedder` unit vectors."""
         if new := self._new(texts):
             self._embed(new)
         return np.stack([self._seen[text] for text in texts])
@@ -145,4 +153,4 @@ class EmbeddingMemo:
         return [text for text in dict.fromkeys(texts) if text not in self._seen]
 
     def _embed(self, texts: Sequence[str]) -> None:
-        self._seen.update(zip(texts, self._embedder.encode(texts), strict=True))
+        self._seen.update(zip(texts, self._encoder.encode(texts), strict=True))

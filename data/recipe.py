@@ -464,9 +464,15 @@ class Decoding(Section):
         ge=0,
         description="softmax temperature; 0 is greedy (default: 1; with beams 0)",
     )
+    samples: int = Field(
+        1, gt=0, lt=1 << 16, description="outputs per prompt: all but the first only show how various they are"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "Decoding":
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"samples is {self.samples}, but nothing is drawn here, so all would be alike: leave it "
+                             "out, or set a temperature")  # fmt: skip
         if self.beams > 1:
             for name, off in {"top_k": 0, "top_p": 1, "temperature": 0}.items():
                 if (value := getattr(self, name)) != off:
@@ -554,8 +560,18 @@ class Evaluate(Section):
         default_factory=lambda: {"similarity": Judge(kind="similarity")},
         description="pairwise judges, by name; a list of kinds is short for those without settings",
     )
+    labels: str | None = Field(
+        None,
+        description="a .jsonl, .csv or .parquet file of what people prefer, with the columns prompt, output_a, "
+        "output_b and winner (a, b or tie); how far judges agree with them is reported",
+    )
     embedder: str = Field("minilm", description="sentence-transformers model of the similarity judge and of MAUVE")
     mauve_seeds: int = Field(3, ge=0, description="k-means seeds that MAUVE is averaged over (0: no MAUVE)")
+    mauve_model: str | None = Field(
+        None,
+        description="causal model whose last hidden states MAUVE is measured on, as in its paper: a training's name, a "
+        "folder or a hub name, with a tokenizer of its own (default: the embedder's vectors)",
+    )
     bootstrap: Positive = Field(2000, description="resamples of the bootstrap intervals")
     seed: Seed = Field(0, description="seed of sampling and of the bootstrap")
     engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="as in negatives")
@@ -602,6 +618,9 @@ class Evaluate(Section):
         if self.sample_seed is not None and self.examples is None:
             raise ValueError(f"sample_seed is {self.sample_seed}, but examples is not given: say how many to draw, or "
                              "leave out sample_seed")  # fmt: skip
+        if self.mauve_model is not None and not self.mauve_seeds:
+            raise ValueError(f"mauve_model is {self.mauve_model}, but mauve_seeds is 0, which means no MAUVE: leave "
+                             "out one of them")  # fmt: skip
         searching = [name for name, decoding in self.decodings.items() if decoding.beams > 1]
         if searching and self.engine == "vllm":
             raise ValueError(f"engine is vllm, but decodings.{searching[0]} is beam search, which is that of "
@@ -655,6 +674,7 @@ class Recipe(Section):
             needed |= {f"evaluate.ensembles.{name}": ensemble.of for name, ensemble in self.evaluate.ensembles.items()}
             needed |= {f"evaluate.judges.{name}": [judge.model]
                        for name, judge in self.evaluate.judges.items() if judge.model is not None}  # fmt: skip
+            needed["evaluate.mauve_model"] = [self.evaluate.mauve_model] if self.evaluate.mauve_model else []
         for place, models in needed.items():
             for model in models:
                 if model in self.apis:

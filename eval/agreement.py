@@ -1,14 +1,35 @@
 """How far two judges, or a judge and people, give the same verdicts on the same pairs."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
+from cpo_pipe.eval.judges.base import Winner
 from cpo_pipe.eval.statistics import Bootstrap, Estimate, share
 
-VERDICTS = ("a", "tie", "b")
+PEOPLE = "human labels"
+"""What the labels of people are called beside judges; no judge can have a name with a space."""
+
+AGREEMENT = pa.schema(
+    [
+        ("judge_a", pa.string()),
+        ("judge_b", pa.string()),
+        ("agreement", pa.float64()),  # share of pairs with the same verdict
+        ("ci_low", pa.float64()),  # 95% bootstrap interval, over examples
+        ("ci_high", pa.float64()),
+        ("kappa", pa.float64()),  # Cohen's; null where both gave one and the same verdict everywhere
+        ("kappa_low", pa.float64()),
+        ("kappa_high", pa.float64()),
+        ("n", pa.int64()),  # pairs that both judged
+    ]
+)
+
+_VERDICTS: tuple[Winner, ...] = ("a", "tie", "b")
 
 
 @dataclass(frozen=True)
@@ -22,19 +43,72 @@ class Agreement:
 
     None where both gave one and the same verdict everywhere, when all agreement may be chance.
     """
+    pairs: int
 
 
-def agreement(one: Sequence[str], other: Sequence[str], bootstrap: Bootstrap) -> Agreement:
-    """Agreement of two judges' verdicts (`a`, `tie`, `b`) on the same pairs, in the same order."""
-    codes = [np.array([VERDICTS.index(verdict) for verdict in verdicts], np.float64) for verdicts in (one, other)]
-    raw = share(codes[0] == codes[1])
-    return Agreement(raw, None if len({*one, *other}) == 1 else bootstrap.statistic(_kappa, *codes))
+def agreement(
+    one: Sequence[Winner | None], other: Sequence[Winner | None], examples: Sequence[int], bootstrap: Bootstrap
+) -> Agreement | None:
+    """Agreement of two judges' verdicts on the same pairs, in the same order; None where no pair has both.
+
+    Args:
+        one: the first judge's verdicts, None for a pair that it did not judge.
+        other: the second's.
+        examples: number of each pair's example. Intervals resample examples, not pairs: several systems' outputs for
+            one prompt are judged alike.
+        bootstrap: makes the intervals.
+    """
+    both = [
+        (number, 3 * _VERDICTS.index(a) + _VERDICTS.index(b))
+        for number, a, b in zip(examples, one, other, strict=True)
+        if a is not None and b is not None
+    ]
+    if not both:
+        return None
+    numbers, cells = np.array(both).T
+    _, places = np.unique(numbers, return_inverse=True)
+    counts = np.zeros((9, places.max() + 1))
+    """Pairs of each example (second axis) with the one's and the other's verdict (first)."""
+    np.add.at(counts, (cells, places), 1)
+    same, pairs = counts[::4].sum(axis=0), counts.sum(axis=0)
+    # A bootstrap of examples that all fully agree, or that none does, has no width: Wilson's interval has.
+    extreme = (same == pairs).all() or not same.any()
+    raw = share(same > 0) if extreme or (pairs == 1).all() else bootstrap.ratio(same, pairs)
+    alike = len(set(cells.tolist())) == 1 and cells[0] % 4 == 0
+    return Agreement(raw, None if alike else bootstrap.statistic(_kappa, *counts), len(both))
 
 
-def _kappa(one: Any, other: Any, axis: int = -1) -> Any:
-    """Cohen 1960, eq. 1, of verdicts along `axis`."""
-    observed = np.mean(one == other, axis=axis)
-    shares = [[np.mean(codes == code, axis=axis) for code in range(len(VERDICTS))] for codes in (one, other)]
-    chance = sum(p * q for p, q in zip(*shares, strict=True))
+def agreements(
+    verdicts: Mapping[str, Sequence[Winner | None]], examples: Sequence[int], bootstrap: Bootstrap
+) -> list[dict[str, Any]]:
+    """Rows (AGREEMENT schema) of every two judges that judged a pair in common.
+
+    Args:
+        verdicts: by judge's name, its verdicts on the same pairs, in the same order; None where it gave none.
+        examples: number of each pair's example.
+        bootstrap: makes the intervals.
+    """
+    rows = []
+    for (a, of_a), (b, of_b) in itertools.combinations(verdicts.items(), 2):
+        if found := agreement(of_a, of_b, examples, bootstrap):
+            kappa = found.kappa or Estimate(float("nan"), None, None, 0)
+            rows.append({
+                "judge_a": a, "judge_b": b,
+                "agreement": found.raw.value, "ci_low": found.raw.low, "ci_high": found.raw.high,
+                "kappa": None if found.kappa is None else kappa.value, "kappa_low": kappa.low, "kappa_high": kappa.high,
+                "n": found.pairs,
+            })  # fmt: skip
+    return rows
+
+
+def _kappa(*counts: NDArray[np.float64], axis: int = -1) -> Any:
+    """Cohen 1960, eq. 1, of the nine cells of the table of verdicts, each counted by example along `axis`."""
+    table = np.stack([np.sum(cell, axis=axis) for cell in counts]).reshape(
+        3, 3, *np.shape(np.sum(counts[0], axis=axis))
+    )
+    table = table / table.sum(axis=(0, 1))
+    observed = sum(table[verdict, verdict] for verdict in range(3))
+    chance = (table.sum(axis=1) * table.sum(axis=0)).sum(axis=0)
     # A resample may have one verdict only, and then no disagreement either.
-    return np.where(chance < 1, (observed - chance) / np.where(chance < 1, 1 - chance, 1), 1.0)
+    one_only = chance > 1 - 1e-12
+    return np.where(one_only, 1.0, (observed - chance) / np.where(one_only, 1, 1 - chance))

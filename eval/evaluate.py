@@ -4,6 +4,7 @@ Generations and verdicts are rows and are reused; the figures are one product:
 
     metrics.parquet       the METRICS schema, a row per system × decoding × metric
     comparisons.parquet   the COMPARISONS schema, a row per judge × decoding × two systems
+    agreement.parquet     the AGREEMENT schema, a row per two judges, or a judge and the labels of people
     outputs.parquet       every output, so that a report needs no model
     values.parquet        the figures per example that the means were taken of
     verdicts.parquet      the VERDICTS schema, how each output was judged, in each order
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,13 +30,23 @@ from cpo_pipe.data.fingerprint import Spec, address
 from cpo_pipe.data.models import Model
 from cpo_pipe.data.recipe import GROUND_TRUTH, Decoding, Evaluate
 from cpo_pipe.data.store import Product, Rows, Store
-from cpo_pipe.eval.judges.base import Case, Judge, Judgement, Pair, make_verdicts, read_judgements
+from cpo_pipe.eval.agreement import PEOPLE
+from cpo_pipe.eval.judges.base import Case, Judge, Judgement, Pair, Winner, make_verdicts, read_judgements
 from cpo_pipe.eval.judges.cost import Cost, Draft, cost
 from cpo_pipe.eval.judges.openai import OpenAiJudge
-from cpo_pipe.eval.judges.resolve import Means, named_spec, open_judges
+from cpo_pipe.eval.judges.resolve import Means, named_spec, open_judges, own_tokenizer
 from cpo_pipe.eval.judges.scores import ExactJudge, ScoreJudge, SimilarityJudge
-from cpo_pipe.eval.mauve import MIN_TEXTS
-from cpo_pipe.eval.measure import ANY_DECODING, Measurement, Outputs, embedding_metrics, read_outputs, read_targets
+from cpo_pipe.eval.labels import Labels, read_labels
+from cpo_pipe.eval.mauve import MIN_TEXTS, CausalEncoder
+from cpo_pipe.eval.measure import (
+    ANY_DECODING,
+    Measurement,
+    Outputs,
+    embedding_metrics,
+    read_outputs,
+    read_samples,
+    read_targets,
+)
 from cpo_pipe.eval.statistics import Bootstrap
 from cpo_pipe.pipeline.engines.base import (
     LazyEngine,
@@ -48,7 +60,7 @@ from cpo_pipe.pipeline.missing import WINDOW, Wanted, make_missing
 
 log = logging.getLogger(__name__)
 
-DEFINITIONS = 3
+DEFINITIONS = 4
 """Raise when a metric's meaning changes: figures of the old meaning are then made again."""
 
 TargetNll = Callable[[Model, pa.Table], Sequence[tuple[float, int]]]
@@ -76,6 +88,10 @@ class Evaluation:
     def comparisons(self) -> pa.Table:
         """The systems pair by pair (COMPARISONS schema)."""
         return pq.read_table(self.product.path / "comparisons.parquet")
+
+    def agreements(self) -> pa.Table:
+        """The judges, and the labels of people, pair by pair (AGREEMENT schema)."""
+        return pq.read_table(self.product.path / "agreement.parquet")
 
     def verdicts(self) -> pa.Table:
         """How each output was judged (VERDICTS schema of eval/measure.py)."""
@@ -115,11 +131,16 @@ class Comparison:
     judges: list[Judge]
     embedder: Embedder | None
     memo: EmbeddingMemo | None
-    """What judges and MAUVE embed with; None if neither does."""
+    """What judges embed with, and MAUVE where it goes by sentence embeddings; None if neither does."""
+    mauve: EmbeddingMemo | None
+    """What gives MAUVE its features; None where it is not asked for."""
+    mauve_features: Spec
+    """What decides these features."""
+    labels: Labels | None
 
     def with_mauve(self) -> bool:
         """Whether MAUVE is asked for, and there are examples enough for it to say something."""
-        return self.config.mauve_seeds > 0 and self.selection.num_rows >= MIN_TEXTS
+        return self.mauve is not None and self.selection.num_rows >= MIN_TEXTS
 
     def opponents(self, system: str) -> list[str]:
         """Whom a system's outputs are judged against: the baseline first, then those that `compare` names."""
@@ -137,7 +158,9 @@ class Comparison:
             "baseline": config.baseline,
             **({"compare": [[*pair] for pair in config.compare]} if config.compare else {}),
             "judges": [named_spec(config, judge) for judge in self.judges],
-            "mauve": {"embedder": self.embedder.fingerprint, "seeds": config.mauve_seeds} if self.embedder else None,
+            "mauve": {**self.mauve_features, "seeds": config.mauve_seeds} if self.mauve_features else None,
+            **({"samples": several} if (several := _several(config)) else {}),
+            **({"labels": self.labels.sha256} if self.labels else {}),
             "bootstrap": config.bootstrap,
             "seed": config.seed,
         }
@@ -188,7 +211,8 @@ def evaluate(
     log.info("evaluate: %d systems on %d examples in %s", len(systems), wanted.selection.num_rows, product.name)
     ranked = wanted.embedder is not None and wanted.embedder.fingerprint == ranker
     against = [second for _, second in config.compare]
-    shared = embedding_metrics(_similarity(wanted.judges), against) if ranked else frozenset[str]()
+    by_embedding = config.mauve_model is None
+    shared = embedding_metrics(_similarity(wanted.judges), against, by_embedding) if ranked else frozenset[str]()
     return Evaluation(product, wanted.selection, shared)
 
 
@@ -256,9 +280,15 @@ def _plan(
     selection = _select(config, examples)
     if not selection.num_rows:
         raise InputError(f"evaluate.split is {config.split}, which has no examples: raise data.{config.split}")
-    needed = config.mauve_seeds > 0 or any(judge.kind == "similarity" for judge in config.judges.values())
+    embedding_mauve = config.mauve_seeds > 0 and config.mauve_model is None
+    needed = embedding_mauve or any(judge.kind == "similarity" for judge in config.judges.values())
     embedder = locate_embedder(config.embedder, store) if needed else None
     memo = EmbeddingMemo(embedder) if embedder else None
+    mauve, features = memo, {"embedder": embedder.fingerprint} if embedder else {}
+    if config.mauve_model is not None:
+        model = judging.model(config.mauve_model)
+        encoder = CausalEncoder(model, own_tokenizer(model, store))
+        mauve, features = EmbeddingMemo(encoder), encoder.spec()
     judges = open_judges(config, store, judging, examples.rendering["template"], embedder, memo)
     for judge in judges:
         if isinstance(judge, ExactJudge):
@@ -268,7 +298,9 @@ def _plan(
         for system, model in systems.items()
         for wanted in _plan_system(config, store, examples, selection, system, model, max_new_tokens)
     ]
-    return Comparison(config, selection, systems, generations, judges, embedder, memo)
+    labels = read_labels(Path(config.labels), store.hash_file) if config.labels is not None else None
+    mauve = mauve if config.mauve_seeds else None
+    return Comparison(config, selection, systems, generations, judges, embedder, memo, mauve, features, labels)
 
 
 def _select(config: Evaluate, examples: Examples) -> pa.Table:
@@ -369,7 +401,7 @@ def _generate(
     engine = LazyEngine(config.engine, model, check_context(selection, model, longest, "evaluate.max_new_tokens"))
     for wanted in sorted(generations, key=lambda wanted: wanted.sampling.beams):
         made = make_missing(
-            Wanted(wanted.rows, 1),
+            Wanted(wanted.rows, config.decodings[wanted.decoding].samples),
             selection,
             Sampled(wanted.rows, engine, wanted.sampling, config.seed, examples.tokenizer),
             executor,
@@ -388,7 +420,7 @@ def _ask(
         assert wanted.refused is not None
         work = Asked(wanted.rows, wanted.refused, api, wanted.sampling, config.seed, examples.tokenizer, prompt_of)
         made = make_missing(
-            Wanted(wanted.rows, 1, wanted.refused),
+            Wanted(wanted.rows, config.decodings[wanted.decoding].samples, wanted.refused),
             selection,
             work,
             LocalExecutor(),
@@ -405,13 +437,14 @@ def _write(product: Product, wanted: Comparison, store: Store, target_nll: Targe
     example_ids = wanted.selection["example_id"].to_pylist()
     outputs = {(g.system, g.decoding): read_outputs(g.rows, example_ids) for g in wanted.generations}
     measured = _measure(wanted, outputs, store, target_nll)
-    notes = _notes(wanted)
+    notes = _notes(wanted, measured)
     for note in notes:
         log.info("evaluate: %s", note)
     with product.create() as writer:
         writer.facts["notes"] = notes
         pq.write_table(measured.figures(), writer.path / "metrics.parquet")
         pq.write_table(measured.comparisons(), writer.path / "comparisons.parquet")
+        pq.write_table(measured.agreements(), writer.path / "agreement.parquet")
         pq.write_table(measured.values(), writer.path / "values.parquet")
         pq.write_table(measured.verdicts(), writer.path / "verdicts.parquet")
         pq.write_table(_output_table(example_ids, outputs), writer.path / "outputs.parquet")
@@ -422,9 +455,11 @@ def _measure(
 ) -> Measurement:
     config, example_ids = wanted.config, wanted.selection["example_id"].to_pylist()
     targets = read_targets(wanted.selection)
-    if wanted.memo is not None and (wanted.with_mauve() or _similarity(wanted.judges)):
-        texts = [text for outputs in (targets, *all_outputs.values()) for text in outputs.texts]
+    texts = [text for outputs in (targets, *all_outputs.values()) for text in outputs.texts]
+    if wanted.memo is not None and _similarity(wanted.judges):
         wanted.memo.add(texts, "embed outputs")
+    if wanted.mauve is not None and wanted.with_mauve():
+        wanted.mauve.add(texts, "MAUVE's features of outputs")
     cases = _cases(wanted.selection)
     sides = {**all_outputs, **{(GROUND_TRUTH, decoding): targets for decoding in config.decodings}}
     judgements = _judge(wanted, cases, sides, store)
@@ -435,12 +470,15 @@ def _measure(
         if isinstance(model, ApiModel):  # which says nothing of texts that are not its own
             continue
         measured.measure_nll(system, target_nll(model, wanted.selection))
-    for (system, decoding), outputs in all_outputs.items():
+    for g in wanted.generations:
+        system, decoding, outputs = g.system, g.decoding, all_outputs[g.system, g.decoding]
         measured.measure_text(system, decoding, outputs)
+        if (n := config.decodings[decoding].samples) > 1:
+            measured.measure_diversity(system, decoding, read_samples(g.rows, example_ids, n))
         measured.measure_overlap(system, decoding, outputs)
-        if wanted.memo is not None and wanted.with_mauve():
+        if wanted.mauve is not None and wanted.with_mauve():
             seeds = range(config.seed, config.seed + config.mauve_seeds)
-            measured.measure_mauve(system, decoding, outputs, wanted.memo.encode, seeds)
+            measured.measure_mauve(system, decoding, outputs, wanted.mauve.encode, seeds)
         for judge in wanted.judges:
             if isinstance(judge, ScoreJudge):
                 measured.measure_score(judge, system, decoding, scores[judge.name, system, decoding])
@@ -451,7 +489,8 @@ def _measure(
                 measured.measure_wins(judge, found, system, decoding, outputs, other, against)
                 if judge.sees_order and against is None:
                     measured.measure_order(judge, system, decoding, found)
-    measured.measure_differences(config.baseline)
+    measured.measure_differences(config.baseline, {name: model.fingerprint for name, model in wanted.systems.items()})
+    measured.measure_agreement(*_compared_verdicts(wanted, cases, sides, judgements))
     return measured
 
 
@@ -488,6 +527,32 @@ def _judge(
     }
 
 
+def _compared_verdicts(
+    wanted: Comparison,
+    cases: Sequence[Case],
+    sides: Mapping[tuple[str, str], Outputs],
+    judgements: Mapping[tuple[str, str, str, str], Sequence[Judgement]],
+) -> tuple[dict[str, list[Winner | None]], list[int]]:
+    """By judge its verdicts, and what people say, on each pair of unequal outputs once; and the pairs' examples."""
+    verdicts: dict[str, list[Winner | None]] = {judge.name: [] for judge in wanted.judges}
+    if wanted.labels is not None:
+        verdicts[PEOPLE] = []
+    examples: list[int] = []
+    seen = set[tuple[int, str, str]]()
+    for system, decoding, whom in dict.fromkeys((system, decoding, whom) for _, system, decoding, whom in judgements):
+        texts = zip(sides[system, decoding].texts, sides[whom, decoding].texts, strict=True)
+        for place, (case, (a, b)) in enumerate(zip(cases, texts, strict=True)):
+            if a == b or (place, a, b) in seen:
+                continue
+            seen |= {(place, a, b), (place, b, a)}
+            examples.append(place)
+            for judge in wanted.judges:
+                verdicts[judge.name].append(judgements[judge.name, system, decoding, whom][place].winner)
+            if wanted.labels is not None:
+                verdicts[PEOPLE].append(wanted.labels.winner(Pair(case, a, b)))
+    return verdicts, examples
+
+
 def _scores(
     judges: Sequence[Judge], cases: Sequence[Case], all_outputs: Mapping[tuple[str, str], Outputs]
 ) -> dict[tuple[str, str, str], list[float]]:
@@ -502,13 +567,23 @@ def _scores(
     return scores
 
 
+def _several(config: Evaluate) -> dict[str, int]:
+    """Samples per prompt of the decodings that have more than one."""
+    return {name: decoding.samples for name, decoding in config.decodings.items() if decoding.samples > 1}
+
+
 def _similarity(judges: Sequence[Judge]) -> list[str]:
     """Names of the judges that embed."""
     return [judge.name for judge in judges if isinstance(judge, SimilarityJudge)]
 
 
-def _notes(wanted: Comparison) -> list[str]:
+def _notes(wanted: Comparison, measured: Measurement) -> list[str]:
     notes, n = [], wanted.selection.num_rows
+    if wanted.labels is not None and PEOPLE not in measured.agreements()["judge_b"].to_pylist():
+        notes.append(
+            f"labels: none of the {len(wanted.labels)} labelled pairs is among those judged here: their texts must be "
+            "the same to the letter"
+        )
     if wanted.config.mauve_seeds > 0 and not wanted.with_mauve():
         notes.append(f"MAUVE is left out: on {n} examples it says nothing; it needs {MIN_TEXTS} at least")
     for g in wanted.generations:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cpo_pipe.data import atomic
 from cpo_pipe.data.recipe import GROUND_TRUTH
-from cpo_pipe.eval.report import SHARED_NOTE, ReportData, marked_grids
+from cpo_pipe.eval.report import SHARED_NOTE, ReportData, agreement_rows, marked_grids
 
 
 def write_exports(folder: Path, data: ReportData) -> None:
@@ -36,6 +36,11 @@ def _markdown(data: ReportData) -> Iterator[str]:
         yield _line(["metric", *grid.systems])
         yield _line(["---", *["---:"] * len(grid.systems)])
         yield from (_line([metric, *cells]) for metric, cells in grid.rows)
+    if agreements := agreement_rows(data):
+        yield "\nAgreement of judges\n"
+        yield _line(["judges", "agreement", "kappa", "pairs"])
+        yield _line(["---", "---:", "---:", "---:"])
+        yield from (_line([name, *cells]) for name, cells in agreements)
     shared = [SHARED_NOTE] if not data.shared_metrics.isdisjoint(data.metrics["metric"].to_pylist()) else []
     yield from (f"\n{note}" for note in [*data.notes, *shared])
     yield ""

@@ -2,8 +2,8 @@
 
 Both sets' features are quantized together by k-means; the two histograms P and Q are compared with every mixture
 R = w·P + (1 − w)·Q, and the curve of exp(−c·KL(Q|R)) against exp(−c·KL(P|R)) encloses an area between 0 (nothing in
-common) and 1 (the same). Any features will do, and figures compare only where they are the same: what evaluation
-reports is on sentence embeddings; the paper's are `causal_features` of GPT-2.
+common) and 1 (the same). Any features will do, and figures compare only where they are the same: evaluation takes
+sentence embeddings, or those of a causal model, as the paper does (GPT-2 large).
 
 Legend: N texts, D features, T tokens, k clusters.
 """
@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cpo_pipe.data import templates
 from cpo_pipe.data.embedding import batches_by_length
+from cpo_pipe.data.fingerprint import Spec
+from cpo_pipe.data.models import Model, TokenizerFiles
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MIN_TEXTS = 100
 """With fewer texts a side there are fewer than ten clusters, and the score says nothing."""
@@ -80,6 +83,38 @@ def causal_features(network: "PreTrainedModel", token_ids: Sequence[Sequence[int
         last_ND = hidden_NTD[torch.arange(len(rows)), torch.tensor(lengths[rows]) - 1]
         features[rows] = last_ND.float().cpu().numpy()
     return features
+
+
+class CausalEncoder:
+    """Features of texts by a causal model, which is loaded at the first of them; float32.
+
+    A text is cut to the model's context, and an empty one is the token that ends texts.
+    """
+
+    def __init__(self, model: Model, tokenizer: TokenizerFiles):
+        """`tokenizer` is the model's own."""
+        self._model, self._tokenizer = model, tokenizer
+        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+
+    def spec(self) -> Spec:
+        """What decides its features."""
+        return {"model": self._model.fingerprint, "tokenizer": self._tokenizer.fingerprint}
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Features of the texts, in their order, (n, d).
+
+        Raises:
+            InputError: the tokenizer has no token that ends texts, or the model cannot be loaded.
+        """
+        import torch
+
+        if self._loaded is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            self._loaded = self._model.load(torch.float32).to(device).eval(), self._tokenizer.load()  # type: ignore[arg-type]
+        network, tokenizer = self._loaded
+        end = templates.eos_token_id(tokenizer)
+        encoded = templates.encode_texts(texts, tokenizer)
+        return causal_features(network, [ids[: self._model.context()] or [end] for ids in encoded])
 
 
 def divergence_area(p: Histogram, q: Histogram) -> float:

@@ -11,15 +11,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from cpo_pipe.data.progress import track
 from cpo_pipe.data.schemas import METRICS
 from cpo_pipe.data.store import Rows
-from cpo_pipe.eval.judges.base import Judge, Judgement
+from cpo_pipe.eval.agreement import AGREEMENT, agreements
+from cpo_pipe.eval.judges.base import Judge, Judgement, Winner
 from cpo_pipe.eval.judges.scores import Encode, ExactJudge, ScoreJudge, SimilarityJudge
 from cpo_pipe.eval.length_control import length_controlled
 from cpo_pipe.eval.mauve import MIN_TEXTS, mauve
 from cpo_pipe.eval.power import examples_needed
 from cpo_pipe.eval.statistics import Bootstrap, Estimate, holm, share, sign_flip_p
-from cpo_pipe.eval.text_metrics import chrf, distinct_n, ends_in_loop, rep_n
+from cpo_pipe.eval.text_metrics import chrf, distinct_n, ends_in_loop, rep_n, self_bleu
 
 ANY_DECODING = "-"
 """Stands for the decoding in figures that depend on none."""
@@ -84,12 +86,13 @@ def order_metrics(judge: str) -> tuple[str, str, str]:
     return f"{judge} position bias", f"{judge} flip rate", f"{judge} unparseable"
 
 
-def embedding_metrics(judges: Iterable[str], against: Iterable[str] = ()) -> frozenset[str]:
+def embedding_metrics(judges: Iterable[str], against: Iterable[str] = (), mauve: bool = True) -> frozenset[str]:
     """Names of the metrics that are measured with the embedding model.
 
-    Given the names of the judges that use it, and whom systems are compared with beside the baseline.
+    Given the names of the judges that use it, whom systems are compared with beside the baseline, and whether MAUVE
+    uses it.
     """
-    found = {"MAUVE", "MAUVE sd", SimilarityJudge.metric}
+    found = {SimilarityJudge.metric, *(("MAUVE", "MAUVE sd") if mauve else ())}
     for judge in judges:
         found |= {name for whom in (None, *against) for name in comparison_metrics(judge, whom)}
         found.add(length_controlled_metric(judge))
@@ -107,13 +110,22 @@ class Outputs:
 
 def read_outputs(generations: Rows, example_ids: Sequence[str]) -> Outputs:
     """The first sample of each example; one that an API refused is empty."""
+    first = read_samples(generations, example_ids, 1)
+    return Outputs([(of.texts or [""])[0] for of in first], [(of.token_ids or [[]])[0] for of in first])
+
+
+def read_samples(generations: Rows, example_ids: Sequence[str], n: int) -> list[Outputs]:
+    """The first n samples of each example, without those that an API refused."""
     table = generations.read(example_ids, ["example_id", "sample_index", "text", "token_ids", "finish_reason"])
-    table = table.filter(pc.equal(table["sample_index"], 0))
+    table = table.filter(pc.less(table["sample_index"], n))
     ended = pc.equal(table["finish_reason"], "stop").to_pylist()
-    written = zip(table["text"].to_pylist(), _without_end(table["token_ids"].to_pylist(), ended), strict=True)
-    found = dict(zip(table["example_id"].to_pylist(), written, strict=True))
-    texts, token_ids = zip(*(found.get(example_id, ("", [])) for example_id in example_ids), strict=True)
-    return Outputs(list(texts), list(token_ids))
+    columns = (table["example_id"].to_pylist(), table["text"].to_pylist(),
+               _without_end(table["token_ids"].to_pylist(), ended))  # fmt: skip
+    found: dict[str, Outputs] = {example_id: Outputs([], []) for example_id in example_ids}
+    for example_id, text, token_ids in zip(*columns, strict=True):
+        found[example_id].texts.append(text)
+        found[example_id].token_ids.append(token_ids)
+    return list(found.values())
 
 
 def read_targets(selection: pa.Table) -> Outputs:
@@ -146,6 +158,7 @@ class Measurement:
         self._values: list[pa.Table] = []
         self._comparisons: list[dict[str, Any]] = []
         self._verdicts: list[pa.Table] = []
+        self._agreements: list[dict[str, Any]] = []
         self._contests: dict[tuple[str, str], dict[str, _Contest]] = {}
         """By judge's name and decoding, then by system."""
 
@@ -164,6 +177,10 @@ class Measurement:
     def verdicts(self) -> pa.Table:
         """How each output was judged (VERDICTS schema)."""
         return pa.concat_tables([VERDICTS.empty_table(), *self._verdicts])
+
+    def agreements(self) -> pa.Table:
+        """The judges, and the labels of people, pair by pair (AGREEMENT schema)."""
+        return pa.Table.from_pylist(self._agreements, schema=AGREEMENT)
 
     def keep_judgements(
         self, judge: Judge, system: str, opponent: str, decoding: str, judgements: Sequence[Judgement]
@@ -186,6 +203,20 @@ class Measurement:
         for n in (1, 2, 3):
             self._add_plain(system, decoding, f"distinct-{n}", distinct_n(outputs.token_ids, n))
         self._add_mean(system, decoding, "length", [len(ids) for ids in outputs.token_ids])
+
+    def measure_diversity(self, system: str, decoding: str, samples: Sequence[Outputs]) -> None:
+        """How alike the samples of a prompt are, over the prompts that have two at least."""
+        several = [of for of in samples if len(of.texts) > 1]
+        if not several:
+            return
+        blunt = []
+        with track(f"self-BLEU of {system}, {decoding}", len(several)) as meter:
+            for of in several:
+                blunt.append(self_bleu(of.texts))
+                meter.advance()
+        self._add(system, decoding, "self-BLEU", self._bootstrap.mean(blunt))
+        distinct = [distinct_n(of.token_ids, 2) for of in several]
+        self._add(system, decoding, "distinct-2 of samples", self._bootstrap.mean(distinct))
 
     def measure_overlap(self, system: str, decoding: str, outputs: Outputs) -> None:
         """Characters shared with the target."""
@@ -254,12 +285,24 @@ class Measurement:
         if unread := [judgement.unparseable for judgement in judgements if judgement.unparseable is not None]:
             self._add(system, decoding, unparseable, self._bootstrap.mean(unread))
 
-    def measure_differences(self, baseline: str) -> None:
+    def measure_agreement(self, verdicts: Mapping[str, Sequence[Winner | None]], examples: Sequence[int]) -> None:
+        """How far judges, and labels of people, agree; as in `agreements`."""
+        self._agreements += agreements(verdicts, examples, self._bootstrap)
+
+    def measure_differences(self, baseline: str, fingerprints: Mapping[str, str]) -> None:
         """After all wins: each win rate at equal length, and the difference of every two systems' win rates.
 
         Two systems are compared by how each fares against the baseline on the same examples; the baseline ties with
-        itself. Holm's adjustment is over all pairs and decodings of a judge, as they stand in one table.
+        itself. Of systems with one fingerprint (an ensemble's end is its part) only one is compared. Holm's adjustment
+        is over all pairs and decodings of a judge, as they stand in one table.
+
+        Args:
+            baseline: the system that the others were judged against.
+            fingerprints: what each system is.
         """
+        first = {fingerprint: system for system, fingerprint in reversed([*fingerprints.items()])}
+        if baseline in fingerprints:
+            first[fingerprints[baseline]] = baseline
         for (judge, decoding), contests in self._contests.items():
             for system, contest in contests.items():
                 rate = length_controlled(contest.outcomes, contest.longer, self._bootstrap.seed)
@@ -270,7 +313,12 @@ class Measurement:
                 pair
                 for (name, decoding), contests in self._contests.items()
                 if name == judge
-                for pair in self._compared(comparison_metrics(judge)[-1], decoding, contests, baseline)
+                for pair in self._compared(
+                    comparison_metrics(judge)[-1],
+                    decoding,
+                    {system: contest for system, contest in contests.items() if first[fingerprints[system]] == system},
+                    baseline,
+                )
             ]
             adjusted = holm([pair["p"] for pair in pairs])
             self._comparisons += [pair | {"p_holm": p} for pair, p in zip(pairs, adjusted, strict=True)]

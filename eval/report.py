@@ -39,12 +39,14 @@ MEANINGS = {
         "all alike"
         for n in (1, 2, 3)
     },
+    "self-BLEU": "mean BLEU of each of a prompt's samples against its others, 0 to 100; high: the samples are alike",
+    "distinct-2 of samples": "different bigrams by all bigrams of a prompt's samples, 0 to 1; low: they are alike",
     "length": "tokens of an output, without the one that ends it",
     "chrF": "mean sentence chrF2 against the target, 0 to 100; higher is better",
     "target NLL": "negative log-likelihood of the targets' tokens, nats per token; lower is better",
     "target perplexity": "exponential of target NLL; lower is better",
     "MAUVE": "likeness of all outputs to all targets, 0 to 1, ± standard deviation over k-means seeds, on sentence "
-    "embeddings; higher is better; differences within the spread are noise",
+    "embeddings or the hidden states of `mauve_model`; higher is better; differences within the spread are noise",
     "exact match": "share of the outputs that are right; higher is better",
     "cosine to target": "mean cosine of an output's embedding to its target's, −1 to 1; higher is better",
 }
@@ -91,7 +93,7 @@ _QUALITY = {
 
 _NUMBER = re.compile(r"[0-9]+\.[0-9]+")
 _REPORT_ONLY = re.compile(
-    r"loops|distinct-\d|length|target perplexity|cosine to target"
+    r"loops|distinct-\d.*|self-BLEU|length|target perplexity|cosine to target"
     r"|.* (tie|loss|position bias|flip rate|unparseable|characters|log-prob|against \S+)"
 )
 """Metrics that the table on the terminal leaves to the report."""
@@ -129,6 +131,8 @@ class ReportData:
     """METRICS schema."""
     comparisons: pa.Table
     """COMPARISONS schema."""
+    agreements: pa.Table
+    """AGREEMENT schema."""
     shared_metrics: AbstractSet[str]
     notes: Sequence[str]
     examples: pa.Table
@@ -221,6 +225,7 @@ def write_report(path: Path, data: ReportData) -> None:
         shared_note=SHARED_NOTE if _shared_here(data.metrics, data.shared_metrics) else "",
         charts=[*_win_charts(data), *_alpha_charts(data)],
         differences=_differences(data),
+        agreements=agreement_rows(data),
         noticeable=NOTICEABLE,
         training_charts=[chart for name, steps in data.trainings.items() if (chart := training_curves(name, steps))],
         quality=_quality(data.quality) if data.quality is not None else None,
@@ -334,7 +339,7 @@ def grids(metrics: pa.Table) -> list[Grid]:
 
 
 def _cell(row: Mapping[str, Any], spread: Mapping[str, Any] | None) -> str:
-    digits = 1 if row["metric"] in ("length", "chrF") else 3
+    digits = 1 if row["metric"] in ("length", "chrF", "self-BLEU") else 3
     text = f"{row['value']:.{digits}f}"
     if spread is not None:
         text += f" ± {spread['value']:.{digits}f}"
@@ -429,6 +434,22 @@ def _differences(data: ReportData) -> list[Differences]:
     return [
         Differences(metric + (DAGGER if metric in data.shared_metrics else ""), rows) for metric, rows in tables.items()
     ]
+
+
+def agreement_rows(data: ReportData) -> list[tuple[str, list[str]]]:
+    """Of every two judges, or a judge and the labels of people: who, then agreement, kappa and pairs."""
+    rows = []
+    for row in data.agreements.to_pylist():
+        cells = [_share(row["agreement"], row["ci_low"], row["ci_high"]),
+                 _share(row["kappa"], row["kappa_low"], row["kappa_high"]), f"{row['n']:,}"]  # fmt: skip
+        rows.append((f"{row['judge_a']} and {row['judge_b']}", cells))
+    return rows
+
+
+def _share(value: float | None, low: float | None, high: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if low is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _p(p: float) -> str:

@@ -328,6 +328,7 @@ class Run:
             baseline=self._evaluation().baseline,
             metrics=evaluation.metrics(),
             comparisons=evaluation.comparisons(),
+            agreements=evaluation.agreements(),
             shared_metrics=evaluation.shared_metrics,
             notes=[*evaluation.notes, *notes],
             examples=evaluation.examples,

@@ -23,7 +23,8 @@ NOISE = 1e-6
 """Cosines, log-probs and probabilities nearer to each other than this are a tie: so much depends on what a text was
 batched with."""
 
-_OTHER: dict[Winner, Winner] = {"a": "b", "b": "a", "tie": "tie"}
+OTHER: dict[Winner, Winner] = {"a": "b", "b": "a", "tie": "tie"}
+"""A verdict about the pair with its outputs changed over."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Verdict:
 
     def swapped(self) -> "Verdict":
         """The same about the pair with its outputs changed over; `raw` stays as it was."""
-        return Verdict(_OTHER[self.winner], None if self.p_a is None else 1 - self.p_a, self.raw)
+        return Verdict(OTHER[self.winner], None if self.p_a is None else 1 - self.p_a, self.raw)
 
 
 def unparseable(reason: str, **said: Any) -> Verdict:

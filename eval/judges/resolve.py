@@ -61,12 +61,21 @@ def open_judges(
             return OpenAiJudge(name, means.apis[settings.api], query, settings.both_orders)
         assert settings.model is not None
         model = means.model(settings.model)
-        tokenizer = TokenizerFiles(model.path, tokenizer_fingerprint(model.path, store.hash_file))
+        tokenizer = own_tokenizer(model, store)
         if settings.kind == "likelihood":
             return LikelihoodJudge(name, model, tokenizer, template, means.logprobs)
         return LocalJudge(name, model, tokenizer, query, settings.both_orders, means.logprobs)
 
     return [opened(name, settings) for name, settings in config.judges.items()]
+
+
+def own_tokenizer(model: Model, store: Store) -> TokenizerFiles:
+    """The tokenizer in a model's own folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    return TokenizerFiles(model.path, tokenizer_fingerprint(model.path, store.hash_file))
 
 
 def named_spec(config: Evaluate, judge: Judge) -> Spec:

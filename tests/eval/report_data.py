@@ -6,6 +6,7 @@ import pyarrow as pa
 
 from cpo_pipe.data.recipe import GROUND_TRUTH
 from cpo_pipe.data.schemas import EXAMPLES, GROUPS, METRICS
+from cpo_pipe.eval.agreement import AGREEMENT
 from cpo_pipe.eval.measure import COMPARISONS, VERDICTS
 from cpo_pipe.eval.report import ReportData
 from cpo_pipe.pipeline.quality import QUALITY
@@ -88,7 +89,8 @@ def make_data(text: str = "", count: int = 3, **changes: Any) -> ReportData:
         "created": "2026-11-20 15:00", "versions": {"cpo-pipe": "0.1.0"}, "recipe": f"name: {text}",
         "artifacts": {"examples": "examples/abc"}, "baseline": "mle",
         "metrics": pa.Table.from_pylist(metrics, schema=METRICS),
-        "comparisons": COMPARISONS.empty_table(), "verdicts": VERDICTS.empty_table(),
+        "comparisons": COMPARISONS.empty_table(), "agreements": AGREEMENT.empty_table(),
+        "verdicts": VERDICTS.empty_table(),
         "shared_metrics": {"MAUVE", "similarity win rate"}, "notes": ["a note"],
         "examples": pa.Table.from_pylist([example(number, text) for number in range(count)], schema=EXAMPLES),
         "outputs": pa.Table.from_pylist(outputs), "trainings": {"cpo-run": pa.table(steps)},

@@ -60,7 +60,12 @@ class Bench:
         self.models = {name: locate_model(str(path), self.store) for name, path in models.items()}
 
     def run(
-        self, ranker: str | None = None, nll: Any = fake_nll, max_new_tokens: int = 6, **settings: Any
+        self,
+        ranker: str | None = None,
+        nll: Any = fake_nll,
+        max_new_tokens: int = 6,
+        means: Means | None = None,
+        **settings: Any,
     ) -> Evaluation:
         defaults = {"systems": {name: {"model": name} for name in self.models}, "baseline": "one", "bootstrap": 200,
                     "engine": "transformers", "mauve_seeds": 0, "judges": ["exact"]}  # fmt: skip
@@ -73,7 +78,7 @@ class Bench:
             max_new_tokens=max_new_tokens,
             ranker=ranker,
             target_nll=nll,
-            judging=Means({}, no_engine, no_engine),
+            judging=means or Means({}, no_engine, no_engine),
             executor=LocalExecutor(),
         )
 
@@ -321,3 +326,105 @@ def test_a_warm_run_imports_nothing_heavy(tmp_path: Path, models: dict[str, Path
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr == ""
     assert done.stdout == f"{rows} []\n"
+
+
+def test_judges_and_people_are_compared(bench: Bench, tmp_path: Path) -> None:
+    first = bench.run(judges=["exact", "longer"])
+    (judges,) = first.agreements().to_pylist()
+    assert (judges["judge_a"], judges["judge_b"]) == ("exact", "longer")
+    won = {(row["example_id"], row["judge"]): row["winner"] for row in first.verdicts().to_pylist()}
+    written = {(row["system"], row["example_id"]): row["text"] for row in first.outputs().to_pylist()}
+    examples = first.examples.select(["example_id", "prompt"]).to_pylist()
+    unequal = [
+        example
+        for example in examples
+        if written["one", example["example_id"]] != written["two", example["example_id"]]
+    ]
+    alike = [won[example["example_id"], "exact"] == won[example["example_id"], "longer"] for example in unequal]
+    assert judges["n"] == len(unequal) > 5
+    assert judges["agreement"] == pytest.approx(sum(alike) / len(alike))
+
+    # People who find the longer of the first five better, and see the other system's output first.
+    swapped = {"a": "b", "b": "a", "tie": "tie"}
+    labels = [
+        {"prompt": example["prompt"], "output_a": written["one", example["example_id"]],
+         "output_b": written["two", example["example_id"]], "winner": swapped[won[example["example_id"], "longer"]]}
+        for example in unequal[:5]
+    ]  # fmt: skip
+    path = tmp_path / "labels.jsonl"
+    path.write_text("".join(json.dumps(label) + "\n" for label in labels))
+    second = bench.run(judges=["exact", "longer"], labels=str(path))
+    rows = {(row["judge_a"], row["judge_b"]): row for row in second.agreements().to_pylist()}
+    assert [*rows] == [("exact", "longer"), ("exact", "human labels"), ("longer", "human labels")]
+    assert rows["exact", "longer"] == judges
+    assert (rows["longer", "human labels"]["agreement"], rows["longer", "human labels"]["n"]) == (1, 5)
+    assert not second.notes
+
+    path.write_text(json.dumps({**labels[0], "prompt": "another"}) + "\n")
+    third = bench.run(judges=["exact", "longer"], labels=str(path))
+    assert [note for note in third.notes if "labels" in note] == [
+        "labels: none of the 1 labelled pairs is among those judged here: their texts must be the same to the letter"
+    ]
+
+
+def test_several_samples_show_how_various_they_are(bench: Bench) -> None:
+    from cpo_pipe.eval.text_metrics import self_bleu
+
+    one = bench.run(decodings=DECODINGS)
+    several = bench.run(decodings={**DECODINGS, "top-k": {"top_k": 5, "samples": 3}})
+    assert several.outputs().equals(one.outputs()), "figures of outputs are those of the first sample"
+    found, before = figures(several), figures(one)
+    extra = {of for of in found if of not in before}
+    names = ("self-BLEU", "distinct-2 of samples")
+    assert extra == {(system, "top-k", name) for system in bench.models for name in names}
+    assert {of: row for of, row in found.items() if of not in extra} == before
+
+    texts: dict[str, list[str]] = {}
+    for path in sorted((Path(bench.store.root) / "generations").glob("*/shards/*.parquet")):
+        spec = json.loads((path.parents[1] / "spec.json").read_text())
+        if spec["model"] == bench.models["two"].fingerprint and spec["sampling"]["temperature"]:
+            for row in pq.read_table(path).to_pylist():
+                texts.setdefault(row["example_id"], []).append(row["text"])
+    assert {len(of) for of in texts.values()} == {3}
+    expected = sum(map(self_bleu, texts.values())) / len(texts)
+    assert found["two", "top-k", "self-BLEU"]["value"] == pytest.approx(expected)
+    assert found["two", "top-k", "self-BLEU"]["n"] == 12
+
+
+def test_mauve_on_the_features_of_a_causal_model(tmp_path: Path, models: dict[str, Path]) -> None:
+    from cpo_pipe.eval.mauve import CausalEncoder, mauve
+
+    bench = Bench(tmp_path / "store", models, MIN_TEXTS)
+    scorer = bench.models["two"]
+    result = bench.run(mauve_seeds=2, mauve_model="two", means=Means({}, bench.models.__getitem__, no_engine))
+    encoder = CausalEncoder(scorer, locate_tokenizer(str(scorer.path), bench.store))
+    targets = encoder.encode(result.examples["target"].to_pylist())
+    outputs = {(row["system"], row["example_id"]): row["text"] for row in result.outputs().to_pylist()}
+    written = [outputs["one", example_id] for example_id in result.examples["example_id"].to_pylist()]
+    expected = mauve(targets, encoder.encode(written), range(2))
+    found = figures(result)
+    assert found["one", "greedy", "MAUVE"]["value"] == pytest.approx(expected.mean, abs=1e-6)
+    assert found["one", "greedy", "MAUVE sd"]["value"] == pytest.approx(expected.sd, abs=1e-6)
+    spec = json.loads((result.product.path / "spec.json").read_text())
+    assert spec["mauve"] == {**encoder.spec(), "seeds": 2}
+
+    embedded = bench.run(mauve_seeds=2)
+    assert figures(embedded)["one", "greedy", "MAUVE"]["value"] != pytest.approx(expected.mean, abs=1e-3)
+
+
+def test_causal_features_of_a_text_that_is_empty_or_too_long(models: dict[str, Path], tmp_path: Path) -> None:
+    import numpy as np
+    import torch
+
+    from cpo_pipe.eval.mauve import CausalEncoder, causal_features
+
+    store = Store(tmp_path)
+    model, tokenizer = locate_model(str(models["one"]), store), locate_tokenizer(str(models["one"]), store)
+    encoder, context = CausalEncoder(model, tokenizer), model.context()
+    assert context is not None
+    long = " the quick" * context
+    cut = tokenizer.load().decode(tokenizer.load().encode(long)[:context])
+    empty, whole, prefix = encoder.encode(["", long, cut])
+    np.testing.assert_allclose(whole, prefix, atol=1e-5)
+    ended = causal_features(model.load(torch.float32).eval(), [[tokenizer.load().eos_token_id]])  # type: ignore[list-item]
+    np.testing.assert_allclose([empty], ended, atol=1e-5)

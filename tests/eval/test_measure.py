@@ -19,15 +19,21 @@ def winners(seed: int, shares: tuple[float, float, float]) -> list[Winner]:
     return [WINNERS[place] for place in np.random.default_rng(seed).choice(3, size=N, p=shares)]
 
 
-def measure(contests: dict[tuple[str, str], list[Winner]], longer: int = 0) -> Measurement:
-    """Figures of systems that win so against the baseline, by system and decoding; all `longer` than it on average."""
+def measure(
+    contests: dict[tuple[str, str], list[Winner]], longer: int = 0, same: dict[str, str] | None = None
+) -> Measurement:
+    """Figures of systems that win so against the baseline, by system and decoding; all `longer` than it on average.
+
+    `same`: the fingerprint of systems that share one.
+    """
     measured = Measurement([f"e{n}" for n in range(N)], BASELINE, Bootstrap(resamples=500, seed=0))
     lengths = 100 + longer + np.random.default_rng(0).integers(-40, 41, N)
     outputs = Outputs(["x" * length for length in lengths.tolist()], [[1]] * N)
     for (system, decoding), won in contests.items():
         found = [Judgement({AB: Verdict(winner, None, {})}) for winner in won]
         measured.measure_wins(JUDGE, found, system, decoding, outputs, BASELINE)
-    measured.measure_differences("base")
+    own = {system: system for system in ["base", *(system for system, _ in contests)]}
+    measured.measure_differences("base", own | (same or {}))
     return measured
 
 
@@ -78,3 +84,21 @@ def test_where_few_are_won_there_is_no_rate_at_equal_length() -> None:
     measured = measure({("bad", "greedy"): [*["a"] * 5, *["b"] * (N - 5)]})
     assert "bad" in rates(measured, "judge win rate")
     assert not rates(measured, "judge length-controlled win rate")
+
+
+def test_one_model_under_two_names_is_compared_once() -> None:
+    contests = {
+        ("good", "greedy"): GOOD,
+        ("fair", "greedy"): FAIR,
+        ("mix@1", "greedy"): GOOD,
+        ("mix@0", "greedy"): FAIR,
+    }
+    same = {"mix@1": "good", "mix@0": "base"}
+    found = measure(contests, same=same).comparisons().to_pylist()
+    assert [(row["system_a"], row["system_b"]) for row in found] == [
+        ("good", "fair"),
+        ("good", "base"),
+        ("fair", "base"),
+    ]
+    without = {of: won for of, won in contests.items() if "@" not in of[0]}
+    assert found == measure(without).comparisons().to_pylist()

@@ -1,0 +1,97 @@
+"""Labels of people: which of two outputs for one prompt they found the better. Judges are compared with them."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from cpo_pipe.data.errors import InputError
+from cpo_pipe.eval.judges.base import OTHER, Pair, Winner
+
+FORMATS = (".jsonl", ".csv", ".parquet")
+COLUMNS = ("prompt", "output_a", "output_b", "winner")
+_SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What people said, by what they saw."""
+
+    _votes: Mapping[tuple[str, str, str], Counter[Winner]]
+    """By prompt and both outputs, in the order of their texts."""
+    sha256: str
+    """Of the file."""
+
+    def __len__(self) -> int:
+        return len(self._votes)
+
+    def winner(self, pair: Pair) -> Winner | None:
+        """What most labels of a pair say; a tie where no verdict has most. None: nobody labelled it."""
+        swapped = pair.output_a > pair.output_b
+        first, second = sorted((pair.output_a, pair.output_b))
+        votes = self._votes.get((pair.case.prompt, first, second))
+        if votes is None:
+            return None
+        (most, count), *rest = votes.most_common()
+        winner: Winner = "tie" if rest and rest[0][1] == count else most
+        return OTHER[winner] if swapped else winner
+
+
+def read_labels(path: Path, hash_file: Callable[[Path], str]) -> Labels:
+    """The labels in a file of `prompt`, `output_a`, `output_b` and `winner` (`a`, `b` or `tie`).
+
+    A pair may have several labels, and its outputs may stand either way round.
+
+    Raises:
+        InputError: the file is not there or cannot be read, lacks a column, or a winner is something else.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise _error(path, f"the suffix {path.suffix!r} is none of {', '.join(FORMATS)}; convert it")
+    if not path.is_file():
+        raise _error(path, f"no such file; give the path of a {', '.join(FORMATS)} file")
+    votes: dict[tuple[str, str, str], Counter[Winner]] = {}
+    for number, row in enumerate(_read(path).to_pylist(), 1):
+        if absent := [name for name in COLUMNS if row[name] is None]:
+            raise _error(path, f"row {number} has no {absent[0]}")
+        if row["winner"] not in OTHER:
+            raise _error(path, f"winner is {row['winner']!r} in row {number}: must be a, b or tie")
+        a, b = row["output_a"], row["output_b"]
+        winner: Winner = OTHER[row["winner"]] if a > b else row["winner"]
+        votes.setdefault((row["prompt"], *sorted((a, b))), Counter())[winner] += 1
+    return Labels(votes, hash_file(path))
+
+
+def _read(path: Path) -> pa.Table:
+    """The four columns, as texts."""
+    block = path.stat().st_size + 1  # a block that ends within a row is an error to both readers
+    try:
+        if path.suffix.lower() == ".parquet":
+            table = pq.read_table(path)
+        elif path.suffix.lower() == ".csv":
+            table = pa.csv.read_csv(
+                path,
+                read_options=pa.csv.ReadOptions(block_size=block),
+                parse_options=pa.csv.ParseOptions(newlines_in_values=True),
+                convert_options=pa.csv.ConvertOptions(column_types=_SCHEMA),
+            )
+        else:
+            table = pa.json.read_json(
+                path,
+                read_options=pa.json.ReadOptions(block_size=block),
+                parse_options=pa.json.ParseOptions(explicit_schema=_SCHEMA, unexpected_field_behavior="ignore"),
+            )
+        if absent := [name for name in COLUMNS if name not in table.column_names]:
+            raise _error(path, f"there is no column {absent[0]}: there must be {', '.join(COLUMNS)}")
+        return table.select(COLUMNS).cast(_SCHEMA)
+    except (pa.ArrowException, OSError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise _error(path, f"cannot be read ({reason})") from error
+
+
+def _error(path: Path, fault: str) -> InputError:
+    return InputError(f"evaluate.labels {path}: {fault}")

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.errors import InputError, MissingInput
 from cpo_pipe.data.fingerprint import TOKENIZER_FILES, digest, model_fingerprint, read_json, sha256_file
 from cpo_pipe.data.store import Product, Store
 
@@ -47,11 +47,12 @@ def base_of(name: str, folder: Path) -> tuple[str, str | None]:
     return base, config.get("revision")
 
 
-def adapted(name: str, folder: Path, base: "Model", store: Store) -> Product:
+def adapted(name: str, folder: Path, base: "Model", store: Store, *, make: bool = True) -> Product:
     """The checkpoint that is the base with the adapter added to its weights, in float32, made if it is not there.
 
     Raises:
         InputError: peft is not installed, or the adapter does not belong to that base.
+        MissingInput: without `make`, where it is not there.
     """
     config = {key: value for key, value in read_json(folder / CONFIG).items() if key not in _NOT_IDENTITY}
     tokenizer = folder if any((folder / file).is_file() for file in TOKENIZER_FILES) else base.path
@@ -60,6 +61,8 @@ def adapted(name: str, folder: Path, base: "Model", store: Store) -> Product:
             "tokenizer": digest(files)}  # fmt: skip
     product = store.product("checkpoints", spec)
     if not product.complete():
+        if not make:
+            raise MissingInput(f"model {name}: the adapter is not merged with {base.name} yet")
         if importlib.util.find_spec("peft") is None:
             raise InputError(f'model {name}: a LoRA adapter needs peft; run pip install "cpo-pipe[lora]"')
         with product.lock():

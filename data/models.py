@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpo_pipe.data import adapters
-from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.errors import InputError, MissingInput
 from cpo_pipe.data.fingerprint import TOKENIZER_FILES, model_fingerprint, read_json, tokenizer_fingerprint
 from cpo_pipe.data.store import Rows, Store
 
@@ -93,11 +93,12 @@ class Model:
         return network
 
 
-def fetch_folder(name: str, what: str, revision: str | None = None) -> Path:
+def fetch_folder(name: str, what: str, revision: str | None = None, *, make: bool = True) -> Path:
     """The folder that `name` (a folder or a hub name) leads to; a hub name is downloaded into the hub's cache.
 
     Raises:
         InputError: neither a folder nor something the hub gives.
+        MissingInput: without `make`, where it would have to be downloaded.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -105,33 +106,47 @@ def fetch_folder(name: str, what: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES, ignore_patterns=_OTHER_FORMATS))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=_FILES,
+                ignore_patterns=_OTHER_FORMATS,
+                local_files_only=not make,
+            )
+        )
     except HFValidationError as error:
         raise InputError(f"{what} {name}: no such folder, and not a hub name") from error
     except Exception as error:  # the hub client's failures have no common type: offline, not found, gated, …
+        if not make:
+            raise MissingInput(f"{what} {name}: no such folder or training, and not downloaded from the hub") from error
         raise InputError(
             f"{what} {name}: no such folder or training, and the hub did not give it ({_first_sentence(error)})"
         ) from error
 
 
-def locate_model(name: str, store: Store, revision: str | None = None) -> Model:
+def locate_model(name: str, store: Store, revision: str | None = None, *, make: bool = True) -> Model:
     """The model that a folder or hub name leads to; of a LoRA adapter it is made, in the store, with its base.
 
     Raises:
         InputError: there is none, its files are damaged, or an adapter's base is not there.
+        MissingInput: without `make`, where it would have to be downloaded or made.
     """
-    folder = fetch_folder(name, "model", revision)
+    folder = fetch_folder(name, "model", revision, make=make)
     check_weights(folder)
     if (folder / adapters.CONFIG).is_file():
-        product = adapters.adapted(name, folder, _base_model(name, folder, store), store)
+        base = _base_model(name, folder, store, make)
+        product = adapters.adapted(name, folder, base, store, make=make)
         return Model(name, product.path, product.manifest["fingerprint"])
     return Model(name, folder, model_fingerprint(folder, store.hash_file))
 
 
-def _base_model(name: str, adapter: Path, store: Store) -> Model:
+def _base_model(name: str, adapter: Path, store: Store, make: bool) -> Model:
     base, revision = adapters.base_of(name, adapter)
     try:
-        return locate_model(base, store, revision)
+        return locate_model(base, store, revision, make=make)
+    except MissingInput:
+        raise
     except InputError as error:
         raise InputError(f"model {name}: the base of this adapter: {error}; correct {adapters.CONFIG}") from error
 

@@ -613,6 +613,15 @@ class Evaluate(Section):
             for name, settings in judges.items()
         }
 
+    @field_validator("judges")
+    @classmethod
+    def _check_judges(cls, judges: dict[str, Judge]) -> dict[str, Judge]:
+        """Of `similarity` there is one: it has no settings, and its score is one metric whatever it is called."""
+        if len(alike := [name for name, judge in judges.items() if judge.kind == "similarity"]) > 1:
+            raise ValueError(f"{alike[0]} and {alike[1]} are both of the kind similarity, which has no settings: "
+                             "leave one out")  # fmt: skip
+        return judges
+
     @model_validator(mode="after")
     def _check_decodings(self) -> "Evaluate":
         if self.sample_seed is not None and self.examples is None:

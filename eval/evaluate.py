@@ -47,6 +47,7 @@ from cpo_pipe.eval.measure import (
     read_samples,
     read_targets,
 )
+from cpo_pipe.eval.outputs_cost import outputs_cost
 from cpo_pipe.eval.statistics import Bootstrap
 from cpo_pipe.pipeline.engines.base import (
     LazyEngine,
@@ -55,7 +56,7 @@ from cpo_pipe.pipeline.engines.base import (
     check_context,
     stop_ids,
 )
-from cpo_pipe.pipeline.engines.openai import ApiModel, Asked, prompt_of
+from cpo_pipe.pipeline.engines.openai import ApiModel, Asked, Tokens, prompt_of
 from cpo_pipe.pipeline.missing import WINDOW, Wanted, make_missing
 
 log = logging.getLogger(__name__)
@@ -216,7 +217,7 @@ def evaluate(
     return Evaluation(product, wanted.selection, shared)
 
 
-def judging_costs(
+def evaluation_costs(
     config: Evaluate,
     store: Store,
     examples: Examples,
@@ -224,8 +225,8 @@ def judging_costs(
     *,
     max_new_tokens: int,
     judging: Means,
-) -> tuple[list[tuple[OpenAiJudge, Cost]], dict[tuple[str, str], int]]:
-    """What the judges that ask an API would still ask; nothing is asked, made or loaded.
+) -> tuple[list[tuple[str, ApiModel, Cost]], dict[tuple[str, str], int]]:
+    """What APIs would still be asked, as systems and then as judges; nothing is asked, made or loaded.
 
     Args:
         config: the recipe's section.
@@ -236,10 +237,11 @@ def judging_costs(
         judging: what judges are made with.
 
     Returns:
-        The judges with their costs, and by system and decoding how many outputs are not there yet.
+        Who they are asked as (`judge gpt`; `system gpt, greedy`), with their costs; and where judges ask, by system and
+        decoding how many outputs are not there yet.
     """
     asking = {name: judge for name, judge in config.judges.items() if judge.kind == "openai"}
-    config = config.model_copy(update={"judges": asking, "mauve_seeds": 0})
+    config = config.model_copy(update={"judges": asking, "mauve_seeds": 0, "mauve_model": None, "labels": None})
     there = {name: model for name, model in systems.items() if model is not None}
     wanted = _plan(config, store, examples, there, max_new_tokens, judging)
     cases, ids = _cases(wanted.selection), wanted.selection["example_id"]
@@ -247,10 +249,25 @@ def judging_costs(
         (name, decoding): [None] * len(cases) for name in systems for decoding in config.decodings
     }
     sides |= {(GROUND_TRUTH, decoding): [case.target for case in cases] for decoding in config.decodings}
+    costs: list[tuple[str, ApiModel, Cost]] = []
+    counted: dict[str, Cost] = {}
+
+    def add(what: str, api: ApiModel, rows: Rows, whole: Cost) -> None:
+        """Of two that share an artifact, the second asks only for what the first does not."""
+        shared = counted.get(rows.name, Cost(0, Tokens()))
+        if whole.calls > shared.calls:
+            counted[rows.name] = whole
+        else:
+            shared = whole
+        costs.append((what, api, Cost(whole.calls - shared.calls, whole.tokens - shared.tokens)))
+
     for g in wanted.generations:
-        absent = Wanted(g.rows, 1, g.refused).missing(ids)[:, 0]
-        texts = read_outputs(g.rows, ids.to_pylist()).texts
-        sides[g.system, g.decoding] = [None if gone else text for gone, text in zip(absent, texts, strict=True)]
+        absent_EN = Wanted(g.rows, config.decodings[g.decoding].samples, g.refused).missing(ids)
+        texts = zip(absent_EN[:, 0], read_outputs(g.rows, ids.to_pylist()).texts, strict=True)
+        sides[g.system, g.decoding] = [None if absent else text for absent, text in texts]
+        if isinstance(api := systems[g.system], ApiModel):
+            outputs = outputs_cost(api, wanted.selection, absent_EN.sum(axis=1).tolist(), max_new_tokens)
+            add(f"system {g.system}, {g.decoding}", api, g.rows, outputs)
     drafts = [
         Draft(*fields)
         for system in systems
@@ -258,12 +275,11 @@ def judging_costs(
         for decoding in config.decodings
         for fields in zip(cases, sides[system, decoding], sides[whom, decoding], strict=True)
     ]
-    costs = [
-        (judge, cost(judge, drafts, max_new_tokens, store.rows("verdicts", judge.spec())))
-        for judge in wanted.judges
-        if isinstance(judge, OpenAiJudge)
-    ]
-    return costs, {of: missing for of, texts in sides.items() if (missing := texts.count(None))}
+    for judge in wanted.judges:
+        assert isinstance(judge, OpenAiJudge)
+        rows = store.rows("verdicts", judge.spec())
+        add(f"judge {judge.name}", judge.api, rows, cost(judge, drafts, max_new_tokens, rows))
+    return costs, {of: missing for of, texts in sides.items() if asking and (missing := texts.count(None))}
 
 
 # ── what is wanted ───────────────────────────────────────────────────────────────────────────────────────────────

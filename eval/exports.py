@@ -1,6 +1,8 @@
 """What a run writes beside its report: the figures as Markdown to paste, the outputs as AlpacaEval reads them."""
 
 import json
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -8,24 +10,42 @@ from cpo_pipe.data import atomic
 from cpo_pipe.data.recipe import GROUND_TRUTH
 from cpo_pipe.eval.report import SHARED_NOTE, ReportData, agreement_rows, marked_grids
 
+_TARGETS = (GROUND_TRUTH, "targets")
+"""Folder and file of the targets; no system can be called so."""
+
 
 def write_exports(folder: Path, data: ReportData) -> None:
-    """Write `metrics.md`, `model_outputs/SYSTEM/DECODING.json` and the targets, each complete or absent."""
+    """Write `metrics.md` and `model_outputs/SYSTEM/DECODING.json`, each complete or absent; the latter as one tree."""
     atomic.write_bytes(folder / "metrics.md", "\n".join(_markdown(data)).encode())
+    outputs = folder / "model_outputs"
+    made, old = atomic.temporary(outputs), atomic.temporary(outputs)
+    try:
+        _write_outputs(made, data)
+        if outputs.exists():  # with what systems and decodings wrote that the run no longer has
+            os.replace(outputs, old)
+        atomic.rename(made, outputs)
+    finally:
+        for scratch in (made, old):
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write_outputs(folder: Path, data: ReportData) -> None:
+    """Write the outputs, and the targets as if a system had written them, as AlpacaEval reads them."""
     prompts = data.examples.select(["prompt", "category"]).to_pylist()
     texts: dict[tuple[str, str], dict[str, str]] = {}
     for row in data.outputs.to_pylist():
         texts.setdefault((row["system"], row["decoding"]), {})[row["example_id"]] = row["text"]
     ids = data.examples["example_id"].to_pylist()
-    written = {Path(system) / decoding: [of[example_id] for example_id in ids]
-               for (system, decoding), of in texts.items()}  # fmt: skip
-    for name, outputs in {Path(GROUND_TRUTH): data.examples["target"].to_pylist(), **written}.items():
+    written = {of: [found[example_id] for example_id in ids] for of, found in texts.items()}
+    for of, outputs in {_TARGETS: data.examples["target"].to_pylist(), **written}.items():
+        generator = GROUND_TRUTH if of == _TARGETS else "/".join(of)
         rows = [
-            {"instruction": prompt["prompt"], "output": output, "generator": str(name),
+            {"instruction": prompt["prompt"], "output": output, "generator": generator,
              "dataset": prompt["category"] or data.run}
             for prompt, output in zip(prompts, outputs, strict=True)
         ]  # fmt: skip
-        path = folder / "model_outputs" / name.with_name(f"{name.name}.json")
+        system, decoding = of
+        path = folder / system / f"{decoding}.json"
         atomic.write_bytes(path, json.dumps(rows, indent=1, ensure_ascii=False).encode(errors="replace"))
 
 

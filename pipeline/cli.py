@@ -145,12 +145,15 @@ def train(
 def evaluate(
     run: Run,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Ask nothing; print the calls, tokens and price of judges behind an API.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Make nothing; print the calls, tokens and price of systems and judges of APIs."
+        ),
     ] = False,
 ) -> None:
     """Compare the systems on held-out prompts and write report.html."""
     if dry_run:
-        run.judging_costs()
+        run.evaluation_costs()
     else:
         run.evaluate()
 

@@ -5,6 +5,7 @@ Beside the command line the only module that knows all stages. Nothing heavy is 
 
 import json
 import logging
+import math
 import platform
 import shlex
 import shutil
@@ -69,6 +70,8 @@ class Run:
         self._options = options
         self._examples: Examples | None = None
         self._models: dict[str, Model] = {}
+        self._makes_models = True
+        """Whether models that are named are downloaded and adapters merged."""
         self._apis = {name: ApiModel(name, api) for name, api in recipe.apis.items()}
 
     # ── what is there ────────────────────────────────────────────────────────────────────────────────────────────
@@ -98,7 +101,9 @@ class Run:
     def _named(self, name: str) -> Model:
         """The model of a folder or hub name, whatever its tokenizer is."""
         try:
-            return locate_model(name, self.store)
+            return locate_model(name, self.store, make=self._makes_models)
+        except MissingInput:
+            raise
         except InputError as error:
             near = nearest(name, self.recipe.train, "the training ")
             raise InputError(f"{error}; {near}" if near else str(error)) from error
@@ -226,15 +231,19 @@ class Run:
         print(f"report: {report}")
         return report
 
-    def judging_costs(self) -> None:
-        """Print what `evaluate` would still ask of judges that cost something; nothing is asked, made or loaded."""
-        from cpo_pipe.eval.evaluate import judging_costs
+    def evaluation_costs(self) -> None:
+        """Print what `evaluate` would still ask of APIs, as systems and as judges; nothing is asked, made or loaded."""
+        from cpo_pipe.eval.evaluate import evaluation_costs
         from cpo_pipe.eval.judges.cost import TOKEN_BYTES
 
         config = self._evaluation()
-        systems = {name: self._system_there(system) for name, system in config.all_systems().items()}
+        self._makes_models = False
+        try:
+            systems = {name: self._system_there(name, system) for name, system in config.all_systems().items()}
+        finally:
+            self._makes_models = True
         max_new_tokens = config.max_new_tokens or target_tokens(self.recipe.data)
-        costs, missing = judging_costs(
+        costs, missing = evaluation_costs(
             config,
             self.store,
             self.examples(),
@@ -242,29 +251,30 @@ class Run:
             max_new_tokens=max_new_tokens,
             judging=self._judging(),
         )
-        for judge, cost in costs:
-            price = judge.api.price(cost.tokens)
+        for what, api, cost in costs:
+            price = api.price(cost.tokens)
             dollars = f": about {price:.4g} US dollars" if price is not None else ""
             print(
-                f"judge {judge.name} (apis.{judge.api.name}): {cost.calls:,} calls to be made, about "
+                f"{what} (apis.{api.name}): {cost.calls:,} calls to be made, about "
                 f"{cost.tokens.prompt:,} prompt tokens, at most {cost.tokens.written:,} written{dollars}"
             )
         if not costs:
-            print("no judge of this recipe costs anything")
+            print("nothing that this recipe evaluates costs anything")
             return
         print(f"prompt tokens are estimated: one for every {TOKEN_BYTES} bytes of UTF-8")
         for (name, decoding), count in missing.items():
-            print(f"{name}, {decoding}: {count:,} outputs are not there yet; each counts as {max_new_tokens} tokens, "
-                  "the most that it can have")  # fmt: skip
+            print(f"{name}, {decoding}: {count:,} outputs are not there yet; to judges each counts as {max_new_tokens} "
+                  "tokens, the most that it can have")  # fmt: skip
 
-    def _system_there(self, system: System) -> Model | ApiModel | None:
-        """The model of a system; None where it is not trained, or not merged."""
+    def _system_there(self, name: str, system: System) -> Model | ApiModel | None:
+        """The model of a system; None where it is not downloaded, trained or merged."""
         try:
             if system.model is not None:
                 return self.system("", system)
             assert system.merge is not None
             parts = [(self.model(part), weight) for part, weight in system.merge.items()]
-        except MissingInput:
+        except MissingInput as missing:
+            log.info("system %s is not there yet: %s", name, missing)
             return None
         product = ensemble(self.store, parts, self.examples().tokenizer)
         return checkpoint_model("", product) if product.complete() else None
@@ -360,12 +370,12 @@ class Run:
         stages = json.loads((self.run_dir / "run.json").read_text())["stages"]
         return [
             StageRecord(
-                name=name,
+                name=name if "started" in stage else f"{name} (not finished)",
                 seconds=stage["seconds"],
                 total_seconds=stage.get("total_seconds", stage["seconds"]),
                 spent="; ".join(_spent_in_words(api, spent) for api, spent in stage.get("apis", {}).items()),
             )
-            for name, stage in sorted(stages.items(), key=lambda item: item[1]["started"])
+            for name, stage in sorted(stages.items(), key=lambda item: item[1].get("started", math.inf))
         ]
 
     def _shown_groups(self) -> tuple[Sources, Rows | None, list[str]]:
@@ -494,7 +504,10 @@ class Run:
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[dict[str, Any]]:
-        """Note in the run's folder, once a stage is done, by which recipe, what it made, how long it took."""
+        """Note in the run's folder how long a stage took and what it asked of APIs, also where it fails or is stopped.
+
+        Once it is done also by which recipe, when it started, and what it made.
+        """
         record: dict[str, Any] = {}
         if not processes.is_main():
             yield record
@@ -503,18 +516,26 @@ class Run:
         self.store.register_run(self.run_dir)
         start = time.time()
         before = {name: api.ledger.used for name, api in self._apis.items()}
-        yield record
+        try:
+            yield record
+        except BaseException:
+            with suppress(OSError):  # a full disk takes no record either, and what failed first is what to say
+                self._note(name, None, time.time() - start, before)
+            raise
         atomic.write_bytes(self.run_dir / "recipe.yaml", recipe_text(self.recipe).encode())
-        record |= {"started": start, "seconds": round(time.time() - start, 3)}
+        self._note(name, {"started": start, **record}, time.time() - start, before)
+
+    def _note(self, name: str, done: dict[str, Any] | None, seconds: float, before: Mapping[str, Tokens]) -> None:
+        """Add to run.json what a stage took; `done` is what it left, None where it failed, which undoes nothing."""
         path = self.run_dir / "run.json"
         run = json.loads(path.read_text()) if path.exists() else {"stages": {}}
         run |= {"store": self.store.name, "versions": _versions()}
         earlier = run["stages"].get(name, {})
-        record["total_seconds"] = round(earlier.get("total_seconds", 0.0) + record["seconds"], 3)
-        record["apis"] = earlier.get("apis", {})
+        total = earlier.get("total_seconds", 0.0) + seconds
+        took = {"seconds": round(seconds, 3), "total_seconds": round(total, 3), "apis": earlier.get("apis", {})}
         for api, tokens in before.items():
-            _add_spent(record["apis"], self._apis[api], self._apis[api].ledger.used - tokens)
-        run["stages"][name] = record
+            _add_spent(took["apis"], self._apis[api], self._apis[api].ledger.used - tokens)
+        run["stages"][name] = (earlier if done is None else done) | took
         atomic.write_bytes(path, json.dumps(run, indent=2).encode())
 
 

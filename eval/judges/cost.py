@@ -38,12 +38,17 @@ def cost(judge: OpenAiJudge, drafts: Sequence[Draft], max_new_tokens: int, rows:
         missing = [draft.output_a, draft.output_b].count(None)
         pair = Pair(draft.case, draft.output_a or "", draft.output_b or "")
         if missing:
-            tokens += [_tokens(judge.query(pair)) + missing * max_new_tokens] * len(judge.orders)
+            tokens += [_asked(judge, pair) + missing * max_new_tokens] * len(judge.orders)
         else:
             pairs.append(pair)
-    tokens += [_tokens(judge.query(shown)) for shown in unjudged(judge, pairs, rows).values()]
+    tokens += [_asked(judge, shown) for shown in unjudged(judge, pairs, rows).values()]
     return Cost(len(tokens), Tokens(sum(tokens), len(tokens) * MAX_TOKENS))
 
 
-def _tokens(text: str) -> int:
+def tokens_of(text: str) -> int:
+    """About how many tokens a text has."""
     return -(-len(text.encode()) // TOKEN_BYTES)
+
+
+def _asked(judge: OpenAiJudge, shown: Pair) -> int:
+    return tokens_of((judge.api.config.system or "") + judge.query(shown))

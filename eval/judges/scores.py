@@ -78,7 +78,7 @@ class SimilarityJudge(ScoreJudge):
 
     noise = NOISE
     metric = "cosine to target"
-    """The score's, of every judge of this kind: there is one embedding model."""
+    """The score's, whatever the judge is called: an evaluation has one embedding model, and one such judge."""
 
     def __init__(self, name: str, encode: Encode, fingerprint: str):
         super().__init__(name, self.metric)

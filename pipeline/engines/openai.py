@@ -92,6 +92,8 @@ class Ledger:
     last_failure: str = ""
     in_vain: float = 0.0
     """Requests sent since the last answer, each as its share of those that may be sent in vain."""
+    unused_top_k: set[int] = field(default_factory=set)
+    """Those that the user was told about."""
 
 
 @dataclass(frozen=True)
@@ -652,8 +654,10 @@ class Asked:
             InputError: the extra `openai` is not installed, or the key that the recipe names is not there.
         """
         self.api.check_client()
-        if self.sampling.top_k and not self.api.obeyed(self.sampling).top_k:
-            log.info("apis.%s: top_k %d is not used: only server: vllm takes it", self.api.name, self.sampling.top_k)
+        top_k, told = self.sampling.top_k, self.api.ledger.unused_top_k
+        if top_k and not self.api.obeyed(self.sampling).top_k and top_k not in told:
+            told.add(top_k)
+            log.info("apis.%s: top_k %d is not used: only server: vllm takes it", self.api.name, top_k)
         return _Asking(self)
 
     def check(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.errors import InputError, MissingInput
 from cpo_pipe.data.models import Model, locate_model
 from cpo_pipe.data.store import Store
 
@@ -81,6 +81,22 @@ def test_it_is_made_once_and_goes_by_content(
     rewrite(moved, base_model_name_or_path=str(base), inference_mode=False)
     monkeypatch.setitem(sys.modules, "peft", None)  # what is there needs no peft
     assert locate_model(str(moved), store) == Model(str(moved), first.path, first.fingerprint)
+
+
+def test_it_is_only_looked_for(tmp_path: Path, store: Store, tiny_model: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", tiny_model)
+    with pytest.raises(MissingInput, match="the adapter is not merged with "):
+        locate_model(str(adapter), store, make=False)
+    assert not [path for path in Path(store.root).rglob("*") if path.name != "file-hashes.json"]
+    made = locate_model(str(adapter), store)
+    assert locate_model(str(adapter), store, make=False) == made
+    rewrite(adapter, base_model_name_or_path="no-such-owner/no-such-model")
+    with pytest.raises(MissingInput, match="not downloaded from the hub"):
+        locate_model(str(adapter), store, make=False)
+    rewrite(adapter, base_model_name_or_path="../no/where")
+    with pytest.raises(InputError, match="no such folder, and not a hub name") as refused:
+        locate_model(str(adapter), store, make=False)
+    assert not isinstance(refused.value, MissingInput)
 
 
 def rewrite(folder: Path, **fields: object) -> None:

@@ -72,6 +72,9 @@ def test_control_and_direction_characters_are_shown_by_name(tmp_path: Path) -> N
     assert "\\x1b[31m\\x00 \\u202egnihtemos" in examples[0]["outputs"][0]
     assert visible("a\x1b[31m\u202eb\r\nc\td\r\ud800") == "a\\x1b[31m\\u202eb\nc\td\\r\\ud800"
     assert visible("\u200b\u2066\ufeff\u061c\u2028") == "\\u200b\\u2066\\ufeff\\u061c\\u2028"
+    assert visible("a\xadb\u206a\u206f") == "a\\xadb\\u206a\\u206f"
+    assert visible("\ufff9\ufffa\ufffb\ufffc") == "\\ufff9\\ufffa\\ufffb\ufffc"
+    assert visible("\U000e0000\U000e0041\U000e007f") == "\\U000e0000\\U000e0041\\U000e007f"
     assert visible("é 語 👩\u200d💻") == "é 語 👩\u200d💻"
 
 
@@ -313,12 +316,41 @@ def test_outputs_are_written_as_alpaca_eval_reads_them(tmp_path: Path) -> None:
                for name in ("e1", "e0")]  # fmt: skip
     write_exports(tmp_path, make_data(examples=examples, outputs=pa.Table.from_pylist(outputs)))
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json"))
-    assert files == ["model_outputs/ens@0.5/top-p.json", "model_outputs/ground-truth.json"]
+    assert files == ["model_outputs/ens@0.5/top-p.json", "model_outputs/ground-truth/targets.json"]
     assert json.loads((tmp_path / files[0]).read_text()) == [
         {"instruction": f"prompt {number}", "output": f"{HOSTILE} e{number}", "generator": "ens@0.5/top-p",
          "dataset": dataset} for number, dataset in enumerate(("a-run", "qa"))
     ]  # fmt: skip
-    assert json.loads((tmp_path / files[1]).read_text())[0]["output"] == "target 0 "
+    target = json.loads((tmp_path / files[1]).read_text())[0]
+    assert (target["output"], target["generator"]) == ("target 0 ", "ground-truth")
+
+
+def test_outputs_of_what_a_run_no_longer_has_do_not_stay(tmp_path: Path) -> None:
+    def outputs(*columns: tuple[str, str]) -> pa.Table:
+        return pa.Table.from_pylist([
+            {"example_id": name, "system": system, "decoding": decoding, "text": f"{system} {decoding}"}
+            for system, decoding in columns for name in ("e0", "e1")
+        ])  # fmt: skip
+
+    examples = pa.Table.from_pylist([example(0), example(1)], schema=EXAMPLES)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "note.json").write_text("mine")
+    write_exports(
+        tmp_path, make_data(examples=examples, outputs=outputs(("old", "greedy"), ("cpo", "a"), ("cpo", "b")))
+    )
+    # Also a system that is called as a file of the targets might be
+    new = outputs(("cpo", "b"), ("ground-truth.json", "greedy"), ("targets.json", "greedy"))
+    write_exports(tmp_path, make_data(examples=examples, outputs=new))
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == [
+        "metrics.md",
+        "mine/note.json",
+        "model_outputs/cpo/b.json",
+        "model_outputs/ground-truth.json/greedy.json",
+        "model_outputs/ground-truth/targets.json",
+        "model_outputs/targets.json/greedy.json",
+    ]
+    assert not [*tmp_path.glob(".tmp-*")]
+    assert json.loads((tmp_path / "model_outputs/cpo/b.json").read_text())[0]["output"] == "cpo b"
 
 
 def test_the_same_data_give_the_same_page(tmp_path: Path) -> None:

@@ -295,8 +295,31 @@ def test_a_stopped_command_says_so_and_keeps_its_rows(project, monkeypatch: pyte
     assert result.status == 130
     assert "Traceback" not in result.err
     assert result.err.splitlines()[-1].startswith("stopped; what was made is kept")
+    stopped = stages(project)["generate-negatives"]
+    assert set(stopped) == {"seconds", "total_seconds", "apis"}, "it took its time, and is not done"
     again = project.cli("generate-negatives", "tiny.yaml")
     assert "(24 made, 24 reused)" in again.err  # 2 batches of 4 prompts × 3 negatives were kept
+    done = stages(project)["generate-negatives"]
+    assert {"artifact", "started"} < set(done)
+    assert done["total_seconds"] == pytest.approx(stopped["seconds"] + done["seconds"], abs=0.002)
+
+
+def stages(project, run: str = "runs/tiny") -> dict[str, dict]:
+    return json.loads((project.root / run / "run.json").read_text())["stages"]
+
+
+def test_the_report_says_which_stage_was_not_finished(made, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cpo_pipe.pipeline.engines.transformers import TransformersEngine
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "generate", lambda *_: signal.raise_signal(signal.SIGINT))
+        result = made.cli("generate-negatives", "tiny.yaml", "--set", "negatives.seed=1", "--run-dir", "other")
+    assert result.status == 130
+    result = made.cli("evaluate", "tiny.yaml", "--run-dir", "other")
+    assert result.status == 0, result.err
+    assert "artifact" not in stages(made, "other")["generate-negatives"]
+    page = (made.root / "other/report.html").read_text()
+    assert page.index(">evaluate<") < page.index(">generate-negatives (not finished)<")
 
 
 def test_debug_shows_the_traceback(project) -> None:
@@ -360,8 +383,9 @@ def test_merge_writes_a_model_that_transformers_loads(made) -> None:
 
 
 def trainings(project) -> dict[str, str]:
-    stages = json.loads((project.root / "runs/tiny/run.json").read_text())["stages"]
-    return {name.removeprefix("train "): stage["artifact"] for name, stage in stages.items() if "train " in name}
+    return {
+        name.removeprefix("train "): stage["artifact"] for name, stage in stages(project).items() if "train " in name
+    }
 
 
 def test_merge_writes_any_system_but_overwrites_nothing(made) -> None:

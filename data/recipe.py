@@ -107,7 +107,20 @@ class ScratchModel(Section):
     seed: Seed = Field(0, description="seed of the random weights")
 
 
-Objective = Literal["mle", "cpo", "cpo-ranked"]
+Objective = Literal["mle", "cpo", "cpo-ranked", "dpo", "slic", "apo-zero", "apo-down"]
+_ON_NEGATIVES = {"mle_weight", "length_normalize"}
+_BY_REWARD = {*_ON_NEGATIVES, "reference", "beta"}
+_LEARNT_BY: dict[Objective, set[str]] = {
+    "mle": set(),
+    "cpo": _BY_REWARD,
+    "cpo-ranked": _BY_REWARD,
+    "dpo": {*_BY_REWARD, "label_smoothing"},
+    "slic": {*_ON_NEGATIVES, "margin"},
+    "apo-zero": _BY_REWARD,
+    "apo-down": _BY_REWARD,
+}
+"""The settings that an objective has and not all have."""
+_OBJECTIVES_OWN = set().union(*_LEARNT_BY.values())
 
 
 class Lora(Section):
@@ -126,15 +139,20 @@ class Training(Section):
     init: str | ScratchModel = Field(
         description="where it starts: a training's name, a folder, a hub name, or a scratch model"
     )
-    objective: Objective = Field(description="`mle`; `cpo` (eq. 1, softmax); `cpo-ranked` (eq. 2, Plackett–Luce)")
+    objective: Objective = Field(
+        description="`mle`; `cpo` (eq. 1, softmax); `cpo-ranked` (eq. 2, Plackett–Luce); on each pair of target and "
+        "negative `dpo`, `slic` (hinge on log-probs), `apo-zero`, `apo-down`"
+    )
     reference: str | None = Field(
-        None, description="the frozen model of cpo and cpo-ranked: a training's name, folder or hub name"
+        None, description="the frozen model of all but mle and slic: a training's name, folder or hub name"
     )
     steps: Positive = Field(1000, description="optimizer steps")
     batch_size: Positive = Field(64, description="groups (for mle: examples) per optimizer step")
     lr: float = Field(1e-5, gt=0, description="peak learning rate")
     beta: float = Field(5.0, gt=0, description="β of the reward β·(log π_θ − log π_ref)")
-    mle_weight: float = Field(0.0, ge=0, description="weight of the MLE loss beside CPO")
+    mle_weight: float = Field(0.0, ge=0, description="weight of the MLE loss beside another objective")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="dpo: the chance that a pair is the wrong way round")
+    margin: float = Field(1.0, gt=0, description="slic: δ, by which the target's log-prob is to lead, in nats")
     length_normalize: bool = Field(False, description="mean log-probs over a continuation's tokens instead of sums")
     weight_decay: float = Field(0.05, ge=0, description="AdamW's decoupled weight decay")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate")
@@ -177,19 +195,23 @@ class Training(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Training":
+        for field in sorted(self.without_meaning() & self.model_fields_set):
+            if getattr(self, field):
+                raise ValueError(f"{field} has no meaning for the objective {self.objective}: leave it out")
         if self.objective == "mle":
-            for field in ("reference", "mle_weight", "length_normalize", "beta"):
-                if field in self.model_fields_set and getattr(self, field):
-                    raise ValueError(f"{field} has no meaning for the objective mle: leave it out")
             if self.attention not in ("auto", "padded"):
                 raise ValueError(
                     f"attention is {self.attention}, but a group of mle has nothing to share: leave it out"
                 )
-        elif self.reference is None:
+        elif self.reference is None and "reference" in _LEARNT_BY[self.objective]:
             raise ValueError(f"reference is missing: {self.objective} needs a frozen reference model")
         if self.keep == "best" and not self.held_out:
             raise ValueError("keep is best, but held_out is 0: nothing would tell which weights are the best")
         return self
+
+    def without_meaning(self) -> set[str]:
+        """Settings that other objectives have and this one has not."""
+        return _OBJECTIVES_OWN - _LEARNT_BY[self.objective]
 
     def upstream(self) -> list[str]:
         """Names of the models it needs: trainings, folders or hub names."""

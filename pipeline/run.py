@@ -464,8 +464,7 @@ class Run:
         columns = ["example_id", "prompt_ids", "target_ids"]  # texts need not be in memory while training
         if config.objective == "mle":
             return Inputs(examples.tokenizer, init, examples.read("train", columns=columns))
-        assert config.reference is not None
-        reference = self.model(config.reference)
+        reference = self.model(config.reference) if config.reference is not None else None
         sources, groups = self.groups()
         return Inputs(examples.tokenizer, init, sources.selection.select(columns), groups, reference)
 

@@ -25,7 +25,7 @@ class Group:
     ranks: list[int] | None
     """Position of each candidate in the preference order; None in unranked groups."""
     reference: list[float]
-    """log π_ref of each candidate, summed over its tokens, in nats; empty for mle."""
+    """log π_ref of each candidate, summed over its tokens, in nats; empty without a reference."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Groups(Sequence[Group]):
     bounds: Ints
     """Where the candidates of each group of the table begin among all, and where those of the last one end."""
     reference_C: NDArray[np.float64] | None
-    """log π_ref of all candidates of the table; None for mle."""
+    """log π_ref of all candidates of the table; None without a reference."""
 
     @classmethod
     def of(cls, table: pa.Table, reference_C: NDArray[np.float64] | None = None) -> "Groups":
@@ -88,19 +88,21 @@ class Batch:
 
     mask_GK: Tensor
     reference_GK: Tensor
+    """0 without a reference."""
     tokens_GK: Tensor
     rank_GK: Tensor
 
 
 def collate(groups: Sequence[Group], device: torch.device) -> Batch:
-    """The tensors that the listwise losses need beside the policy's log-probs."""
+    """The tensors that the objectives need beside the policy's log-probs."""
     shape = len(groups), max(len(group.candidates) for group in groups)
     mask, rank = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.long)
     logprob, tokens = torch.zeros(shape), torch.ones(shape)
     for row, group in enumerate(groups):
         count = len(group.candidates)
         mask[row, :count] = True
-        logprob[row, :count] = torch.tensor(group.reference)
+        if group.reference:
+            logprob[row, :count] = torch.tensor(group.reference)
         tokens[row, :count] = torch.tensor([float(len(ids)) for ids in group.candidates])
         rank[row, :count] = torch.tensor(group.ranks if group.ranks is not None else range(count))
     return Batch(mask.to(device), logprob.to(device), tokens.to(device), rank.to(device))

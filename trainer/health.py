@@ -27,19 +27,21 @@ def check_groups(name: str, groups: Groups, total: int) -> None:
 
     Args:
         name: of the training, for messages.
-        groups: with log π_ref; all of the selection with K ≥ 2.
+        groups: all of the selection with K ≥ 2; what log π_ref shows is only said where they have it.
         total: groups of the selection, those of K = 1 too.
     """
     several_G = np.diff(groups.bounds) > 1
     alone = total - int(several_G.sum())
     if alone:
-        log.info("train %s: %d of %d groups have K = 1 and leave the listwise loss", name, alone, total)
+        log.info("train %s: %d of %d groups have K = 1 and have nothing to prefer", name, alone, total)
     if alone > ALONE * total:
         log.warning(
-            "train %s: %.0f%% of the groups have no negative left (K = 1), and the listwise loss does not see them: "
+            "train %s: %.0f%% of the groups have no negative left (K = 1), and only an MLE loss sees them: "
             "the generator's samples equal the target or each other; a higher temperature makes others",
             name, 100 * alone / total,
         )  # fmt: skip
+    if groups.reference_C is None:
+        return
     right = _already_right(groups)[several_G].sum() / max(total - alone, 1)
     if right > ALREADY_RIGHT:
         log.warning(

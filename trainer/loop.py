@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from itertools import islice
@@ -251,7 +251,7 @@ class Loop:
         self._check_finite(step, batch, row, figures, metrics)
         sizes = [len(group.candidates) for group in batch]
         if self._starts_as_reference and step == 0 and max(sizes) > 1:  # with an MLE term a batch may be all K = 1
-            check_first_loss(config, row["cpo"], sizes)
+            check_first_loss(config, row["contrast"], sizes)
         norm = self._clip()
         if not math.isfinite(norm):
             self._keep_last_good(metrics)
@@ -428,18 +428,28 @@ class _StopRequests:
         self._before = {}
 
 
+_FIRST_LOSS: dict[str, tuple[str, Callable[[int], float]]] = {
+    "cpo": ("log K", math.log),
+    "cpo-ranked": ("log K!", lambda k: math.lgamma(k + 1)),
+    "dpo": ("log 2", lambda _: math.log(2)),
+    "apo-zero": ("1", lambda _: 1.0),
+    "apo-down": ("1", lambda _: 1.0),
+}
+"""Of a group of K candidates whose rewards are all 0, by objective."""
+
+
 def check_first_loss(config: Training, loss: float, sizes: Sequence[int]) -> None:
     """Refuse a run that starts from its reference and does not show the loss of equal models at step 0.
 
-    With all rewards 0 it is log K (eq. 1) or log K! (eq. 2), averaged over the groups of K ≥ 2; `sizes` are the K.
+    With all rewards 0 it is log K (eq. 1), log K! (eq. 2), log 2 (DPO) or 1 (APO), averaged over the groups of K ≥ 2;
+    `sizes` are the K.
 
     Raises:
         RunError: it is not, within rounding.
     """
-    one = math.log if config.objective == "cpo" else (lambda k: math.lgamma(k + 1))
+    formula, one = _FIRST_LOSS[config.objective]
     expected = float(np.mean([one(k) for k in sizes if k > 1]))
     if abs(loss - expected) > FIRST_LOSS_TOLERANCE[config.dtype]:
-        formula = "log K" if config.objective == "cpo" else "log K!"
         raise RunError(
             f"step 0: the policy starts from its reference, but the loss is {loss:.4f}, not {formula} = "
             f"{expected:.4f}: dropout is on, or the two are computed in another way"
@@ -461,8 +471,8 @@ def _broken(batch: Sequence[Group], figures: Sequence[tuple[list[int], GroupFigu
     return [
         batch[index]
         for micro, found in figures
-        for index, nll, listwise in zip(micro, found.nll_G, found.listwise_G, strict=True)
-        if not math.isfinite(nll + listwise)
+        for index, nll, contrast in zip(micro, found.nll_G, found.contrast_G, strict=True)
+        if not math.isfinite(nll + contrast)
     ]
 
 

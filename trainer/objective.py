@@ -11,8 +11,19 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from cpo_pipe.data.recipe import Training
-from cpo_pipe.trainer.groups import Group, collate
-from cpo_pipe.trainer.losses import cpo_loss, margin, mle_loss, ranked_cpo_loss, won
+from cpo_pipe.trainer.groups import Batch, Group, collate
+from cpo_pipe.trainer.losses import (
+    GroupLosses,
+    apo_down_loss,
+    apo_zero_loss,
+    cpo_loss,
+    dpo_loss,
+    margin,
+    mle_loss,
+    ranked_cpo_loss,
+    slic_loss,
+    won,
+)
 
 ROUNDING = 1e-5
 """Relative difference that a log-prob may have from itself when it is summed in another batch."""
@@ -23,25 +34,26 @@ class GroupFigures(NamedTuple):
 
     nll_G: Tensor
     """−log π_θ(target), summed over its tokens."""
-    listwise_G: Tensor
+    contrast_G: Tensor
+    """The objective's loss of the target against its negatives."""
     won_G: Tensor
     margin_G: Tensor
     drop_G: Tensor
-    """log π_ref(target) − log π_θ(target), summed over its tokens."""
+    """log π_ref(target) − log π_θ(target), summed over its tokens; 0 without a reference."""
 
 
 class Normalizers(NamedTuple):
     """What sums over a whole batch are divided by, so that means are exact however it is cut."""
 
     target_tokens: int
-    listwise: int
+    contrasted: int
     """Groups with K ≥ 2; 0 for mle."""
 
     @staticmethod
     def of(config: Training, batch: Sequence[Group]) -> "Normalizers":
         """Of a whole batch, over all processes."""
-        listwise = sum(len(group.candidates) > 1 for group in batch) if config.objective != "mle" else 0
-        return Normalizers(sum(len(group.candidates[0]) for group in batch), listwise)
+        contrasted = sum(len(group.candidates) > 1 for group in batch) if config.objective != "mle" else 0
+        return Normalizers(sum(len(group.candidates[0]) for group in batch), contrasted)
 
 
 def texts(config: Training, group: Group) -> tuple[list[int], list[list[int]]]:
@@ -63,18 +75,15 @@ def figures(config: Training, groups: Sequence[Group], logprobs: Sequence[Tensor
         return GroupFigures(nll_G, zero_G, zero_G, zero_G, zero_G)
     batch = collate(groups, nll_G.device)
     policy_GK, reference_GK = pad_sequence(list(logprobs), batch_first=True), batch.reference_GK
-    drop_G = reference_GK[:, 0] + nll_G.detach()
+    drop_G = reference_GK[:, 0] + nll_G.detach() if config.reference is not None else zero_G
     if config.length_normalize:
         policy_GK, reference_GK = policy_GK / batch.tokens_GK, reference_GK / batch.tokens_GK
-    if config.objective == "cpo":
-        losses = cpo_loss(policy_GK, reference_GK, batch.mask_GK, beta=config.beta)
-    else:
-        losses = ranked_cpo_loss(policy_GK, reference_GK, batch.rank_GK, batch.mask_GK, beta=config.beta)
+    losses = _contrast(config, policy_GK, reference_GK, batch)
     if policy_GK.shape[1] == 1:
         return GroupFigures(nll_G, losses.loss_G, zero_G, zero_G, drop_G)
     rewards = losses.reward_GK.detach()
     # Policy and reference may have been computed in other batches: equal sums of floats differ by about this much.
-    noise_G = config.beta * ROUNDING * reference_GK.abs().amax(-1)
+    noise_G = ROUNDING * (config.beta * reference_GK if config.reference is not None else rewards).abs().amax(-1)
     several_G = batch.mask_GK[:, 1]
     won_G = won(rewards, batch.mask_GK, noise_G).to(nll_G.dtype)
     return GroupFigures(
@@ -86,12 +95,32 @@ def figures(config: Training, groups: Sequence[Group], logprobs: Sequence[Tensor
     )
 
 
+def _contrast(config: Training, policy_GK: Tensor, reference_GK: Tensor, batch: Batch) -> GroupLosses:
+    """The objective's loss of each group."""
+    pairs = policy_GK, reference_GK, batch.mask_GK
+    match config.objective:
+        case "cpo":
+            return cpo_loss(*pairs, beta=config.beta)
+        case "cpo-ranked":
+            return ranked_cpo_loss(policy_GK, reference_GK, batch.rank_GK, batch.mask_GK, beta=config.beta)
+        case "dpo":
+            return dpo_loss(*pairs, beta=config.beta, label_smoothing=config.label_smoothing)
+        case "slic":
+            return slic_loss(policy_GK, batch.mask_GK, margin=config.margin)
+        case "apo-zero":
+            return apo_zero_loss(*pairs, beta=config.beta)
+        case "apo-down":
+            return apo_down_loss(*pairs, beta=config.beta)
+        case "mle":
+            raise AssertionError("mle has no negatives")
+
+
 def loss(config: Training, figures: GroupFigures, normalizers: Normalizers) -> Tensor:
     """What these groups add to the loss of their batch."""
     mle_weight = 1.0 if config.objective == "mle" else config.mle_weight
     total = figures.nll_G.sum() / normalizers.target_tokens * mle_weight
-    if normalizers.listwise:
-        total = total + figures.listwise_G.sum() / normalizers.listwise
+    if normalizers.contrasted:
+        total = total + figures.contrast_G.sum() / normalizers.contrasted
     return total
 
 
@@ -104,14 +133,15 @@ def metrics(config: Training, sums: GroupFigures, normalizers: Normalizers, batc
         "target_logprob_per_token": -mle,
     }
     if config.objective != "mle":
-        several = normalizers.listwise or float("nan")
-        cpo = float(sums.listwise_G) / several
+        several = normalizers.contrasted or float("nan")
+        contrast = float(sums.contrast_G) / several
         row |= {
-            "loss": config.mle_weight * mle + (cpo if normalizers.listwise else 0.0),
-            "cpo": cpo,
+            "loss": config.mle_weight * mle + (contrast if normalizers.contrasted else 0.0),
+            "contrast": contrast,
             "won": float(sums.won_G) / several,
             "margin": float(sums.margin_G) / several,
-            "target_drop_per_token": float(sums.drop_G) / normalizers.target_tokens,
             "candidates": sum(len(group.candidates) for group in batch) / len(batch),
         }
+        if config.reference is not None:
+            row["target_drop_per_token"] = float(sums.drop_G) / normalizers.target_tokens
     return row

@@ -39,7 +39,6 @@ _NOT_IDENTITY = {
     "init", "reference",  # whose content is
     "attention", "gradient_checkpointing", "micro_batch_tokens", "logits_mb", "trackers", "eval_every",
 }  # fmt: skip
-_ONLY_LISTWISE = {"beta", "mle_weight", "length_normalize"}
 
 
 @dataclass(frozen=True)
@@ -51,14 +50,14 @@ class Inputs:
     selection: pa.Table
     """Training examples, in order."""
     groups: Rows | None = None
-    """For listwise objectives."""
+    """For all objectives but mle."""
     reference: Model | None = None
-    """For listwise objectives."""
+    """For the objectives that have one."""
 
 
 def training_spec(config: Training, inputs: Inputs) -> Spec:
     """Everything that decides the weights, and nothing that doesn't."""
-    excluded = _NOT_IDENTITY | (_ONLY_LISTWISE if config.objective == "mle" else set())
+    excluded = _NOT_IDENTITY | config.without_meaning()
     if config.keep == "best":  # then the steps that are looked at decide which weights are kept
         excluded -= {"eval_every"}
     init = inputs.init
@@ -73,7 +72,7 @@ def training_spec(config: Training, inputs: Inputs) -> Spec:
 
 
 def _groups_spec(config: Training, groups: Rows) -> Spec:
-    """Eq. 1 does not see the order of the negatives, hence not what embedded them."""
+    """Only eq. 2 sees the order of the negatives, hence what embedded them."""
     return groups.spec if config.objective == "cpo-ranked" else {**groups.spec, "embedder": None}
 
 

@@ -75,6 +75,7 @@ def make_trl(
     batch: Literal["pair", "group"],
     checkpointing: bool,
     restricted_head: bool,
+    **settings: Any,
 ) -> Step:
     """TRL's step over one group; gradients of the mean loss over its pairs are left in the model's parameters.
 
@@ -90,6 +91,7 @@ def make_trl(
         batch: all pairs of a group in one batch, or one by one with their gradients accumulated.
         checkpointing: recompute each layer in the backward pass (TRL's default).
         restricted_head: score only the candidates' positions, as TRL does on CUDA; on the CPU it scores all of them.
+        settings: others of DPOConfig.
     """
     model.__dict__.pop("forward", None)  # the trainer's fused head would be wrapped around an earlier one
     if checkpointing:  # only Trainer.train obeys the argument, and training_step is called without it here
@@ -108,6 +110,7 @@ def make_trl(
             use_cpu=model.device.type == "cpu",
             report_to="none",
             disable_tqdm=True,
+            **settings,
         )
         trainer = PreparedDPOTrainer(
             model,

@@ -553,7 +553,7 @@ def test_held_out_measurements_are_those_of_the_weights_after_the_step(tmp_path:
             nll -= float(policy[0])
             tokens += len(candidates[0])
         row = rows[steps - 1]
-        assert row["held_out_cpo"] == pytest.approx(sum(listwise) / 2, rel=1e-4)
+        assert row["held_out_contrast"] == pytest.approx(sum(listwise) / 2, rel=1e-4)
         assert row["held_out_loss"] == pytest.approx(sum(listwise) / 2 + 0.25 * nll / tokens, rel=1e-4)
         assert row["held_out_target_logprob"] == pytest.approx(-nll / 2, rel=1e-4)
         assert row["held_out_target_drop_per_token"] == pytest.approx(drop / tokens, rel=1e-3, abs=1e-4)

@@ -1,13 +1,25 @@
 """Losses against values derived by hand and against naive, independent formulas."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cpo_pipe.trainer.losses import cpo_loss, margin, mle_loss, ranked_cpo_loss, won
+from cpo_pipe.trainer.losses import (
+    GroupLosses,
+    apo_down_loss,
+    apo_zero_loss,
+    cpo_loss,
+    dpo_loss,
+    margin,
+    mle_loss,
+    ranked_cpo_loss,
+    slic_loss,
+    won,
+)
 
 torch.manual_seed(0)
 
@@ -134,6 +146,99 @@ def test_large_rewards_stay_finite(scale: float) -> None:
         assert loss.isfinite().all()
         assert gradient.isfinite().all()
         assert (gradient[1, 5:] == 0).all()
+
+
+# ── objectives on pairs ──────────────────────────────────────────────────────────────────────────────────────────────
+
+Pairwise = Callable[[Tensor, Tensor, Tensor], GroupLosses]
+PAIRWISE: dict[str, Pairwise] = {
+    "dpo": lambda p, r, m: dpo_loss(p, r, m, beta=0.7),
+    "smoothed dpo": lambda p, r, m: dpo_loss(p, r, m, beta=0.7, label_smoothing=0.2),
+    "slic": lambda p, r, m: slic_loss(p, m, margin=0.4),
+    "apo-zero": lambda p, r, m: apo_zero_loss(p, r, m, beta=0.7),
+    "apo-down": lambda p, r, m: apo_down_loss(p, r, m, beta=0.7),
+}
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def test_pairs_by_hand() -> None:
+    # β 2, log ratios (0.5, −0.25, 1): rewards (1, −0.5, 2), so the target leads by 1.5 and −1.
+    policy, reference = rows([[-1.0, -5.25, -2.0]]), rows([[-1.5, -5.0, -3.0]])
+    mask = full(1, 3)
+    found = {
+        "dpo": dpo_loss(policy, reference, mask, beta=2.0),
+        "smoothed": dpo_loss(policy, reference, mask, beta=2.0, label_smoothing=0.1),
+        "zero": apo_zero_loss(policy, reference, mask, beta=2.0),
+        "down": apo_down_loss(policy, reference, mask, beta=2.0),
+    }
+    assert all(losses.reward_GK.tolist() == [[1.0, -0.5, 2.0]] for losses in found.values())
+    logs = math.log(1 + math.exp(-1.5)), math.log(1 + math.e)
+    flipped = math.log(1 + math.exp(1.5)), math.log(1 + math.exp(-1))
+    expected = {
+        "dpo": sum(logs) / 2,
+        "smoothed": (0.9 * sum(logs) + 0.1 * sum(flipped)) / 2,
+        "zero": 1 - sigmoid(1) + (sigmoid(-0.5) + sigmoid(2)) / 2,
+        "down": 1 + sigmoid(1) - (sigmoid(1.5) + sigmoid(-1)) / 2,
+    }
+    assert {name: losses.loss_G.item() for name, losses in found.items()} == pytest.approx(expected)
+
+
+def test_slic_by_hand() -> None:
+    # Log-probs −1, −5.25, −2, δ 2: the first pair is apart by more than δ, the second lacks 1.
+    losses = slic_loss(rows([[-1.0, -5.25, -2.0]]).requires_grad_(), full(1, 3), margin=2.0)
+    assert losses.loss_G.item() == pytest.approx(0.5)
+    assert losses.reward_GK.tolist() == [[-1.0, -5.25, -2.0]]
+    policy = rows([[-1.0, -5.25, -2.0]]).requires_grad_()
+    slic_loss(policy, full(1, 3), margin=2.0).loss_G.sum().backward()
+    assert policy.grad is not None
+    assert policy.grad.tolist() == [[-0.5, 0.0, 0.5]]
+
+
+@pytest.mark.parametrize(("objective", "start"), [("dpo", math.log(2)), ("smoothed dpo", math.log(2)),
+                                                  ("apo-zero", 1.0), ("apo-down", 1.0), ("slic", 0.4)])  # fmt: skip
+def test_pairs_of_equal_models(objective: str, start: float) -> None:
+    logps = (torch.randn(3, 1, dtype=torch.float64) * 100).expand(3, 4)
+    assert PAIRWISE[objective](logps, logps, full(3, 4)).loss_G.tolist() == pytest.approx([start] * 3)
+
+
+@pytest.mark.parametrize("objective", PAIRWISE)
+def test_ragged_pairs_equal_the_mean_of_each_pair_alone(objective: str) -> None:
+    policy, reference, _, mask = ragged()
+    loss = PAIRWISE[objective]
+    batched = loss(policy, reference, mask).loss_G
+    for row, k in enumerate(mask.sum(-1).tolist()):
+        pairs = [
+            loss(policy[row : row + 1, [0, j]], reference[row : row + 1, [0, j]], full(1, 2)).loss_G
+            for j in range(1, k)
+        ]
+        alone = torch.cat(pairs).mean() if pairs else batched[row] * 0
+        torch.testing.assert_close(batched[row], alone)
+        gradients = [torch.autograd.grad(value, policy, retain_graph=True)[0] for value in (batched[row], alone)]
+        torch.testing.assert_close(*gradients)
+    assert batched[2].item() == 0
+
+
+@pytest.mark.parametrize("objective", PAIRWISE)
+def test_gradients_of_pairs_are_those_of_the_loss(objective: str) -> None:
+    policy, reference, _, mask = ragged()
+    with torch.no_grad():
+        policy.masked_fill_(~mask, 0)
+    assert torch.autograd.gradcheck(lambda p: PAIRWISE[objective](p, reference, mask).loss_G, policy)
+
+
+@pytest.mark.parametrize("objective", PAIRWISE)
+def test_large_rewards_of_pairs_stay_finite(objective: str) -> None:
+    policy = (torch.randn(2, 12) * 1e5).requires_grad_()
+    mask = full(2, 12)
+    mask[1, 5:] = False
+    loss = PAIRWISE[objective](policy, torch.zeros(2, 12), mask).loss_G
+    (gradient,) = torch.autograd.grad(loss.sum(), policy)
+    assert loss.isfinite().all()
+    assert gradient.isfinite().all()
+    assert (gradient[1, 5:] == 0).all()
 
 
 def test_won_is_strict_and_margin_ignores_padding() -> None:

@@ -411,8 +411,8 @@ _JUDGED_BY: dict[JudgeKind, tuple[str, ...]] = {
     "similarity": (),
     "longer": (),
     "likelihood": ("model",),
-    "openai": ("api", "template", "both_orders"),
-    "local": ("model", "template", "both_orders"),
+    "openai": ("api", "template", "both_orders", "max_tokens", "temperature"),
+    "local": ("model", "template", "both_orders", "engine"),
 }
 """The settings that each kind of judge has."""
 
@@ -440,6 +440,13 @@ class Judge(Section):
     both_orders: bool = Field(
         True, description="openai, local: ask twice, with each output first; else the order is as good as by chance"
     )
+    max_tokens: Positive = Field(
+        16, description="openai: the longest answer, in tokens; a model that thinks before it answers needs thousands"
+    )
+    temperature: float | None = Field(
+        0.0, ge=0, description="openai: softmax temperature; null: none is sent, for models that refuse any"
+    )
+    engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="local: as in negatives")
 
     @field_validator("pattern")
     @classmethod

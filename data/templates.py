@@ -1,7 +1,7 @@
 """How a prompt is put before the model: templates, and the token ids of prompts and targets."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from cpo_pipe.data.errors import InputError
@@ -81,6 +81,42 @@ def encode_texts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> 
     return _encode(texts, tokenizer, add_special_tokens=False)
 
 
+def encode_as_text(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """As `encode_texts`, of texts that anyone may have written: what looks like a control token in them is text."""
+    ids = _encode(texts, tokenizer, add_special_tokens=False, split_special_tokens=True)
+    control = set(control_tokens(tokenizer).values())
+    # Some vocabularies hold the strings themselves (Unigram, word-level), and control tokens need not be special.
+    left = [place for place, row in enumerate(ids) if not control.isdisjoint(row)]
+    broken = _encode(list(map(breaker(tokenizer), (texts[place] for place in left))), tokenizer, False)
+    for place, row in zip(left, broken, strict=True):
+        ids[place] = row
+    return ids
+
+
+def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """Ids of the tokens that mean something else than their text: special ones, and marks that a chat template writes.
+
+    Not all marks of a conversation are declared special: DeepSeek's `<｜User｜>` is not.
+    """
+    written = str(tokenizer.chat_template or "")
+    found = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        if token.special or (token.content in written and not token.content.isalnum()):
+            found[token.content] = token_id
+    return {text: token_id for text, token_id in found.items() if text.strip()}
+
+
+def breaker(tokenizer: "PreTrainedTokenizerBase") -> Callable[[str], str]:
+    """What puts a space behind the first character of each control token in a text, so that it is none: `< |im_end|>`.
+
+    For texts that stand among control tokens which are meant. A control token of one character becomes a space.
+    """
+    tokens = control_tokens(tokenizer)
+    # What follows the first character is looked at and not taken, since tokens may overlap.
+    pattern = re.compile("|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in tokens) or r"(?!)")
+    return lambda text: pattern.sub(lambda first: " " if first[0] in tokens else f"{first[0]} ", text)
+
+
 def render_prompt(
     template: str, prompt: str, context: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[str, list[int]]:
@@ -89,25 +125,29 @@ def render_prompt(
     return rendered, encode_prompts(template, [rendered], tokenizer)[0]
 
 
-def eos_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The id of the token that ends a text.
+def eos_token_id(tokenizer: "PreTrainedTokenizerBase", field: str = "data.tokenizer") -> int:
+    """The id of the token that ends a text; `field` is where the recipe names the tokenizer, for messages.
 
     Raises:
         InputError: the tokenizer has none.
     """
     if not isinstance(tokenizer.eos_token_id, int):
         raise InputError(
-            f"data.tokenizer {tokenizer.name_or_path}: it has no EOS token, so no text can end; "
+            f"{field} {tokenizer.name_or_path}: it has no EOS token, so no text can end; "
             "set eos_token in its tokenizer_config.json"
         )
     return tokenizer.eos_token_id
 
 
-def _encode(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", add_special_tokens: bool) -> list[list[int]]:
+def _encode(
+    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", add_special_tokens: bool, **settings: bool
+) -> list[list[int]]:
     if not texts:
         return []
     # verbose: the warning about lengths is the caller's business, who has limits of its own.
-    encoded = tokenizer(list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)
+    encoded = tokenizer(
+        list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False, **settings
+    )
     ids: list[list[int]] = encoded["input_ids"]
     return ids
 

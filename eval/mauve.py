@@ -112,8 +112,8 @@ class CausalEncoder:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             self._loaded = self._model.load(torch.float32).to(device).eval(), self._tokenizer.load()  # type: ignore[arg-type]
         network, tokenizer = self._loaded
-        end = templates.eos_token_id(tokenizer)
-        encoded = templates.encode_texts(texts, tokenizer)
+        end = templates.eos_token_id(tokenizer, "evaluate.mauve_model")
+        encoded = templates.encode_as_text(texts, tokenizer)
         return causal_features(network, [ids[: self._model.context()] or [end] for ids in encoded])
 
 

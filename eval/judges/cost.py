@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from cpo_pipe.data.store import Rows
 from cpo_pipe.eval.judges.base import Case, Pair, unjudged
 from cpo_pipe.eval.judges.openai import OpenAiJudge
-from cpo_pipe.eval.judges.query import MAX_TOKENS
 from cpo_pipe.pipeline.engines.openai import Tokens
 
 TOKEN_BYTES = 4
@@ -42,7 +41,7 @@ def cost(judge: OpenAiJudge, drafts: Sequence[Draft], max_new_tokens: int, rows:
         else:
             pairs.append(pair)
     tokens += [_asked(judge, shown) for shown in unjudged(judge, pairs, rows).values()]
-    return Cost(len(tokens), Tokens(sum(tokens), len(tokens) * MAX_TOKENS))
+    return Cost(len(tokens), Tokens(sum(tokens), len(tokens) * judge.max_tokens))
 
 
 def tokens_of(text: str) -> int:

@@ -14,7 +14,8 @@ from cpo_pipe.eval.judges.scores import ScoreJudge
 class LikelihoodJudge(ScoreJudge):
     """The output with the higher mean log-prob of its tokens and of the one that ends a text, under one model.
 
-    The end counts, so that an empty output has a score as well.
+    The end counts, so that an empty output has a score as well. Control tokens in an output or a prompt are text to the
+    model, of a prompt broken by a space, unless the template itself writes any: then all in what it renders are meant.
     """
 
     noise = NOISE
@@ -27,7 +28,7 @@ class LikelihoodJudge(ScoreJudge):
     def spec(self) -> Spec:
         """What decides its verdicts."""
         return {"judge": "likelihood", "model": self._model.fingerprint, "tokenizer": self._tokenizer.fingerprint,
-                "template": self._template}  # fmt: skip
+                "template": self._template, "special_tokens": "as text"}  # fmt: skip
 
     def scores(self, cases: Sequence[Case], outputs: Sequence[str]) -> list[float]:
         """Mean log-prob of each output's tokens, its end included, in nats.
@@ -36,12 +37,15 @@ class LikelihoodJudge(ScoreJudge):
             InputError: the model has no room for a prompt and its output, or its tokenizer no chat template.
         """
         tokenizer = self._tokenizer.load()
-        end = templates.eos_token_id(tokenizer)
+        end = templates.eos_token_id(tokenizer, f"evaluate.judges.{self.name}.model")
+        broken = templates.breaker(tokenizer)
         rendered = [case.rendered for case in cases]
         if self._template == templates.CHAT:
-            rendered = [templates.render(templates.CHAT, case.prompt, tokenizer=tokenizer) for case in cases]
+            rendered = [templates.render(templates.CHAT, broken(case.prompt), tokenizer=tokenizer) for case in cases]
+        elif broken(self._template) == self._template:
+            rendered = list(map(broken, rendered))
         prompts = templates.encode_prompts(self._template, rendered, tokenizer)
-        written = [[*ids, end] for ids in templates.encode_texts(outputs, tokenizer)]
+        written = [[*ids, end] for ids in templates.encode_as_text(outputs, tokenizer)]
         self._check_context(max((len(x) + len(y) for x, y in zip(prompts, written, strict=True)), default=0))
         wanted = [
             Scored(case.example_id, prompt, [ids]) for case, prompt, ids in zip(cases, prompts, written, strict=True)

@@ -35,11 +35,12 @@ TEMPLATES = {
     ),
 }
 
-MAX_TOKENS = 16
-"""The longest answer: a letter, and what a model may put around it."""
-
 KEPT = 200
 """Characters of an answer that are kept."""
+
+_THOUGHT = re.compile(r"(?:\s*<think>)?.*?</think>", re.DOTALL)
+"""What a model says to itself first, where its server does not part it from the answer; some chat templates write its
+beginning, so that the model does not. One that never ends has no answer behind it."""
 
 _AROUND = r"[\s\"'“”‘’*_`()\[\]{}<>.,:#-]*"
 _VERDICT = re.compile(
@@ -85,7 +86,9 @@ def read_answer(answer: str) -> Literal["A", "B", "TIE"] | None:
 
 
 def verdict_of(answer: str, **said: str) -> Verdict:
-    """The verdict about the pair as it was shown; `said` is kept beside the answer."""
+    """The verdict about the pair as it was shown; `said` is kept beside the answer, and thoughts before it are not."""
+    if thought := _THOUGHT.match(answer):
+        answer = answer[thought.end() :].lstrip()
     raw = {"answer": answer[:KEPT], **said}
     match read_answer(answer):
         case "A":

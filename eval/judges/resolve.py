@@ -58,13 +58,14 @@ def open_judges(
         query = Query(settings.template)
         if settings.kind == "openai":
             assert settings.api is not None
-            return OpenAiJudge(name, means.apis[settings.api], query, settings.both_orders)
+            api = means.apis[settings.api]
+            return OpenAiJudge(name, api, query, settings.both_orders, settings.max_tokens, settings.temperature)
         assert settings.model is not None
         model = means.model(settings.model)
         tokenizer = own_tokenizer(model, store)
         if settings.kind == "likelihood":
             return LikelihoodJudge(name, model, tokenizer, template, means.logprobs)
-        return LocalJudge(name, model, tokenizer, query, settings.both_orders, means.logprobs)
+        return LocalJudge(name, model, tokenizer, query, settings.both_orders, settings.engine, means.logprobs)
 
     return [opened(name, settings) for name, settings in config.judges.items()]
 

@@ -4,7 +4,9 @@ import logging
 import os
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 from cpo_pipe.data.models import Model
@@ -19,11 +21,19 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # likewise read by torch
 logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
 warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
-# Here and not where they are used: something in the import keeps the stack that it was called from, and an engine on
-# that stack would never be freed.
+
+def _import() -> None:
+    from vllm import LLM, ModelRegistry, RequestOutput, SamplingParams, TokensPrompt  # noqa: F401
+
+
+# Something in the import keeps the stack that it was called from, and an engine in a frame of that stack would never be
+# freed: whoever imports this module is about to open one. A thread has a stack of its own.
+with ThreadPoolExecutor(1) as thread:
+    thread.submit(_import).result()
+
 import torch  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
-from vllm import LLM, ModelRegistry, SamplingParams, TokensPrompt, __version__  # noqa: E402
+from vllm import LLM, ModelRegistry, RequestOutput, SamplingParams, TokensPrompt, __version__  # noqa: E402
 from vllm.sampling_params import RequestOutputKind  # noqa: E402
 
 CPU_CACHE_BYTES = 1 << 30
@@ -104,19 +114,49 @@ class VllmEngine:
             )
             for request in requests
         ]
+        prompts = [request.prompt_ids for request in requests]
+        with closing(self._answers(prompts, parameters)) as answers:
+            for place, answer in answers:
+                samples = [
+                    Sample(list(one.token_ids), one.finish_reason, float(one.cumulative_logprob))
+                    for one in answer.outputs
+                ]
+                yield place, samples
+
+    def next_logprobs(
+        self, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[int, list[float]]]:
+        """Place of each prompt, as they are ready, and the log-probs of its `tokens`, each as the next one after it.
+
+        Under the raw model (temperature 1, all tokens), in nats.
+        """
+        parameters = [
+            SamplingParams(
+                max_tokens=1,
+                temperature=0,
+                logprob_token_ids=list(token_ids),
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            for token_ids in tokens
+        ]
+        with closing(self._answers(prompts, parameters)) as answers:
+            for place, answer in answers:
+                (found,) = answer.outputs[0].logprobs
+                yield place, [float(found[token].logprob) for token in tokens[place]]
+
+    def _answers(
+        self, prompts: Sequence[Sequence[int]], parameters: Sequence[SamplingParams]
+    ) -> Generator[tuple[int, RequestOutput], None, None]:
+        """Place and answer of each prompt, as they are ready: LLM.generate keeps all until the last is there."""
         engine = self._llm.llm_engine
-        # As LLM.generate does it, which keeps all answers until the last is there.
         ids = [
-            engine.add_request(str(place), TokensPrompt(prompt_token_ids=list(request.prompt_ids)), chosen)
-            for place, (request, chosen) in enumerate(zip(requests, parameters, strict=True))
+            engine.add_request(str(place), TokensPrompt(prompt_token_ids=list(prompt)), chosen)
+            for place, (prompt, chosen) in enumerate(zip(prompts, parameters, strict=True))
         ]
         try:
             while engine.has_unfinished_requests():
                 for answer in engine.step():
-                    samples = [
-                        Sample(list(one.token_ids), one.finish_reason, float(one.cumulative_logprob))
-                        for one in answer.outputs
-                    ]
-                    yield int(answer.request_id), samples
+                    yield int(answer.request_id), answer
         finally:
             engine.abort_request(ids, internal=True)

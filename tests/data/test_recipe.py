@@ -291,6 +291,9 @@ def test_a_cycle_is_told_in_the_order_of_need() -> None:
         {"evaluate": {"systems": {"x": {"merge": {"b": 0.25, "1": 0.75}}}, "baseline": "x",
                       "judges": {"exact": {"pattern": "#(.)"}, "ours": {"kind": "longer"}}}},
         {"evaluate": {"systems": {"x": {"model": "b"}}, "baseline": "x", "judges": ["exact", "longer"]}},
+        {"apis": {"gpt": {"url": "http://x/v1", "model": "m"}}, "evaluate": {
+            "systems": {"x": {"model": "b"}}, "baseline": "x", "judges": {
+            "openai": {"api": "gpt", "temperature": None}, "local": {"model": "b", "engine": "transformers"}}}},
     ],
 )  # fmt: skip
 def test_the_text_reads_back_as_the_same_recipe(tmp_path: Path, sections: dict[str, Any]) -> None:
@@ -368,7 +371,9 @@ def test_a_list_of_judges_is_short_for_those_without_settings() -> None:
     other = parse_recipe(judging({"exact": {"kind": "longer"}, "gpt": {"kind": "openai", "api": "mini"}}), "r").evaluate
     assert other is not None
     assert [judge.kind for judge in other.judges.values()] == ["longer", "openai"]
-    assert (other.judges["gpt"].template, other.judges["gpt"].both_orders) == ("strict", True)
+    gpt = other.judges["gpt"]
+    assert (gpt.template, gpt.both_orders, gpt.max_tokens, gpt.temperature) == ("strict", True, 16, 0)
+    assert gpt.engine == "auto"
 
 
 @pytest.mark.parametrize(
@@ -379,6 +384,12 @@ def test_a_list_of_judges_is_short_for_those_without_settings() -> None:
         ([{"exact": {}}], "evaluate.judges: a list names kinds only: for settings give a mapping"),
         ({"longer": {"pattern": "(a)"}}, "evaluate.judges.longer: pattern has no meaning for the kind longer: leave"),
         ({"exact": {"both_orders": False}}, "evaluate.judges.exact: both_orders has no meaning for the kind exact"),
+        ({"likelihood": {"model": "base", "engine": "vllm"}}, "evaluate.judges.likelihood: engine has no meaning for"),
+        ({"local": {"model": "base", "temperature": None}}, "evaluate.judges.local: temperature has no meaning for"),
+        ({"local": {"model": "base", "max_tokens": 9}}, "evaluate.judges.local: max_tokens has no meaning for the"),
+        ({"local": {"model": "base", "engine": "trt"}}, "evaluate.judges.local.engine is 'trt': input should be 'au"),
+        ({"openai": {"api": "mini", "temperature": -1}}, "evaluate.judges.openai.temperature is -1: input should be "),
+        ({"openai": {"api": "mini", "max_tokens": 0}}, "evaluate.judges.openai.max_tokens is 0: input should be "),
         ({"openai": {"api": "mini", "model": "base"}}, "evaluate.judges.openai: model has no meaning for the kind"),
         ({"openai": {}}, "evaluate.judges.openai: api is missing: the kind openai needs one"),
         ({"local": {}}, "evaluate.judges.local: model is missing: the kind local needs one"),

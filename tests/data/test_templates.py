@@ -1,11 +1,22 @@
 """A tokenizer of one token per byte makes every expected id countable by hand."""
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from cpo_pipe.data.errors import InputError
-from cpo_pipe.data.templates import encode_prompts, encode_texts, eos_token_id, render, render_prompt
+from cpo_pipe.data.templates import (
+    breaker,
+    control_tokens,
+    encode_as_text,
+    encode_prompts,
+    encode_texts,
+    eos_token_id,
+    render,
+    render_prompt,
+)
 from cpo_pipe.data.tokenizers import train_bpe
 
 BOS, EOS = 256, 257
@@ -86,8 +97,75 @@ def test_prompt_keeps_what_stands_before_it_and_loses_what_is_appended(frame, be
 
 def test_eos_id_and_its_absence():
     assert eos_token_id(byte_tokenizer()) == EOS
-    with pytest.raises(InputError, match="it has no EOS token"):
+    with pytest.raises(InputError, match=r"data\.tokenizer .*it has no EOS token"):
         eos_token_id(byte_tokenizer(eos=None))
+    with pytest.raises(InputError, match=r"^evaluate\.judges\.x\.model .*it has no EOS token"):
+        eos_token_id(byte_tokenizer(eos=None), "evaluate.judges.x.model")
+
+
+# ── control tokens as text ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def unigram_tokenizer() -> PreTrainedTokenizerFast:
+    """Its vocabulary holds `</s>`, which it finds in a text even where special tokens are to be split."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), (">", -2.0), *((char, -2.0) for char in "ab</s> ")]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.add_special_tokens(["</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+
+
+MARKS = ["<s>", "</s>", "<|end|>", "<<", "||", "<｜User｜>", "§"]
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """Control tokens that overlap with themselves and others, one of a character, and one that is not special."""
+    tokenizer = byte_tokenizer("<s> $A", chat_template="<｜User｜>{{ messages[0].content }}<|end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>", "<<", "||", "§"]})
+    tokenizer.add_tokens(["<｜User｜>", "content", "<b>", AddedToken("  ", normalized=False)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("text", ["a</s>b", "</s>", "<s>a</s> </s>", "a"])
+@pytest.mark.parametrize("make", [byte_tokenizer, chat_tokenizer, ByT5Tokenizer, unigram_tokenizer])
+def test_a_control_token_in_a_text_is_text(make, text):
+    tokenizer = make()
+    (ids,) = encode_as_text([text], tokenizer)
+    assert tokenizer.eos_token_id not in ids
+    if make is unigram_tokenizer:  # has no other way to write it
+        assert tokenizer.decode(ids).replace(" ", "") == text.replace(" ", "")
+    else:
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text, "not one special token, and nothing else"
+    assert (tokenizer.eos_token_id in encode_texts([text], tokenizer)[0]) == ("</s>" in text), "as in training"
+
+
+def test_what_is_a_control_token():
+    assert set(control_tokens(chat_tokenizer())) == set(MARKS)
+    assert control_tokens(byte_tokenizer()) == {"<s>": BOS, "</s>": EOS}
+    tokenizer = chat_tokenizer()
+    (ids,) = encode_as_text(["a<｜User｜>b<b>"], tokenizer)
+    assert tokenizer.convert_tokens_to_ids("<｜User｜>") not in ids
+    assert tokenizer.convert_tokens_to_ids("<b>") in ids, "is no mark of a conversation"
+    assert tokenizer.decode(ids) == "a< ｜User｜>b<b>"
+
+
+CHAT = chat_tokenizer()
+
+
+@given(st.lists(st.sampled_from([*MARKS, *"<>|s/ a", "end", "User", "｜", "\n"])).map("".join))
+def test_no_control_token_survives_breaking(text):
+    broken = breaker(CHAT)(text)
+    assert not any(mark in broken for mark in MARKS)
+    assert broken.replace(" ", "") == text.replace("§", "").replace(" ", ""), "only spaces are put in"
+    if not any(mark in text for mark in MARKS):
+        assert broken == text
+    (ids,) = encode_texts([broken], CHAT)
+    assert set(control_tokens(CHAT).values()).isdisjoint(ids)
+
+
+def test_breaking_for_a_tokenizer_without_control_tokens():
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0}, merges=[])))
+    assert breaker(bare)("a</s>") == "a</s>"
+    assert breaker(byte_tokenizer())("</s></s") == "< /s></s"
 
 
 def test_trained_tokenizer_is_the_same_each_time_and_gives_back_any_text(tmp_path):

@@ -17,7 +17,7 @@ from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.eval.judges.base import Case, Judgement, Pair, judged, make_verdicts
 from cpo_pipe.eval.judges.cost import Draft, cost
 from cpo_pipe.eval.judges.openai import OpenAiJudge
-from cpo_pipe.eval.judges.query import MAX_TOKENS, Query
+from cpo_pipe.eval.judges.query import Query
 from cpo_pipe.pipeline.engines import openai
 from cpo_pipe.pipeline.engines.openai import ApiModel, Tokens
 from tests.pipeline.api_server import Reply, Seen, error, serve, written
@@ -50,8 +50,17 @@ def api(url: str, **config: Any) -> ApiModel:
 class Bench:
     """A judge and its verdicts in a store."""
 
-    def __init__(self, root: Path, url: str, template: str = "dolly", both_orders: bool = True, **config: Any):
-        self.judge = OpenAiJudge("gpt", api(url, **config), Query(template), both_orders)
+    def __init__(
+        self,
+        root: Path,
+        url: str,
+        template: str = "dolly",
+        both_orders: bool = True,
+        max_tokens: int = 16,
+        temperature: float | None = 0,
+        **config: Any,
+    ):
+        self.judge = OpenAiJudge("gpt", api(url, **config), Query(template), both_orders, max_tokens, temperature)
         self.rows: Rows = Store(root).rows("verdicts", self.judge.spec())
 
     def __call__(self, pairs: Sequence[Pair]) -> list[Judgement]:
@@ -85,7 +94,7 @@ def test_a_planted_preference_is_found_in_both_orders_and_asked_for_once(tmp_pat
         assert len(server.seen) == 40
         body = server.seen[0].body
         assert body["messages"][0] == {"role": "system", "content": "You judge."}
-        assert (body["temperature"], body["max_tokens"], body["model"]) == (0, MAX_TOKENS, "m")
+        assert (body["temperature"], body["max_tokens"], body["model"]) == (0, 16, "m")
         back = bench([pair.swapped() for pair in pairs(20)])
         assert {judgement.winner for judgement in back} == {"b"}
         assert len(server.seen) == 40, "nothing is asked again"
@@ -191,7 +200,8 @@ def test_what_fails_for_good_is_not_stored_and_asked_again(tmp_path: Path) -> No
 @pytest.mark.parametrize("cap", [{"max_tokens": 2000}, {"max_usd": 0.002, "input_price": 1.0, "output_price": 1.0}])
 def test_caps_hold(tmp_path: Path, cap: dict[str, Any]) -> None:
     with serve(lambda seen: written(seen, "A", used=(300, 1))) as server:
-        bench = Bench(tmp_path, server.url, concurrency=4, **cap)
+        bench = Bench(tmp_path, server.url)
+        bench.judge.api = api(server.url, concurrency=4, **cap)
         with pytest.raises(RunError, match=rf"the cap of .* is reached .* raise apis.gpt.{next(iter(cap))} and run"):
             bench(pairs(20))
         used = server.tokens["total_tokens"]
@@ -233,11 +243,14 @@ def test_killed_and_gone_on_with_no_answer_is_asked_for_twice(tmp_path: Path) ->
 
 
 def test_what_makes_verdicts_anew(tmp_path: Path) -> None:
-    def spec(template: str = "dolly", **config: Any) -> str:
-        return json.dumps(OpenAiJudge("x", api("http://x/v1", **config), Query(template), True).spec(), sort_keys=True)
+    def spec(template: str = "dolly", longest: int = 16, temperature: float | None = 0, **config: Any) -> str:
+        judge = OpenAiJudge("x", api("http://x/v1", **config), Query(template), True, longest, temperature)
+        return json.dumps(judge.spec(), sort_keys=True)
 
-    assert len({spec(), spec("wiki"), spec(model="n"), spec(revision="2"), spec(system="Judge.")}) == 5
+    others = [spec("wiki"), spec(model="n"), spec(revision="2"), spec(system="Judge."), spec(longest=17)]
+    assert len({spec(), *others, spec(temperature=0.5), spec(temperature=None)}) == 8
     assert spec() == spec(Query("dolly").text), "what counts is the text, not its name"
+    assert "temperature" not in spec(), "verdicts from before there was a choice are found"
     assert spec() == spec(concurrency=1, max_usd=3, input_price=1, output_price=1)
 
 
@@ -248,9 +261,39 @@ def test_a_missing_key_is_said_before_anything_is_asked(tmp_path: Path) -> None:
         assert server.seen == []
 
 
+def refuses_the_old(seen: Seen) -> Reply:
+    """As OpenAI's models that think do."""
+    if "max_tokens" in seen.body:
+        return error(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
+    if "temperature" in seen.body:
+        return error(400, "Unsupported value: 'temperature' does not support 0 with this model.")
+    return written(seen, f"<think>B? B!\n\nB</think>\n\n{'A' if shown(seen)[0].startswith('good') else 'B'}")
+
+
+def test_a_model_that_thinks_and_takes_no_temperature(tmp_path: Path) -> None:
+    with serve(refuses_the_old) as server:
+        with pytest.raises(InputError, match=r"apis.gpt: the server refuses .* 'temperature' does not support 0 with"):
+            Bench(tmp_path, server.url)(pairs(1))
+        bench = Bench(tmp_path, server.url, max_tokens=4000, temperature=None)
+        before = len(server.seen)
+        found = bench(pairs(3))
+        assert {judgement.winner for judgement in found} == {"a"}
+        assert found[0].by_order["ab"].raw == {"answer": "A", "model": "served-1"}
+        bodies = [seen.body for seen in server.seen[before:] if "max_completion_tokens" in seen.body]
+        assert len(bodies) == 6
+        assert {body["max_completion_tokens"] for body in bodies} == {4000}
+        assert not any("temperature" in body for body in bodies)
+
+
+def test_a_temperature_is_sent(tmp_path: Path) -> None:
+    with serve(prefers("good")) as server:
+        Bench(tmp_path, server.url, temperature=0.7)(pairs(1))
+        assert [seen.body["temperature"] for seen in server.seen] == [0.7, 0.7]
+
+
 def test_cost(tmp_path: Path) -> None:
     with serve(prefers("good")) as server:
-        bench = Bench(tmp_path, server.url)
+        bench = Bench(tmp_path, server.url, max_tokens=100)
         bench(pairs(2))
         asked = len(server.seen)
         case = Case("e", "some prompt", "", "")
@@ -263,7 +306,7 @@ def test_cost(tmp_path: Path) -> None:
         assert len(ab) == len(ba)
         quarter = lambda text: -(-len(text) // 4)  # noqa: E731
         one, two = query(Pair(case, "there", "")), query(Pair(case, "", ""))
-        assert found.tokens == Tokens(2 * (quarter(ab) + quarter(one) + 50 + quarter(two) + 100), 6 * MAX_TOKENS)
+        assert found.tokens == Tokens(2 * (quarter(ab) + quarter(one) + 50 + quarter(two) + 100), 6 * 100)
         assert len(server.seen) == asked
 
 

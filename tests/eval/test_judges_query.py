@@ -110,3 +110,22 @@ def test_what_is_kept_of_an_answer() -> None:
     long = verdict_of("neither " * 1000, model="m")
     assert long == unparseable("no verdict", answer=("neither " * 1000)[:200], model="m")
     assert (long.winner, long.parsed) == ("tie", False)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kept", "winner"),
+    [
+        ("<think>\nA\n</think>\n\nB", "B", "b"),
+        ("  <think></think>A", "A", "a"),
+        ("Is it A?\nYes.\n</think>\n\nResponse A", "Response A", "a"),  # the chat template had begun the thought
+        ("A", "A", "a"),
+        ("<think>\nIt is A.\nA", "<think>\nIt is A.\nA", None),
+        ("<think>A", "<think>A", None),
+        ("<think>\nA\n</think>", "", None),
+        ("<think>a</think>B</think>A", "B</think>A", None),
+    ],
+)
+def test_thoughts_before_an_answer_are_none(answer: str, kept: str, winner: str | None) -> None:
+    found = verdict_of(answer, model="m")
+    assert (found.winner, found.parsed) == (winner or "tie", winner is not None)
+    assert (found.raw["answer"], found.raw["model"]) == (kept, "m")

@@ -8,19 +8,24 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.executor import LocalExecutor
 from cpo_pipe.data.models import Model, locate_model
 from cpo_pipe.data.recipe import Data, Negatives
 from cpo_pipe.data.store import Store
+from cpo_pipe.eval.judges import local
+from cpo_pipe.eval.judges.base import Judgement, Pair, Verdict, judged, make_verdicts, unjudged
 from cpo_pipe.pipeline.engines import base
 from cpo_pipe.pipeline.engines.base import LazyEngine, Request, Sampled, Sampling, open_engine
 from cpo_pipe.pipeline.generate import generate_negatives, plan_negatives
 from cpo_pipe.pipeline.missing import Wanted, make_missing
 from cpo_pipe.pipeline.prepare import prepare
 from tests.conftest import make_model, pairs, write_jsonl
+from tests.eval.test_judges_models import Bench, case
 from tests.pipeline.answers import answers
 
 pytestmark = [
@@ -186,6 +191,30 @@ def test_a_new_process_samples_the_same_says_nothing_and_leaves_nothing(
     assert json.loads(done.stdout) == [tokens, True, False, 3]
 
 
+FIRST = """\
+import sys
+from pathlib import Path
+from cpo_pipe.data.models import locate_model
+from cpo_pipe.data.store import Store
+from cpo_pipe.pipeline.engines.base import open_engine
+from tests.pipeline.answers import answers
+from tests.pipeline.test_vllm import REQUESTS, SAMPLING
+def sample():
+    engine = open_engine("vllm", locate_model(sys.argv[1], Store(Path(sys.argv[2]))), 60)  # imports vLLM
+    return answers(engine, REQUESTS, SAMPLING)
+sample()
+import torch
+print(torch.distributed.is_initialized())
+"""
+
+
+def test_the_first_engine_of_a_process_goes_as_well(model: Model, tmp_path: Path) -> None:
+    """Although vLLM was imported while the function that holds it was running."""
+    command = [sys.executable, "-c", FIRST, str(model.path), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_neither_a_huge_context_nor_a_missing_tokenizer_nor_other_end_tokens_matter(
     model: Model, tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,3 +269,123 @@ def test_rows_depend_on_neither_order_nor_batch_and_another_engine_finds_them(mo
     more = rows("a", "transformers", 5)
     assert {key: row for key, row in more.items() if key in made} == made
     assert [name for key, (name, _) in more.items() if key not in made] == ["transformers"] * 6 * 2
+
+
+# ── the judge `local` ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def judging(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose tokenizer has a token for a letter behind a space, too."""
+    from transformers import AutoTokenizer
+
+    folder = make_model(tmp_path_factory.mktemp("judge"), vocab_size=310)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([" A", " B"])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+JUDGED = [Pair(case(k), f" the dog {k}", " over the lazy dog") for k in range(12)]
+
+
+def engines(judgements: list[Judgement]) -> list[str]:
+    return [verdict.raw["engine"].split()[0] for one in judgements for verdict in one.by_order.values()]
+
+
+def test_verdicts_are_those_of_transformers_and_each_finds_the_others(
+    judging: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+
+    gc.collect()
+    bench, other = Bench(tmp_path / "a", judging), Bench(tmp_path / "b", judging)
+    caplog.set_level("INFO")
+    found = bench.judged(bench.local(engine="auto"), JUDGED)
+    assert "engine: vllm" in caplog.text
+    assert not torch.distributed.is_initialized(), "the engine is gone"
+    expected = other.judged(other.local(engine="transformers"), JUDGED)
+    assert (engines(found), engines(expected)) == (["vllm"] * 24, ["transformers"] * 24)
+    assert (bench.scored, other.scored) == ([], [24])
+    for one, same in zip(found, expected, strict=True):
+        for order, verdict in one.by_order.items():
+            assert verdict.p_a == pytest.approx(same.by_order[order].p_a, abs=1e-3)
+            assert verdict.raw["A"] == pytest.approx(same.by_order[order].raw["A"], abs=1e-3)
+    assert len({one.winner for one in found} | {one.flipped for one in found}) > 1, "varied"
+    assert bench.judged(bench.local(engine="transformers"), JUDGED) == found
+    assert bench.scored == [], "what vllm judged is found"
+    caplog.clear()
+    assert other.judged(other.local(engine="vllm"), JUDGED) == expected
+    assert "engine" not in caplog.text, "what transformers judged is found"
+
+
+def test_a_query_as_long_as_the_context_is_judged_and_a_longer_one_is_not(judging: Path, tmp_path: Path) -> None:
+    bench, other = Bench(tmp_path / "a", judging), Bench(tmp_path / "b", judging)
+    tokenizer = bench.tokenizer.load()
+    taken = len(tokenizer.encode(bench.local().query(Pair(case(0), "x", ""))))
+    context = bench.model.context()
+    assert context is not None
+    asked = [Pair(case(0), "x" * (context - taken + more), "") for more in (0, 1)]  # `x` is a token, a letter one more
+    for where, engine in ((bench, "vllm"), (other, "transformers")):
+        fits, long = where.judged(where.local(engine=engine), asked)
+        assert fits.unparseable == 0
+        detail = f"{context + 1} tokens, of {context}"
+        assert long.by_order["ab"].raw == {"unparseable": "too long", "detail": detail}
+
+
+def test_verdicts_are_recorded_while_others_are_asked(
+    judging: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is stopped keeps what it judged, and the engine goes."""
+    import torch
+
+    gc.collect()
+    bench = Bench(tmp_path, judging)
+    judge = bench.local(engine="vllm")
+    rows = bench.store.rows("verdicts", judge.spec())
+    verdict_of, read = local._verdict, iter(range(24))
+
+    def stopping(*arguments: Any) -> Verdict:
+        if next(read) == 12:
+            raise KeyboardInterrupt
+        return verdict_of(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "TOGETHER", 5)
+        patch.setattr(local, "_verdict", stopping)
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            make_verdicts(judge, JUDGED, rows)
+    assert rows.num_rows() == 10, "the last whole lot"
+    del stopped
+    gc.collect()
+    assert not torch.distributed.is_initialized()
+    assert len(unjudged(judge, JUDGED, rows)) == 14
+    assert len(judged(judge, JUDGED, rows)) == 12
+    assert rows.num_rows() == 24
+
+
+def test_letters_of_several_tokens_are_left_to_transformers(
+    model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench(tmp_path, model.path)
+    with pytest.raises(InputError, match=r"evaluate.judges.local.engine is vllm, which gives log-probs of single tok"):
+        bench.judged(bench.local(engine="vllm"), JUDGED[:1])
+    caplog.set_level("INFO")
+    assert engines(bench.judged(bench.local(engine="auto"), JUDGED[:1])) == ["transformers"] * 2
+    assert "engine: transformers (judge local: engine is vllm, which gives log-probs of single tokens" in caplog.text
+
+
+def test_a_judge_that_vllm_does_not_support(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import AutoTokenizer
+
+    settings = {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}
+    folder = make_model(tmp_path / "mamba", architecture="mamba", vocab_size=310, **settings)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([" A", " B"])
+    tokenizer.save_pretrained(folder)
+    bench = Bench(tmp_path, folder)
+    with pytest.raises(InputError, match=r"evaluate.judges.local.engine is vllm, which does not support .*mamba"):
+        bench.judged(bench.local(engine="vllm"), JUDGED[:1])
+    caplog.set_level("INFO")
+    assert engines(bench.judged(bench.local(engine="auto"), JUDGED[:1])) == ["transformers"] * 2
+    assert "engine: transformers (judge local: engine is vllm, which does not support" in caplog.text

@@ -107,8 +107,8 @@ class ScratchModel(Section):
     seed: Seed = Field(0, description="seed of the random weights")
 
 
-Objective = Literal["mle", "cpo", "cpo-ranked", "dpo", "slic", "apo-zero", "apo-down"]
-_ON_NEGATIVES = {"mle_weight", "length_normalize"}
+Objective = Literal["mle", "cpo", "cpo-ranked", "dpo", "slic", "apo-zero", "apo-down", "pss"]
+_ON_NEGATIVES = {"mle_weight", "length_normalize", "pairs"}
 _BY_REWARD = {*_ON_NEGATIVES, "reference", "beta"}
 _LEARNT_BY: dict[Objective, set[str]] = {
     "mle": set(),
@@ -118,6 +118,7 @@ _LEARNT_BY: dict[Objective, set[str]] = {
     "slic": {*_ON_NEGATIVES, "margin"},
     "apo-zero": _BY_REWARD,
     "apo-down": _BY_REWARD,
+    "pss": {"sequences", "replace"},
 }
 """The settings that an objective has and not all have."""
 _OBJECTIVES_OWN = set().union(*_LEARNT_BY.values())
@@ -133,6 +134,28 @@ class Lora(Section):
     )
 
 
+class Curriculum(Section):
+    """Groups from easy to hard."""
+
+    by: Literal["strength", "similarity", "margin", "likelihood", "length"] = Field(
+        description="what is hard: `strength` (a small gap between the sources of a pair), `similarity` (negatives "
+        "near the target), `margin` (negatives as likely to the reference as the target, per token); for mle and pss "
+        "`likelihood` (targets unlikely to the initial model, per token), `length` (long targets)"
+    )
+    order: Literal["staged", "continuous"] = Field(
+        "staged", description="`staged`: part by part; `continuous`: from a share of the easiest that grows to all"
+    )
+    stages: int = Field(2, ge=2, description="staged: parts, of equal size and equally many steps")
+    start: float = Field(0.2, gt=0, le=1, description="continuous: the share at the first step")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Curriculum":
+        idle = "start" if self.order == "staged" else "stages"
+        if idle in self.model_fields_set:
+            raise ValueError(f"{idle} has no meaning for the order {self.order}: leave it out")
+        return self
+
+
 class Training(Section):
     """One named training. The defaults are the paper's settings."""
 
@@ -141,19 +164,28 @@ class Training(Section):
     )
     objective: Objective = Field(
         description="`mle`; `cpo` (eq. 1, softmax); `cpo-ranked` (eq. 2, Plackett–Luce); on each pair of target and "
-        "negative `dpo`, `slic` (hinge on log-probs), `apo-zero`, `apo-down`"
+        "negative `dpo`, `slic` (hinge on log-probs), `apo-zero`, `apo-down`; `pss` (parallel scheduled sampling)"
     )
     reference: str | None = Field(
-        None, description="the frozen model of all but mle and slic: a training's name, folder or hub name"
+        None, description="the frozen model of all but mle, slic and pss: a training's name, folder or hub name"
     )
+    pairs: list[tuple[str, str]] | None = Field(
+        None,
+        min_length=1,
+        description="train on these pairs of each group's candidates instead of on the whole, each [CHOSEN, REJECTED]: "
+        "`target`, a strategy, `pool:NAME` or `instructed:NAME`",
+    )
+    curriculum: Curriculum | None = Field(None, description="easy groups first (default: shuffled)")
     steps: Positive = Field(1000, description="optimizer steps")
-    batch_size: Positive = Field(64, description="groups (for mle: examples) per optimizer step")
+    batch_size: Positive = Field(64, description="groups (for mle and pss: examples) per optimizer step")
     lr: float = Field(1e-5, gt=0, description="peak learning rate")
     beta: float = Field(5.0, gt=0, description="β of the reward β·(log π_θ − log π_ref)")
     mle_weight: float = Field(0.0, ge=0, description="weight of the MLE loss beside another objective")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="dpo: the chance that a pair is the wrong way round")
     margin: float = Field(1.0, gt=0, description="slic: δ, by which the target's log-prob is to lead, in nats")
     length_normalize: bool = Field(False, description="mean log-probs over a continuation's tokens instead of sums")
+    sequences: Positive = Field(3, description="pss: mixed sequences per target and step")
+    replace: float = Field(0.5, ge=0, le=1, description="pss: the chance that a token of these is the policy's own")
     weight_decay: float = Field(0.05, ge=0, description="AdamW's decoupled weight decay")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
@@ -168,7 +200,9 @@ class Training(Section):
     )
     lora: Lora | None = Field(None, description="train low-rank adapters, merged into the weights at the end")
     held_out: int = Field(
-        0, ge=0, description="groups (for mle: examples) that are not trained on, and measured every eval_every steps"
+        0,
+        ge=0,
+        description="groups (for mle and pss: examples) that are not trained on, and measured every eval_every steps",
     )
     eval_every: Positive = Field(
         100, description="steps between two measurements of held-out groups and of sampled text's repetition"
@@ -176,10 +210,10 @@ class Training(Section):
     keep: Literal["last", "best"] = Field(
         "last", description="the weights after the last step, or those with the lowest held-out loss"
     )
-    attention: Literal["auto", "cascade", "split", "flex", "dense", "padded"] = Field(
+    attention: Literal["auto", "cascade", "split", "flex", "dense", "packed", "padded"] = Field(
         "auto",
-        description="how a group's shared tokens are computed once: auto takes the first way that a self-check finds "
-        "exact; does not change the result",
+        description="how a group's shared tokens are computed once (mle: how sequences are packed): auto takes the "
+        "first way that a self-check finds exact; does not change the result",
     )
     micro_batch_tokens: Positive = Field(
         8192, description="tokens per forward pass where several groups fit into one; does not change the result"
@@ -198,16 +232,34 @@ class Training(Section):
         for field in sorted(self.without_meaning() & self.model_fields_set):
             if getattr(self, field):
                 raise ValueError(f"{field} has no meaning for the objective {self.objective}: leave it out")
-        if self.objective == "mle":
-            if self.attention not in ("auto", "padded"):
+        if not self.contrasts:
+            if self.attention not in ("auto", "flex", "packed", "padded"):
                 raise ValueError(
-                    f"attention is {self.attention}, but a group of mle has nothing to share: leave it out"
+                    f"attention is {self.attention}, but a group of {self.objective} has nothing to share: leave it out"
                 )
         elif self.reference is None and "reference" in _LEARNT_BY[self.objective]:
             raise ValueError(f"reference is missing: {self.objective} needs a frozen reference model")
+        if self.curriculum is not None:
+            self._check_curriculum(self.curriculum)
         if self.keep == "best" and not self.held_out:
             raise ValueError("keep is best, but held_out is 0: nothing would tell which weights are the best")
         return self
+
+    def _check_curriculum(self, curriculum: Curriculum) -> None:
+        if (curriculum.by in ("likelihood", "length")) == self.contrasts:
+            kinds = "strength, similarity or margin" if self.contrasts else "likelihood or length"
+            raise ValueError(f"curriculum.by is {curriculum.by}: for the objective {self.objective} it must be {kinds}")
+        if curriculum.by == "margin" and self.reference is None:
+            raise ValueError(
+                f"curriculum.by is margin, but {self.objective} has no reference: take strength or similarity"
+            )
+        if curriculum.by == "likelihood" and not isinstance(self.init, str):
+            raise ValueError("curriculum.by is likelihood, but init is a model with random weights: take length")
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether it learns from groups with negatives, and not from targets alone."""
+        return self.objective not in ("mle", "pss")
 
     def without_meaning(self) -> set[str]:
         """Settings that other objectives have and this one has not."""
@@ -350,6 +402,9 @@ class Negatives(Section):
         description="negatives per prompt, by strategy; several make a mixture",
     )
     pools: dict[Name, Pool] = Field(default_factory=dict, description="more of them, from other models, by name")
+    target_strength: float | None = Field(
+        None, description="how good the targets are, as the pools' strength; for a curriculum by strength"
+    )
     instructed: dict[Name, Instruction] = Field(
         default_factory=dict, description="more of them, that an API model is asked for, by name"
     )
@@ -387,6 +442,17 @@ class Negatives(Section):
             hint = "; or set counts: {} to take from pools and instructed only" if self.pools or self.instructed else ""
             raise ValueError(f"model is missing: autoregressive and meanfield negatives come from one{hint}")
         return self
+
+    def labels(self) -> list[str]:
+        """What a group's candidates are of, as the GROUPS schema calls it."""
+        strategies = [name for name, count in self.counts.model_dump().items() if count]
+        return ["target", *strategies, *(f"pool:{name}" for name in self.pools),
+                *(f"instructed:{name}" for name in self.instructed)]  # fmt: skip
+
+    def strengths(self) -> dict[str, float]:
+        """How good what is of a label is, where the recipe says so."""
+        targets = {"target": self.target_strength} if self.target_strength is not None else {}
+        return targets | {f"pool:{name}": pool.strength for name, pool in self.pools.items()}
 
     def upstream(self) -> list[str]:
         """Names of the models it needs: trainings, APIs, folders or hub names."""
@@ -697,11 +763,24 @@ class Recipe(Section):
         self._check_local()
         self.training_order()
         for name, training in self.train.items():
-            if training.objective != "mle" and self.negatives is None:
+            self._check_sources(name, training)
+            if training.contrasts and self.negatives is None:
                 raise ValueError(f"negatives is missing: train.{name} has the objective {training.objective}")
             if training.objective == "cpo-ranked" and self.rank == "none":
                 raise ValueError(f"rank is none, but train.{name} has the objective cpo-ranked: use cpo, or rank")
         return self
+
+    def _check_sources(self, name: str, training: Training) -> None:
+        """Refuse pairs of what no group has, and a curriculum by what nobody measured."""
+        if training.pairs and self.negatives is not None:
+            known = self.negatives.labels()
+            for label in (label for pair in training.pairs for label in pair):
+                if label not in known:
+                    hint = nearest(label, known) or f"there are {', '.join(known)}"
+                    raise ValueError(f"train.{name}.pairs: no candidate is of {label!r}; {hint}")
+        by_similarity = training.curriculum is not None and training.curriculum.by == "similarity"
+        if by_similarity and self.rank == "none":
+            raise ValueError(f"rank is none, but train.{name}.curriculum.by is similarity: rank, or take another")
 
     def _check_local(self) -> None:
         """Refuse APIs where weights are needed, before any of them is paid."""
@@ -746,7 +825,7 @@ class Recipe(Section):
 
     def _trainings_before(self, training: Training) -> list[str]:
         models = training.upstream()
-        if training.objective != "mle" and self.negatives is not None:
+        if training.contrasts and self.negatives is not None:
             models += self.negatives.upstream()
         return [name for name in models if name in self.train]
 

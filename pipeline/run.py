@@ -445,7 +445,7 @@ class Run:
         self.prepare()
         grouped = False
         for name in self.recipe.training_order():
-            if self.recipe.train[name].objective != "mle" and not grouped:
+            if self.recipe.train[name].contrasts and not grouped:
                 self.generate_negatives()
                 self.rank()
                 grouped = True
@@ -462,11 +462,12 @@ class Run:
         examples = self.examples()
         init = self.model(config.init) if isinstance(config.init, str) else config.init
         columns = ["example_id", "prompt_ids", "target_ids"]  # texts need not be in memory while training
-        if config.objective == "mle":
+        if not config.contrasts:
             return Inputs(examples.tokenizer, init, examples.read("train", columns=columns))
         reference = self.model(config.reference) if config.reference is not None else None
         sources, groups = self.groups()
-        return Inputs(examples.tokenizer, init, sources.selection.select(columns), groups, reference)
+        strengths = self._negatives().strengths()
+        return Inputs(examples.tokenizer, init, sources.selection.select(columns), groups, reference, strengths)
 
     def system(self, name: str, system: System) -> Model | ApiModel:
         """The model of a system; an ensemble is merged."""

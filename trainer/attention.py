@@ -4,12 +4,14 @@
 `split`: every branch attends to prompt and branch side by side (anywhere; knows sliding windows).
 `dense`: a mask over all tokens (and the model's own attention).
 `flex`: FlexAttention with a block mask over all tokens, of several groups at once (CUDA).
+`sequences`: every sequence of a row attends to itself; for rows without forks (anywhere; knows sliding windows).
 
 Shapes: N tokens of the tree, P of them the prompt, B = N − P; R branches of at most D tokens; A heads of
 W channels.
 """
 
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from cpo_pipe.trainer.trees import Tree
 
-CASCADE, SPLIT, FLEX = "cpo_cascade", "cpo_split", "cpo_flex"
+CASCADE, SPLIT, FLEX, SEQUENCES = "cpo_cascade", "cpo_split", "cpo_flex", "cpo_sequences"
 """Names in transformers' AttentionInterface."""
 
 
@@ -143,6 +145,31 @@ def _split(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _sequences(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cpo_tree: Tree | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    tree = _checked(module, key, cpo_tree, attention_mask, dropout, rest)
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    key, value = (_for_all_heads(tensor, query) for tensor in (key, value))
+    out = []
+    for start, end in pairwise(tree.start_G):
+        query_T, key_T, value_T = (tensor[:, :, start:end] for tensor in (query, key, value))
+        window = sliding_window if sliding_window is not None and sliding_window < end - start else None
+        mask = _visible(0, end - start, end - start, window, query.device) if window else None
+        attend = functional.scaled_dot_product_attention
+        out.append(attend(query_T, key_T, value_T, attn_mask=mask, is_causal=window is None, scale=scaling))
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+
+
 def _visible(first: int, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     """Which keys (at positions 0, 1, …) each query (at `first`, …) sees: (queries, keys)."""
     position = torch.arange(first, first + queries, device=device).unsqueeze(1)
@@ -248,7 +275,7 @@ def _flex_kernel(compiled: bool) -> Any:
     return torch.compile(flex_attention) if compiled else flex_attention
 
 
-for _name, _function in ((CASCADE, _cascade), (SPLIT, _split), (FLEX, _flex)):
+for _name, _function in ((CASCADE, _cascade), (SPLIT, _split), (FLEX, _flex), (SEQUENCES, _sequences)):
     AttentionInterface.register(_name, _function)
 
 

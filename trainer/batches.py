@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from cpo_pipe.trainer.scorer import Attention, Texts
+from cpo_pipe.trainer.scorer import Attention
+from cpo_pipe.trainer.trees import Texts
 
 
 def batches(count: int, size: int, steps: int, seed: int) -> Iterator[list[int]]:
@@ -50,7 +51,7 @@ def _cut(order: Sequence[int], groups: Sequence[Texts], attention: Attention, bu
     for index in order:
         tokens, count = _tokens(groups[index], attention), len(groups[index][1])
         rows, longest, total = rows + count, max(longest, tokens), total + tokens
-        if plan and (total if attention == "flex" else rows * longest) <= budget:
+        if plan and (total if attention in ("flex", "packed") else rows * longest) <= budget:
             plan[-1].append(index)
         else:
             plan.append([index])
@@ -59,7 +60,9 @@ def _cut(order: Sequence[int], groups: Sequence[Texts], attention: Attention, bu
 
 
 def _tokens(group: Texts, attention: Attention) -> int:
-    """Input tokens of a group's tree (at most), or of its longest row."""
+    """Input tokens of a group's tree (at most), of all its sequences, or of its longest row."""
     prompt, candidates = group
     inputs = [len(candidate) - 1 for candidate in candidates]
+    if attention == "packed":
+        return len(inputs) * len(prompt) + sum(inputs)
     return len(prompt) + (max(inputs) if attention in ("padded", "plain") else sum(inputs))

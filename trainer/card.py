@@ -19,6 +19,7 @@ _LOSSES = {
     "mle": "maximum likelihood of the targets",
     "cpo": "CPO, eq. 1 (softmax over the ground truth and its synthetic negatives)",
     "cpo-ranked": "CPO, eq. 2 (Plackett–Luce over the ground truth and its ranked synthetic negatives)",
+    "pss": "parallel scheduled sampling (Duckworth et al. 2019)",
     "dpo": "DPO (Rafailov et al. 2023) on the ground truth and each synthetic negative",
     "slic": "SLiC's hinge (Zhao et al. 2023) on the ground truth and each synthetic negative",
     "apo-zero": "APO-zero (D'Oosterlinck et al. 2024) on the ground truth and each synthetic negative",

@@ -80,6 +80,8 @@ class Data:
     """Measured, not trained on."""
     probes: Probes
     """Of both."""
+    difficulty_G: NDArray[np.float64] | None = None
+    """Of the groups trained on, where they are taken from easy to hard."""
 
 
 @dataclass(frozen=True)

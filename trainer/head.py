@@ -64,6 +64,28 @@ class Head:
             )
         return result
 
+    @torch.no_grad()
+    def sample(self, hidden_SH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, uniform_SM: Tensor) -> Tensor:
+        """Tokens drawn after each hidden state, each where its uniform number falls in the distribution: (S, M)."""
+        dtype = hidden_SH.dtype
+        if torch.is_autocast_enabled(hidden_SH.device.type):
+            dtype = torch.get_autocast_dtype(hidden_SH.device.type)
+        drawn = []
+        with torch.autocast(hidden_SH.device.type, enabled=False):
+            bias_V = None if bias_V is None else bias_V * self.scale
+            weight, scaled_SH = weight_VH.to(dtype), (hidden_SH * self.scale).to(dtype)
+            for rows in _slices(0, len(hidden_SH), max(CHUNK_BYTES // (8 * len(weight)), 1)):
+                logits = _finish(torch.mm(scaled_SH[rows], weight.t()), bias_V, self.cap)
+                drawn.append(draw(logits, uniform_SM[rows]))
+        return torch.cat(drawn)
+
+
+def draw(logits_SV: Tensor, uniform_SM: Tensor) -> Tensor:
+    """The token at which the cumulative distribution passes each uniform number: (S, M)."""
+    cumulative_SV = logits_SV.double().softmax(-1).cumsum(-1)
+    drawn_SM = torch.searchsorted(cumulative_SV, uniform_SM * cumulative_SV[:, -1:], right=True)
+    return drawn_SM.clamp(max=logits_SV.shape[-1] - 1)
+
 
 class _TokenLogprobs(torch.autograd.Function):
     """Differentiable in hidden states, weight and bias; once."""

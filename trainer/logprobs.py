@@ -115,14 +115,25 @@ def cached_logprobs(
 def _missing(rows: Rows, groups: pa.Table) -> Flags:
     """Which candidates have no log-prob; of the same candidate twice in a group only the first, shape (C,)."""
     found = [np.empty(0, np.bool_)]
-    for start in range(0, groups.num_rows, LOOKED_UP):
-        keys = candidate_keys(groups.slice(start, LOOKED_UP))
+    for start, part in _parts(groups):
+        keys = candidate_keys(part)
         missing = ~rows.contains(keys, refresh=start == 0)
         numbered = keys.append_column("place", pa.array(np.arange(keys.num_rows)))
         first = np.zeros(keys.num_rows, np.bool_)
         first[numbered.group_by(keys.column_names).aggregate([("place", "min")])["place_min"].to_numpy()] = True
         found.append(missing & first)
     return np.concatenate(found)
+
+
+def _parts(groups: pa.Table) -> Iterator[tuple[int, pa.Table]]:
+    """Where each part of the groups begins, and the part. An example's neighbouring groups are never parted."""
+    ids, start = groups["example_id"], 0
+    while start < groups.num_rows:
+        end = min(start + LOOKED_UP, groups.num_rows)
+        while end < groups.num_rows and ids[end] == ids[end - 1]:
+            end += 1
+        yield start, groups.slice(start, end - start)
+        start = end
 
 
 def _compute(work: LogProbs, groups: pa.Table, missing_C: Flags, executor: Executor) -> None:
@@ -151,8 +162,7 @@ def read_logprobs(rows: Rows, groups: pa.Table) -> NDArray[np.float64]:
         RunError: one is missing; a missing log-prob is never 0.
     """
     found = [np.empty(0)]
-    for start in range(0, groups.num_rows, LOOKED_UP):
-        part = groups.slice(start, LOOKED_UP)
+    for start, part in _parts(groups):
         keys = candidate_keys(part)
         ids = part["example_id"].unique()  # an example may have several groups, with prompts of its own
         recorded = rows.read(ids, [*rows.key, "logprob"], refresh=start == 0)

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from itertools import islice
@@ -30,12 +30,15 @@ from cpo_pipe.data.recipe import Training
 from cpo_pipe.data.store import Product
 from cpo_pipe.trainer import objective
 from cpo_pipe.trainer.batches import batches, micro_batches
+from cpo_pipe.trainer.curriculum import curriculum_batches
 from cpo_pipe.trainer.groups import Data, Group
 from cpo_pipe.trainer.health import Watch, repetition
 from cpo_pipe.trainer.interim import Interim, Metrics, best_step
 from cpo_pipe.trainer.objective import GroupFigures, Normalizers
 from cpo_pipe.trainer.parallel import join, wants_fsdp
+from cpo_pipe.trainer.scheduled_sampling import Draws
 from cpo_pipe.trainer.scorer import Scorer, choose
+from cpo_pipe.trainer.trees import Packed
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +163,7 @@ class Loop:
         self._start(facts)
         watch = Watch(self.name, metrics)
         done = len(metrics)
-        order = batches(len(self.data.groups), self.config.batch_size, self.config.steps, self.config.seed)
+        order = self._order()
         main = self._accelerator.is_main_process
         with _StopRequests() as stop, track(f"train {self.name}", self.config.steps - done, shown=main) as meter:
             for step, chosen in islice(enumerate(order), done, None):
@@ -182,6 +185,14 @@ class Loop:
         if self.config.keep == "best":
             self._keep_best(metrics)
         return metrics
+
+    def _order(self) -> Iterator[list[int]]:
+        """Which groups each step takes, the same after a resume."""
+        config, difficulty_G = self.config, self.data.difficulty_G
+        if config.curriculum is None:
+            return batches(len(self.data.groups), config.batch_size, config.steps, config.seed)
+        assert difficulty_G is not None
+        return curriculum_batches(config.curriculum, difficulty_G, config.batch_size, config.steps, config.seed)
 
     def whole_state(self) -> dict[str, Tensor]:
         """All weights of sharded ones, on the CPU of the main process; nothing in the others."""
@@ -243,7 +254,7 @@ class Loop:
         for number, micro in enumerate(passes):
             self._leave_if_asked(stop, metrics, between_steps=number == 0)
             with self._synchronized(number == len(passes) - 1):
-                found, share = self._figures(batch, micro, normalizers)
+                found, share = self._figures(batch, micro, normalizers, step)
                 # DDP and FSDP average gradients over processes; a loss is a sum over them.
                 self._accelerator.backward(share * self._accelerator.num_processes)
             figures.append((micro, found))
@@ -266,17 +277,21 @@ class Loop:
     def _passes(self, batch: Sequence[Group]) -> list[list[int]]:
         """The groups of each of this process's forward passes."""
         asked = [objective.texts(self.config, group) for group in batch]
+        if self.config.objective == "pss":
+            asked = [(prompt, target * self.config.sequences) for prompt, target in asked]
         budget = self.facts["micro_batch_tokens"]
         plan = micro_batches(asked, self.scorer.attention, budget, self._accelerator.num_processes)
         return plan[self._accelerator.process_index]
 
     def _figures(
-        self, batch: Sequence[Group], micro: Sequence[int], normalizers: Normalizers
+        self, batch: Sequence[Group], micro: Sequence[int], normalizers: Normalizers, step: int | None = None
     ) -> tuple[GroupFigures, Tensor]:
-        """Of one forward pass, and its share of the batch's loss."""
+        """Of one forward pass, and its share of the batch's loss; without a step nothing is drawn (pss)."""
         # A process without a group left computes some group for nothing: the others wait for it to take part.
         groups = [batch[index] for index in micro or [0]]
-        packed = self.scorer.pack([objective.texts(self.config, group) for group in groups])
+        packed = self._packed(groups)
+        if self.config.objective == "pss" and step is not None:
+            packed = self._drawn(groups, packed, step)
         logprobs = packed.per_group(self._module(packed))
         found = objective.figures(self.config, groups, logprobs)
         if not micro:
@@ -284,6 +299,19 @@ class Loop:
             return GroupFigures(*(field.detach()[:0] for field in found)), share
         share = objective.loss(self.config, found, normalizers)
         return GroupFigures(*(field.detach() for field in found)), share
+
+    def _packed(self, groups: Sequence[Group]) -> Packed:
+        return self.scorer.pack([objective.texts(self.config, group) for group in groups])
+
+    def _drawn(self, groups: Sequence[Group], packed: Packed, step: int) -> Packed:
+        """The targets after inputs that mix their tokens with what the policy draws now."""
+        config = self.config
+        draws = Draws(config.seed, step, config.sequences, config.replace)
+        with torch.no_grad():
+            drawn_SM = self._module(packed, draws.uniform(groups, packed))
+        mixed = draws.mixed(groups, packed, drawn_SM)
+        texts = [(group.prompt_ids, inputs) for group, inputs in zip(groups, mixed, strict=True)]
+        return self.scorer.pack(texts, [group.candidates[:1] * config.sequences for group in groups])
 
     def _summary(
         self,

@@ -52,13 +52,13 @@ class Normalizers(NamedTuple):
     @staticmethod
     def of(config: Training, batch: Sequence[Group]) -> "Normalizers":
         """Of a whole batch, over all processes."""
-        contrasted = sum(len(group.candidates) > 1 for group in batch) if config.objective != "mle" else 0
+        contrasted = sum(len(group.candidates) > 1 for group in batch) if config.contrasts else 0
         return Normalizers(sum(len(group.candidates[0]) for group in batch), contrasted)
 
 
 def texts(config: Training, group: Group) -> tuple[list[int], list[list[int]]]:
-    """What the model is asked for: for mle the target alone."""
-    return group.prompt_ids, group.candidates[:1] if config.objective == "mle" else group.candidates
+    """What the model is asked for: without negatives the target alone."""
+    return group.prompt_ids, group.candidates if config.contrasts else group.candidates[:1]
 
 
 def figures(config: Training, groups: Sequence[Group], logprobs: Sequence[Tensor]) -> GroupFigures:
@@ -67,12 +67,14 @@ def figures(config: Training, groups: Sequence[Group], logprobs: Sequence[Tensor
     Args:
         config: objective, β and length normalization.
         groups: G of them.
-        logprobs: of each group's candidates, summed over tokens.
+        logprobs: of each group's candidates, summed over tokens; without negatives those of the target, given each
+            sequence of inputs.
     """
-    nll_G = mle_loss(torch.stack([values[0] for values in logprobs]))
-    zero_G = torch.zeros_like(nll_G)
-    if config.objective == "mle":
+    zero_G = torch.zeros(len(logprobs), device=logprobs[0].device)
+    if not config.contrasts:
+        nll_G = mle_loss(torch.stack([values.mean() for values in logprobs]))
         return GroupFigures(nll_G, zero_G, zero_G, zero_G, zero_G)
+    nll_G = mle_loss(torch.stack([values[0] for values in logprobs]))
     batch = collate(groups, nll_G.device)
     policy_GK, reference_GK = pad_sequence(list(logprobs), batch_first=True), batch.reference_GK
     drop_G = reference_GK[:, 0] + nll_G.detach() if config.reference is not None else zero_G
@@ -111,13 +113,13 @@ def _contrast(config: Training, policy_GK: Tensor, reference_GK: Tensor, batch: 
             return apo_zero_loss(*pairs, beta=config.beta)
         case "apo-down":
             return apo_down_loss(*pairs, beta=config.beta)
-        case "mle":
-            raise AssertionError("mle has no negatives")
+        case "mle" | "pss":
+            raise AssertionError(f"{config.objective} has no negatives")
 
 
 def loss(config: Training, figures: GroupFigures, normalizers: Normalizers) -> Tensor:
     """What these groups add to the loss of their batch."""
-    mle_weight = 1.0 if config.objective == "mle" else config.mle_weight
+    mle_weight = config.mle_weight if config.contrasts else 1.0
     total = figures.nll_G.sum() / normalizers.target_tokens * mle_weight
     if normalizers.contrasted:
         total = total + figures.contrast_G.sum() / normalizers.contrasted
@@ -132,7 +134,7 @@ def metrics(config: Training, sums: GroupFigures, normalizers: Normalizers, batc
         "target_logprob": -float(sums.nll_G) / len(batch),
         "target_logprob_per_token": -mle,
     }
-    if config.objective != "mle":
+    if config.contrasts:
         several = normalizers.contrasted or float("nan")
         contrast = float(sums.contrast_G) / several
         row |= {

@@ -17,20 +17,27 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cpo_pipe.data.errors import InputError, RunError
-from cpo_pipe.trainer.attention import CASCADE, FLEX, SPLIT, Unsupported, dense_mask
-from cpo_pipe.trainer.head import Head
-from cpo_pipe.trainer.trees import Packed, pack_rows, pack_trees
+from cpo_pipe.trainer.attention import CASCADE, FLEX, SEQUENCES, SPLIT, Unsupported, dense_mask
+from cpo_pipe.trainer.head import Head, draw
+from cpo_pipe.trainer.trees import Labels, Packed, Texts, pack_rows, pack_sequences, pack_trees
 
 log = logging.getLogger(__name__)
 
-Attention = Literal["cascade", "split", "flex", "dense", "padded", "plain"]
-"""`padded` puts every candidate in a row of its own; `plain` does that one by one by the model's own forward pass."""
+Attention = Literal["cascade", "split", "flex", "dense", "packed", "padded", "plain"]
+"""`packed` puts every candidate behind the one before in one row, `padded` in a row of its own; `plain` does that one
+by one by the model's own forward pass."""
 
 ORDER: dict[str, tuple[Attention, ...]] = {
     "cpu": ("cascade", "split", "dense", "padded", "plain"),
     "cuda": ("flex", "split", "dense", "padded", "plain"),
 }
 """What `auto` tries, by kind of device; the first exact one is taken. Never by timing: the choice must not vary."""
+
+ORDER_ALONE: dict[str, tuple[Attention, ...]] = {
+    "cpu": ("packed", "padded", "plain"),
+    "cuda": ("flex", "packed", "padded", "plain"),
+}
+"""The same where no group has more than one candidate, so that nothing is shared."""
 
 TOLERANCE = 2e-5
 """Relative error, in float32, up to which two ways of computing are the same. What is wrong shows as 1e-3 and more."""
@@ -40,9 +47,6 @@ GRADIENT_TOLERANCE = 1e-4
 
 CAUSAL_TOLERANCE = 1e-3
 """Relative difference that a log-prob may have from itself when the row goes on behind it."""
-
-Texts = tuple[Sequence[int], Sequence[Sequence[int]]]
-"""Token ids of a prompt and of its candidates."""
 
 
 class Scorer(nn.Module):
@@ -69,20 +73,33 @@ class Scorer(nn.Module):
         """Called by accelerate where one process loads the weights for all (FSDP)."""
         self.model.tie_weights()
 
-    def pack(self, groups: Sequence[Texts]) -> Packed:
-        """Groups as the input of one forward pass, on the model's device. Cascade, split and dense take one group."""
-        packed = pack_rows(groups) if self.attention in ("padded", "plain") else pack_trees(groups)
+    def pack(self, groups: Sequence[Texts], labels: Labels | None = None) -> Packed:
+        """Groups as the input of one forward pass, on the model's device. Cascade, split and dense take one group.
+
+        With `labels` a candidate is to predict these tokens instead of its own.
+        """
+        if self.attention == "packed":
+            packed = pack_sequences(groups, labels)
+        elif self.attention in ("padded", "plain"):
+            packed = pack_rows(groups, labels)
+        else:
+            packed = pack_trees(groups, labels)
         return packed.to(next(self.model.parameters()).device)
 
-    def forward(self, packed: Packed) -> Tensor:
-        """Log-probs of the pairs of `packed`, in nats: (E,), float32."""
-        with self._precision(packed.ids.device):
+    def forward(self, packed: Packed, uniform_SM: Tensor | None = None) -> Tensor:
+        """Log-probs of the pairs of `packed`, in nats: (E,), float32.
+
+        With uniform numbers instead M tokens drawn after each of its S hidden states, without gradient: (S, M).
+        """
+        with self._precision(packed.ids.device), torch.set_grad_enabled(torch.is_grad_enabled() and uniform_SM is None):
             if self.attention == "plain":
-                return self._plain(packed)
+                return self._plain(packed, uniform_SM)
             hidden = self._hidden(packed)
             output: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
             bias = getattr(output, "bias", None)
             hidden_SH = hidden.flatten(0, 1)[packed.source_S]
+            if uniform_SM is not None:
+                return self._head.sample(hidden_SH, output.weight, bias, uniform_SM)
             return self._head.logprobs(
                 hidden_SH, output.weight, bias, packed.row_E, packed.label_E, packed.first_S, self.logits_bytes
             )
@@ -90,7 +107,7 @@ class Scorer(nn.Module):
     def set_attention(self, attention: Attention) -> None:
         """Compute in this way from now on. `choose` checks whether it is exact."""
         self.attention = attention
-        names = {"cascade": CASCADE, "split": SPLIT, "flex": FLEX}
+        names = {"cascade": CASCADE, "split": SPLIT, "flex": FLEX, "packed": SEQUENCES}
         self._use(names.get(attention, self._own_attention))
 
     def set_checkpointing(self, on: bool) -> None:
@@ -143,7 +160,7 @@ class Scorer(nn.Module):
         hidden: Tensor = _body(self.model)(input_ids=packed.ids, use_cache=False, **extra)[0]
         return hidden
 
-    def _plain(self, packed: Packed) -> Tensor:
+    def _plain(self, packed: Packed, uniform_SM: Tensor | None) -> Tensor:
         """Row by row, as anyone would: logits of all positions, log-softmax."""
         rows = packed.source_S // packed.ids.shape[1]
         places = packed.source_S % packed.ids.shape[1]
@@ -153,6 +170,9 @@ class Scorer(nn.Module):
             mine = rows == number
             length = int(places[mine].max()) + 1
             logits = self.model(input_ids=ids[None, :length], use_cache=False).logits[0].float()
+            if uniform_SM is not None:
+                found.append(draw(logits[places[mine]], uniform_SM[mine]))
+                continue
             pairs = mine[packed.row_E]
             found.append(logits.log_softmax(-1)[places[packed.row_E[pairs]], packed.label_E[pairs]])
         return torch.cat(found)
@@ -244,7 +264,7 @@ def choose(
 
 def _order(name: str, model: PreTrainedModel, probes: Probes, requested: str, device: str) -> tuple[Attention, ...]:
     """The ways to try."""
-    if requested != "auto" and requested not in ORDER[device]:
+    if requested not in ("auto", *ORDER[device], *ORDER_ALONE[device]):
         raise InputError(f"{name}: attention {requested} does not run on {device}; use auto")
     if _rope_changes_between(model, probes):
         if requested != "auto":
@@ -255,9 +275,7 @@ def _order(name: str, model: PreTrainedModel, probes: Probes, requested: str, de
         return ("plain",)
     if requested != "auto":
         return (cast(Attention, requested),)
-    if probes.candidates == 1:
-        return ("padded", "plain")  # nothing is shared, and rows side by side are faster than one by one
-    return ORDER[device]
+    return (ORDER_ALONE if probes.candidates == 1 else ORDER)[device]
 
 
 def _fork(model: PreTrainedModel, group: Texts) -> Texts:
@@ -354,7 +372,7 @@ def _passes(attention: Attention, probes: Sequence[Texts]) -> list[list[Texts]]:
     """Probes as they are computed: together where training does that, and one row at a time the plain way."""
     if attention == "plain":
         return [[(prompt, [candidate])] for prompt, candidates in probes for candidate in candidates]
-    if attention in ("padded", "flex"):
+    if attention in ("packed", "padded", "flex"):
         return [[probes[0]], list(probes[1:])]
     return [[probe] for probe in probes]
 

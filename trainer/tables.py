@@ -4,10 +4,12 @@ Columns: `example_id`, `prompt_ids`, and `candidates`, structs of `token_ids` an
 and `rank`. Shapes: G groups, C candidates of all of them together, in the order of the groups.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +25,7 @@ from cpo_pipe.trainer.parallel import agreed, wait
 from cpo_pipe.trainer.scorer import Probes
 
 FILE = "groups.arrow"
+DIFFICULTY = "difficulty"
 
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -145,7 +148,14 @@ def targets(examples: pa.Table, identified: bool = False) -> pa.Table:
 
 
 @contextmanager
-def mapped_groups(rows: Rows, examples: pa.Table, folder: Path, alone: bool) -> Iterator[pa.Table]:
+def mapped_groups(
+    rows: Rows,
+    examples: pa.Table,
+    folder: Path,
+    alone: bool,
+    pairs: Sequence[tuple[str, str]] | None = None,
+    difficulty: Callable[[pa.ListArray], Any] | None = None,
+) -> Iterator[pa.Table]:
     """The groups of a selection, in its order, in a file in `folder` that all processes of a training map into memory.
 
     Args:
@@ -153,6 +163,8 @@ def mapped_groups(rows: Rows, examples: pa.Table, folder: Path, alone: bool) -> 
         examples: the selection (EXAMPLES schema).
         folder: for the file, which is removed again; the main process writes there alone.
         alone: whether groups of K = 1 are wanted.
+        pairs: which pairs of candidates, by strategy, become groups of their own in the group's place.
+        difficulty: from candidates (CANDIDATE schema) to the groups' difficulty, which becomes a column.
 
     Raises:
         RunError: a group is missing, or was made from other token ids than the example now has.
@@ -160,7 +172,7 @@ def mapped_groups(rows: Rows, examples: pa.Table, folder: Path, alone: bool) -> 
     path, error = folder / FILE, None
     if processes.is_main():
         try:
-            _write(path, rows, examples, alone)
+            _write(path, rows, examples, alone, pairs, difficulty)
         except RunError as raised:
             error = raised
     error = agreed(error)
@@ -178,21 +190,59 @@ def mapped_groups(rows: Rows, examples: pa.Table, folder: Path, alone: bool) -> 
                 folder.rmdir()
 
 
-def _write(path: Path, rows: Rows, examples: pa.Table, alone: bool) -> None:
+def _write(
+    path: Path,
+    rows: Rows,
+    examples: pa.Table,
+    alone: bool,
+    pairs: Sequence[tuple[str, str]] | None,
+    difficulty: Callable[[pa.ListArray], Any] | None,
+) -> None:
     absent = examples.num_rows - int(rows.contains(examples.select(["example_id"])).sum())
     if absent:
         raise RunError(f"{rows.name}: {absent} groups of the selection are missing")
     path.parent.mkdir(parents=True, exist_ok=True)
     # A fixed name: what a killed process left is written over. Only the main process writes, under the product's lock.
     scratch = path.with_name(f".tmp-{path.name}")
-    with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+    schema = _SCHEMA if difficulty is None else _SCHEMA.append(pa.field(DIFFICULTY, pa.float64()))
+    with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         start = 0
         for part in rows.batches(examples["example_id"]):
             _check_token_ids(rows.name, part, examples.slice(start, part.num_rows))
             start += part.num_rows
-            several = pc.greater(pc.list_value_length(part["candidates"]), 0 if alone else 1)
-            writer.write_table(_without_texts(part).filter(several))
+            part = part if pairs is None else paired(part, pairs)
+            part = part.filter(pc.greater(pc.list_value_length(part["candidates"]), 0 if alone else 1))
+            if part.num_rows:
+                kept = _without_texts(part)
+                if difficulty is not None:
+                    measured = difficulty(_one_array(part["candidates"]))
+                    kept = kept.append_column(DIFFICULTY, pa.array(measured, pa.float64()))
+                writer.write_table(kept)
     scratch.replace(path)
+
+
+def paired(groups: pa.Table, pairs: Sequence[tuple[str, str]]) -> pa.Table:
+    """Pairs of the groups' candidates as groups of K = 2: of each [chosen, rejected] of strategies all that there are.
+
+    A group's pairs stand together, in the order of `pairs`.
+    """
+    candidates = _one_array(groups["candidates"])
+    flat, bounds = candidates.flatten(), Lengths.of(groups).bounds()
+    strategies = flat.field("strategy").to_pylist()
+    rows: list[int] = []
+    taken: list[int] = []
+    for row, (start, end) in enumerate(pairwise(bounds.tolist())):
+        places = {label: [p for p in range(start, end) if strategies[p] == label] for label in strategies[start:end]}
+        for chosen, rejected in pairs:
+            for pair in product(places.get(chosen, ()), places.get(rejected, ())):
+                rows.append(row)
+                taken += pair
+    found = flat.take(pa.array(taken, pa.int64()))
+    ranks = pa.array([0, 1] * len(rows), CANDIDATE.field("rank").type)
+    fields = list(CANDIDATE)
+    columns = [ranks if field.name == "rank" else found.field(field.name) for field in fields]
+    lists = _lists(pa.StructArray.from_arrays(columns, fields=fields), np.full(len(rows), 2))
+    return _with_candidates(groups.take(pa.array(rows, pa.int64())), lists)
 
 
 def _check_token_ids(name: str, groups: pa.Table, examples: pa.Table) -> None:

@@ -4,8 +4,9 @@ import hashlib
 import heapq
 import logging
 import shutil
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,17 +51,21 @@ class Inputs:
     selection: pa.Table
     """Training examples, in order."""
     groups: Rows | None = None
-    """For all objectives but mle."""
+    """For objectives with negatives."""
     reference: Model | None = None
     """For the objectives that have one."""
+    strengths: Mapping[str, float] = field(default_factory=dict)
+    """How good what is of a strategy is, by its label in the groups; for a curriculum by strength."""
 
 
 def training_spec(config: Training, inputs: Inputs) -> Spec:
     """Everything that decides the weights, and nothing that doesn't."""
     excluded = _NOT_IDENTITY | config.without_meaning()
+    excluded |= {name for name in ("pairs", "curriculum") if getattr(config, name) is None}
     if config.keep == "best":  # then the steps that are looked at decide which weights are kept
         excluded -= {"eval_every"}
     init = inputs.init
+    by = config.curriculum.by if config.curriculum is not None else None
     return {
         "settings": config.model_dump(mode="json", exclude=excluded),
         "init": {"model": init.fingerprint} if isinstance(init, Model) else {"scratch": init.model_dump(mode="json")},
@@ -68,12 +73,14 @@ def training_spec(config: Training, inputs: Inputs) -> Spec:
         "rows": selection_hash(inputs.selection),
         "groups": _groups_spec(config, inputs.groups) if inputs.groups else None,
         "reference": inputs.reference.fingerprint if inputs.reference else None,
+        **({"strengths": dict(inputs.strengths)} if by == "strength" else {}),
     }
 
 
 def _groups_spec(config: Training, groups: Rows) -> Spec:
-    """Only eq. 2 sees the order of the negatives, hence what embedded them."""
-    return groups.spec if config.objective == "cpo-ranked" else {**groups.spec, "embedder": None}
+    """Only eq. 2 sees the order of the negatives, and a curriculum their cosines, hence what embedded them."""
+    embedded = config.curriculum is not None and config.curriculum.by == "similarity"
+    return groups.spec if config.objective == "cpo-ranked" or embedded else {**groups.spec, "embedder": None}
 
 
 def checkpoint(store: Store, spec: Spec) -> Product:
@@ -111,7 +118,7 @@ def train(
                 from cpo_pipe.trainer.loop import new_accelerator
 
                 accelerator = new_accelerator(name, config, log_dir)
-                with _table(config, inputs, product) as groups:
+                with _table(name, config, inputs, product) as groups:
                     _make(name, config, store, inputs, groups, product, accelerator, executor)
                 return product
     if processes.is_main():  # of a training that was killed between its checkpoint and this
@@ -129,16 +136,28 @@ def _agreed(answer: bool) -> bool:
     return agreed(answer)
 
 
-def _table(config: Training, inputs: Inputs, product: Product) -> AbstractContextManager[pa.Table]:
-    """All groups of the selection that are of use; for mle those of the target alone.
+def _table(name: str, config: Training, inputs: Inputs, product: Product) -> AbstractContextManager[pa.Table]:
+    """All groups of the selection that are of use; without negatives those of the target alone.
 
     Groups of K = 1 are trained on only where the MLE loss has a use for them.
     """
+    from cpo_pipe.trainer.curriculum import similarities, strength_gaps
     from cpo_pipe.trainer.tables import mapped_groups, targets
 
     if inputs.groups is None:
         return nullcontext(targets(inputs.selection))
-    return mapped_groups(inputs.groups, inputs.selection, product.in_progress, alone=config.mle_weight > 0)
+    measures = {
+        "strength": lambda candidates: strength_gaps(name, candidates, inputs.strengths),
+        "similarity": similarities,
+    }
+    return mapped_groups(
+        inputs.groups,
+        inputs.selection,
+        product.in_progress,
+        alone=config.mle_weight > 0,
+        pairs=config.pairs,
+        difficulty=measures.get(config.curriculum.by) if config.curriculum is not None else None,
+    )
 
 
 def _make(
@@ -166,10 +185,13 @@ def _make(
             _check_fits(name, extremes, needed.name, needed.context(), needed.vocabulary())
     trained, held_out = _held_out(name, config, table)
     everything = Groups.of(table, _reference(config, store, inputs, table, executor))
-    if config.objective != "mle":
-        check_groups(name, everything, inputs.selection.num_rows)
+    if config.contrasts:
+        check_groups(name, everything, len(everything) if config.pairs else inputs.selection.num_rows)
     model, adapted = _initial_model(name, config, inputs, extremes)
-    data = Data(everything[trained], everything[held_out], probes(table))
+    difficulty = _difficulty(config, store, inputs, table, everything.reference_C, executor)
+    data = Data(
+        everything[trained], everything[held_out], probes(table), None if difficulty is None else difficulty[trained]
+    )
     loop = Loop(name, config, model, data, product, accelerator, starts_as_reference=_starts_as_reference(inputs))
     metrics = loop.run()
     state = loop.whole_state() if loop.sharded else None
@@ -206,7 +228,7 @@ def _held_out(name: str, config: Training, groups: pa.Table) -> tuple["Ints", "I
 
     if config.held_out >= groups.num_rows:
         raise InputError(f"train.{name}.held_out is {config.held_out}, but there are only {groups.num_rows} groups")
-    several = Lengths.of(groups).size_G > (0 if config.objective == "mle" else 1)
+    several = Lengths.of(groups).size_G > (1 if config.contrasts else 0)
     ids = (example_id for chunk in groups["example_id"].chunks for example_id in chunk.to_pylist())
     hashes = (
         (hashlib.sha256(f"held out {example_id}".encode()).digest(), row)
@@ -214,6 +236,9 @@ def _held_out(name: str, config: Training, groups: pa.Table) -> tuple["Ints", "I
         if several[row]
     )
     chosen = np.array(sorted(row for _, row in heapq.nsmallest(config.held_out, hashes)), np.int64)
+    if config.pairs:  # no pair is trained on that has its prompt among the held out
+        ids_G = groups["example_id"].to_numpy()
+        chosen = np.flatnonzero(np.isin(ids_G, ids_G[chosen]))
     if len(chosen) < config.held_out:
         raise InputError(f"train.{name}.held_out is {config.held_out}, but only {len(chosen)} groups have a negative")
     trained = np.setdiff1d(np.arange(groups.num_rows), chosen)
@@ -245,6 +270,37 @@ def _reference(
     how = config.attention, config.micro_batch_tokens
     rows = cached_logprobs(store, inputs.reference, config.dtype, groups, executor, *how)
     return read_logprobs(rows, groups)
+
+
+def _difficulty(
+    config: Training,
+    store: Store,
+    inputs: Inputs,
+    table: pa.Table,
+    reference_C: "NDArray[np.float64] | None",
+    executor: Executor,
+) -> "NDArray[np.float64] | None":
+    """Of each group of the table, where the training takes them from easy to hard."""
+    from cpo_pipe.trainer.curriculum import margins
+    from cpo_pipe.trainer.logprobs import target_logprobs
+    from cpo_pipe.trainer.tables import DIFFICULTY, Lengths
+
+    if config.curriculum is None:
+        return None
+    lengths = Lengths.of(table)
+    match config.curriculum.by:
+        case "strength" | "similarity":
+            found: NDArray[np.float64] = table[DIFFICULTY].to_numpy()
+            return found
+        case "margin":
+            assert reference_C is not None
+            return margins(reference_C, lengths.candidate_C, lengths.size_G)
+        case "length":
+            return lengths.candidate_C.astype(np.float64)
+        case "likelihood":
+            assert isinstance(inputs.init, Model)
+            scored = target_logprobs(store, inputs.init, inputs.selection, executor)
+            return np.array([-logprob / tokens for logprob, tokens in scored])
 
 
 def _starts_as_reference(inputs: Inputs) -> bool:

@@ -9,7 +9,7 @@ tokens of the longest.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,8 @@ class Tree:
 
     prompt: int
     """P."""
+    start_G: tuple[int, ...]
+    """The first token of each group; N behind the last."""
     end_N: Tensor
     """One past the last token of each token's subtree: i attends to j where j ≤ i < end[j]."""
     path_RD: Tensor
@@ -109,6 +111,18 @@ def _tensors(value: Any, device: torch.device) -> dict[str, Any]:
     return {name: tensor.to(device) for name, tensor in vars(value).items() if isinstance(tensor, Tensor)}
 
 
+Texts = tuple[Sequence[int], Sequence[Sequence[int]]]
+"""Token ids of a prompt and of its candidates."""
+Labels = Sequence[Sequence[Sequence[int]]]
+"""Of each candidate of each group the tokens to predict, where they are not its own."""
+
+
+def _labelled(groups: Sequence[Texts], labels: Labels | None) -> Iterator[tuple[Sequence[int], Any, Any]]:
+    """Each group's prompt, candidates, and what they are to predict."""
+    for number, (prompt, candidates) in enumerate(groups):
+        yield prompt, candidates, candidates if labels is None else labels[number]
+
+
 class _Pairs:
     """Collects distinct (hidden state, next token) pairs."""
 
@@ -117,7 +131,7 @@ class _Pairs:
         self._candidates: list[list[int]] = []
 
     def add(self, sources: Sequence[int], tokens: Sequence[int]) -> None:
-        """A candidate: its tokens and the hidden state that predicts each."""
+        """A candidate: the tokens that it is to predict, and the hidden state for each."""
         found = self._pairs
         self._candidates.append([found.setdefault(pair, len(found)) for pair in zip(sources, tokens, strict=True)])
 
@@ -145,15 +159,17 @@ def pack_tree(prompt: Sequence[int], candidates: Sequence[Sequence[int]]) -> Pac
     return pack_trees([(prompt, candidates)])
 
 
-def pack_trees(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Packed:
-    """Groups behind each other in one row, each a tree; only `end_N` describes more than one."""
+def pack_trees(groups: Sequence[Texts], labels: Labels | None = None) -> Packed:
+    """Groups behind each other in one row, each a tree; only `start_G` and `end_N` describe more than one."""
     ids: list[int] = []
     positions: list[int] = []
     ends: list[int] = []
     paths: list[list[int]] = []
     own: list[tuple[int, int]] = []
+    starts: list[int] = []
     pairs = _Pairs()
-    for prompt, candidates in groups:
+    for prompt, candidates, predicted in _labelled(groups, labels):
+        starts.append(len(ids))
         first, trunk = len(ids), len(ids) + len(prompt)
         ids += prompt
         positions += range(len(prompt))
@@ -183,11 +199,13 @@ def pack_trees(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) 
             own += [(len(paths) - 1, depth) for depth in range(shared_with_leaf, len(nodes))]
         _close(range(first, trunk), ends, len(ids))
         for index, candidate in enumerate(candidates):
-            pairs.add([trunk - 1, *nodes_of[index]], candidate)
+            assert len(predicted[index]) == len(candidate)
+            pairs.add([trunk - 1, *nodes_of[index]], predicted[index])
     depth = max(map(len, paths), default=0)
     path_RD = [path + [0] * (depth - len(path)) for path in paths]
     tree = Tree(
         prompt=len(groups[0][0]),
+        start_G=(*starts, len(ids)),
         end_N=torch.tensor(ends),
         path_RD=torch.tensor(path_RD, dtype=torch.long).view(len(paths), depth),
         own_B=torch.tensor([row * depth + column for row, column in own], dtype=torch.long),
@@ -199,6 +217,16 @@ def pack_trees(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) 
         tree=tree,
         **pairs.tensors(),
     )
+
+
+def pack_sequences(groups: Sequence[Texts], labels: Labels | None = None) -> Packed:
+    """Every prompt with every candidate as a sequence of its own, one behind the other in one row.
+
+    Nothing is shared, and nothing padded.
+    """
+    alone = [(prompt, [candidate]) for prompt, candidates in groups for candidate in candidates]
+    predicted = None if labels is None else [[ids] for of in labels for ids in of]
+    return replace(pack_trees(alone, predicted), sizes=tuple(len(candidates) for _, candidates in groups))
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
@@ -215,7 +243,7 @@ def _close(nodes: Sequence[int], ends: list[int], end: int) -> None:
         ends[node] = end
 
 
-def pack_rows(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Packed:
+def pack_rows(groups: Sequence[Texts], labels: Labels | None = None) -> Packed:
     """Every prompt with every candidate in a row of its own, padded at the right; no attention mask is needed for that.
 
     Nothing is shared but the padding's cost.
@@ -224,10 +252,10 @@ def pack_rows(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -
     width = max(map(len, rows))
     pairs = _Pairs()
     row = 0
-    for prompt, candidates in groups:
-        for candidate in candidates:
+    for prompt, _, predicted in _labelled(groups, labels):
+        for tokens in predicted:
             start = row * width + len(prompt) - 1
-            pairs.add(range(start, start + len(candidate)), candidate)
+            pairs.add(range(start, start + len(tokens)), tokens)
             row += 1
     return Packed(
         ids=torch.tensor([ids + [0] * (width - len(ids)) for ids in rows]),

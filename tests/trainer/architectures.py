@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cpo_pipe.data.fingerprint import candidate_id
 from cpo_pipe.data.schemas import CANDIDATE, GROUPS
-from cpo_pipe.trainer.scorer import Texts
+from cpo_pipe.trainer.trees import Texts
 
 VOCABULARY = 96
 

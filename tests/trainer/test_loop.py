@@ -145,6 +145,8 @@ TRAININGS: dict[str, dict[str, Any]] = {
              "warmup_steps": 8},
     "lora": {"objective": "cpo-ranked", "lora": {"rank": 4}, "gradient_checkpointing": True},
     "mle": {"objective": "mle", "held_out": 2, "micro_batch_tokens": 1, "max_grad_norm": 0.5},
+    "pss": {"objective": "pss"},
+    "curriculum": {"objective": "dpo", "curriculum": {"by": "margin", "order": "continuous"}},
 }  # fmt: skip
 
 
@@ -160,7 +162,7 @@ def project(commands: Commands, tmp_path_factory: pytest.TempPathFactory, tiny_m
         "train": {
             # Its log-probs of the reference are everyone's.
             "first": {**shared, **listwise, "objective": "cpo", "steps": 1},
-            **{name: {**shared, **({} if name == "mle" else listwise), **settings}
+            **{name: {**shared, **({} if name in ("mle", "pss") else listwise), **settings}
                for name, settings in TRAININGS.items()},
         },
         "negatives": {"model": str(tiny_model), "counts": {"autoregressive": 3}, "max_new_tokens": 8,

@@ -102,6 +102,30 @@ def test_exact_or_refused(name: str) -> None:
     assert all("is not exact for this model: " in reason for reason in refused.values())
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_targets_alone_are_packed_without_a_trace_of_each_other_or_not_at_all(name: str) -> None:
+    groups = [(prompt, candidates[:1]) for prompt, candidates in GROUPS]
+    model = make(name)
+    scorer = Scorer(model)
+    choice = choose("m", scorer, probes(table(groups)))
+    packed = TAKEN.get(name, "cascade") in ("cascade", "split")
+    assert choice.attention == ("packed" if packed else choice.attention)
+    expected = [values for texts in groups for values in naive(model, texts)]
+    wanted = gradients(model, expected)
+    norm = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
+    row = scorer.pack(groups)
+    if choice.attention == "packed":
+        assert row.ids.numel() == sum(len(prompt) + len(c) - 1 for prompt, those in groups for c in those)
+    elif choice.attention == "plain":
+        return
+    values = row.per_token(scorer(row))
+    found = [one[: len(candidate)] for one, (_, (candidate,)) in zip(values, groups, strict=True)]
+    assert_equal(found, expected, 1e-5)
+    for parameter, gradient in gradients(model, found).items():
+        wrong = (gradient - wanted[parameter]).norm()
+        assert wrong < 1e-4 * wanted[parameter].norm() + 1e-6 * norm, (choice.attention, parameter)
+
+
 @pytest.mark.parametrize("name", ["Llama, untied", "GPT-2 (learned positions, tied)", "Gemma 2, window 16"])
 def test_bfloat16_differs_by_rounding_only(name: str) -> None:
     model = make(name)

@@ -13,7 +13,6 @@ from cpo_pipe.data.errors import RunError
 from cpo_pipe.data.schemas import EXAMPLES
 from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.trainer.groups import Group, Groups
-from cpo_pipe.trainer.scorer import Texts
 from cpo_pipe.trainer.tables import (
     FILE,
     Extremes,
@@ -24,6 +23,7 @@ from cpo_pipe.trainer.tables import (
     restricted,
     targets,
 )
+from cpo_pipe.trainer.trees import Texts
 from tests.trainer.architectures import table
 
 

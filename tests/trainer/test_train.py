@@ -77,17 +77,17 @@ class Bench:
         }  # fmt: skip
 
     def inputs(self, objective: str, init: Model | ScratchModel | None = None) -> Inputs:
-        listwise = objective != "mle"
+        listwise = objective not in ("mle", "pss")
         return Inputs(
             self.tokenizer,
             init or self.model,
             self.selection(),
             self.groups() if listwise else None,
-            self.model if listwise else None,
+            self.model if listwise and objective != "slic" else None,
         )
 
     def train(self, objective: str, init: Model | ScratchModel | None = None, **settings: Any) -> Product:
-        reference = {} if objective == "mle" else {"reference": "m"}
+        reference = {} if objective in ("mle", "pss", "slic") else {"reference": "m"}
         values = {"init": "m", "objective": objective, "steps": 2, "batch_size": 4, "lr": 1e-3, **reference, **settings}
         inputs = self.inputs(objective, init)
         return train("t", Training.model_validate(values), self.store, inputs, None, LocalExecutor())

@@ -1,0 +1,219 @@
+"""From easy to hard: how difficult groups are, in which order they are taken, and pairs of several models."""
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.executor import LocalExecutor
+from cpo_pipe.data.recipe import Curriculum, Training
+from cpo_pipe.data.schemas import CANDIDATE
+from cpo_pipe.data.store import Rows
+from cpo_pipe.trainer.curriculum import curriculum_batches, margins, order_of, similarities, strength_gaps
+from cpo_pipe.trainer.loop import Loop
+from cpo_pipe.trainer.train import Inputs, train
+from tests.trainer.test_train import Bench, metrics, naive_logprob
+
+STRENGTHS = {"target": 3.0, "pool:medium": 2.0, "pool:weak": 1.0}
+SOURCES = ("target", "pool:medium", "pool:weak")
+PAIRS = [("target", "pool:weak"), ("target", "pool:medium"), ("pool:medium", "pool:weak")]
+
+
+def lists(groups: list[list[tuple[str, float]]]) -> pa.ListArray:
+    """Candidates of groups, by strategy and similarity."""
+    rows = [
+        [{"candidate_id": f"{n}", "text": "t", "token_ids": [1], "strategy": strategy, "similarity": cosine, "rank": n}
+         for n, (strategy, cosine) in enumerate(group)]
+        for group in groups
+    ]  # fmt: skip
+    return pa.array(rows, pa.list_(CANDIDATE))
+
+
+def test_difficulty_by_hand() -> None:
+    groups = lists([
+        [("target", 1.0), ("pool:weak", 0.2), ("pool:medium", 0.4)],
+        [("pool:medium", 0.9), ("pool:weak", 0.7)],
+        [("target", 1.0)],
+    ])  # fmt: skip
+    assert strength_gaps("t", groups, STRENGTHS).tolist() == [-1.5, -1.0, 0.0]
+    assert similarities(groups).tolist() == pytest.approx([0.3, 0.7, 0.0])
+    # Per token: −1 against −2 and −4; −3 against −1.5; alone.
+    reference, tokens = np.array([-2.0, -2.0, -12.0, -9.0, -3.0, -5.0]), np.array([2, 1, 3, 3, 2, 5])
+    assert margins(reference, tokens, np.array([3, 2, 1])).tolist() == [-2.0, 1.5, 0.0]
+    with pytest.raises(InputError, match=r"train\.t\.curriculum\.by is strength, but none is known of pool:weak"):
+        strength_gaps("t", groups, {"target": 3.0, "pool:medium": 2.0})
+
+
+def test_the_order_of_a_known_example() -> None:
+    difficulty = np.array([0.5, 0.1, 0.9, 0.3, 0.7])
+    assert order_of(difficulty, seed=0).tolist() == [1, 3, 0, 4, 2]
+    alike = [tuple(order_of(np.zeros(6), seed)) for seed in range(5)]
+    assert len(set(alike)) == 5, "what is equally difficult is shuffled"
+
+
+def test_stages_take_the_easy_ones_first() -> None:
+    difficulty = np.array([0.5, 0.1, 0.9, 0.3, 0.7, 0.2])
+    config = Curriculum(by="similarity", stages=3)
+    steps = list(curriculum_batches(config, difficulty, size=2, steps=6, seed=4))
+    easy, middle, hard = {1, 5}, {3, 0}, {4, 2}
+    assert [set(batch) for batch in steps] == [easy, easy, middle, middle, hard, hard]
+    assert list(curriculum_batches(config, difficulty, size=2, steps=6, seed=4)) == steps
+    assert list(curriculum_batches(config, difficulty, size=2, steps=6, seed=5)) != steps
+
+
+def test_the_continuous_share_grows_to_all() -> None:
+    difficulty = np.arange(100.0)
+    config = Curriculum(by="similarity", order="continuous", start=0.1)
+    steps = list(curriculum_batches(config, difficulty, size=10, steps=91, seed=0))
+    for step, batch in enumerate(steps):
+        assert len(set(batch)) == 10
+        assert max(batch) < 10 + step
+    assert set(steps[0]) == set(range(10))
+    assert max(max(batch) for batch in steps[-10:]) > 80
+    small = list(curriculum_batches(config, difficulty[:3], size=4, steps=2, seed=0))
+    assert small[0] == [0] * 4
+    assert set(small[1]) <= {0, 1, 2}
+
+
+# ── pairs of several models ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Models(Bench):
+    """Groups whose candidates are of a strong model (the target), a medium and a weak one."""
+
+    def groups(self) -> Rows:
+        rows = self.store.rows("groups", {"of": "several models"})
+        if not rows.num_rows():
+            with rows.writer() as writer:
+                for name in self.candidates:
+                    group = self._group(name)
+                    for candidate, source in zip(group["candidates"], SOURCES, strict=False):
+                        candidate["strategy"] = source
+                        candidate["similarity"] = {"target": 1.0, "pool:medium": 0.6, "pool:weak": 0.1}[source]
+                    group["candidates"] = group["candidates"][:3]
+                    writer.add([group])
+        return rows
+
+    def inputs(self, objective: str, init: Any = None) -> Inputs:
+        found = super().inputs(objective, init)
+        return Inputs(found.tokenizer, found.init, found.selection, found.groups, found.reference, STRENGTHS)
+
+
+@pytest.fixture
+def bench(tmp_path: Path, tiny_model: Path) -> Models:
+    return Models(tmp_path, tiny_model)
+
+
+def seen_by(bench: Models, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> list[list[tuple[str, str]]]:
+    """The pairs of each step's batch, by their texts' places among the example's candidates."""
+    batches: list[list[tuple[str, str]]] = []
+    step = Loop._step
+
+    def noted(self: Loop, number: int, batch: Any, *rest: Any) -> Any:
+        found = []
+        for group in batch:
+            ids = bench.candidates[group.example_id][1]
+            found.append(tuple(SOURCES[ids.index(candidate)] for candidate in group.candidates))
+        batches.append(found)
+        return step(self, number, batch, *rest)
+
+    monkeypatch.setattr(Loop, "_step", noted)
+    bench.train(**settings)
+    return batches
+
+
+@pytest.mark.parametrize("objective", ["dpo", "slic", "cpo", "cpo-ranked", "apo-zero"])
+def test_pairs_are_those_that_were_named(bench: Models, monkeypatch: pytest.MonkeyPatch, objective: str) -> None:
+    # Example b has two candidates only, so no pair with the weak model.
+    (batch,) = seen_by(bench, monkeypatch, objective=objective, pairs=PAIRS, steps=1, batch_size=10)
+    assert sorted(batch) == sorted([*PAIRS * 3, ("target", "pool:medium")])
+
+
+def test_easy_pairs_come_first(bench: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.candidates = {name: found for name, found in bench.candidates.items() if name != "b"}
+    pairs = {"objective": "dpo", "pairs": PAIRS, "batch_size": 3, "steps": 3}
+    by_strength = {"by": "strength", "stages": 3}
+    easy, *hard = seen_by(bench, monkeypatch, curriculum=by_strength, **pairs)
+    assert set(easy) == {("target", "pool:weak")}, "the gap is 2; of the others 1"
+    assert ("target", "pool:weak") not in {pair for batch in hard for pair in batch}
+
+
+def test_each_pair_has_the_log_probs_of_its_own_candidates(bench: Models) -> None:
+    from transformers import AutoModelForCausalLM
+
+    row = metrics(bench.train("slic", pairs=PAIRS[2:], margin=200.0, steps=1, batch_size=3))[0]
+    model = AutoModelForCausalLM.from_pretrained(bench.model.path)
+    expected = []
+    for name in ("a", "c", "d"):
+        prompt, (_, medium, weak, *_), _ = bench.candidates[name]
+        lead = naive_logprob(model, prompt, medium) - naive_logprob(model, prompt, weak)
+        expected.append(max(0.0, 200.0 - lead.item()))
+    assert row["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
+    start = metrics(bench.train("dpo", pairs=PAIRS, steps=1))[0]
+    assert start["loss"] == pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_no_prompt_is_trained_on_and_held_out(bench: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[Any] = []
+    start = Loop.__init__
+
+    def noted(self: Loop, name: str, config: Any, model: Any, data: Any, *rest: Any, **more: Any) -> None:
+        groups.append(data)
+        start(self, name, config, model, data, *rest, **more)
+
+    monkeypatch.setattr(Loop, "__init__", noted)
+    bench.train("dpo", pairs=PAIRS, held_out=2, steps=1)
+    held, trained = ({group.example_id for group in of} for of in (groups[0].held_out, groups[0].groups))
+    assert held
+    assert trained
+    assert not held & trained
+    assert len(groups[0].held_out) >= 2
+
+
+BY = [("dpo", "similarity"), ("cpo", "margin"), ("slic", "strength"), ("mle", "likelihood"), ("mle", "length"),
+      ("pss", "length")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("objective", "by"), BY)
+def test_every_difficulty_trains_and_has_an_address_of_its_own(bench: Models, objective: str, by: str) -> None:
+    shuffled = bench.train(objective)
+    for order in ("staged", "continuous"):
+        product = bench.train(objective, curriculum={"by": by, "order": order})
+        assert product.name != shuffled.name
+        assert bench.train(objective, curriculum={"by": by, "order": order}).name == product.name
+        spec = json.loads((product.path / "spec.json").read_text())
+        assert ("strengths" in spec) == (by == "strength")
+
+
+def test_what_is_likely_to_the_model_comes_first(bench: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(bench.model.path)
+    likely = {}
+    for name, (prompt, (target, *_), _) in bench.candidates.items():
+        likely[name] = naive_logprob(model, prompt, target).item() / len(target)
+    names: list[list[str]] = []
+    step = Loop._step
+
+    def noted(self: Loop, number: int, batch: Any, *rest: Any) -> Any:
+        names.append([group.example_id for group in batch])
+        return step(self, number, batch, *rest)
+
+    monkeypatch.setattr(Loop, "_step", noted)
+    bench.train("mle", curriculum={"by": "likelihood", "stages": 4}, steps=4, batch_size=1)
+    assert [name for (name,) in names] == sorted(likely, key=lambda name: -likely[name])
+
+
+def test_what_nobody_wrote_is_nothing_to_train_on(bench: Models, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    config = Training.model_validate(
+        {"init": "m", "objective": "dpo", "reference": "m", "pairs": [["pool:weak", "pool:other"]]}
+    )
+    with pytest.raises(InputError, match=r"train\.t: nothing to train on"):
+        train("t", config, bench.store, bench.inputs("dpo"), None, LocalExecutor())

@@ -10,9 +10,9 @@ setup:
 demo:
     cpo-pipe demo
 
-# All tests (those that need vLLM skip where it is not installed)
+# All tests, in two processes (those that need vLLM skip where it is not installed)
 test *ARGS:
-    python -m pytest {{ARGS}}
+    python -m pytest -n 2 --dist loadfile {{ARGS}}
 
 # Style and the direction of imports
 lint:

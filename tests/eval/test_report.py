@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from cpo_pipe.data.schemas import EXAMPLES, METRICS
+from cpo_pipe.eval.agreement import AGREEMENT
 from cpo_pipe.eval.charts import alpha_curves
 from cpo_pipe.eval.examples import visible
 from cpo_pipe.eval.exports import write_exports
@@ -127,6 +128,23 @@ def test_differences_between_systems_are_shown_judge_by_judge(tmp_path: Path) ->
     assert similarity < page.text.index("+0.100") < exact < page.text.index("-0.250")
     _, page = render(tmp_path, make_data())
     assert "Differences between systems" not in page.text
+
+
+def test_how_far_judges_agree_is_shown_and_written(tmp_path: Path) -> None:
+    row = {"judge_a": "gpt", "judge_b": "human labels", "agreement": 0.8125, "ci_low": 0.7, "ci_high": 0.9,
+           "kappa": 0.5, "kappa_low": 0.25, "kappa_high": 0.75, "n": 1600}  # fmt: skip
+    alike = row | {"judge_b": "longer", "kappa": None, "kappa_low": None, "kappa_high": None}
+    data = make_data(agreements=pa.Table.from_pylist([row, alike], schema=AGREEMENT))
+    _, page = render(tmp_path, data)
+    assert row_of(page, "gpt and human labels") == "0.812 [0.700, 0.900]0.500 [0.250, 0.750]1,600"
+    assert row_of(page, "gpt and longer") == "0.812 [0.700, 0.900]–1,600"
+    write_exports(tmp_path, data)
+    assert (
+        "| gpt and human labels | 0.812 [0.700, 0.900] | 0.500 [0.250, 0.750] | 1,600 |"
+        in (tmp_path / "metrics.md").read_text()
+    )
+    _, page = render(tmp_path, make_data())
+    assert "Agreement of judges" not in page.text
 
 
 def test_metrics_of_the_rankers_model_are_marked(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from cpo_pipe.data.schemas import EXAMPLES
+from cpo_pipe.eval.agreement import AGREEMENT
 from cpo_pipe.eval.measure import COMPARISONS, VERDICTS
 from cpo_pipe.eval.report import ReportData, StageRecord, write_report
 from tests.eval.report_data import HOSTILE, example, make_data, said, verdict
@@ -46,7 +47,10 @@ def data_of(**changes: Any) -> ReportData:
     difference = {"metric": "similarity win rate", "decoding": "greedy", "system_a": "cpo", "system_b": "mle",
                   "difference": 0.1, "ci_low": 0.0, "ci_high": 0.2, "p": 0.04, "p_holm": 0.08, "n": 60,
                   "n_needed": 700}  # fmt: skip
+    agreement = {"judge_a": "similarity", "judge_b": "api", "agreement": 0.8, "ci_low": 0.7, "ci_high": 0.9,
+                 "kappa": 0.5, "kappa_low": 0.2, "kappa_high": 0.8, "n": 7}  # fmt: skip
     return make_data(**{
+        "agreements": pa.Table.from_pylist([agreement], schema=AGREEMENT),
         "comparisons": pa.Table.from_pylist([difference], schema=COMPARISONS), "ensembles": {"e": [(0.5, "cpo")]},
         "examples": pa.Table.from_pylist(examples, schema=EXAMPLES), "outputs": pa.Table.from_pylist(outputs),
         "verdicts": pa.Table.from_pylist(verdicts, schema=VERDICTS),

@@ -38,7 +38,10 @@ SET_CASES = {
     "train.cpo.beta={": ("train", "--set train.cpo.beta={: the value is not valid YAML (line 1"),
     "train.cpo.beta.x=1": ("train", "train.cpo.beta is not a section"),
     "train.start.init=cpo": ("train", "train has a cycle: "),
-    "train.cpo.objective=ppo": ("train", "train.cpo.objective is 'ppo': input should be 'mle', 'cpo' or 'cpo-ranked'"),
+    "train.cpo.objective=ppo": (
+        "train",
+        "train.cpo.objective is 'ppo': input should be 'mle', 'cpo', 'cpo-ranked', 'dpo', 'slic', 'apo-zero', ",
+    ),
     "train.cpo.objective=cpo-ranked": ("rank", "rank is none, but train.cpo has the objective cpo-ranked"),
     "train.cpo.reference=null": ("train", "train.cpo: reference is missing: cpo needs a frozen reference model"),
     "negatives=null": ("train", "negatives is missing: train.cpo has the objective cpo"),

@@ -106,18 +106,16 @@ def test_exact_or_refused(name: str) -> None:
 def test_targets_alone_are_packed_without_a_trace_of_each_other_or_not_at_all(name: str) -> None:
     groups = [(prompt, candidates[:1]) for prompt, candidates in GROUPS]
     model = make(name)
-    scorer = Scorer(model)
-    choice = choose("m", scorer, probes(table(groups)))
-    packed = TAKEN.get(name, "cascade") in ("cascade", "split")
-    assert choice.attention == ("packed" if packed else choice.attention)
     expected = [values for texts in groups for values in naive(model, texts)]
     wanted = gradients(model, expected)
     norm = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
+    scorer = Scorer(model)
+    choice = choose("m", scorer, probes(table(groups)))
+    hooked = TAKEN.get(name, "cascade") in ("cascade", "split")
+    assert choice.attention == ("packed" if hooked else "padded"), choice.refused
     row = scorer.pack(groups)
-    if choice.attention == "packed":
-        assert row.ids.numel() == sum(len(prompt) + len(c) - 1 for prompt, those in groups for c in those)
-    elif choice.attention == "plain":
-        return
+    tokens = sum(len(prompt) + len(candidate) - 1 for prompt, (candidate,) in groups)
+    assert (row.ids.numel() == tokens) == hooked
     values = row.per_token(scorer(row))
     found = [one[: len(candidate)] for one, (_, (candidate,)) in zip(values, groups, strict=True)]
     assert_equal(found, expected, 1e-5)

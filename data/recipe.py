@@ -749,6 +749,11 @@ class Recipe(Section):
     train: dict[Name, Training] = Field(description="named trainings")
     negatives: Negatives | None = Field(None, description="synthetic negatives")
     rank: Rank | Literal["none"] = Field(default_factory=Rank, description="order of the negatives, or `none`")
+    rounds: Positive = Field(
+        1,
+        description="rounds of self-play: each training on negatives is repeated, `cpo` as `cpo@2` and so on, from the "
+        "model of the round before, which is its reference and the generator of its negatives, too",
+    )
     evaluate: Evaluate | None = Field(None, description="comparison of the results")
 
     @model_validator(mode="after")
@@ -768,7 +773,28 @@ class Recipe(Section):
                 raise ValueError(f"negatives is missing: train.{name} has the objective {training.objective}")
             if training.objective == "cpo-ranked" and self.rank == "none":
                 raise ValueError(f"rank is none, but train.{name} has the objective cpo-ranked: use cpo, or rank")
+        self._check_rounds()
         return self
+
+    def _check_rounds(self) -> None:
+        """Refuse rounds of nothing, and models that are called like a round that there is not."""
+        if self.rounds > 1 and not any(training.contrasts for training in self.train.values()):
+            raise ValueError(f"rounds is {self.rounds}, but no training learns from negatives: leave it out")
+        named = self._local_models()
+        if self.negatives is not None:
+            named["negatives"] = self.negatives.upstream()
+        if self.evaluate is not None:
+            named |= {f"evaluate.systems.{name}": [system.model]
+                      for name, system in self.evaluate.systems.items() if system.model is not None}  # fmt: skip
+        trainings = self.trainings()
+        for place, model in ((place, model) for place, models in named.items() for model in models):
+            base, separator, number = model.rpartition("@")
+            if separator and number.isdecimal() and base in self.train and model not in trainings:
+                there = [name for name in trainings if name.partition("@")[0] == base]
+                raise ValueError(
+                    f"{place} names {model}, but rounds is {self.rounds} and of the training {base} there is "
+                    f"{', '.join(there)}: name what there is, or raise rounds"
+                )
 
     def _check_sources(self, name: str, training: Training) -> None:
         """Refuse pairs of what no group has, and a curriculum by what nobody measured."""
@@ -784,6 +810,15 @@ class Recipe(Section):
 
     def _check_local(self) -> None:
         """Refuse APIs where weights are needed, before any of them is paid."""
+        for place, models in self._local_models().items():
+            for model in models:
+                if model in self.apis:
+                    raise ValueError(
+                        f"{place} names {model}, which is an API: only a model with its weights here will do"
+                    )
+
+    def _local_models(self) -> dict[str, list[str]]:
+        """Names of the models whose weights are needed, by where the recipe names them."""
         needed = {f"train.{name}": training.upstream() for name, training in self.train.items()}
         if self.evaluate is not None:
             needed |= {f"evaluate.systems.{name}": [*(system.merge or ())]
@@ -792,12 +827,7 @@ class Recipe(Section):
             needed |= {f"evaluate.judges.{name}": [judge.model]
                        for name, judge in self.evaluate.judges.items() if judge.model is not None}  # fmt: skip
             needed["evaluate.mauve_model"] = [self.evaluate.mauve_model] if self.evaluate.mauve_model else []
-        for place, models in needed.items():
-            for model in models:
-                if model in self.apis:
-                    raise ValueError(
-                        f"{place} names {model}, which is an API: only a model with its weights here will do"
-                    )
+        return needed
 
     def _check_apis(self, negatives: Negatives) -> None:
         if negatives.model in self.apis and negatives.counts.meanfield:
@@ -815,19 +845,41 @@ class Recipe(Section):
             hint = nearest(name, self.apis) or f"there are {', '.join(self.apis) or 'none'}"
             raise ValueError(f"{place} {name!r} is not among `apis`; {hint}")
 
+    def trainings(self) -> dict[str, Training]:
+        """The trainings by name, the later rounds last.
+
+        Round 2 of `cpo` is `cpo@2`: no name in `train` has an @, and α in an ensemble's NAME@α is at most 1.
+        """
+        trainings = dict(self.train)
+        for number in range(2, self.rounds + 1):
+            for name, training in self.train.items():
+                if training.contrasts:
+                    before = name if number == 2 else f"{name}@{number - 1}"
+                    frozen = {"reference": before} if training.reference is not None else {}
+                    trainings[f"{name}@{number}"] = training.model_copy(update={"init": before, **frozen})
+        return trainings
+
+    def negatives_of(self, name: str) -> Negatives | None:
+        """What the negatives are made by that a training learns from: in a later round by the round before."""
+        if self.negatives is None or name in self.train:
+            return self.negatives
+        return self.negatives.model_copy(update={"model": self.trainings()[name].init})
+
     def training_order(self) -> list[str]:
-        """Names of the trainings, each after those it needs."""
-        graph = {name: self._trainings_before(training) for name, training in self.train.items()}
+        """Names of the trainings, each after those it needs; of all rounds."""
+        trainings = self.trainings()
+        graph = {
+            name: [model for model in self._models_before(name, training) if model in trainings]
+            for name, training in trainings.items()
+        }
         try:
             return list(graphlib.TopologicalSorter(graph).static_order())
         except graphlib.CycleError as error:
             raise ValueError(f"train has a cycle: {' needs '.join(reversed(error.args[1]))}") from error
 
-    def _trainings_before(self, training: Training) -> list[str]:
-        models = training.upstream()
-        if training.contrasts and self.negatives is not None:
-            models += self.negatives.upstream()
-        return [name for name in models if name in self.train]
+    def _models_before(self, name: str, training: Training) -> list[str]:
+        negatives = self.negatives_of(name) if training.contrasts else None
+        return training.upstream() + (negatives.upstream() if negatives is not None else [])
 
 
 def builtin_recipes() -> dict[str, Path]:

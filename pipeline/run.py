@@ -10,7 +10,7 @@ import platform
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -63,6 +63,8 @@ class Run:
     ):
         """`source` and `options` are the recipe and the options as given on the command line; messages repeat them."""
         self.recipe = recipe
+        self.trainings = recipe.trainings()
+        """By name, those of later rounds too."""
         self.store = store
         self.run_dir = run_dir
         self.executor = executor or LocalExecutor()
@@ -91,9 +93,9 @@ class Run:
         return self._models[name]
 
     def _find_model(self, name: str) -> Model:
-        if name not in self.recipe.train:
+        if name not in self.trainings:
             return self._locate_model(name)
-        product = checkpoint(self.store, training_spec(self.recipe.train[name], self._inputs(name)))
+        product = checkpoint(self.store, training_spec(self.trainings[name], self._inputs(name)))
         if not product.complete():
             raise MissingInput(f"the training {name} is not done: run `{self._command('train', name)}`")
         return checkpoint_model(name, product)
@@ -105,7 +107,7 @@ class Run:
         except MissingInput:
             raise
         except InputError as error:
-            near = nearest(name, self.recipe.train, "the training ")
+            near = nearest(name, self.trainings, "the training ")
             raise InputError(f"{error}; {near}" if near else str(error)) from error
 
     def _locate_model(self, name: str) -> Model:
@@ -119,25 +121,32 @@ class Run:
         check_vocabulary(model, self.examples().tokenizer, self.store)
         return model
 
-    def negatives(self) -> Plan:
+    # Negatives and groups are shared by all first rounds; a later round, given by its name, has its own.
+
+    def negatives(self, later: str | None = None) -> Plan:
         """Which negatives the recipe asks for, made or not."""
         tokens = target_tokens(self.recipe.data)
-        return plan_negatives(self._negatives(), self.store, self.examples(), self._generator, tokens)
+        return plan_negatives(self._negatives(later), self.store, self.examples(), self._generator, tokens)
 
-    def sources(self) -> Sources:
+    def sources(self, later: str | None = None) -> Sources:
         """Where the negatives are that the recipe asks for."""
-        return self.negatives().sources
+        return self.negatives(later).sources
 
-    def groups(self) -> tuple[Sources, Rows]:
-        """The complete groups, or MissingInput."""
-        sources = self.sources()
-        if sources.missing():
+    def _complete_sources(self, later: str | None) -> Sources:
+        """Where the negatives are, or MissingInput."""
+        sources = self.sources(later)
+        if missing := sources.missing():
             command = self._command("generate-negatives")
-            raise MissingInput(f"{sources.missing()} negatives are missing: run `{command}`")
+            raise MissingInput(f"{missing} negatives{_of(later)} are missing: run `{command}`")
+        return sources
+
+    def groups(self, later: str | None = None) -> tuple[Sources, Rows]:
+        """The complete groups, or MissingInput."""
+        sources = self._complete_sources(later)
         groups, _, _ = plan_groups(self._rank(), self._ranked(), self.store, sources)
         missing = groups.missing(sources.selection.select(["example_id"])).num_rows
         if missing:
-            raise MissingInput(f"{missing} groups are missing: run `{self._command('rank')}`")
+            raise MissingInput(f"{missing} groups{_of(later)} are missing: run `{self._command('rank')}`")
         return sources, groups
 
     # ── stages ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -148,21 +157,33 @@ class Run:
             record["artifact"] = prepare(self.recipe.data, self.store).product.name
 
     def generate_negatives(self) -> None:
-        """Stage `generate-negatives`."""
-        plan = self.negatives()
-        with self._stage("generate-negatives") as record:
+        """Stage `generate-negatives`, of all rounds whose generator is there."""
+        self._generate()
+        self._in_later_rounds(self._generate)
+
+    def _generate(self, later: str | None = None) -> None:
+        plan = self.negatives(later)
+        with self._stage(f"generate-negatives{_of(later)}") as record:
             generate_negatives(plan, self.executor)
             record["artifact"] = [source.rows.name for source in plan.sources.pools]
 
     def rank(self) -> None:
-        """Stage `rank`."""
-        sources = self.sources()
-        if sources.missing():
-            raise MissingInput(
-                f"{sources.missing()} negatives are missing: run `{self._command('generate-negatives')}`"
-            )
-        with self._stage("rank") as record:
+        """Stage `rank`, of all rounds whose negatives are there."""
+        self._group()
+        self._in_later_rounds(self._group)
+
+    def _group(self, later: str | None = None) -> None:
+        sources = self._complete_sources(later)
+        with self._stage(f"rank{_of(later)}") as record:
             record["artifact"] = rank(self._rank(), self._ranked(), self.store, sources, self.executor).name
+
+    def _in_later_rounds(self, make: Callable[[str], None]) -> None:
+        """Make what can be made now of each later round, and say what the others wait for."""
+        for name in filter(self._later, self.trainings):
+            try:
+                make(name)
+            except MissingInput as missing:
+                log.info("%s is waiting: %s", name, missing)
 
     def quality(self) -> None:
         """Print figures of the negatives, with what is wrong with them, and write them to quality.parquet."""
@@ -186,8 +207,8 @@ class Run:
             InputError: a name is not in the recipe; MissingInput: an input of a named training is missing.
         """
         for name in names:
-            if name not in self.recipe.train:
-                hint = nearest(name, self.recipe.train) or f"there are {', '.join(self.recipe.train)}"
+            if name not in self.trainings:
+                hint = nearest(name, self.trainings) or f"there are {', '.join(self.trainings)}"
                 raise InputError(f"training {name}: not in the recipe; {hint}")
         blocked = {}
         for name in self.recipe.training_order():
@@ -201,7 +222,7 @@ class Run:
                 blocked[name] = str(missing)
                 continue
             with self._stage(f"train {name}") as record:
-                config = self.recipe.train[name]
+                config = self.trainings[name]
                 record["artifact"] = train(name, config, self.store, inputs, self.run_dir, self.executor).name
         return blocked
 
@@ -317,6 +338,11 @@ class Run:
         artifacts = {"examples": self.examples().product.name}
         if groups is not None:
             artifacts |= {"negatives": ", ".join(pool.rows.name for pool in sources.pools), "groups": groups.name}
+        for name in filter(self._later, self.trainings):
+            with suppress(MissingInput):
+                of, later = self.groups(name)
+                made_by = ", ".join(pool.rows.name for pool in of.pools)
+                artifacts |= {f"negatives of {name}": made_by, f"groups of {name}": later.name}
         artifacts |= {f"training {name}": self._address(model) for name, model in trained.items()}
         artifacts |= {f"system {name}": self._address(model) for name, model in systems.items()}
         artifacts["metrics"] = evaluation.product.name
@@ -425,7 +451,7 @@ class Run:
         return Means(self._apis, self._judge_model, self._logprobs)
 
     def _judge_model(self, name: str) -> Model:
-        return self.model(name) if name in self.recipe.train else self._named(name)
+        return self.model(name) if name in self.trainings else self._named(name)
 
     def _logprobs(self, model: Model, groups: pa.Table) -> list[float]:
         from cpo_pipe.trainer.logprobs import cached_logprobs, read_logprobs
@@ -443,29 +469,30 @@ class Run:
     def everything(self) -> Path | None:
         """All that is missing, in order; returns the path of the report, if the recipe evaluates."""
         self.prepare()
-        grouped = False
+        grouped: set[str | None] = set()
         for name in self.recipe.training_order():
-            if self.recipe.train[name].contrasts and not grouped:
-                self.generate_negatives()
-                self.rank()
-                grouped = True
+            later = self._later(name)
+            if self.trainings[name].contrasts and later not in grouped:
+                self._generate(later)
+                self._group(later)
+                grouped.add(later)
             self.train([name])
         if self.recipe.negatives is not None and not grouped:
-            self.generate_negatives()
-            self.rank()
+            self._generate()
+            self._group()
         return self.evaluate() if self.recipe.evaluate is not None else None
 
     # ── resolving ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _inputs(self, name: str) -> Inputs:
-        config: Training = self.recipe.train[name]
+        config: Training = self.trainings[name]
         examples = self.examples()
         init = self.model(config.init) if isinstance(config.init, str) else config.init
         columns = ["example_id", "prompt_ids", "target_ids"]  # texts need not be in memory while training
         if not config.contrasts:
             return Inputs(examples.tokenizer, init, examples.read("train", columns=columns))
         reference = self.model(config.reference) if config.reference is not None else None
-        sources, groups = self.groups()
+        sources, groups = self.groups(self._later(name))
         strengths = self._negatives().strengths()
         return Inputs(examples.tokenizer, init, sources.selection.select(columns), groups, reference, strengths)
 
@@ -481,12 +508,17 @@ class Run:
         """What makes negatives: an API of the recipe, or a model."""
         if name in self._apis:
             return self._apis[name]
-        return self._named(name) if any_tokenizer and name not in self.recipe.train else self.model(name)
+        return self._named(name) if any_tokenizer and name not in self.trainings else self.model(name)
 
-    def _negatives(self) -> Negatives:
-        if self.recipe.negatives is None:
+    def _later(self, name: str) -> str | None:
+        """The name of a training that is a later round; None of a first one."""
+        return name if name not in self.recipe.train else None
+
+    def _negatives(self, later: str | None = None) -> Negatives:
+        negatives = self.recipe.negatives if later is None else self.recipe.negatives_of(later)
+        if negatives is None:
             raise InputError("negatives is missing: the recipe has no such section, so there is nothing to generate")
-        return self.recipe.negatives
+        return negatives
 
     def _evaluation(self) -> Evaluate:
         if self.recipe.evaluate is None:
@@ -537,6 +569,11 @@ class Run:
             _add_spent(took["apis"], self._apis[api], self._apis[api].ledger.used - tokens)
         run["stages"][name] = (earlier if done is None else done) | took
         atomic.write_bytes(path, json.dumps(run, indent=2).encode())
+
+
+def _of(later: str | None) -> str:
+    """Whose negatives and groups, in words; they are the recipe's, but for those of later rounds."""
+    return f" of {later}" if later is not None else ""
 
 
 def _add_spent(apis: dict[str, dict[str, Any]], api: ApiModel, used: Tokens) -> None:

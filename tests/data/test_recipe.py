@@ -68,7 +68,7 @@ def test_an_unknown_key_gets_the_nearest_known_one(sections: dict[str, Any], whe
 
 def test_an_unknown_key_like_none_gets_all_known_ones() -> None:
     assert refusal(rank={"zzz": 1}) == "rank.zzz is not a known key; known are model, drop_duplicates, batch_size"
-    assert refusal(zzz=1).endswith("known are name, data, apis, train, negatives, rank, evaluate")
+    assert refusal(zzz=1).endswith("known are name, data, apis, train, negatives, rank, rounds, evaluate")
 
 
 def test_nearest() -> None:
@@ -274,6 +274,80 @@ def test_a_cycle_is_told_in_the_order_of_need() -> None:
     assert all(train[name]["init"] == needed for name, needed in pairwise(chain))
 
 
+# ── rounds ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+RANKED = {"init": {"architecture": "gpt2"}, "objective": "cpo-ranked", "reference": "base"}
+SLIC = {"init": "base", "objective": "slic"}
+
+
+def test_a_round_follows_the_one_before() -> None:
+    recipe = parse_recipe(content(train={"base": MLE, "cpo": {**CPO, "lr": 0.5}, "slic": SLIC}, rounds=3), "r")
+    trainings = recipe.trainings()
+    assert list(trainings) == ["base", "cpo", "slic", "cpo@2", "slic@2", "cpo@3", "slic@3"]
+    assert {name: trainings[name] for name in recipe.train} == recipe.train
+    starts = {name: (training.init, training.reference) for name, training in trainings.items() if "@" in name}
+    assert starts == {
+        "cpo@2": ("cpo", "cpo"), "cpo@3": ("cpo@2", "cpo@2"), "slic@2": ("slic", None), "slic@3": ("slic@2", None)
+    }  # fmt: skip
+    assert trainings["cpo@3"] == recipe.train["cpo"].model_copy(update={"init": "cpo@2", "reference": "cpo@2"})
+
+
+def test_the_model_of_the_round_before_generates_and_the_rest_of_negatives_stays() -> None:
+    negatives = {"model": "base", "counts": {"autoregressive": 3, "truncation": 1}, "top_k": 7, "seed": 5,
+                 "pools": {"old": {"model": "base", "strength": 1}}}  # fmt: skip
+    recipe = parse_recipe(
+        content(train={"base": MLE, "cpo": CPO, "ranked": RANKED}, negatives=negatives, rounds=3), "r"
+    )
+    assert recipe.negatives is not None
+    assert recipe.negatives_of("cpo") == recipe.negatives_of("ranked") == recipe.negatives
+    for name, generator in {"cpo@2": "cpo", "cpo@3": "cpo@2", "ranked@2": "ranked", "ranked@3": "ranked@2"}.items():
+        assert recipe.negatives_of(name) == recipe.negatives.model_copy(update={"model": generator})
+
+
+def test_rounds_are_done_in_order_and_other_trainings_start_from_any() -> None:
+    train = {"last": {**MLE, "init": "cpo@3"}, "cpo": CPO, "base": MLE, "side": {**CPO, "init": "cpo@2"}}
+    order = parse_recipe(content(train=train, rounds=3), "r").training_order()
+    assert sorted(order) == sorted(["last", "cpo", "base", "side", "cpo@2", "cpo@3", "side@2", "side@3"])
+    for before, after in [("base", "cpo"), ("cpo", "cpo@2"), ("cpo@2", "cpo@3"), ("cpo@3", "last"), ("cpo@2", "side"),
+                          ("side", "side@2"), ("side@2", "side@3")]:  # fmt: skip
+        assert order.index(before) < order.index(after)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"rounds": 0}, "rounds is 0: input should be greater than 0"),
+        ({"rounds": 2, "train": {"base": MLE}}, "rounds is 2, but no training learns from negatives: leave it out"),
+        # Names with an @ are those of rounds (and, among systems, of ensembles).
+        ({"rounds": 2, "train": {"base": MLE, "cpo": CPO, "cpo@2": MLE}}, "train.cpo@2 is 'cpo@2': string should"),
+        ({"rounds": 2, "apis": {"cpo@2": {"url": "http://x/v1", "model": "m"}}}, "apis.cpo@2 is 'cpo@2': string"),
+        ({"rounds": 2, **evaluation(systems={"base": {"model": "cpo@3"}})},
+         "evaluate.systems.base names cpo@3, but rounds is 2 and of the training cpo there is cpo, cpo@2: name what "
+         "there is, or raise rounds"),
+        ({"train": {"base": {**MLE, "init": "cpo@2"}, "cpo": CPO}}, "train.base names cpo@2, but rounds is 1"),
+        ({"rounds": 2, **evaluation(ensembles={"mix": {"of": ["base@2", "cpo"], "alphas": [0.5]}})},
+         "evaluate.ensembles.mix names base@2, but rounds is 2 and of the training base there is base: name"),
+        ({"rounds": 2, "negatives": {"model": "cpo@1"}}, "negatives names cpo@1, but rounds is 2"),
+        # The first round's negatives would come from the second.
+        ({"rounds": 2, "negatives": {"model": "cpo@2"}}, "train has a cycle: "),
+    ],
+)  # fmt: skip
+def test_rounds_that_there_are_not(sections: dict[str, Any], message: str) -> None:
+    assert refusal(**sections).startswith(message)
+
+
+def test_every_place_for_a_model_takes_a_round() -> None:
+    judges = {"likelihood": {"model": "cpo@2"}}
+    systems = {"base": {"model": "cpo@2"}, "both": {"merge": {"cpo": 0.5, "cpo@2": 0.5}}}
+    ensembles = {"cpo": {"of": ["cpo@2", "base"], "alphas": [0, 1]}}
+    sections = evaluation(systems=systems, ensembles=ensembles, judges=judges, mauve_model="cpo@2")
+    recipe = parse_recipe(content(rounds=2, **sections), "r")
+    assert recipe.evaluate is not None
+    of_ensembles = {name for name in recipe.evaluate.all_systems() if "@" in name}
+    assert of_ensembles == {"cpo@0", "cpo@1"}
+    assert not of_ensembles & recipe.trainings().keys(), "an α is at most 1, a later round at least 2"
+
+
 # ── the text ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -287,6 +361,7 @@ def test_a_cycle_is_told_in_the_order_of_need() -> None:
         {"train": {"1": MLE, "on": MLE, "1e3": MLE, "null": {**MLE, "init": "no"}}},
         {"rank": "none"},
         {"rank": {}},
+        {"rounds": 3},
         {"train": {"base": {**MLE, "lr": 1e-5, "adam_epsilon": 1e-12}}},
         {"evaluate": {"systems": {"x": {"merge": {"b": 0.25, "1": 0.75}}}, "baseline": "x",
                       "judges": {"exact": {"pattern": "#(.)"}, "ours": {"kind": "longer"}}}},

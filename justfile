@@ -12,7 +12,7 @@ demo:
 
 # All tests, in two processes (those that need vLLM skip where it is not installed)
 test *ARGS:
-    python -m pytest -n 2 --dist loadfile {{ARGS}}
+    python -m pytest -n 2 --dist worksteal {{ARGS}}
 
 # Style and the direction of imports
 lint:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
+_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+_SAFETENSORS = ("*.safetensors",)
+PICKLES = ("pytorch_model*.bin", "README.md")
 _OTHER_FORMATS = ["original/*", "onnx/*", "openvino/*"]
 """Copies of the same weights that some hub repositories carry."""
 
@@ -93,8 +96,12 @@ class Model:
         return network
 
 
-def fetch_folder(name: str, what: str, revision: str | None = None, *, make: bool = True) -> Path:
+def fetch_folder(
+    name: str, what: str, revision: str | None = None, *, make: bool = True, weights: Sequence[str] = _SAFETENSORS
+) -> Path:
     """The folder that `name` (a folder or a hub name) leads to; a hub name is downloaded into the hub's cache.
+
+    Of a hub model's weights only the files of the patterns `weights` are downloaded.
 
     Raises:
         InputError: neither a folder nor something the hub gives.
@@ -110,7 +117,7 @@ def fetch_folder(name: str, what: str, revision: str | None = None, *, make: boo
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=_FILES,
+                allow_patterns=[*_FILES, *weights],
                 ignore_patterns=_OTHER_FORMATS,
                 local_files_only=not make,
             )

@@ -343,10 +343,11 @@ class PoolColumns(Section):
 
     prompt: str = Field(
         "prompt",
-        description="column with the prompt, as data.source has it; a file with a column example_id is matched by that",
+        description="column with the prompt, as data.source has it, or one message of the user; a file with a column "
+        "example_id is matched by that",
     )
     context: str | None = Field(None, description="column with the prompt's context, where it is not in the prompt")
-    text: str = Field("text", description="column with a continuation, or a list of them")
+    text: str = Field("text", description="column with a continuation, a list of them, or one message of the assistant")
 
 
 class Pool(Section):
@@ -355,7 +356,8 @@ class Pool(Section):
     model: str | None = Field(None, description="an API of `apis`, a training's name, a folder or a hub name")
     file: str | None = Field(
         None,
-        description="a .jsonl or .parquet file with continuations that are there already, or a .json file with a list",
+        description="a .jsonl or .parquet file with continuations that are there already, a .json file with a list, "
+        "or a folder of .parquet files, such as `cpo-pipe export` writes",
     )
     columns: PoolColumns = Field(default_factory=PoolColumns, description="column mapping of the file")
     count: int = Field(1, gt=0, lt=1 << 16, description="negatives per prompt")

@@ -16,6 +16,7 @@ from cpo_pipe.data.recipe import builtin_recipes, load_recipe, nearest
 from cpo_pipe.data.recipe_text import recipe_text
 from cpo_pipe.data.roots import shown
 from cpo_pipe.data.store import Store
+from cpo_pipe.pipeline.convert import convert as convert_model
 from cpo_pipe.pipeline.run import Run
 from cpo_pipe.pipeline.store_commands import store_app
 from cpo_pipe.pipeline.terminal import DEFAULT_STORE, DebugOption, StoreOption, reported
@@ -61,6 +62,8 @@ WorkerGpusOption = Annotated[
     float | None, typer.Option(min=0, help="GPUs of a Ray worker, such as 0.5.", show_default="1, where there are GPUs")
 ]
 
+OutOption = Annotated[Path, typer.Option(help="A folder that is new or empty.")]
+
 # Typer's usage errors (an unknown option, a missing argument): click's class in some versions, a copy in others.
 _UsageError: Any = typer.BadParameter.__base__
 
@@ -73,6 +76,17 @@ def init(name: Annotated[str, typer.Argument(help="Name of a built-in recipe.")]
             hint = nearest(name, builtin_recipes()) or f"there are {', '.join(builtin_recipes())}"
             raise InputError(f"recipe {name}: not built in; {hint}")
         print(recipe_text(load_recipe(name), named=False), end="")
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="A folder or hub name whose weights are pickles (pytorch_model.bin).")],
+    out: OutOption,
+    debug: DebugOption = False,
+) -> None:
+    """Write a model of pickles as safetensors, which the other commands read; its SentencePiece model made exact."""
+    with reported(debug):
+        convert_model(model, out)
 
 
 def _stage(function: Callable[..., None], recipe: str | None = None) -> None:
@@ -163,10 +177,35 @@ def merge(
     system: Annotated[
         str, typer.Argument(help="A system of `evaluate`: of the ensemble `mix` that at α = 0.5 is called mix@0.5.")
     ],
-    out: Annotated[Path, typer.Option(help="A folder that is new or empty.")],
+    out: OutOption,
 ) -> None:
     """Write the model of a system, such as a weight-space ensemble, to a folder that transformers and vLLM load."""
     run.merge(system, out)
+
+
+def export(
+    run: Run,
+    out: OutOption,
+    pair: Annotated[
+        list[str],
+        typer.Option(
+            metavar="CHOSEN,REJECTED",
+            help="Which pairs of a group, by strategy, such as target,pool:weak. Repeatable.",
+            show_default="the target with each negative",
+        ),
+    ] = [],  # noqa: B006  (typer copies it)
+    conversational: Annotated[
+        bool, typer.Option("--conversational", help="Texts as messages, prompts as before the template.")
+    ] = False,
+    push: Annotated[
+        str, typer.Option(metavar="REPO", help="Also upload it to this data set of the hub.", show_default="no")
+    ] = "",
+    public: Annotated[
+        bool, typer.Option("--public", help="Make that data set a public one, or add to one that is.")
+    ] = False,
+) -> None:
+    """Write the groups as preference data (prompt, chosen, rejected) that TRL trains on."""
+    run.export(out, pair, conversational, push, public)
 
 
 def run_(run: Run) -> None:
@@ -179,7 +218,7 @@ def demo(run: Run) -> None:
     run.everything()
 
 
-for _function in (prepare, generate_negatives, rank, quality, train, evaluate, merge, run_):
+for _function in (prepare, generate_negatives, rank, quality, train, evaluate, merge, export, run_):
     _stage(_function)
 _stage(demo, recipe="demo")
 app.add_typer(store_app, name="store")

@@ -30,6 +30,8 @@ from cpo_pipe.data.recipe import Evaluate, Negatives, Rank, Recipe, System, Trai
 from cpo_pipe.data.recipe_text import recipe_text
 from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.pipeline.engines.openai import ApiModel, Tokens
+from cpo_pipe.pipeline.export import check_repo, export, parse_pairs, upload
+from cpo_pipe.pipeline.folders import check_new, new_folder
 from cpo_pipe.pipeline.generate import Plan, Sources, generate_negatives, plan_negatives
 from cpo_pipe.pipeline.prepare import find_examples, prepare, target_tokens
 from cpo_pipe.pipeline.quality import Quality, measure_quality
@@ -310,24 +312,37 @@ class Run:
         if name not in systems:
             hint = nearest(name, systems) or f"there are {', '.join(systems)}"
             raise InputError(f"system {name}: not among evaluate's; {hint}")
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise InputError(f"--out {out}: is there already; name a folder that is new or empty")
+        check_new(out)
         self.store.register_run(self.run_dir)
         model = self.system(name, systems[name])
         if isinstance(model, ApiModel):
             raise InputError(f"system {name}: is an API, whose weights are not here; name another system")
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        scratch = atomic.temporary(out.absolute())
-        try:
-            scratch.mkdir()
+        with new_folder(out) as scratch:
             for pattern in MODEL_FILES:
                 for file in model.path.glob(pattern):
                     shutil.copyfile(file, scratch / file.name)
             copy_tokenizer(self.examples().tokenizer.path, scratch)
-            atomic.rename(scratch, out.absolute())
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
         print(f"system {name}: written to {out}")
+
+    def export(
+        self, out: Path, pairs: Sequence[str] = (), conversational: bool = False, push: str = "", public: bool = False
+    ) -> None:
+        """Write the groups to a folder as preference data, and with `push` to the hub.
+
+        Raises:
+            InputError: the folder is not empty, or a pair or the hub's name is none; MissingInput: groups are missing.
+        """
+        wanted = parse_pairs(pairs, self._negatives())
+        check_new(out)
+        if push:
+            check_repo(push)
+        elif public:
+            raise InputError("--public has no meaning without --push: leave it out")
+        sources, groups = self.groups()
+        tokenizer = self.examples().tokenizer
+        export(out, self.recipe, tokenizer, sources.selection, groups, wanted, conversational)
+        if push:
+            upload(out, push, public)
 
     def _report(self, evaluation: "Evaluation", systems: Mapping[str, Model | ApiModel]) -> Path:
         from cpo_pipe.eval.exports import write_exports

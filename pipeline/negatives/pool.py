@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from cpo_pipe.data import templates
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.executor import Made, Make
-from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec, tokenizer_fingerprint
+from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec, digest, tokenizer_fingerprint
 from cpo_pipe.data.models import Model, TokenizerFiles
 from cpo_pipe.data.recipe import PoolColumns, nearest
 from cpo_pipe.data.store import Rows, Store
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 STRATEGY = "pool"
 FORMATS = (".jsonl", ".parquet", ".json")
+_ROLES = {"prompt": "user", "text": "assistant"}
+"""Whose message a column of conversations has."""
 READ_AT_ONCE = 1024
 """Rows of a Parquet file that are read together."""
 
@@ -93,7 +95,10 @@ def _refusal(example_id: str, sample_index: int, reason: str, detail: str) -> di
 
 @dataclass(frozen=True)
 class PoolFile:
-    """A file of continuations: JSON lines, Parquet, or JSON that is one list of objects."""
+    """A file of continuations: JSON lines, Parquet, or JSON that is one list of objects; or a folder of Parquet files.
+
+    Prompt and continuation may each be a conversation of one message.
+    """
 
     pool: str
     """The pool's name; for messages only."""
@@ -101,16 +106,25 @@ class PoolFile:
     columns: PoolColumns
 
     def sha256(self, store: Store) -> str:
-        """Hash of its bytes.
+        """Hash of its bytes; of a folder, of its files in their order.
 
         Raises:
             InputError: there is no such file, or its format is not read.
         """
+        if self.path.is_dir():
+            return digest([store.hash_file(file) for file in self._folder()])
         if not self.path.is_file():
             raise self.error(f"no such file; give the path of a {', '.join(FORMATS)} file")
         if self.path.suffix.lower() not in FORMATS:
             raise self.error(f"the suffix {self.path.suffix!r} is none of {', '.join(FORMATS)}; convert it")
         return store.hash_file(self.path)
+
+    def _folder(self) -> list[Path]:
+        """The Parquet files of a folder and its subfolders, such as of a data set of the hub."""
+        files = sorted(self.path.rglob("*.parquet"))
+        if not files:
+            raise self.error("there are no *.parquet files in this folder")
+        return files
 
     def error(self, fault: str) -> InputError:
         """What is wrong with it, in one line."""
@@ -149,8 +163,16 @@ class PoolFile:
                 yield owner, text
 
     def _texts(self, place: str, row: Mapping[str, Any], field: str) -> list[str]:
-        """The text of a column; of the continuations' own also a list of them."""
+        """The text of a column; of the continuations' own also a list of them; either also as a message."""
         value = self._value(place, row, field)
+        if _is_conversation(value) and field in _ROLES:
+            if len(value) > 1 or value[0].get("role") != _ROLES[field]:
+                roles = ", ".join(str(message.get("role")) for message in value)
+                raise self.error(
+                    f"{place}: {self._column(field)!r} is a conversation of {_shown(roles)}: must be one message of "
+                    f"the {_ROLES[field]}; leave out what has more"
+                )
+            value = value[0].get("content")
         texts = value if field == "text" and isinstance(value, list) else [value]
         for text in texts:
             if not _is_text(text):
@@ -169,7 +191,8 @@ class PoolFile:
 
     def _rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Where each row stands, and its values."""
-        read = {".jsonl": self._jsonl, ".parquet": self._parquet, ".json": self._json}[self.path.suffix.lower()]
+        kinds = {".jsonl": self._jsonl, ".parquet": self._parquet, ".json": self._json}
+        read = self._parquets if self.path.is_dir() else kinds[self.path.suffix.lower()]
         try:
             for place, row in read():
                 if not isinstance(row, dict):
@@ -188,8 +211,12 @@ class PoolFile:
                         raise self.error(f"line {number} is not JSON ({_first_line(error)})") from error
                     yield f"line {number}", row
 
-    def _parquet(self) -> Iterator[tuple[str, Any]]:
-        with pq.ParquetFile(self.path) as file:
+    def _parquets(self) -> Iterator[tuple[str, Any]]:
+        for file in self._folder():
+            yield from ((f"{file.relative_to(self.path)}, {place}", row) for place, row in self._parquet(file))
+
+    def _parquet(self, path: Path | None = None) -> Iterator[tuple[str, Any]]:
+        with pq.ParquetFile(path or self.path) as file:
             wanted = ("example_id", self.columns.prompt, self.columns.context, self.columns.text)
             there = [name for name in file.schema_arrow.names if name in wanted]
             # Of a file that lacks one all are read: the message then says which there are.
@@ -416,6 +443,11 @@ def text_behind(prompt_ids: Sequence[int], token_ids: Sequence[int], tokenizer: 
         for ids in (list(prompt_ids), [*prompt_ids, *token_ids])
     )
     return both[len(before) :]
+
+
+def _is_conversation(value: object) -> bool:
+    """Whether it is messages, as chat templates take them."""
+    return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
 
 
 def _is_text(value: object) -> bool:

@@ -165,6 +165,50 @@ def test_rows_of_one_prompt_and_lists_add_up_in_the_order_of_the_file(
     assert set(bench.refusals()) == {("not in the file", f"sample:{k}") for k in range(4)}
 
 
+def message(role: str, content: Any) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content}]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".json"])
+def test_messages_are_their_content(bench: Bench, tmp_path: Path, suffix: str) -> None:
+    plain = rows_of(bench)
+    talk = [{"prompt": message("user", row["prompt"]), "rejected": message("assistant", row["text"])} for row in plain]
+    found = texts(bench.from_file(write(tmp_path / f"talk{suffix}", talk), text="rejected"))
+    assert found == texts(bench.from_file(write(tmp_path / f"plain{suffix}", plain)))
+    mixed = [{"prompt": row["prompt"], "rejected": message("assistant", row["text"])} for row in plain]
+    assert texts(bench.from_file(write(tmp_path / f"mixed{suffix}", mixed), text="rejected")) == found
+
+
+def test_a_folder_is_its_parquet_files_in_order(bench: Bench, tmp_path: Path) -> None:
+    """As a data set of the hub lies there: files in a subfolder, beside others."""
+    folder = tmp_path / "pool"
+    (folder / "data").mkdir(parents=True)
+    (folder / "README.md").write_text("mine")
+    files = [folder / "data" / f"train-{n:05}.parquet" for n in range(3)]
+    for n, path in enumerate(files):
+        write(path, [{"prompt": row["prompt"], "text": text} for row in PAIRS for text in (f"{n} a", f"{n} b")])
+    found = bench.from_file(folder, count=5)
+    assert texts(found)["say 1"] == ["0 a", "0 b", "1 a", "1 b", "2 a"]
+    name = bench.rows.name
+    bench.from_file(folder.rename(tmp_path / "moved"), count=5)
+    assert (bench.rows.name, bench.made) == (name, 0), "its identity is the content"
+    files = [tmp_path / "moved" / "data" / path.name for path in files]
+    files[0].rename(tmp_path / "moved" / "data" / "train-00009.parquet")
+    assert texts(bench.from_file(tmp_path / "moved", count=5))["say 1"] == ["1 a", "1 b", "2 a", "2 b", "0 a"]
+    assert bench.rows.name != name, "and its order"
+
+
+def test_a_bad_folder_is_one_line(bench: Bench, tmp_path: Path) -> None:
+    folder = tmp_path / "pool"
+    folder.mkdir()
+    with pytest.raises(InputError, match=r"file .*pool: there are no \*\.parquet files in this folder$"):
+        bench.from_file(folder)
+    write(folder / "a.parquet", [{"prompt": "say 1", "text": "a"}])
+    write(folder / "b.parquet", [{"prompt": "say 1", "out": "a"}])
+    with pytest.raises(InputError, match=r"file .*pool: b\.parquet, row 1: no column 'text'"):
+        bench.from_file(folder)
+
+
 def test_two_examples_of_one_prompt_both_get_them(tmp_path: Path, tiny_model: Path) -> None:
     bench = Bench(tmp_path, tiny_model, [*PAIRS, {"prompt": "say 1", "target": " cat"}])
     found = bench.from_file(write(tmp_path / "pool.jsonl", rows_of(bench)))
@@ -267,6 +311,26 @@ BAD = {
     "null": ('{"prompt": "say 1", "text": null}', "line 1: 'text' is None: must be text"),
     "null in a list": ('{"prompt": "say 1", "text": ["a", null]}', "line 1: 'text' is None: must be text"),
     "a list of prompts": ('{"prompt": ["say 1"], "text": "a"}', "line 1: 'prompt' is ['say 1']: must be text"),
+    "a conversation": (
+        '{"prompt": [{"role": "user", "content": "say 1"}, {"role": "assistant", "content": "b"}], "text": "a"}',
+        "line 1: 'prompt' is a conversation of 'user, assistant': must be one message of the user; leave out what has",
+    ),
+    "a system message": (
+        '{"prompt": [{"role": "system", "content": "say 1"}], "text": "a"}',
+        "line 1: 'prompt' is a conversation of 'system': must be one message of the user",
+    ),
+    "two answers": (
+        '{"prompt": "say 1", "text": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}',
+        "line 1: 'text' is a conversation of 'assistant, user': must be one message of the assistant",
+    ),
+    "a message without text": (
+        '{"prompt": "say 1", "text": [{"role": "assistant", "content": null}]}',
+        "line 1: 'text' is None: must be text",
+    ),
+    "parts of a message": (
+        '{"prompt": [{"role": "user", "content": [{"type": "text", "text": "say 1"}]}], "text": "a"}',
+        "line 1: 'prompt' is [{'type': 'text', 'text': 'say 1'}]: must be text",
+    ),
     "half a character": (r'{"prompt": "say 1", "text": "\ud83e"}', r"line 1: 'text' is '\ud83e': must be text"),
     "no object": ('["say 1", "a"]', "line 1 is ['say 1', 'a']: must be an object"),
     "cut off": ('{"prompt": "say 1", "text": "a"}\n{"prompt": "say', "line 2 is not JSON (Unterminated string"),

@@ -172,4 +172,4 @@ def test_60_kills_of_commands_and_actors_change_no_row(tmp_path: Path, tiny_mode
 
 def test_killed_commands_change_no_row(tmp_path: Path, tiny_model: Path) -> None:
     """Ray's drivers and actors are killed in the soak only: each of its commands takes most of a minute."""
-    soak(tmp_path, tiny_model, 24, ["generate-negatives"], {"local driver": 2})
+    soak(tmp_path, tiny_model, 12, ["generate-negatives"], {"local driver": 2})

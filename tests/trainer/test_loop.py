@@ -145,7 +145,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
              "warmup_steps": 8},
     "lora": {"objective": "cpo-ranked", "lora": {"rank": 4}, "gradient_checkpointing": True},
     "mle": {"objective": "mle", "held_out": 2, "micro_batch_tokens": 1, "max_grad_norm": 0.5},
-    "pss": {"objective": "pss"},
+    "pss": {"objective": "pss", "micro_batch_tokens": 1},
     "curriculum": {"objective": "dpo", "curriculum": {"by": "margin", "order": "continuous"}},
 }  # fmt: skip
 

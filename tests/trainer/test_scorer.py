@@ -21,7 +21,7 @@ from tests.trainer.architectures import ARCHITECTURES, VOCABULARY, group, make, 
 
 Texts = tuple[list[int], list[list[int]]]
 
-GROUPS = [group(20, 12, 18), group(28, 4, 9, seed=1), group(1, 3, 5, seed=2)]
+GROUPS = [group(20, 8, 18), group(28, 4, 9, seed=1), group(1, 3, 5, seed=2)]
 PROBES = probes(table(GROUPS))
 
 TAKEN = {
@@ -268,7 +268,7 @@ def test_soft_capped_scores_are_not_left_out_of_a_model_that_is_loaded(tmp_path:
 
 def test_an_error_without_words_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = Scorer(make("Llama, untied"))
-    monkeypatch.setattr("cpo_pipe.trainer.scorer.pack_trees", lambda groups: (_ for _ in ()).throw(IndexError()))
+    monkeypatch.setattr("cpo_pipe.trainer.scorer.pack_trees", lambda *_: (_ for _ in ()).throw(IndexError()))
     choice = choose("m", scorer, PROBES)
     assert choice.attention == "padded"
     assert choice.refused["cascade"] == "IndexError: no reason given"

@@ -1,0 +1,442 @@
+"""`cpo-pipe export`: what is written, that the hub and TRL take it, and that it comes back as a pool."""
+
+import base64
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import DatasetCard, constants
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cpo_pipe.data.recipe import load_recipe
+from cpo_pipe.data.store import Store
+from cpo_pipe.pipeline import export as module
+from cpo_pipe.pipeline.run import Run
+from cpo_pipe.trainer.train import METRICS_FILE
+from tests.pipeline.conftest import Project
+
+BATCH = ("--set", "negatives={counts: {batch: 2, truncation: 1}}")
+"""Negatives that all end, and need no model."""
+
+
+def grouped(project: Project, *options: str) -> Run:
+    """Make the groups of the project's recipe."""
+    for stage in ("prepare", "generate-negatives", "rank"):
+        result = project.cli(stage, "tiny.yaml", *options)
+        assert result.status == 0, result.err
+    return opened(*options)
+
+
+def opened(*options: str) -> Run:
+    return Run(load_recipe("tiny.yaml", list(options[1::2])), "tiny.yaml", Store("cpo-store"), Path("runs/tiny"))
+
+
+def exported(project: Project, *options: str, out: str = "out") -> list[dict[str, Any]]:
+    result = project.cli("export", "tiny.yaml", "--out", out, *options)
+    assert result.status == 0, result.err
+    files = sorted((project.root / out).glob("data/*.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
+
+
+def groups_of(run: Run) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Example and candidates of each group, in the order of the selection."""
+    sources, groups = run.groups()
+    found = groups.read(sources.selection["example_id"]).to_pylist()
+    return [(e, g["candidates"]) for e, g in zip(sources.selection.to_pylist(), found, strict=True)]
+
+
+def row_of(example: dict[str, Any], one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "prompt": example["rendered"],
+        "chosen": one["text"],
+        "rejected": other["text"],
+        "example_id": example["example_id"],
+        "chosen_strategy": one["strategy"],
+        "rejected_strategy": other["strategy"],
+        "similarity": other["similarity"],
+    }
+
+
+TEMPLATE = ("--set", "data.template='Q: {prompt} A:'")
+
+
+def test_a_row_is_the_target_and_a_negative(project: Project) -> None:
+    options = (*BATCH, *TEMPLATE, "--set", "rank={}")
+    run = grouped(project, *options)
+    groups = groups_of(run)
+    rows = exported(project, *options)
+    assert rows == [row_of(e, candidates[0], other) for e, candidates in groups for other in candidates[1:]]
+    assert len(rows) > 32
+    assert all(
+        row["prompt"] == f"Q: {e['prompt']} A:"
+        for e, _ in groups
+        for row in rows
+        if row["example_id"] == e["example_id"]
+    )
+    assert all(-1 <= row["similarity"] <= 1 for row in rows)
+    assert not any("endoftext" in row["chosen"] + row["rejected"] for row in rows)
+
+
+def test_messages_have_the_prompt_before_the_template(project: Project) -> None:
+    options = (*BATCH, *TEMPLATE)
+    run = grouped(project, *options)
+    plain = exported(project, *options)
+    rows = exported(project, *options, "--conversational", out="talk")
+    prompts = {example["example_id"]: example["prompt"] for example, _ in groups_of(run)}
+    assert rows == [
+        row
+        | {
+            "prompt": [{"role": "user", "content": prompts[row["example_id"]]}],
+            "chosen": [{"role": "assistant", "content": row["chosen"]}],
+            "rejected": [{"role": "assistant", "content": row["rejected"]}],
+        }
+        for row in plain
+    ]
+    trl = pytest.importorskip("trl")
+    assert all(trl.is_conversational(row) for row in datasets.load_dataset("talk", split="train"))
+
+
+def test_pairs_are_chosen_by_strategy(project: Project) -> None:
+    project.write("weak.jsonl", "".join(json.dumps({"prompt": f"{word} {n}", "text": f" weak {n}"}) + "\n"
+                                        for word in ("the", "quick", "brown") for n in range(24)))  # fmt: skip
+    options = ("--set", "negatives={counts: {batch: 2}, pools: {weak: {file: weak.jsonl, strength: 1}}}")
+    run = grouped(project, *options)
+    rows = exported(project, *options, "--pair", "target,pool:weak", "--pair", "batch,pool:weak")
+    expected = []
+    for example, candidates in groups_of(run):
+        by = {label: [c for c in candidates if c["strategy"] == label] for label in ("target", "batch", "pool:weak")}
+        for chosen in ("target", "batch"):
+            expected += [row_of(example, one, other) for one in by[chosen] for other in by["pool:weak"]]
+    assert rows == expected
+    assert {(row["chosen_strategy"], row["rejected_strategy"]) for row in rows} == {
+        ("target", "pool:weak"),
+        ("batch", "pool:weak"),
+    }
+    card = Path("out/README.md").read_text()
+    assert f"| target | pool:weak | {sum(row['chosen_strategy'] == 'target' for row in rows)} |" in card
+    assert "- `pool:weak`: the file weak.jsonl" in card
+
+
+def test_what_does_not_end_is_left_out_and_counted(made: Project) -> None:
+    pairs = [(e, candidates[0], other) for e, candidates in groups_of(opened()) for other in candidates[1:]]
+    ending = [pair for pair in pairs if pair[2]["token_ids"][-1] == 0]
+    assert 0 < len(ending) < len(pairs), "the sampled texts are of both kinds"
+    result = made.cli("export", "tiny.yaml", "--out", "out")
+    assert result.status == 0
+    assert f"export: {len(pairs) - len(ending)} pairs are left out" in result.err
+    rows = pq.read_table("out/data/train-00000.parquet").to_pylist()
+    assert rows == [row_of(*pair) for pair in ending]
+    card = Path("out/README.md").read_text()
+    assert f"{len(pairs) - len(ending)} pairs with a text that does not end" in card
+    assert f"{len(rows)} pairs of {len({row['example_id'] for row in rows})} prompts" in card
+
+
+def test_texts_that_trl_tokenizes_otherwise_are_counted(project: Project) -> None:
+    """A target without a space before it goes together with the prompt's last word."""
+    rows = [{"prompt": f"ov{'er' * (n % 2)} {n} qu", "target": "ick" if n % 2 else " ick"} for n in range(24)]
+    project.write("pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--set", "negatives={counts: {batch: 1}}")
+    run = grouped(project, *options)
+    tokenizer = AutoTokenizer.from_pretrained(project.model)
+    used = [(e, c) for e, candidates in groups_of(run) if len(candidates) > 1 for c in candidates]
+    otherwise = [
+        1 for e, c in used if tokenizer.encode(e["rendered"] + c["text"]) != [*e["prompt_ids"], *c["token_ids"][:-1]]
+    ]
+    result = project.cli("export", "tiny.yaml", "--out", "out", *options)
+    assert 0 < len(otherwise) < len(used)
+    assert f"of {len(used)} texts TRL will give {len(otherwise)} other token ids" in result.err
+
+
+def test_the_hub_and_datasets_take_it(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROWS_PER_FILE", 10)
+    monkeypatch.setattr(module, "_GROUPS_AT_ONCE", 3)
+    grouped(project, *BATCH)
+    rows = exported(project, *BATCH)
+    files = sorted(path.name for path in Path("out/data").iterdir())
+    assert files == [f"train-{n:05}.parquet" for n in range(len(files))]
+    assert len(files) > 2
+    assert datasets.load_dataset("out", split="train").to_list() == rows
+    assert datasets.load_dataset("parquet", data_files="out/data/*.parquet", split="train").to_list() == rows
+    card = DatasetCard.load("out/README.md")
+    assert card.data.size_categories == ["n<1K"]
+    assert card.data.license is None
+    assert {"cpo-pipe", "dpo", "preference"} <= set(card.data.tags)
+    (split,) = card.data.dataset_info["splits"]
+    assert split["num_examples"] == len(rows)
+    assert "source: pairs.jsonl" in card.text
+    assert "No licence is named" in card.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "size"),
+    [(999, "n<1K"), (1000, "1K<n<10K"), (99_999, "10K<n<100K"), (5_000_000, "1M<n<10M"), (10**8, "100M<n<1B")],
+)
+def test_sizes_are_called_as_the_hub_does(rows: int, size: str) -> None:
+    assert module._size(rows) == size
+
+
+BAD = [
+    (["--pair", "target"], "--pair target: must be CHOSEN,REJECTED, such as target,truncation"),
+    (["--pair", "target,batch,batch"], "--pair target,batch,batch: must be CHOSEN,REJECTED"),
+    (["--pair", "target,bach"], "--pair target,bach: no candidate is of 'bach'; did you mean batch?"),
+    (["--pair", "target,pool:weak"], "no candidate is of 'pool:weak'; there are target, batch, truncation"),
+    (["--public"], "--public has no meaning without --push"),
+    (["--push", "a/b/c"], "--push a/b/c: not a hub name"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), BAD)
+def test_bad_options_are_one_line(project: Project, options: list[str], said: str) -> None:
+    """Before anything is looked for: here no group is made."""
+    result = project.cli("export", "tiny.yaml", "--out", "out", *BATCH, *options)
+    assert result.status == 2
+    assert said in result.error()
+    assert not Path("out").exists()
+
+
+def test_what_is_missing_is_said(project: Project) -> None:
+    result = project.cli("export", "tiny.yaml", "--out", "out", *BATCH)
+    assert result.status == 2
+    assert "cpo-pipe prepare tiny.yaml" in result.error()
+    without = ("--set", "negatives=null", "--set", "train.cpo={init: start, objective: mle}")
+    result = project.cli("export", "tiny.yaml", "--out", "out", *without)
+    assert result.status == 2
+    assert "negatives is missing" in result.error()
+
+
+def test_nothing_is_written_over_and_nothing_is_left(made: Project) -> None:
+    result = made.cli("export", "tiny.yaml", "--out", "runs")
+    assert result.status == 2
+    assert "--out runs: is there already; name a folder that is new or empty" in result.error()
+    before = sorted(path.name for path in made.root.iterdir())
+    short = ("--set", "negatives.max_new_tokens=1", "--set", "negatives.counts.autoregressive=1")
+    grouped(made, *short)
+    assert not any(c["token_ids"][-1] == 0 for _, candidates in groups_of(opened(*short)) for c in candidates[1:])
+    result = made.cli("export", "tiny.yaml", "--out", "out", *short)
+    assert result.status == 2
+    assert "there is nothing to write: of the pairs asked for" in result.error()
+    assert sorted(path.name for path in made.root.iterdir()) == before
+
+
+# ── TRL ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def trl_losses(policy: Path, reference: Path, beta: float, chat_template: str | None = None) -> list[float]:
+    """The losses of two steps of TRL on what is in `out`, each on all pairs."""
+    trl_side = pytest.importorskip("tests.benchmarks.trl_side", reason="trl is not installed")
+
+    class Quiet(trl_side.DPOTrainer):  # type: ignore[misc, name-defined]
+        def _send_telemetry(self) -> None:
+            """Nothing leaves the machine."""
+
+    pairs = datasets.load_dataset("out", split="train")
+    tokenizer = AutoTokenizer.from_pretrained(reference)
+    tokenizer.chat_template = chat_template
+    trainer = Quiet(
+        AutoModelForCausalLM.from_pretrained(policy),
+        ref_model=AutoModelForCausalLM.from_pretrained(reference),
+        args=trl_side.DPOConfig(
+            "trl",
+            beta=beta,
+            max_steps=2,
+            learning_rate=1e-3,
+            per_device_train_batch_size=len(pairs),
+            max_length=None,
+            bf16=False,
+            gradient_checkpointing=False,
+            disable_dropout=True,
+            logging_steps=1,
+            save_strategy="no",
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=pairs,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_trl_trains_on_it_and_its_first_loss_is_ours(project: Project, new_model: Callable[..., Path]) -> None:
+    """The policy is another model than the reference: else the first loss is log 2, whatever the pairs are."""
+    other, beta = new_model(seed=7), 0.05
+    options = ("--set", "negatives={counts: {batch: 3}}")
+    run = grouped(project, *options)
+    count = sum(len(candidates) - 1 for _, candidates in groups_of(run))
+    training = (
+        f"train.dpo={{init: {other}, objective: dpo, reference: {project.model}, beta: {beta}, steps: 1, lr: 1e-3, "
+        f"batch_size: {count}, pairs: [[target, batch]]}}"
+    )
+    options = (*options, "--set", training)
+    result = project.cli("train", "tiny.yaml", "dpo", *options)
+    assert result.status == 0, result.err
+    metrics = pq.read_table(opened(*options).model("dpo").path / METRICS_FILE).to_pylist()
+    result = project.cli("export", "tiny.yaml", "--out", "out", *options)
+    assert "other token ids" not in result.err, "what TRL tokenizes are the same ids"
+    first, second = trl_losses(other, project.model, beta)
+    assert first == pytest.approx(metrics[0]["loss"], rel=1e-4)
+    assert abs(first - 0.6931) > 0.01, "not the loss of equal models"
+    assert second < first
+
+
+def test_trl_trains_on_messages(project: Project, new_model: Callable[..., Path]) -> None:
+    grouped(project, *BATCH)
+    exported(project, *BATCH, "--conversational")
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    first, second = trl_losses(new_model(seed=7), project.model, 0.05, template)
+    assert abs(first - 0.6931) > 0.01
+    assert second < first
+
+
+# ── and back ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_an_export_is_a_pool_again(project: Project, conversational: bool) -> None:
+    grouped(project, *BATCH)
+    rows = exported(project, *BATCH, *(["--conversational"] if conversational else []))
+    texts = {row["example_id"]: [] for row in rows}
+    for row in rows:
+        rejected = row["rejected"]
+        texts[row["example_id"]].append(rejected[0]["content"] if conversational else rejected)
+    pools = (
+        "worse: {file: out, columns: {prompt: prompt, text: rejected}, count: 3, strength: 1}, "
+        "better: {file: out/data/train-00000.parquet, columns: {text: chosen}, count: 4, strength: 2}"
+    )
+    options = ("--set", f"negatives={{counts: {{}}, pools: {{{pools}}}}}", "--set", "rank={drop_duplicates: false}")
+    run = grouped(project, *options)
+    for example, candidates in groups_of(run):
+        found = {
+            label: [c["text"] for c in candidates if c["strategy"] == f"pool:{label}"] for label in ("worse", "better")
+        }
+        assert found["worse"] == texts[example["example_id"]]
+        assert found["better"] == [example["target"]] * len(found["worse"])
+
+
+# ── the hub ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Hub:
+    """What of the hub's API an upload of small files takes."""
+
+    def __init__(self, private: bool | None, refuses: bool):
+        self.private, self.refuses = private, refuses
+        self.created: list[dict[str, Any]] = []
+        self.files: dict[str, bytes] = {}
+        self.tokens: set[str | None] = set()
+
+    def answer(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
+        if self.refuses:
+            return 401, {"error": "Invalid username or password."}
+        if path == "/api/repos/create":
+            self.created.append(json.loads(body))
+            url = {"url": f"{constants.ENDPOINT}/datasets/me/pairs", "id": "me/pairs", "name": "me/pairs"}
+            if self.private is not None:
+                return 409, {**url, "error": "You already created this dataset repo"}
+            self.private = self.created[-1].get("visibility") == "private"
+            return 200, url
+        if method == "GET" and path.startswith("/api/datasets/me/pairs"):
+            return 200, {"id": "me/pairs", "private": self.private, "sha": "0" * 40, "siblings": [], "tags": [],
+                         "downloads": 0, "likes": 0, "disabled": False, "gated": False}  # fmt: skip
+        if path == "/api/validate-yaml":  # the card's facts, which the hub's client sends before the card
+            return 200, {"errors": [], "warnings": []}
+        if path == "/api/datasets/me/pairs/preupload/main":
+            files = json.loads(body)["files"]
+            return 200, {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                                   for file in files]}  # fmt: skip
+        if path.startswith("/api/datasets/me/pairs/commit/main"):
+            for line in body.splitlines():
+                item = json.loads(line)
+                if item["key"] == "file":
+                    self.files[item["value"]["path"]] = base64.b64decode(item["value"]["content"])
+            return 200, {
+                "commitUrl": f"{constants.ENDPOINT}/datasets/me/pairs/commit/1",
+                "commitOid": "1" * 40,
+                "success": True,
+            }
+        return 404, {"error": f"{method} {path}"}
+
+
+@contextmanager
+def hub(monkeypatch: pytest.MonkeyPatch, private: bool | None = None, refuses: bool = False) -> Iterator[Hub]:
+    """A hub on loopback, which is the one that huggingface_hub then knows; `private`: of a data set that is there."""
+    state = Hub(private, refuses)
+
+    class Handler(BaseHTTPRequestHandler):
+        def _answer(self) -> None:
+            if "/commit/" in self.path:
+                state.tokens.add(self.headers.get("Authorization"))
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            status, answer = state.answer(self.command, self.path, body)
+            content = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = do_HEAD = _answer
+
+        def log_message(self, *_: Any) -> None:
+            """Quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    try:
+        yield state
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_it_is_uploaded(project: Project, monkeypatch: pytest.MonkeyPatch, public: bool) -> None:
+    grouped(project, *BATCH)
+    with hub(monkeypatch) as there:
+        result = project.cli(
+            "export", "tiny.yaml", "--out", "out", *BATCH, "--push", "me/pairs", *["--public"] * public
+        )
+        assert result.status == 0, result.err
+    (created,) = there.created
+    assert (created["name"], created["organization"], created["type"]) == ("pairs", "me", "dataset")
+    assert (created.get("visibility") == "private") is not public
+    assert there.files == {
+        str(path.relative_to("out")): path.read_bytes() for path in Path("out").rglob("*") if path.is_file()
+    }
+    assert there.tokens == {"Bearer hf_mine"}
+    assert "hf_mine" not in result.out + result.err + Path("out/README.md").read_text()
+
+
+def test_what_is_public_is_added_to_only_where_that_is_meant(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    grouped(project, *BATCH)
+    with hub(monkeypatch, private=False) as there:
+        result = project.cli("export", "tiny.yaml", "--out", "out", *BATCH, "--push", "me/pairs")
+        assert result.status == 2
+        assert "--push me/pairs: the data set is there and public; add --public" in result.error()
+        assert not there.files
+        assert project.cli("export", "tiny.yaml", "--out", "more", *BATCH, "--push", "me/pairs", "--public").status == 0
+        assert there.files
+    with hub(monkeypatch, private=True) as there:
+        assert project.cli("export", "tiny.yaml", "--out", "again", *BATCH, "--push", "me/pairs").status == 0
+        assert there.files
+
+
+def test_what_the_hub_refuses_is_written(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    grouped(project, *BATCH)
+    with hub(monkeypatch, refuses=True):
+        result = project.cli("export", "tiny.yaml", "--out", "out", *BATCH, "--push", "me/pairs")
+    assert result.status == 1
+    assert "--push me/pairs: the hub did not take it (" in result.error()
+    assert "`hf upload me/pairs out --repo-type dataset` uploads it" in result.error()
+    assert Path("out/README.md").is_file()

@@ -7,7 +7,7 @@ the others.
 import difflib
 import graphlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from types import NoneType, UnionType
@@ -108,7 +108,7 @@ class ScratchModel(Section):
 
 
 Objective = Literal["mle", "cpo", "cpo-ranked", "dpo", "slic", "apo-zero", "apo-down", "pss"]
-_ON_NEGATIVES = {"mle_weight", "length_normalize", "pairs"}
+_ON_NEGATIVES = {"mle_weight", "length_normalize", "negatives", "pairs"}
 _BY_REWARD = {*_ON_NEGATIVES, "reference", "beta"}
 _LEARNT_BY: dict[Objective, set[str]] = {
     "mle": set(),
@@ -168,6 +168,12 @@ class Training(Section):
     )
     reference: str | None = Field(
         None, description="the frozen model of all but mle, slic and pss: a training's name, folder or hub name"
+    )
+    negatives: dict[str, Positive] | None = Field(
+        None,
+        min_length=1,
+        description="negatives per prompt of this training's own groups, by strategy, `pool:NAME` or `instructed:NAME` "
+        "(default: all that the section `negatives` asks for)",
     )
     pairs: list[tuple[str, str]] | None = Field(
         None,
@@ -450,6 +456,20 @@ class Negatives(Section):
         strategies = [name for name, count in self.counts.model_dump().items() if count]
         return ["target", *strategies, *(f"pool:{name}" for name in self.pools),
                 *(f"instructed:{name}" for name in self.instructed)]  # fmt: skip
+
+    def only(self, wanted: Mapping[str, int]) -> "Negatives":
+        """The same with so many negatives of each label per prompt, and no others."""
+        named = {kind: {label.partition(":")[2]: count for label, count in wanted.items() if label.startswith(kind)}
+                 for kind in ("pool:", "instructed:")}  # fmt: skip
+        return self.model_copy(
+            update={
+                "counts": Counts(**{label: count for label, count in wanted.items() if ":" not in label}),
+                "pools": {name: self.pools[name].model_copy(update={"count": count})
+                          for name, count in named["pool:"].items()},
+                "instructed": {name: self.instructed[name].model_copy(update={"count": count})
+                               for name, count in named["instructed:"].items()},
+            }
+        )  # fmt: skip
 
     def strengths(self) -> dict[str, float]:
         """How good what is of a label is, where the recipe says so."""
@@ -742,6 +762,15 @@ class Evaluate(Section):
         }
 
 
+class Published(Section):
+    """Figures of a publication."""
+
+    source: str = Field(description="where they stand")
+    metric: str = Field(description="the metric of evaluation that they are compared with, such as `gpt win rate`")
+    decoding: str = Field("greedy", description="the decoding of evaluation")
+    values: dict[str, float] = Field(min_length=1, description="the figures, by system")
+
+
 class Recipe(Section):
     """A whole run."""
 
@@ -757,6 +786,14 @@ class Recipe(Section):
         "model of the round before, which is its reference and the generator of its negatives, too",
     )
     evaluate: Evaluate | None = Field(None, description="comparison of the results")
+    published: list[Published] = Field(
+        default_factory=list, description="figures that others published, shown beside those of the run"
+    )
+    scales: dict[Name, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="smaller versions of the run, by name, for `--scale NAME`: keys as for `--set`, with their values; "
+        "a * stands for every name",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
@@ -768,13 +805,13 @@ class Recipe(Section):
             if judge.api is not None:
                 self._check_api(f"evaluate.judges.{name}.api", judge.api)
         self._check_local()
-        self.training_order()
         for name, training in self.train.items():
             self._check_sources(name, training)
             if training.contrasts and self.negatives is None:
                 raise ValueError(f"negatives is missing: train.{name} has the objective {training.objective}")
             if training.objective == "cpo-ranked" and self.rank == "none":
                 raise ValueError(f"rank is none, but train.{name} has the objective cpo-ranked: use cpo, or rank")
+        self.training_order()
         self._check_rounds()
         return self
 
@@ -799,9 +836,11 @@ class Recipe(Section):
                 )
 
     def _check_sources(self, name: str, training: Training) -> None:
-        """Refuse pairs of what no group has, and a curriculum by what nobody measured."""
+        """Refuse negatives and pairs of what there is not, and a curriculum by what nobody measured."""
+        if self.negatives is not None and training.contrasts:
+            self._check_own_negatives(name, training, self.negatives)
         if training.pairs and self.negatives is not None:
-            known = self.negatives.labels()
+            known = (self.negatives_of(name) or self.negatives).labels()
             for label in (label for pair in training.pairs for label in pair):
                 if label not in known:
                     hint = nearest(label, known) or f"there are {', '.join(known)}"
@@ -809,6 +848,15 @@ class Recipe(Section):
         by_similarity = training.curriculum is not None and training.curriculum.by == "similarity"
         if by_similarity and self.rank == "none":
             raise ValueError(f"rank is none, but train.{name}.curriculum.by is similarity: rank, or take another")
+
+    def _check_own_negatives(self, name: str, training: Training, negatives: Negatives) -> None:
+        known = [*Counts.model_fields, *(label for label in negatives.labels() if ":" in label)]
+        for label in training.negatives or ():
+            if label not in known:
+                hint = nearest(label, known) or f"there are {', '.join(known)}"
+                raise ValueError(f"train.{name}.negatives: {label!r} is none; {hint}")
+        if negatives.model is None and {"autoregressive", "meanfield"} & (training.negatives or {}).keys():
+            raise ValueError(f"negatives.model is missing: the negatives of train.{name} come from one")
 
     def _check_local(self) -> None:
         """Refuse APIs where weights are needed, before any of them is paid."""
@@ -862,10 +910,12 @@ class Recipe(Section):
         return trainings
 
     def negatives_of(self, name: str) -> Negatives | None:
-        """What the negatives are made by that a training learns from: in a later round by the round before."""
-        if self.negatives is None or name in self.train:
-            return self.negatives
-        return self.negatives.model_copy(update={"model": self.trainings()[name].init})
+        """The negatives that a training learns from: its own choice, in a later round made by the round before."""
+        if self.negatives is None:
+            return None
+        training = self.trainings()[name]
+        chosen = self.negatives if training.negatives is None else self.negatives.only(training.negatives)
+        return chosen if name in self.train else chosen.model_copy(update={"model": training.init})
 
     def training_order(self) -> list[str]:
         """Names of the trainings, each after those it needs; of all rounds."""
@@ -890,8 +940,8 @@ def builtin_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe from a path or a built-in name, with `section.key=value` overrides applied.
+def load_recipe(source: str, overrides: list[str] | None = None, scale: str | None = None) -> Recipe:
+    """Read a recipe from a path or a built-in name, at one of its scales, with `section.key=value` overrides applied.
 
     Raises:
         InputError: the file is missing, is not YAML, or breaks a rule; the message is one line.
@@ -918,6 +968,8 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
             f"{', '.join(Recipe.model_fields)}"
         )
     content.setdefault("name", path.stem)
+    if scale is not None:
+        _scale(content, scale, source)
     for override in overrides or []:
         _override(content, override)
     return parse_recipe(content, source)
@@ -970,6 +1022,28 @@ def _read_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
 
 
+def _scale(content: dict[str, Any], scale: str, source: str) -> None:
+    """Put what a scale of the recipe names in its place, and the scale's name behind the recipe's."""
+    scales = content.get("scales") or {}
+    if not isinstance(scales, dict) or not isinstance(scales.get(scale), dict):
+        hint = nearest(scale, scales) or f"there are {', '.join(scales) or 'none'}"
+        raise InputError(f"--scale {scale}: the recipe {source} has no such scale; {hint}")
+    for pattern, value in scales[scale].items():
+        for path in _matching(content, pattern.split(".")):
+            _put(content, path, value, f"recipe {source}: scales.{scale}.{pattern}")
+    content["name"] = f"{content['name']}-{scale}"
+
+
+def _matching(node: Any, pattern: Sequence[str]) -> list[list[str]]:
+    """The paths that a path with * means."""
+    if not pattern:
+        return [[]]
+    first, rest = pattern[0], pattern[1:]
+    keys = list(node) if first == "*" and isinstance(node, dict) else [first]
+    below = {key: node.get(key) if isinstance(node, dict) else None for key in keys}
+    return [[key, *path] for key in keys for path in _matching(below[key], rest)]
+
+
 def _override(content: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
     if not separator or not path:
@@ -978,16 +1052,21 @@ def _override(content: dict[str, Any], override: str) -> None:
         value = _read_yaml(text)
     except ValueError as error:
         raise InputError(f"--set {override}: the value is not valid YAML ({error})") from error
-    *parents, last = path.split(".")
+    _put(content, path.split("."), value, f"--set {override}")
+
+
+def _put(content: dict[str, Any], path: Sequence[str], value: Any, where: str) -> None:
+    """Set a key; `where` is who asks for it, for messages."""
+    *parents, last = path
     node: Any = content
     for depth, key in enumerate(parents):
         if isinstance(node, dict) and node and key not in node and _names_are_free(parents[:depth]):
-            where = ".".join(parents[:depth])
+            above = ".".join(parents[:depth])
             hint = nearest(key, node) or f"there are {', '.join(node)}"
-            raise InputError(f"--set {override}: {key} is not in {where}; {hint}")
+            raise InputError(f"{where}: {key} is not in {above}; {hint}")
         node = node.setdefault(key, {}) if isinstance(node, dict) else None
     if not isinstance(node, dict):
-        raise InputError(f"--set {override}: {'.'.join(parents)} is not a section")
+        raise InputError(f"{where}: {'.'.join(parents)} is not a section")
     node[last] = value
 
 

@@ -67,11 +67,15 @@ def _comment(field: FieldInfo) -> str:
 
 
 def _inline(value: Any) -> str:
-    if isinstance(value, Section):
-        value = value.model_dump(mode="json", exclude_unset=True)
-    elif isinstance(value, dict):
-        value = {
-            k: v.model_dump(mode="json", exclude_unset=True) if isinstance(v, Section) else v for k, v in value.items()
-        }
+    value = _plain(value)
     dumped = yaml.dump(value, None, _Dumper, default_flow_style=True, width=10_000, allow_unicode=True, sort_keys=False)
     return dumped.removesuffix("\n").removesuffix("\n...")
+
+
+def _plain(value: Any) -> Any:
+    """What YAML knows, of sections what was given."""
+    if isinstance(value, Section):
+        return value.model_dump(mode="json", exclude_unset=True)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cpo_pipe.data import atomic
 from cpo_pipe.data.recipe import GROUND_TRUTH
-from cpo_pipe.eval.report import SHARED_NOTE, ReportData, agreement_rows, marked_grids
+from cpo_pipe.eval.report import SHARED_NOTE, ReportData, agreement_rows, marked_grids, published_tables
 
 _TARGETS = (GROUND_TRUTH, "targets")
 """Folder and file of the targets; no system can be called so."""
@@ -56,6 +56,11 @@ def _markdown(data: ReportData) -> Iterator[str]:
         yield _line(["metric", *grid.systems])
         yield _line(["---", *["---:"] * len(grid.systems)])
         yield from (_line([metric, *cells]) for metric, cells in grid.rows)
+    for table in published_tables(data):
+        yield f"\n{table.title}\n"
+        yield _line(["system", "published", "this run"])
+        yield _line(["---", "---:", "---:"])
+        yield from (_line([name, *cells]) for name, cells in table.rows)
     if agreements := agreement_rows(data):
         yield "\nAgreement of judges\n"
         yield _line(["judges", "agreement", "kappa", "pairs"])

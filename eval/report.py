@@ -21,6 +21,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from cpo_pipe.data import atomic
+from cpo_pipe.data.recipe import Published
 from cpo_pipe.eval.charts import Bar, Chart, Point, alpha_curves, quality_charts, training_curves, win_rates
 from cpo_pipe.eval.examples import pack, visible
 from cpo_pipe.eval.measure import ANY_DECODING, NOTICEABLE
@@ -141,6 +142,8 @@ class ReportData:
     """`example_id`, `system`, `decoding`, `text`."""
     verdicts: pa.Table
     """How each output was judged (VERDICTS schema)."""
+    published: Sequence[Published] = ()
+    """Figures that others published."""
     ensembles: Mapping[str, Sequence[tuple[float, str]]] = field(default_factory=dict)
     """α and system of each ensemble's members, by its name, by rising α."""
     stages: Sequence[StageRecord] = ()
@@ -170,6 +173,14 @@ class Differences:
     """Every two systems by one metric: a row per decoding and pair."""
 
     metric: str
+    rows: list[tuple[str, list[str]]]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Published figures beside those of the run: a row per system."""
+
+    title: str
     rows: list[tuple[str, list[str]]]
 
 
@@ -226,6 +237,7 @@ def write_report(path: Path, data: ReportData) -> None:
         charts=[*_win_charts(data), *_alpha_charts(data)],
         differences=_differences(data),
         agreements=agreement_rows(data),
+        published=published_tables(data),
         noticeable=NOTICEABLE,
         training_charts=[chart for name, steps in data.trainings.items() if (chart := training_curves(name, steps))],
         quality=_quality(data.quality) if data.quality is not None else None,
@@ -444,6 +456,19 @@ def agreement_rows(data: ReportData) -> list[tuple[str, list[str]]]:
                  _share(row["kappa"], row["kappa_low"], row["kappa_high"]), f"{row['n']:,}"]  # fmt: skip
         rows.append((f"{row['judge_a']} and {row['judge_b']}", cells))
     return rows
+
+
+def published_tables(data: ReportData) -> list[Beside]:
+    """What others published, and what the run has of it."""
+    found = {(row["metric"], row["decoding"], row["system"]): row for row in data.metrics.to_pylist()}
+    tables = []
+    for of in data.published:
+        rows = []
+        for system, value in of.values.items():
+            row = found.get((of.metric, of.decoding, system))
+            rows.append((system, [f"{value:.3f}", _cell(row, None) if row else "–"]))
+        tables.append(Beside(f"{of.source}: {of.metric}, {of.decoding}", rows))
+    return tables
 
 
 def _share(value: float | None, low: float | None, high: float | None) -> str:

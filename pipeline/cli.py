@@ -44,6 +44,9 @@ SetOption = Annotated[
         show_default="the recipe as it is",
     ),
 ]
+ScaleOption = Annotated[
+    str | None, typer.Option("--scale", metavar="NAME", help="Take this scale of the recipe.", show_default="full")
+]
 RunDirOption = Annotated[
     Path | None,
     typer.Option("--run-dir", help="Folder for the resolved recipe and the report.", show_default="runs/NAME"),
@@ -98,6 +101,7 @@ def _stage(function: Callable[..., None], recipe: str | None = None) -> None:
 
     def command(
         recipe: RecipeArgument = recipe or "",
+        scale: ScaleOption = None,
         overrides: SetOption = [],  # noqa: B006  (typer copies it)
         store: StoreOption = DEFAULT_STORE,
         run_dir: RunDirOption = None,
@@ -112,7 +116,7 @@ def _stage(function: Callable[..., None], recipe: str | None = None) -> None:
                 count = processes.count()
                 raise InputError(f"started in {count} processes: only train does its work in several; run it alone")
             how = open_executor(executor, workers, worker_gpus)
-            function(_open(recipe, overrides, store, run_dir, how), **arguments)
+            function(_open(recipe, scale, overrides, store, run_dir, how), **arguments)
 
     first, *common = inspect.signature(command).parameters.values()
     own = list(inspect.signature(function).parameters.values())[1:]
@@ -203,9 +207,12 @@ def export(
     public: Annotated[
         bool, typer.Option("--public", help="Make that data set a public one, or add to one that is.")
     ] = False,
+    training: Annotated[
+        str, typer.Option(metavar="NAME", help="Whose groups, of trainings that have their own.", show_default="shared")
+    ] = "",
 ) -> None:
     """Write the groups as preference data (prompt, chosen, rejected) that TRL trains on."""
-    run.export(out, pair, conversational, push, public)
+    run.export(out, pair, conversational, push, public, training)
 
 
 def run_(run: Run) -> None:
@@ -224,11 +231,14 @@ _stage(demo, recipe="demo")
 app.add_typer(store_app, name="store")
 
 
-def _open(recipe: str, overrides: list[str], store: str, run_dir: Path | None, executor: Executor) -> Run:
+def _open(
+    recipe: str, scale: str | None, overrides: list[str], store: str, run_dir: Path | None, executor: Executor
+) -> Run:
     """The run that the options mean."""
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, overrides, scale)
     # What the commands that messages name need besides the recipe, to mean the same run.
-    options = [part for override in overrides for part in ("--set", override)]
+    options = ["--scale", scale] if scale is not None else []
+    options += [part for override in overrides for part in ("--set", override)]
     if store != os.environ.get("CPO_PIPE_STORE", DEFAULT_STORE):
         options += ["--store", shown(store) if "://" in store else store]  # without credentials
     if run_dir is not None:

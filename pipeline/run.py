@@ -123,32 +123,32 @@ class Run:
         check_vocabulary(model, self.examples().tokenizer, self.store)
         return model
 
-    # Negatives and groups are shared by all first rounds; a later round, given by its name, has its own.
+    # Negatives and groups are shared by the trainings that have none of their own; these are given by their name.
 
-    def negatives(self, later: str | None = None) -> Plan:
+    def negatives(self, whose: str | None = None) -> Plan:
         """Which negatives the recipe asks for, made or not."""
         tokens = target_tokens(self.recipe.data)
-        return plan_negatives(self._negatives(later), self.store, self.examples(), self._generator, tokens)
+        return plan_negatives(self._negatives(whose), self.store, self.examples(), self._generator, tokens)
 
-    def sources(self, later: str | None = None) -> Sources:
+    def sources(self, whose: str | None = None) -> Sources:
         """Where the negatives are that the recipe asks for."""
-        return self.negatives(later).sources
+        return self.negatives(whose).sources
 
-    def _complete_sources(self, later: str | None) -> Sources:
+    def _complete_sources(self, whose: str | None) -> Sources:
         """Where the negatives are, or MissingInput."""
-        sources = self.sources(later)
+        sources = self.sources(whose)
         if missing := sources.missing():
             command = self._command("generate-negatives")
-            raise MissingInput(f"{missing} negatives{_of(later)} are missing: run `{command}`")
+            raise MissingInput(f"{missing} negatives{_of(whose)} are missing: run `{command}`")
         return sources
 
-    def groups(self, later: str | None = None) -> tuple[Sources, Rows]:
+    def groups(self, whose: str | None = None) -> tuple[Sources, Rows]:
         """The complete groups, or MissingInput."""
-        sources = self._complete_sources(later)
+        sources = self._complete_sources(whose)
         groups, _, _ = plan_groups(self._rank(), self._ranked(), self.store, sources)
         missing = groups.missing(sources.selection.select(["example_id"])).num_rows
         if missing:
-            raise MissingInput(f"{missing} groups{_of(later)} are missing: run `{self._command('rank')}`")
+            raise MissingInput(f"{missing} groups{_of(whose)} are missing: run `{self._command('rank')}`")
         return sources, groups
 
     # ── stages ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -159,39 +159,42 @@ class Run:
             record["artifact"] = prepare(self.recipe.data, self.store).product.name
 
     def generate_negatives(self) -> None:
-        """Stage `generate-negatives`, of all rounds whose generator is there."""
-        self._generate()
-        self._in_later_rounds(self._generate)
+        """Stage `generate-negatives`, of all whose generator is there."""
+        self._for_each(self._generate)
 
-    def _generate(self, later: str | None = None) -> None:
-        plan = self.negatives(later)
-        with self._stage(f"generate-negatives{_of(later)}") as record:
+    def _generate(self, whose: str | None) -> None:
+        plan = self.negatives(whose)
+        with self._stage(f"generate-negatives{_of(whose)}") as record:
             generate_negatives(plan, self.executor)
             record["artifact"] = [source.rows.name for source in plan.sources.pools]
 
     def rank(self) -> None:
-        """Stage `rank`, of all rounds whose negatives are there."""
-        self._group()
-        self._in_later_rounds(self._group)
+        """Stage `rank`, of all whose negatives are there."""
+        self._for_each(self._group)
 
-    def _group(self, later: str | None = None) -> None:
-        sources = self._complete_sources(later)
-        with self._stage(f"rank{_of(later)}") as record:
+    def _group(self, whose: str | None) -> None:
+        sources = self._complete_sources(whose)
+        with self._stage(f"rank{_of(whose)}") as record:
             record["artifact"] = rank(self._rank(), self._ranked(), self.store, sources, self.executor).name
 
-    def _in_later_rounds(self, make: Callable[[str], None]) -> None:
-        """Make what can be made now of each later round, and say what the others wait for."""
-        for name in filter(self._later, self.trainings):
+    def _for_each(self, make: Callable[[str | None], None]) -> None:
+        """Make what can be made now, and say what the rest waits for; MissingInput where that is all."""
+        owners, waiting = self._owners(), dict[str | None, MissingInput]()
+        for whose in owners:
             try:
-                make(name)
+                make(whose)
             except MissingInput as missing:
-                log.info("%s is waiting: %s", name, missing)
+                waiting[whose] = missing
+        if len(waiting) == len(owners):
+            raise next(iter(waiting.values()))
+        for whose, reason in waiting.items():
+            log.info("%s is waiting: %s", whose or "what the trainings share", reason)
 
     def quality(self) -> None:
         """Print figures of the negatives, with what is wrong with them, and write them to quality.parquet."""
         from cpo_pipe.eval.report import print_quality
 
-        sources, groups = self.groups()
+        sources, groups = self.groups(self._owners()[0])
         with self._stage("quality"):
             measured = self._measure_quality(sources, groups)
             content = pa.BufferOutputStream()
@@ -325,20 +328,32 @@ class Run:
         print(f"system {name}: written to {out}")
 
     def export(
-        self, out: Path, pairs: Sequence[str] = (), conversational: bool = False, push: str = "", public: bool = False
+        self,
+        out: Path,
+        pairs: Sequence[str] = (),
+        conversational: bool = False,
+        push: str = "",
+        public: bool = False,
+        training: str = "",
     ) -> None:
-        """Write the groups to a folder as preference data, and with `push` to the hub.
+        """Write the groups (of a training with negatives of its own) to a folder as preference data, and to the hub.
 
         Raises:
-            InputError: the folder is not empty, or a pair or the hub's name is none; MissingInput: groups are missing.
+            InputError: the folder is not empty, or a pair, the training or the hub's name is none; MissingInput: groups
+                are missing.
         """
-        wanted = parse_pairs(pairs, self._negatives())
+        if training and (training not in self.trainings or not self.trainings[training].contrasts):
+            known = [name for name, config in self.trainings.items() if config.contrasts]
+            hint = nearest(training, known) or f"there are {', '.join(known)}"
+            raise InputError(f"--training {training}: no training on negatives; {hint}")
+        whose = self._own(training) if training else self._owners()[0]
+        wanted = parse_pairs(pairs, self._negatives(whose))
         check_new(out)
         if push:
             check_repo(push)
         elif public:
             raise InputError("--public has no meaning without --push: leave it out")
-        sources, groups = self.groups()
+        sources, groups = self.groups(whose)
         tokenizer = self.examples().tokenizer
         export(out, self.recipe, tokenizer, sources.selection, groups, wanted, conversational)
         if push:
@@ -352,12 +367,14 @@ class Run:
         sources, groups, notes = self._shown_groups()
         artifacts = {"examples": self.examples().product.name}
         if groups is not None:
-            artifacts |= {"negatives": ", ".join(pool.rows.name for pool in sources.pools), "groups": groups.name}
-        for name in filter(self._later, self.trainings):
+            made_by = ", ".join(pool.rows.name for pool in sources.pools)
+            first = _of(self._owners()[0])
+            artifacts |= {f"negatives{first}": made_by, f"groups{first}": groups.name}
+        for whose in self._owners()[1:] if self.recipe.negatives is not None else ():
             with suppress(MissingInput):
-                of, later = self.groups(name)
+                of, its = self.groups(whose)
                 made_by = ", ".join(pool.rows.name for pool in of.pools)
-                artifacts |= {f"negatives of {name}": made_by, f"groups of {name}": later.name}
+                artifacts |= {f"negatives{_of(whose)}": made_by, f"groups{_of(whose)}": its.name}
         artifacts |= {f"training {name}": self._address(model) for name, model in trained.items()}
         artifacts |= {f"system {name}": self._address(model) for name, model in systems.items()}
         artifacts["metrics"] = evaluation.product.name
@@ -380,6 +397,7 @@ class Run:
             metrics=evaluation.metrics(),
             comparisons=evaluation.comparisons(),
             agreements=evaluation.agreements(),
+            published=self.recipe.published,
             shared_metrics=evaluation.shared_metrics,
             notes=[*evaluation.notes, *notes],
             examples=evaluation.examples,
@@ -424,7 +442,7 @@ class Run:
         if self.recipe.negatives is None:
             return Sources(pa.table({}), []), None, []
         try:
-            return *self.groups(), []
+            return *self.groups(self._owners()[0]), []
         except MissingInput as missing:
             return Sources(pa.table({}), []), None, [f"No negatives are shown: {missing}"]
 
@@ -486,15 +504,15 @@ class Run:
         self.prepare()
         grouped: set[str | None] = set()
         for name in self.recipe.training_order():
-            later = self._later(name)
-            if self.trainings[name].contrasts and later not in grouped:
-                self._generate(later)
-                self._group(later)
-                grouped.add(later)
+            whose = self._own(name)
+            if self.trainings[name].contrasts and whose not in grouped:
+                self._generate(whose)
+                self._group(whose)
+                grouped.add(whose)
             self.train([name])
         if self.recipe.negatives is not None and not grouped:
-            self._generate()
-            self._group()
+            self._generate(None)
+            self._group(None)
         return self.evaluate() if self.recipe.evaluate is not None else None
 
     # ── resolving ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -507,7 +525,7 @@ class Run:
         if not config.contrasts:
             return Inputs(examples.tokenizer, init, examples.read("train", columns=columns))
         reference = self.model(config.reference) if config.reference is not None else None
-        sources, groups = self.groups(self._later(name))
+        sources, groups = self.groups(self._own(name))
         strengths = self._negatives().strengths()
         return Inputs(examples.tokenizer, init, sources.selection.select(columns), groups, reference, strengths)
 
@@ -525,12 +543,17 @@ class Run:
             return self._apis[name]
         return self._named(name) if any_tokenizer and name not in self.trainings else self.model(name)
 
-    def _later(self, name: str) -> str | None:
-        """The name of a training that is a later round; None of a first one."""
-        return name if name not in self.recipe.train else None
+    def _own(self, name: str) -> str | None:
+        """The name of a training that has negatives of its own: a later round, or by its settings; None of others."""
+        return name if name not in self.recipe.train or self.trainings[name].negatives is not None else None
 
-    def _negatives(self, later: str | None = None) -> Negatives:
-        negatives = self.recipe.negatives if later is None else self.recipe.negatives_of(later)
+    def _owners(self) -> list[str | None]:
+        """Whose negatives there are to be: of the trainings that share them (None), and of each that has its own."""
+        owners = dict.fromkeys(self._own(name) for name, training in self.trainings.items() if training.contrasts)
+        return sorted(owners, key=lambda whose: whose is not None) or [None]
+
+    def _negatives(self, whose: str | None = None) -> Negatives:
+        negatives = self.recipe.negatives if whose is None else self.recipe.negatives_of(whose)
         if negatives is None:
             raise InputError("negatives is missing: the recipe has no such section, so there is nothing to generate")
         return negatives
@@ -586,9 +609,9 @@ class Run:
         atomic.write_bytes(path, json.dumps(run, indent=2).encode())
 
 
-def _of(later: str | None) -> str:
-    """Whose negatives and groups, in words; they are the recipe's, but for those of later rounds."""
-    return f" of {later}" if later is not None else ""
+def _of(whose: str | None) -> str:
+    """Whose negatives and groups, in words; nothing of those that trainings share."""
+    return f" of {whose}" if whose is not None else ""
 
 
 def _add_spent(apis: dict[str, dict[str, Any]], api: ApiModel, used: Tokens) -> None:

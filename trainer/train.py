@@ -37,7 +37,7 @@ METRICS_FILE = "training-metrics.parquet"
 
 # What changes neither the data order nor the arithmetic that decides the weights.
 _NOT_IDENTITY = {
-    "init", "reference",  # whose content is
+    "init", "reference", "negatives",  # whose content is
     "attention", "gradient_checkpointing", "micro_batch_tokens", "logits_mb", "trackers", "eval_every",
 }  # fmt: skip
 

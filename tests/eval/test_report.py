@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from cpo_pipe.data.recipe import Published
 from cpo_pipe.data.schemas import EXAMPLES, METRICS
 from cpo_pipe.eval.agreement import AGREEMENT
 from cpo_pipe.eval.charts import alpha_curves
@@ -145,6 +146,22 @@ def test_how_far_judges_agree_is_shown_and_written(tmp_path: Path) -> None:
     )
     _, page = render(tmp_path, make_data())
     assert "Agreement of judges" not in page.text
+
+
+def test_published_figures_stand_beside_the_runs(tmp_path: Path) -> None:
+    data = make_data()
+    row = next(row for row in data.metrics.to_pylist() if row["ci_low"] is not None)
+    published = Published(source="A paper, table 1", metric=row["metric"], decoding=row["decoding"],
+                          values={row["system"]: 0.471, "other": 0.5})  # fmt: skip
+    _, page = render(tmp_path, make_data(published=[published]))
+    assert f"A paper, table 1: {row['metric']}, {row['decoding']}" in page.text
+    assert row_of(page, "other") == "0.500–"
+    write_exports(tmp_path, make_data(published=[published]))
+    text = (tmp_path / "metrics.md").read_text()
+    shown = f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+    assert f"| {row['system']} | 0.471 | {shown} |" in text
+    _, page = render(tmp_path, make_data())
+    assert "Published figures" not in page.text
 
 
 def test_metrics_of_the_rankers_model_are_marked(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def tables(store: Path, kind: str, columns: list[str]) -> dict[str, pa.Table]:
 def test_ray_makes_the_same_rows(project: Project, counts: str) -> None:
     settings = ["--set", f"negatives.counts={counts}"]
     try:
-        for store, options in (("here", []), ("there", ["--executor", "ray", "--workers", "2"])):
+        for store, options in (("here", []), ("there", ["--executor", "ray", "--workers", "1"])):
             result = project.cli("run", "tiny.yaml", "--store", store, *settings, *options)
             assert result.status == 0, result.err
             assert "Warning" not in result.err

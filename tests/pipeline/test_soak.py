@@ -170,6 +170,6 @@ def test_60_kills_of_commands_and_actors_change_no_row(tmp_path: Path, tiny_mode
     soak(tmp_path, tiny_model, 160, list(MADE_BY), KILLS)
 
 
-def test_killed_commands_change_no_row(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_killed_command_changes_no_row(tmp_path: Path, tiny_model: Path) -> None:
     """Ray's drivers and actors are killed in the soak only: each of its commands takes most of a minute."""
-    soak(tmp_path, tiny_model, 12, ["generate-negatives"], {"local driver": 2})
+    soak(tmp_path, tiny_model, 8, ["generate-negatives"], {"local driver": 1})

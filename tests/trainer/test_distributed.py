@@ -150,7 +150,9 @@ def test_two_processes_train_what_one_trains(project: Project, mode: str) -> Non
     assert said.count("steps in checkpoints/") == len(trained), "one process speaks for both"
 
 
-@pytest.mark.parametrize(("mode", "end"), [("DDP", signal.SIGTERM), ("FSDP", signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ("mode", "end"), [("DDP", signal.SIGTERM), pytest.param("FSDP", signal.SIGKILL, marks=pytest.mark.soak)]
+)
 def test_stopped_or_one_of_them_killed_they_go_on_bit_for_bit(project: Project, mode: str, end: signal.Signals) -> None:
     rough = f"rough-{mode}"
     running = project.launch(mode, rough, "long")

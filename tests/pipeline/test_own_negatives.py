@@ -1,0 +1,93 @@
+"""Trainings of one recipe on different negatives, as the paper's tables compare them."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.pipeline.conftest import Project
+
+BASE = "{init: start, reference: start, objective: cpo, steps: 1, batch_size: 2, beta: 0.1}"
+TRAININGS = [
+    "negatives.counts={autoregressive: 2}",
+    f"train.an={BASE}", "train.an.negatives={autoregressive: 3}",
+    f"train.mix={BASE}", "train.mix.negatives={batch: 1, truncation: 2}",
+]  # fmt: skip
+
+
+def settings(*more: str) -> list[str]:
+    return [part for value in (*TRAININGS, *more) for part in ("--set", value)]
+
+
+def spec_of(project: Project, training: str) -> dict[str, object]:
+    run = json.loads((project.root / "runs" / "tiny" / "run.json").read_text())
+    folder = project.store / run["stages"][f"train {training}"]["artifact"]
+    spec: dict[str, object] = json.loads((folder / "spec.json").read_text())
+    return spec
+
+
+def strategies(project: Project, training: str) -> list[tuple[str, int]]:
+    groups = spec_of(project, training)["groups"]
+    assert isinstance(groups, dict)
+    return [(source["negatives"]["strategy"], source["count"]) for source in groups["candidates"]]
+
+
+def test_each_training_has_the_negatives_that_it_names(project: Project) -> None:
+    done = project.cli("run", "tiny.yaml", *settings("evaluate.systems.mix={model: mix}"))
+    assert done.status == 0, done.err
+    assert strategies(project, "cpo") == [("autoregressive", 2)]
+    assert strategies(project, "an") == [("autoregressive", 3)]
+    assert strategies(project, "mix") == [("batch", 1), ("truncation", 2)]
+    # The samples of both are one artifact: three of each example, made once.
+    rows = pq.read_table(sorted(project.store.glob("negatives/*/shards/*.parquet"))[:100])
+    sampled = [row for row in rows.to_pylist() if row["strategy"] == "autoregressive"]
+    keys = {(row["example_id"], row["sample_index"]) for row in sampled}
+    assert len(keys) == len(sampled) == 3 * len({row["example_id"] for row in sampled})
+    report = (project.root / "runs" / "tiny" / "report.html").read_text()
+    assert "negatives of mix" in report
+
+    made = project.made()
+    again = project.cli("run", "tiny.yaml", *settings("evaluate.systems.mix={model: mix}"))
+    assert again.status == 0, again.err
+    assert project.made() == made
+    # Another choice is another training, of the same start.
+    other = project.cli("run", "tiny.yaml", *settings("train.mix.negatives={truncation: 1}"))
+    assert other.status == 0, other.err
+    assert strategies(project, "mix") == [("truncation", 1)]
+
+
+def test_stages_do_what_all_trainings_want_and_only_that(project: Project) -> None:
+    own = "train.cpo.negatives={truncation: 1}"
+    for stage in ("prepare", "train", "generate-negatives", "rank", "train"):
+        names = ["start"] if stage == "train" and not project.store.joinpath("negatives").exists() else []
+        done = project.cli(stage, "tiny.yaml", *names, *settings(own))
+        assert done.status == 0, done.err
+    stages = json.loads((project.root / "runs" / "tiny" / "run.json").read_text())["stages"]
+    assert {name for name in stages if name.startswith("rank")} == {"rank of cpo", "rank of an", "rank of mix"}
+    assert project.cli("quality", "tiny.yaml", *settings(own)).status == 0
+    out = project.root / "pairs"
+    done = project.cli("export", "tiny.yaml", *settings(own), "--training", "mix", "--out", str(out))
+    assert done.status == 0, done.err
+    rejected = pq.read_table(sorted(out.rglob("*.parquet")))["rejected_strategy"].to_pylist()
+    assert set(rejected) <= {"batch", "truncation"}
+    wrong = project.cli("export", "tiny.yaml", *settings(own), "--training", "mixx", "--out", str(project.root / "p2"))
+    assert (wrong.status, wrong.error()) == (2, "error: --training mixx: no training on negatives; did you mean mix?")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("train.an.negatives={autoregresive: 1}", "train.an.negatives: 'autoregresive' is none; did you mean autoreg"),
+        ("train.an.negatives={'pool:x': 1}", "train.an.negatives: 'pool:x' is none; there are autoregressive, batch"),
+        ("train.an.negatives={batch: 0}", "train.an.negatives.batch is 0: input should be greater than 0"),
+        (
+            "train.start.negatives={batch: 1}",
+            "train.start: negatives has no meaning for the objective mle: leave it out",
+        ),
+        ("train.mix.pairs=[[target, autoregressive]]", "train.mix.pairs: no candidate is of 'autoregressive'; there"),
+    ],
+)
+def test_what_is_not_there_is_refused(project: Project, change: str, message: str) -> None:
+    found = project.cli("train", "tiny.yaml", *settings(change))
+    assert found.status == 2
+    assert message in found.error()

@@ -118,6 +118,7 @@ def parse_pairs(texts: Sequence[str], negatives: Negatives) -> list[Pair]:
 def export(
     out: Path,
     recipe: Recipe,
+    negatives: Negatives,
     tokenizer: TokenizerFiles,
     examples: pa.Table,
     groups: Rows,
@@ -129,6 +130,7 @@ def export(
     Args:
         out: a folder that is new or empty.
         recipe: of the groups; it goes into the card.
+        negatives: what they are made of, of a training with its own that.
         tokenizer: of the examples.
         examples: whose groups (EXAMPLES schema).
         groups: where they are.
@@ -156,7 +158,7 @@ def export(
                 f"--out {out}: there is nothing to write: of the pairs asked for {tally.left_out:,} are there, each "
                 "with a text that does not end (cut at a limit of tokens), which this format cannot say"
             )
-        (scratch / "README.md").write_text(_card(recipe, writer, tally, conversational), encoding="utf-8")
+        (scratch / "README.md").write_text(_card(recipe, negatives, writer, tally, conversational), encoding="utf-8")
     log.info("export: %s pairs of %s groups written to %s", f"{writer.rows:,}", f"{tally.groups:,}", out)
     if tally.left_out:
         log.warning(
@@ -262,7 +264,7 @@ class _Writer:
             self._writer = None
 
 
-def _card(recipe: Recipe, writer: _Writer, tally: _Tally, conversational: bool) -> str:
+def _card(recipe: Recipe, negatives: Negatives, writer: _Writer, tally: _Tally, conversational: bool) -> str:
     """The data card: README.md, as the Hugging Face hub wants it."""
     from datasets import DatasetInfo, Features, SplitDict
     from huggingface_hub import DatasetCardData
@@ -287,7 +289,7 @@ def _card(recipe: Recipe, writer: _Writer, tally: _Tally, conversational: bool) 
         name=recipe.name,
         pairs=writer.rows,
         groups=tally.groups,
-        strategies=_strategies(recipe, tally.pairs),
+        strategies=_strategies(negatives, tally.pairs),
         left_out=tally.left_out,
         prompts=_CONVERSATIONAL if conversational else prompts,
         recipe=recipe_text(recipe),
@@ -295,10 +297,8 @@ def _card(recipe: Recipe, writer: _Writer, tally: _Tally, conversational: bool) 
     return f"---\n{facts.to_yaml()}\n---\n{text}"
 
 
-def _strategies(recipe: Recipe, pairs: Counter[Pair]) -> str:
+def _strategies(negatives: Negatives, pairs: Counter[Pair]) -> str:
     """A table of the kinds of pairs, and what wrote each kind of text."""
-    negatives = recipe.negatives
-    assert negatives is not None
     writers = {"target": "the ground truth", "batch": "the ground truth of another prompt",
                "truncation": "the ground truth, cut", "autoregressive": f"sampled from {negatives.model}",
                "meanfield": f"the ground truth, in part drawn again from {negatives.model}"}  # fmt: skip

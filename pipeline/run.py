@@ -347,7 +347,8 @@ class Run:
             hint = nearest(training, known) or f"there are {', '.join(known)}"
             raise InputError(f"--training {training}: no training on negatives; {hint}")
         whose = self._own(training) if training else self._owners()[0]
-        wanted = parse_pairs(pairs, self._negatives(whose))
+        negatives = self._negatives(whose)
+        wanted = parse_pairs(pairs, negatives)
         check_new(out)
         if push:
             check_repo(push)
@@ -355,7 +356,7 @@ class Run:
             raise InputError("--public has no meaning without --push: leave it out")
         sources, groups = self.groups(whose)
         tokenizer = self.examples().tokenizer
-        export(out, self.recipe, tokenizer, sources.selection, groups, wanted, conversational)
+        export(out, self.recipe, negatives, tokenizer, sources.selection, groups, wanted, conversational)
         if push:
             upload(out, push, public)
 

@@ -86,7 +86,7 @@ class Model:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         try:
-            config = AutoConfig.from_pretrained(self.path)
+            config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
             with torch.device("meta"):
                 network: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                     config, dtype=torch.float32
@@ -140,6 +140,8 @@ def locate_model(name: str, store: Store, revision: str | None = None, *, make: 
         MissingInput: without `make`, where it would have to be downloaded or made.
     """
     folder = fetch_folder(name, "model", revision, make=make)
+    if not make and not Path(name).is_dir() and not any(folder.glob("*.safetensors")):
+        raise MissingInput(f"model {name}: its weights are not downloaded from the hub")
     check_weights(folder)
     if (folder / adapters.CONFIG).is_file():
         base = _base_model(name, folder, store, make)

@@ -245,16 +245,30 @@ class Training(Section):
                 )
         elif self.reference is None and "reference" in _LEARNT_BY[self.objective]:
             raise ValueError(f"reference is missing: {self.objective} needs a frozen reference model")
+        self._check_pairs()
         if self.curriculum is not None:
             self._check_curriculum(self.curriculum)
         if self.keep == "best" and not self.held_out:
             raise ValueError("keep is best, but held_out is 0: nothing would tell which weights are the best")
         return self
 
+    def _check_pairs(self) -> None:
+        seen: set[tuple[str, str]] = set()
+        for chosen, rejected in self.pairs or ():
+            shown = f"pairs [{chosen}, {rejected}]"
+            if chosen == rejected:
+                raise ValueError(f"{shown}: are of one kind, of which none is the better: name two")
+            if (chosen, rejected) in seen or (rejected, chosen) in seen:
+                raise ValueError(f"{shown}: stands there twice, or also the other way round: leave one out")
+            seen.add((chosen, rejected))
+
     def _check_curriculum(self, curriculum: Curriculum) -> None:
         if (curriculum.by in ("likelihood", "length")) == self.contrasts:
             kinds = "strength, similarity or margin" if self.contrasts else "likelihood or length"
             raise ValueError(f"curriculum.by is {curriculum.by}: for the objective {self.objective} it must be {kinds}")
+        if curriculum.order == "staged" and self.steps < curriculum.stages:
+            raise ValueError(f"steps is {self.steps}, but curriculum.stages is {curriculum.stages}: the hardest would "
+                             "never be trained on; raise steps, or lower stages")  # fmt: skip
         if curriculum.by == "margin" and self.reference is None:
             raise ValueError(
                 f"curriculum.by is margin, but {self.objective} has no reference: take strength or similarity"
@@ -461,9 +475,10 @@ class Negatives(Section):
         """The same with so many negatives of each label per prompt, and no others."""
         named = {kind: {label.partition(":")[2]: count for label, count in wanted.items() if label.startswith(kind)}
                  for kind in ("pool:", "instructed:")}  # fmt: skip
+        counts = {label: count for label, count in wanted.items() if ":" not in label}
         return self.model_copy(
             update={
-                "counts": Counts(**{label: count for label, count in wanted.items() if ":" not in label}),
+                "counts": Counts.model_construct(None, **{name: counts.get(name, 0) for name in Counts.model_fields}),
                 "pools": {name: self.pools[name].model_copy(update={"count": count})
                           for name, count in named["pool:"].items()},
                 "instructed": {name: self.instructed[name].model_copy(update={"count": count})
@@ -478,7 +493,9 @@ class Negatives(Section):
 
     def upstream(self) -> list[str]:
         """Names of the models it needs: trainings, APIs, folders or hub names."""
-        return [name for name in (self.model, *(pool.model for pool in self.pools.values())) if name is not None]
+        sampled = self.counts.autoregressive or self.counts.meanfield
+        models = [self.model if sampled else None, *(pool.model for pool in self.pools.values())]
+        return [name for name in models if name is not None]
 
 
 class Rank(Section):
@@ -845,9 +862,16 @@ class Recipe(Section):
                 if label not in known:
                     hint = nearest(label, known) or f"there are {', '.join(known)}"
                     raise ValueError(f"train.{name}.pairs: no candidate is of {label!r}; {hint}")
-        by_similarity = training.curriculum is not None and training.curriculum.by == "similarity"
-        if by_similarity and self.rank == "none":
+        by = training.curriculum.by if training.curriculum is not None else None
+        if by == "similarity" and self.rank == "none":
             raise ValueError(f"rank is none, but train.{name}.curriculum.by is similarity: rank, or take another")
+        if by == "strength":
+            strengths = self.strengths_of(name)
+            if unknown := [label for label in self._compared(name) if label not in strengths]:
+                raise ValueError(
+                    f"train.{name}.curriculum.by is strength, but none is known of {unknown[0]}: give "
+                    "negatives.target_strength for the target; of the others only pools have one"
+                )
 
     def _check_own_negatives(self, name: str, training: Training, negatives: Negatives) -> None:
         known = [*Counts.model_fields, *(label for label in negatives.labels() if ":" in label)]
@@ -855,8 +879,18 @@ class Recipe(Section):
             if label not in known:
                 hint = nearest(label, known) or f"there are {', '.join(known)}"
                 raise ValueError(f"train.{name}.negatives: {label!r} is none; {hint}")
-        if negatives.model is None and {"autoregressive", "meanfield"} & (training.negatives or {}).keys():
-            raise ValueError(f"negatives.model is missing: the negatives of train.{name} come from one")
+        if training.negatives is None:
+            return
+        try:
+            chosen = Negatives.model_validate(negatives.only(training.negatives).model_dump())
+            self._check_apis(chosen)
+        except ValidationError as error:
+            detail = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in detail["loc"])
+            message = detail["msg"].removeprefix("Value error, ")
+            raise ValueError(f"train.{name}.negatives: {where}{': ' if where else ''}{message}") from error
+        except ValueError as error:
+            raise ValueError(f"train.{name}.negatives: {error}") from error
 
     def _check_local(self) -> None:
         """Refuse APIs where weights are needed, before any of them is paid."""
@@ -908,6 +942,19 @@ class Recipe(Section):
                     frozen = {"reference": before} if training.reference is not None else {}
                     trainings[f"{name}@{number}"] = training.model_copy(update={"init": before, **frozen})
         return trainings
+
+    def strengths_of(self, name: str) -> dict[str, float]:
+        """How good what a training compares is, by label, where the recipe says so."""
+        negatives = self.negatives_of(name)
+        known = negatives.strengths() if negatives is not None else {}
+        return {label: known[label] for label in self._compared(name) if label in known}
+
+    def _compared(self, name: str) -> list[str]:
+        """The labels of what a training learns from: those of its pairs, or else all of its groups'."""
+        negatives, pairs = self.negatives_of(name), self.trainings()[name].pairs
+        if pairs is not None:
+            return list(dict.fromkeys(label for pair in pairs for label in pair))
+        return negatives.labels() if negatives is not None else []
 
     def negatives_of(self, name: str) -> Negatives | None:
         """The negatives that a training learns from: its own choice, in a later round made by the round before."""
@@ -967,6 +1014,7 @@ def load_recipe(source: str, overrides: list[str] | None = None, scale: str | No
             f"recipe {source}: is {_shown(content)}: must be a mapping with the sections "
             f"{', '.join(Recipe.model_fields)}"
         )
+    content = _copied(content)
     content.setdefault("name", path.stem)
     if scale is not None:
         _scale(content, scale, source)
@@ -1024,11 +1072,14 @@ def _read_yaml(text: str) -> Any:
 
 def _scale(content: dict[str, Any], scale: str, source: str) -> None:
     """Put what a scale of the recipe names in its place, and the scale's name behind the recipe's."""
-    scales = content.get("scales") or {}
-    if not isinstance(scales, dict) or not isinstance(scales.get(scale), dict):
+    scales = content.get("scales")
+    scales = {str(name): settings for name, settings in scales.items()} if isinstance(scales, dict) else {}
+    if not isinstance(scales.get(scale), dict):
         hint = nearest(scale, scales) or f"there are {', '.join(scales) or 'none'}"
         raise InputError(f"--scale {scale}: the recipe {source} has no such scale; {hint}")
     for pattern, value in scales[scale].items():
+        if not isinstance(pattern, str):
+            raise InputError(f"recipe {source}: scales.{scale}: {pattern!r} is no key as for --set: put it in quotes")
         for path in _matching(content, pattern.split(".")):
             _put(content, path, value, f"recipe {source}: scales.{scale}.{pattern}")
     content["name"] = f"{content['name']}-{scale}"
@@ -1039,7 +1090,9 @@ def _matching(node: Any, pattern: Sequence[str]) -> list[list[str]]:
     if not pattern:
         return [[]]
     first, rest = pattern[0], pattern[1:]
-    keys = list(node) if first == "*" and isinstance(node, dict) else [first]
+    keys = [first]
+    if first == "*":
+        keys = list(node) if isinstance(node, dict) else []
     below = {key: node.get(key) if isinstance(node, dict) else None for key in keys}
     return [[key, *path] for key in keys for path in _matching(below[key], rest)]
 
@@ -1055,8 +1108,15 @@ def _override(content: dict[str, Any], override: str) -> None:
     _put(content, path.split("."), value, f"--set {override}")
 
 
+def _copied(value: Any) -> Any:
+    """A copy in which nothing is shared: what a YAML anchor or a * puts in several places is changed in one."""
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
+
+
 def _put(content: dict[str, Any], path: Sequence[str], value: Any, where: str) -> None:
-    """Set a key; `where` is who asks for it, for messages."""
+    """Set a key to a copy of a value; `where` is who asks for it, for messages."""
     *parents, last = path
     node: Any = content
     for depth, key in enumerate(parents):
@@ -1067,7 +1127,7 @@ def _put(content: dict[str, Any], path: Sequence[str], value: Any, where: str) -
         node = node.setdefault(key, {}) if isinstance(node, dict) else None
     if not isinstance(node, dict):
         raise InputError(f"{where}: {'.'.join(parents)} is not a section")
-    node[last] = value
+    node[last] = _copied(value)
 
 
 def _names_are_free(path: Sequence[str]) -> bool:

@@ -89,7 +89,8 @@ def encode_as_text(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -
     left = [place for place, row in enumerate(ids) if not control.isdisjoint(row)]
     broken = _encode(list(map(breaker(tokenizer), (texts[place] for place in left))), tokenizer, False)
     for place, row in zip(left, broken, strict=True):
-        ids[place] = row
+        # A normalizer may make one again of characters like its own; then it is left out.
+        ids[place] = [token for token in row if token not in control]
     return ids
 
 

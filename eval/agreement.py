@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -75,7 +75,10 @@ def agreement(
     extreme = (same == pairs).all() or not same.any()
     raw = share(same > 0) if extreme or (pairs == 1).all() else bootstrap.ratio(same, pairs)
     alike = len(set(cells.tolist())) == 1 and cells[0] % 4 == 0
-    return Agreement(raw, None if alike else bootstrap.statistic(_kappa, *counts), len(both))
+    kappa = None if alike else bootstrap.statistic(_kappa, *counts)
+    if kappa is not None and kappa.low == kappa.high:  # all resamples are alike, which is not to say that it is certain
+        kappa = replace(kappa, low=None, high=None)
+    return Agreement(raw, kappa, len(both))
 
 
 def agreements(

@@ -57,7 +57,7 @@ from cpo_pipe.pipeline.engines.base import (
     stop_ids,
 )
 from cpo_pipe.pipeline.engines.openai import ApiModel, Asked, Tokens, prompt_of
-from cpo_pipe.pipeline.missing import WINDOW, Wanted, make_missing
+from cpo_pipe.pipeline.missing import WINDOW, Wanted, make_missing, refused_source
 
 log = logging.getLogger(__name__)
 
@@ -254,12 +254,13 @@ def evaluation_costs(
 
     def add(what: str, api: ApiModel, rows: Rows, whole: Cost) -> None:
         """Of two that share an artifact, the second asks only for what the first does not."""
-        shared = counted.get(rows.name, Cost(0, Tokens()))
-        if whole.calls > shared.calls:
-            counted[rows.name] = whole
-        else:
-            shared = whole
-        costs.append((what, api, Cost(whole.calls - shared.calls, whole.tokens - shared.tokens)))
+        before = counted.get(rows.name, Cost(0, Tokens()))
+        most = Cost(
+            max(whole.calls, before.calls),
+            Tokens(max(whole.tokens.prompt, before.tokens.prompt), max(whole.tokens.written, before.tokens.written)),
+        )
+        counted[rows.name] = most
+        costs.append((what, api, Cost(most.calls - before.calls, most.tokens - before.tokens)))
 
     for g in wanted.generations:
         absent_EN = Wanted(g.rows, config.decodings[g.decoding].samples, g.refused).missing(ids)
@@ -416,8 +417,9 @@ def _generate(
     longest = max(wanted.sampling.max_new_tokens for wanted in generations)
     engine = LazyEngine(config.engine, model, check_context(selection, model, longest, "evaluate.max_new_tokens"))
     for wanted in sorted(generations, key=lambda wanted: wanted.sampling.beams):
+        samples = config.decodings[wanted.decoding].samples
         made = make_missing(
-            Wanted(wanted.rows, config.decodings[wanted.decoding].samples),
+            Wanted(wanted.rows, samples),
             selection,
             Sampled(wanted.rows, engine, wanted.sampling, config.seed, examples.tokenizer),
             executor,
@@ -425,7 +427,7 @@ def _generate(
             label=f"evaluate {wanted.system}, {wanted.decoding}",
         )
         log.info("evaluate: outputs of %s, %s in %s (%d made, %d reused)", wanted.system, wanted.decoding,
-                 wanted.rows.name, made, selection.num_rows - made)  # fmt: skip
+                 wanted.rows.name, made, selection.num_rows * samples - made)  # fmt: skip
 
 
 def _ask(
@@ -434,9 +436,10 @@ def _ask(
     """Ask an API for what it has not yet answered; one process sends all requests, and so keeps the caps."""
     for wanted in generations:
         assert wanted.refused is not None
+        samples = config.decodings[wanted.decoding].samples
         work = Asked(wanted.rows, wanted.refused, api, wanted.sampling, config.seed, examples.tokenizer, prompt_of)
         made = make_missing(
-            Wanted(wanted.rows, config.decodings[wanted.decoding].samples, wanted.refused),
+            Wanted(wanted.rows, samples, wanted.refused),
             selection,
             work,
             LocalExecutor(),
@@ -445,7 +448,7 @@ def _ask(
         )
         work.check()
         log.info("evaluate: outputs of %s, %s in %s (%d made, %d reused)", wanted.system, wanted.decoding,
-                 wanted.rows.name, made, selection.num_rows - made)  # fmt: skip
+                 wanted.rows.name, made, selection.num_rows * samples - made)  # fmt: skip
 
 
 def _write(product: Product, wanted: Comparison, store: Store, target_nll: TargetNll) -> None:
@@ -474,12 +477,12 @@ def _measure(
     texts = [text for outputs in (targets, *all_outputs.values()) for text in outputs.texts]
     if wanted.memo is not None and _similarity(wanted.judges):
         wanted.memo.add(texts, "embed outputs")
-    if wanted.mauve is not None and wanted.with_mauve():
-        wanted.mauve.add(texts, "MAUVE's features of outputs")
     cases = _cases(wanted.selection)
     sides = {**all_outputs, **{(GROUND_TRUTH, decoding): targets for decoding in config.decodings}}
     judgements = _judge(wanted, cases, sides, store)
     scores = _scores(wanted.judges, cases, all_outputs)
+    if wanted.mauve is not None and wanted.with_mauve():  # after the judges, whose models may need all the memory
+        wanted.mauve.add(texts, "MAUVE's features of outputs")
     measured = Measurement(example_ids, targets, Bootstrap(resamples=config.bootstrap, seed=config.seed))
     measured.measure_text(GROUND_TRUTH, ANY_DECODING, targets)
     for system, model in wanted.systems.items():
@@ -605,7 +608,9 @@ def _notes(wanted: Comparison, measured: Measurement) -> list[str]:
     for g in wanted.generations:
         if g.refused is not None:
             ids = wanted.selection["example_id"].to_pylist()
-            reasons = Counter(g.refused.read(ids, ["example_id", "reason"])["reason"].to_pylist())
+            refused = g.refused.read(ids, ["example_id", "source", "reason"])
+            refused = refused.filter(pc.equal(refused["source"], refused_source(0)))  # all but the first count as none
+            reasons = Counter(refused["reason"].to_pylist())
             why = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
             if reasons:
                 notes.append(

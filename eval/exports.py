@@ -1,9 +1,8 @@
 """What a run writes beside its report: the figures as Markdown to paste, the outputs as AlpacaEval reads them."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from cpo_pipe.data import atomic
@@ -15,22 +14,29 @@ _TARGETS = (GROUND_TRUTH, "targets")
 
 
 def write_exports(folder: Path, data: ReportData) -> None:
-    """Write `metrics.md` and `model_outputs/SYSTEM/DECODING.json`, each complete or absent; the latter as one tree."""
+    """Write `metrics.md` and `model_outputs/SYSTEM/DECODING.json`, each complete or absent."""
     atomic.write_bytes(folder / "metrics.md", "\n".join(_markdown(data)).encode())
     outputs = folder / "model_outputs"
-    made, old = atomic.temporary(outputs), atomic.temporary(outputs)
+    written = set(_write_outputs(outputs, data))
+    for path in set(outputs.glob("*/*.json")) - written:  # of systems and decodings that the run no longer has
+        if _is_ours(path):
+            path.unlink()
+            with suppress(OSError):  # the user may keep files there
+                path.parent.rmdir()
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is outputs as they are written here, and nothing of the user's."""
     try:
-        _write_outputs(made, data)
-        if outputs.exists():  # with what systems and decodings wrote that the run no longer has
-            os.replace(outputs, old)
-        atomic.rename(made, outputs)
-    finally:
-        for scratch in (made, old):
-            shutil.rmtree(scratch, ignore_errors=True)
+        rows = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except ValueError:
+        return False
+    names = f"{path.parent.name}/{path.stem}", path.parent.name
+    return isinstance(rows, list) and all(isinstance(row, dict) and row.get("generator") in names for row in rows)
 
 
-def _write_outputs(folder: Path, data: ReportData) -> None:
-    """Write the outputs, and the targets as if a system had written them, as AlpacaEval reads them."""
+def _write_outputs(folder: Path, data: ReportData) -> Iterator[Path]:
+    """Write the outputs, and the targets as if a system had written them, as AlpacaEval reads them; gives the files."""
     prompts = data.examples.select(["prompt", "category"]).to_pylist()
     texts: dict[tuple[str, str], dict[str, str]] = {}
     for row in data.outputs.to_pylist():
@@ -47,6 +53,7 @@ def _write_outputs(folder: Path, data: ReportData) -> None:
         system, decoding = of
         path = folder / system / f"{decoding}.json"
         atomic.write_bytes(path, json.dumps(rows, indent=1, ensure_ascii=False).encode(errors="replace"))
+        yield path
 
 
 def _markdown(data: ReportData) -> Iterator[str]:

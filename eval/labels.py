@@ -88,7 +88,7 @@ def _read(path: Path) -> pa.Table:
         if absent := [name for name in COLUMNS if name not in table.column_names]:
             raise _error(path, f"there is no column {absent[0]}: there must be {', '.join(COLUMNS)}")
         return table.select(COLUMNS).cast(_SCHEMA)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, KeyError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise _error(path, f"cannot be read ({reason})") from error
 

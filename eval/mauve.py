@@ -71,7 +71,7 @@ def causal_features(network: "PreTrainedModel", token_ids: Sequence[Sequence[int
     body: Any = network.base_model  # which transformers types as any module
     lengths = np.array([len(ids) for ids in token_ids])
     assert lengths.all()
-    features = np.zeros((len(lengths), network.config.hidden_size), np.float32)
+    features: NDArray[np.float32] | None = None
     for rows in batches_by_length(lengths, BATCH_TOKENS):
         texts_T = [torch.tensor(token_ids[row]) for row in rows]
         padded_NT, mask_NT = (
@@ -80,8 +80,11 @@ def causal_features(network: "PreTrainedModel", token_ids: Sequence[Sequence[int
         )
         with torch.no_grad():
             hidden_NTD = body(input_ids=padded_NT, attention_mask=mask_NT, use_cache=False).last_hidden_state
+        if features is None:  # by the states themselves: a config may call their size otherwise
+            features = np.zeros((len(lengths), hidden_NTD.shape[-1]), np.float32)
         last_ND = hidden_NTD[torch.arange(len(rows)), torch.tensor(lengths[rows]) - 1]
         features[rows] = last_ND.float().cpu().numpy()
+    assert features is not None
     return features
 
 

@@ -51,10 +51,13 @@ def self_bleu(samples: Sequence[str]) -> float:
     """How alike several samples for one prompt are: mean sentence BLEU-4 of each against all others, 0 to 100.
 
     Zhu et al. 2018, "Texygen", by sacrebleu, with n-grams as long as the sample has them. High: the model says the same
-    again and again. Needs two samples; `distinct_n` of the samples' token ids is the other figure of their diversity.
+    again and again; 100 where all are one text. Words are those between spaces. Needs two samples; `distinct_n` of the
+    samples' token ids is the other figure of their diversity.
     """
     from sacrebleu.metrics.bleu import BLEU
 
+    if len(set(samples)) == 1:
+        return 100.0
     metric = BLEU(effective_order=True)
     others = [[*samples[:number], *samples[number + 1 :]] for number in range(len(samples))]
     scores = [metric.sentence_score(sample, rest).score for sample, rest in zip(samples, others, strict=True)]

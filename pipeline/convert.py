@@ -5,7 +5,6 @@ A pickle is a program. It is read by an interpreter that knows tensors and nothi
 
 import json
 import logging
-import pickle
 import re
 import shutil
 import zipfile
@@ -91,6 +90,8 @@ class _Pickles:
         if not (folder / _INDEX).is_file():
             raise InputError(f"model {name}: no {_PICKLE} there, nor {_INDEX}: there is nothing to convert")
         weight_map = read_json(folder / _INDEX).get("weight_map", {})
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise InputError(f"model {name}: {_INDEX} names no files; download it again")
         files = [folder / file for file in sorted(set(weight_map.values()))]
         for file in files:
             # The index is the model's author's: it names neighbours, and nothing elsewhere.
@@ -111,7 +112,7 @@ class _Pickles:
         try:
             # The format before PyTorch 1.6 is no zip file, and cannot be mapped.
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # a damaged pickle fails in any of an interpreter's ways
             wanted = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", str(error))
             if wanted:
                 raise InputError(
@@ -122,7 +123,10 @@ class _Pickles:
                 f"model {self.name}: {file.name} is damaged or no file of tensors ({file.stat().st_size:,} bytes); "
                 "download it again"
             ) from error
-        if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        if not isinstance(content, Mapping) or not all(
+            isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+            for key, value in content.items()
+        ):
             raise InputError(f"model {self.name}: {file.name} has something else in it than tensors by name")
         return dict(content)
 
@@ -190,7 +194,12 @@ def _check(name: str, folder: Path) -> None:
 
     # With the loading info comes a pair, which transformers' types do not say.
     pair: Any = AutoModelForCausalLM.from_pretrained(
-        folder, use_safetensors=True, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+        folder,
+        use_safetensors=True,
+        device_map="meta",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        trust_remote_code=False,
     )
     report = pair[1]
     if report["mismatched_keys"]:

@@ -101,7 +101,7 @@ def parse_pairs(texts: Sequence[str], negatives: Negatives) -> list[Pair]:
     Raises:
         InputError: one is no pair, or no candidate is of such a strategy.
     """
-    pairs = []
+    pairs: list[Pair] = []
     known = negatives.labels()
     for text in texts:
         labels = text.split(",")
@@ -111,6 +111,8 @@ def parse_pairs(texts: Sequence[str], negatives: Negatives) -> list[Pair]:
             if label not in known:
                 hint = nearest(label, known) or f"there are {', '.join(known)}"
                 raise InputError(f"--pair {text}: no candidate is of {label!r}; {hint}")
+        if labels[0] == labels[1] or {(labels[0], labels[1]), (labels[1], labels[0])} & set(pairs):
+            raise InputError(f"--pair {text}: is of one kind, or stands there twice: name each pair once")
         pairs.append((labels[0], labels[1]))
     return pairs
 
@@ -357,7 +359,11 @@ def upload(out: Path, repo: str, public: bool) -> None:
         private = api.dataset_info(made.repo_id).private
         if private or public:
             api.upload_folder(
-                repo_id=made.repo_id, folder_path=out, repo_type="dataset", commit_message="cpo-pipe export"
+                repo_id=made.repo_id,
+                folder_path=out,
+                repo_type="dataset",
+                commit_message="cpo-pipe export",
+                delete_patterns="data/train-*.parquet",  # of an export before, or else both would be read
             )
     except Exception as error:  # the hub client's failures have no common type: offline, no token, no rights, …
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -527,7 +527,7 @@ class Run:
             return Inputs(examples.tokenizer, init, examples.read("train", columns=columns))
         reference = self.model(config.reference) if config.reference is not None else None
         sources, groups = self.groups(self._own(name))
-        strengths = self._negatives().strengths()
+        strengths = self.recipe.strengths_of(name)
         return Inputs(examples.tokenizer, init, sources.selection.select(columns), groups, reference, strengths)
 
     def system(self, name: str, system: System) -> Model | ApiModel:

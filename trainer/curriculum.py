@@ -76,7 +76,7 @@ def curriculum_batches(
         return
     for step in range(steps):
         competence = config.start + (1 - config.start) * step / max(steps - 1, 1)
-        easiest = order[: int(np.ceil(round(competence * len(order), 6)))]  # 12.000000000000002 is 12
+        easiest = order[: max(1, int(np.ceil(round(competence * len(order), 6))))]  # 12.000000000000002 is 12
         random = np.random.default_rng([seed, step, 1 << 33])
         yield random.choice(easiest, size, replace=len(easiest) < size).tolist()
 

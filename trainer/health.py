@@ -4,6 +4,8 @@ import logging
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from cpo_pipe.trainer.groups import Groups
 from cpo_pipe.trainer.tables import Flags, Lengths
@@ -48,6 +50,24 @@ def check_groups(name: str, groups: Groups, total: int) -> None:
             "train %s: by log-prob per token the reference already puts the target first in %.0f%% of the groups: "
             "little to learn; negatives of a better generator are harder",
             name, 100 * right,
+        )  # fmt: skip
+
+
+def check_pairs(name: str, groups: pa.Table, total: int) -> None:
+    """Say how many prompts have a pair, and warn where many have none.
+
+    Args:
+        name: of the training, for messages.
+        groups: the pairs.
+        total: prompts of the selection.
+    """
+    prompts = pc.count_distinct(groups["example_id"]).as_py()
+    log.info("train %s: %d pairs of %d of %d prompts", name, groups.num_rows, prompts, total)
+    if total - prompts > ALONE * total:
+        log.warning(
+            "train %s: %.0f%% of the prompts have none of the pairs, and are not trained on: a file may lack them, or "
+            "their texts equal others of the group, which are dropped",
+            name, 100 * (total - prompts) / total,
         )  # fmt: skip
 
 

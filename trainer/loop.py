@@ -409,7 +409,8 @@ class Loop:
         with self.scorer.own_attention() as model:
             eos = model.config.eos_token_id
             context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-            for group in (self.data.held_out or self.data.groups)[:SAMPLES]:
+            groups = (self.data.held_out or self.data.groups)[: SAMPLES * SAMPLES]
+            for group in list({tuple(group.prompt_ids): group for group in reversed(groups)}.values())[::-1][:SAMPLES]:
                 room = min(SAMPLE_TOKENS, context - len(group.prompt_ids))
                 if room < 1:
                     continue

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from cpo_pipe.data import processes
-from cpo_pipe.data.errors import RunError
+from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.fingerprint import candidate_id
 from cpo_pipe.data.schemas import CANDIDATE, GROUPS
 from cpo_pipe.data.store import Rows
@@ -173,7 +173,7 @@ def mapped_groups(
     if processes.is_main():
         try:
             _write(path, rows, examples, alone, pairs, difficulty)
-        except RunError as raised:
+        except (InputError, RunError) as raised:
             error = raised
     error = agreed(error)
     if error is not None:

@@ -172,7 +172,7 @@ def _make(
 ) -> None:
     from cpo_pipe.trainer.card import write_card
     from cpo_pipe.trainer.groups import Data, Groups
-    from cpo_pipe.trainer.health import check_groups
+    from cpo_pipe.trainer.health import check_groups, check_pairs
     from cpo_pipe.trainer.interim import metrics_table
     from cpo_pipe.trainer.loop import Loop
     from cpo_pipe.trainer.tables import Extremes, probes
@@ -186,6 +186,8 @@ def _make(
     trained, held_out = _held_out(name, config, table)
     everything = Groups.of(table, _reference(config, store, inputs, table, executor))
     if config.contrasts:
+        if config.pairs:
+            check_pairs(name, table, inputs.selection.num_rows)
         check_groups(name, everything, len(everything) if config.pairs else inputs.selection.num_rows)
     model, adapted = _initial_model(name, config, inputs, extremes)
     difficulty = _difficulty(config, store, inputs, table, everything.reference_C, executor)
@@ -236,12 +238,19 @@ def _held_out(name: str, config: Training, groups: pa.Table) -> tuple["Ints", "I
         if several[row]
     )
     chosen = np.array(sorted(row for _, row in heapq.nsmallest(config.held_out, hashes)), np.int64)
-    if config.pairs:  # no pair is trained on that has its prompt among the held out
-        ids_G = groups["example_id"].to_numpy()
-        chosen = np.flatnonzero(np.isin(ids_G, ids_G[chosen]))
+    if config.pairs and config.held_out:  # no pair is trained on that has its prompt among the held out
+        prompts = (tuple(ids) for chunk in groups["prompt_ids"].chunks for ids in chunk.to_pylist())
+        held = {tuple(ids) for ids in groups["prompt_ids"].take(pa.array(chosen)).to_pylist()}
+        chosen = np.array([row for row, prompt in enumerate(prompts) if prompt in held], np.int64)
     if len(chosen) < config.held_out:
         raise InputError(f"train.{name}.held_out is {config.held_out}, but only {len(chosen)} groups have a negative")
     trained = np.setdiff1d(np.arange(groups.num_rows), chosen)
+    staged = config.curriculum is not None and config.curriculum.order == "staged"
+    if staged and config.curriculum is not None and len(trained) < config.curriculum.stages:
+        raise InputError(
+            f"train.{name}.curriculum.stages is {config.curriculum.stages}, but there are only {len(trained)} groups "
+            "to train on; lower it"
+        )
     if not several[trained].any():
         raise InputError(f"train.{name}: no group with a negative is left to train on; lower train.{name}.held_out")
     return trained, chosen

@@ -60,4 +60,7 @@ class OpenAiJudge:
         served = answer.model or self.api.config.model
         if choice.refusal is not None:
             return place, unparseable(choice.refusal.reason, detail=choice.refusal.detail[:KEPT], model=served)
-        return place, verdict_of(choice.written or "", model=served)
+        written = choice.written or ""
+        if choice.finish_reason == "length" and "think>" in written:
+            return place, unparseable("cut in its thoughts", answer=written[:KEPT], model=served)
+        return place, verdict_of(written, model=served)

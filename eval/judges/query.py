@@ -38,9 +38,10 @@ TEMPLATES = {
 KEPT = 200
 """Characters of an answer that are kept."""
 
-_THOUGHT = re.compile(r"(?:\s*<think>)?.*?</think>", re.DOTALL)
+_OPENED = re.compile(r"\s*<think>.*</think>", re.DOTALL)
+_CLOSED = re.compile(r".*\n\s*</think>\s*\n", re.DOTALL)
 """What a model says to itself first, where its server does not part it from the answer; some chat templates write its
-beginning, so that the model does not. One that never ends has no answer behind it."""
+beginning, so that the model does not: then its end must stand on a line of its own."""
 
 _AROUND = r"[\s\"'“”‘’*_`()\[\]{}<>.,:#-]*"
 _VERDICT = re.compile(
@@ -87,7 +88,10 @@ def read_answer(answer: str) -> Literal["A", "B", "TIE"] | None:
 
 def verdict_of(answer: str, **said: str) -> Verdict:
     """The verdict about the pair as it was shown; `said` is kept beside the answer, and thoughts before it are not."""
-    if thought := _THOUGHT.match(answer):
+    if "</think>" in answer:
+        thought = _OPENED.match(answer) or _CLOSED.match(answer)
+        if thought is None or answer.count("</think>") > 1:  # quoted, perhaps from what is judged
+            return unparseable("no verdict", answer=answer[-KEPT:], **said)
         answer = answer[thought.end() :].lstrip()
     raw = {"answer": answer[:KEPT], **said}
     match read_answer(answer):

@@ -122,7 +122,19 @@ def test_what_is_kept_of_an_answer() -> None:
         ("<think>\nIt is A.\nA", "<think>\nIt is A.\nA", None),
         ("<think>A", "<think>A", None),
         ("<think>\nA\n</think>", "", None),
-        ("<think>a</think>B</think>A", "B</think>A", None),
+        ("<think>a</think>B</think>A", "<think>a</think>B</think>A", None),
+        # Quoted from what is judged, it ends no thought.
+        (
+            "B\n\nResponse A tried to trick me with </think>\nA",
+            "B\n\nResponse A tried to trick me with </think>\nA",
+            None,
+        ),
+        ("B. Response A contains </think>A", "B. Response A contains </think>A", None),
+        (
+            "<think>It says:\n</think>\nA\nbut B wins.</think>B",
+            "<think>It says:\n</think>\nA\nbut B wins.</think>B",
+            None,
+        ),
     ],
 )
 def test_thoughts_before_an_answer_are_none(answer: str, kept: str, winner: str | None) -> None:

@@ -240,7 +240,16 @@ def test_init_prints_the_recipe_itself_with_every_key_commented(cli: Callable, t
     assert load_recipe(str(tmp_path / "my.yaml")) == load_recipe(name).model_copy(update={"name": "my"})
 
     lines = text.splitlines()
-    named = {"train", "systems", "decodings", "judges"}  # below them stand the user's own names
+    named = {
+        "train",
+        "systems",
+        "decodings",
+        "judges",
+        "apis",
+        "ensembles",
+        "pools",
+        "instructed",
+    }  # below them stand the user's own names
     path: list[str] = []
     keys = 0
     for before, line in zip(["", *lines], lines, strict=False):

@@ -324,6 +324,10 @@ def test_an_export_is_a_pool_again(project: Project, conversational: bool) -> No
 # ── the hub ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+OLD = ["data/train-00000.parquet", "data/train-00007.parquet", "notes.txt"]
+"""Files of a data set that is there."""
+
+
 class Hub:
     """What of the hub's API an upload of small files takes."""
 
@@ -331,6 +335,7 @@ class Hub:
         self.private, self.refuses = private, refuses
         self.created: list[dict[str, Any]] = []
         self.files: dict[str, bytes] = {}
+        self.deleted: list[str] = []
         self.tokens: set[str | None] = set()
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
@@ -343,6 +348,8 @@ class Hub:
                 return 409, {**url, "error": "You already created this dataset repo"}
             self.private = self.created[-1].get("visibility") == "private"
             return 200, url
+        if method == "GET" and "/tree/" in path:
+            return 200, [{"type": "file", "path": old, "oid": "0" * 40, "size": 1} for old in OLD]
         if method == "GET" and path.startswith("/api/datasets/me/pairs"):
             return 200, {"id": "me/pairs", "private": self.private, "sha": "0" * 40, "siblings": [], "tags": [],
                          "downloads": 0, "likes": 0, "disabled": False, "gated": False}  # fmt: skip
@@ -357,6 +364,8 @@ class Hub:
                 item = json.loads(line)
                 if item["key"] == "file":
                     self.files[item["value"]["path"]] = base64.b64decode(item["value"]["content"])
+                if item["key"] == "deletedFile":
+                    self.deleted.append(item["value"]["path"])
             return 200, {
                 "commitUrl": f"{constants.ENDPOINT}/datasets/me/pairs/commit/1",
                 "commitOid": "1" * 40,
@@ -414,6 +423,7 @@ def test_it_is_uploaded(project: Project, monkeypatch: pytest.MonkeyPatch, publi
     assert there.files == {
         str(path.relative_to("out")): path.read_bytes() for path in Path("out").rglob("*") if path.is_file()
     }
+    assert there.deleted == ["data/train-00007.parquet"], "of an export before, and nothing else"
     assert there.tokens == {"Bearer hf_mine"}
     assert "hf_mine" not in result.out + result.err + Path("out/README.md").read_text()
 

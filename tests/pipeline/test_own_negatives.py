@@ -84,6 +84,17 @@ def test_stages_do_what_all_trainings_want_and_only_that(project: Project) -> No
             "train.start.negatives={batch: 1}",
             "train.start: negatives has no meaning for the objective mle: leave it out",
         ),
+        ("train.an.negatives={batch: 100000}", "train.an.negatives: counts.batch: Input should be less than 65536"),
+        ("train.mix.pairs=[[truncation, truncation]]", "train.mix: pairs [truncation, truncation]: are of one kind"),
+        ("train.mix.pairs=[[target, batch], [batch, target]]", "pairs [batch, target]: stands there twice, or also"),
+        (
+            "train.mix.curriculum={by: strength, order: continuous}",
+            "train.mix.curriculum.by is strength, but none is known of target: give",
+        ),
+        (
+            "train.mix.curriculum={by: margin, stages: 3}",
+            "train.mix: steps is 1, but curriculum.stages is 3: the hardest",
+        ),
         ("train.mix.pairs=[[target, autoregressive]]", "train.mix.pairs: no candidate is of 'autoregressive'; there"),
     ],
 )
@@ -91,3 +102,9 @@ def test_what_is_not_there_is_refused(project: Project, change: str, message: st
     found = project.cli("train", "tiny.yaml", *settings(change))
     assert found.status == 2
     assert message in found.error()
+
+
+def test_a_generator_may_learn_from_negatives_that_no_model_writes(project: Project) -> None:
+    own = ["negatives.model=mix", "train.an.init=mix"]
+    found = project.cli("train", "tiny.yaml", "nothing", *settings(*own))
+    assert "training nothing: not in the recipe" in found.error(), "and no cycle"

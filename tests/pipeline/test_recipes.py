@@ -105,6 +105,21 @@ def test_a_scale_that_is_not_there_is_named() -> None:
         load_recipe("pairs", scale="smoke")
 
 
+def test_what_stands_in_several_places_is_changed_in_one(tmp_path: Path) -> None:
+    path = tmp_path / "shared.yaml"
+    path.write_text(
+        "data: {source: x.jsonl, tokenizer: t, test: 1}\n"
+        "train:\n  a: &a {init: m, objective: mle, lora: {rank: 4}}\n  b: *a\n"
+        "scales: {small: {'train.*.lora': {rank: 2}, 'negatives.pools.*.count': 3}}\n"
+    )
+    for scale, other in ((None, 4), ("small", 2)):
+        recipe = load_recipe(str(path), ["train.a.lora.rank=9"], scale)
+        assert [training.lora.rank for training in recipe.train.values() if training.lora] == [9, other]
+    path.write_text(path.read_text().replace("small: {'train.*.lora'", "10: {1"))
+    with pytest.raises(InputError, match=r"scales\.10: 1 is no key as for --set: put it in quotes"):
+        load_recipe(str(path), scale="10")
+
+
 def test_overrides_come_after_the_scale() -> None:
     recipe = load_recipe("dolly-gpt2-xl", ["train.mle.steps=7"], "smoke")
     assert (recipe.train["mle"].steps, recipe.train["anr"].steps) == (7, 2)

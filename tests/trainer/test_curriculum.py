@@ -210,6 +210,18 @@ def test_what_is_likely_to_the_model_comes_first(bench: Models, monkeypatch: pyt
     assert [name for (name,) in names] == sorted(likely, key=lambda name: -likely[name])
 
 
+def test_fewer_groups_than_stages_are_refused(bench: Models) -> None:
+    with pytest.raises(InputError, match=r"curriculum\.stages is 5, but there are only 4 groups to train on"):
+        bench.train("mle", curriculum={"by": "length", "stages": 5}, steps=5)
+
+
+def test_prompts_without_a_pair_are_counted(bench: Models, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    bench.train("dpo", pairs=PAIRS[2:], steps=1)
+    assert "train t: 3 pairs of 3 of 4 prompts" in caplog.text
+    assert "25% of the prompts have none of the pairs" in caplog.text
+
+
 def test_what_nobody_wrote_is_nothing_to_train_on(bench: Models, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     config = Training.model_validate(

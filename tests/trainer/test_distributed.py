@@ -46,6 +46,9 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "cpo": {**COMMON, "objective": "cpo", "batch_size": 7, "beta": 0.5, "mle_weight": 0.3, "max_grad_norm": 1.0,
             "keep": "best"},
     "adapters": {**COMMON, "objective": "cpo", "batch_size": 3, "beta": 0.5, "lora": {"rank": 4}},
+    "dpo": {**COMMON, "objective": "dpo", "batch_size": 3, "beta": 0.5, "steps": 3,
+            "curriculum": {"by": "margin", "order": "continuous"}},
+    "pss": {**COMMON, "objective": "pss", "batch_size": 3, "steps": 3},
     # Rows of several examples in a forward pass, and fewer passes for one process than for the other.
     "mle": {**COMMON, "objective": "mle", "batch_size": 5, "micro_batch_tokens": 64, "gradient_checkpointing": True},
 }  # fmt: skip
@@ -61,7 +64,7 @@ class Project:
         write_jsonl(root / "rows.jsonl", pairs(41))
         start = {"init": model, "reference": model}
         trainings = {name: {**start, **settings} for name, settings in TRAININGS.items()}
-        del trainings["mle"]["reference"]
+        del trainings["mle"]["reference"], trainings["pss"]["reference"]
         trainings["long"] = {**trainings["cpo"], "steps": LONG}
         recipe = {
             "name": "two",

@@ -31,8 +31,12 @@ def _is_ours(path: Path) -> bool:
         rows = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except ValueError:
         return False
-    names = f"{path.parent.name}/{path.stem}", path.parent.name
-    return isinstance(rows, list) and all(isinstance(row, dict) and row.get("generator") in names for row in rows)
+    name = f"{path.parent.name}/{path.stem}"
+    return (
+        isinstance(rows, list)
+        and bool(rows)
+        and all(isinstance(row, dict) and row.get("generator") == name for row in rows)
+    )
 
 
 def _write_outputs(folder: Path, data: ReportData) -> Iterator[Path]:

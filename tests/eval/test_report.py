@@ -373,6 +373,12 @@ def test_outputs_of_what_a_run_no_longer_has_do_not_stay(tmp_path: Path) -> None
     write_exports(
         tmp_path, make_data(examples=examples, outputs=outputs(("old", "greedy"), ("cpo", "a"), ("cpo", "b")))
     )
+    # What the user, or AlpacaEval beside its input, keeps there stays.
+    own = {"old/annotations.json": '[{"generator_1": "old/greedy"}]', "gpt4/outputs.json": '[{"generator": "gpt4"}]',
+           "gpt4/empty.json": "[]", "gpt4/labels.json": "none of ours"}  # fmt: skip
+    for name, content in own.items():
+        (tmp_path / "model_outputs" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "model_outputs" / name).write_text(content)
     # Also a system that is called as a file of the targets might be
     new = outputs(("cpo", "b"), ("ground-truth.json", "greedy"), ("targets.json", "greedy"))
     write_exports(tmp_path, make_data(examples=examples, outputs=new))
@@ -380,8 +386,12 @@ def test_outputs_of_what_a_run_no_longer_has_do_not_stay(tmp_path: Path) -> None
         "metrics.md",
         "mine/note.json",
         "model_outputs/cpo/b.json",
+        "model_outputs/gpt4/empty.json",
+        "model_outputs/gpt4/labels.json",
+        "model_outputs/gpt4/outputs.json",
         "model_outputs/ground-truth.json/greedy.json",
         "model_outputs/ground-truth/targets.json",
+        "model_outputs/old/annotations.json",
         "model_outputs/targets.json/greedy.json",
     ]
     assert not [*tmp_path.glob(".tmp-*")]

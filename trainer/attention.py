@@ -161,10 +161,14 @@ def _sequences(
     query, key = query.to(value.dtype), key.to(value.dtype)
     key, value = (_for_all_heads(tensor, query) for tensor in (key, value))
     out = []
-    for start, end in pairwise(tree.start_G):
-        query_T, key_T, value_T = (tensor[:, :, start:end] for tensor in (query, key, value))
-        window = sliding_window if sliding_window is not None and sliding_window < end - start else None
-        mask = _visible(0, end - start, end - start, window, query.device) if window else None
+    # Split, not sliced: the gradient of each slice would be a tensor of the whole row.
+    lengths = [end - start for start, end in pairwise(tree.start_G)]
+    for query_T, key_T, value_T in zip(
+        *(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True
+    ):
+        length = query_T.shape[2]
+        window = sliding_window if sliding_window is not None and sliding_window < length else None
+        mask = _visible(0, length, length, window, query.device) if window else None
         attend = functional.scaled_dot_product_attention
         out.append(attend(query_T, key_T, value_T, attn_mask=mask, is_causal=window is None, scale=scaling))
     return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None

@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cpo_pipe.trainer.batches import micro_batches
 from cpo_pipe.trainer.scorer import Attention, Scorer
 
-BATCH, ROUNDS, BUDGET = 64, 5, 8192
-MODEL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 7, "num_attention_heads": 6,
-         "num_key_value_heads": 6, "vocab_size": 32_000, "max_position_embeddings": 1024}  # fmt: skip
+BATCH, ROUNDS, BUDGET = 32, 5, 8192
+MODEL = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4,
+         "num_key_value_heads": 4, "vocab_size": 8000, "max_position_embeddings": 1024}  # fmt: skip
 
 
 def step(scorer: Scorer, attention: Attention, texts: list[tuple[list[int], list[list[int]]]]) -> tuple[float, int]:
@@ -32,10 +32,14 @@ def bench_mle() -> None:
     random = np.random.default_rng(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **MODEL), dtype=torch.float32).eval()
     scorer = Scorer(model)
-    for name, median, spread in (("instructions", 90, 0.8), ("pieces of one length", 256, 0.0)):
+    for name, median, spread in (
+        ("instructions", 90, 0.8),
+        ("short answers", 40, 0.4),
+        ("pieces of one length", 128, 0.0),
+    ):
         lengths = np.clip(random.lognormal(np.log(median), spread, (BATCH, 2)) / 2, 8, 480).astype(int)
         texts = [
-            (random.integers(5, 32_000, prompt).tolist(), [random.integers(5, 32_000, target).tolist()])
+            (random.integers(5, 8000, prompt).tolist(), [random.integers(5, 8000, target).tolist()])
             for prompt, target in lengths.tolist()
         ]
         step(scorer, "packed", texts[:4])

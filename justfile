@@ -46,3 +46,7 @@ exactness:
 # The training step beside TRL's DPOTrainer: time, memory, the loop (an hour and more; needs the extra bench)
 bench-train *ARGS:
     OMP_NUM_THREADS=1 python -m tests.benchmarks.train_step {{ARGS}}
+
+# The papers' comparisons at the scale small, over five seeds: docs/results.md (hours; goes on where it was stopped)
+results *ARGS:
+    python -m tests.benchmarks.results {{ARGS}}

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -405,21 +405,25 @@ class Loop:
     @torch.no_grad()
     def _repetition(self) -> float:
         """rep-4 of greedy samples. Each process makes the same: no weights move between them."""
-        samples = []
+        groups = (self.data.held_out or self.data.groups)[: SAMPLES * SAMPLES]
+        prompts = list(dict.fromkeys(tuple(group.prompt_ids) for group in groups))[:SAMPLES]
+        samples: list[list[int]] = []
         with self.scorer.own_attention() as model:
-            eos = model.config.eos_token_id
+            eos = model.generation_config.eos_token_id
+            ends = eos if isinstance(eos, list) else [eos]
             context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-            groups = (self.data.held_out or self.data.groups)[: SAMPLES * SAMPLES]
-            for group in list({tuple(group.prompt_ids): group for group in reversed(groups)}.values())[::-1][:SAMPLES]:
-                room = min(SAMPLE_TOKENS, context - len(group.prompt_ids))
+            # Those of one length together: padding is not exact for every architecture.
+            for length, alike in groupby(sorted(prompts, key=len), key=len):
+                room = min(SAMPLE_TOKENS, context - length)
                 if room < 1:
                     continue
-                ids = torch.tensor([group.prompt_ids], device=self._accelerator.device)
+                ids = torch.tensor(list(alike), device=self._accelerator.device)
                 out = model.generate(
                     ids, attention_mask=torch.ones_like(ids), max_new_tokens=room, do_sample=False,
-                    pad_token_id=(eos[0] if isinstance(eos, list) else eos) or 0,
+                    pad_token_id=ends[0] or 0,
                 )  # type: ignore[operator]  # fmt: skip
-                samples.append(out[0, ids.shape[1] :].tolist())
+                rows = out[:, length:].tolist()
+                samples += [row[: next((at for at, one in enumerate(row, 1) if one in ends), room)] for row in rows]
         return repetition(samples)
 
     def _keep_best(self, metrics: Metrics) -> None:

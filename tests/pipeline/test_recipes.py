@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cpo_pipe.data.errors import InputError
-from cpo_pipe.data.recipe import builtin_recipes, load_recipe
+from cpo_pipe.data.recipe import TrainedTokenizer, builtin_recipes, load_recipe
 from tests.pipeline.api_server import Seen, serve, written
 from tests.pipeline.conftest import Result
 
@@ -94,6 +94,45 @@ def test_every_recipe_runs_at_smoke(name: str, tmp_path: Path, monkeypatch: pyte
     recipe = load_recipe(name)
     assert all(of.source in report for of in recipe.published)
     assert bool(recipe.published) == ("Published figures" in report)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_small_needs_nothing_from_outside(name: str) -> None:
+    recipe, whole = load_recipe(name, scale="small"), load_recipe(name)
+    assert recipe.data.preset == "python-docs"
+    assert isinstance(recipe.data.tokenizer, TrainedTokenizer)
+    assert not recipe.apis
+    trainings = recipe.trainings()
+    for training_name, training in trainings.items():
+        assert not isinstance(training.init, str) or training.init in trainings
+        assert training.reference in (None, *trainings)
+        if training_name in whole.train:
+            assert training.objective == whole.train[training_name].objective
+            assert training.steps < whole.train[training_name].steps
+            assert training.curriculum == whole.train[training_name].curriculum
+            assert training.pairs == whole.train[training_name].pairs
+    assert recipe.evaluate is not None
+    assert whole.evaluate is not None
+    assert recipe.evaluate.systems == whole.evaluate.systems
+    assert recipe.evaluate.ensembles == whole.evaluate.ensembles
+    assert {judge.kind for judge in recipe.evaluate.judges.values()} == {"similarity", "longer"}
+    assert recipe.evaluate.mauve_model is None
+    assert recipe.negatives is not None
+    assert all(pool.model in trainings for pool in recipe.negatives.pools.values())
+
+
+def test_pools_at_small_are_written_by_models_made_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = ["train.medium.steps=2", "train.weak.steps=2", "negatives.max_examples=16", "data.max_rows=60",
+                "data.validation=50", "data.test=50"]  # fmt: skip
+    options = [part for setting in settings for part in ("--set", setting)]
+    for command in (["prepare"], ["train", "medium", "weak"], ["generate-negatives"], ["rank"]):
+        done: Result = cli(command[0], "pairs-curriculum", *command[1:], "--scale", "small", *options)
+        assert done.status == 0, done.err
+    assert "groups: 16" in done.err
+    assert "K 3.00 on average" in done.err
 
 
 def test_a_scale_that_is_not_there_is_named() -> None:

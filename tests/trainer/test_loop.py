@@ -28,8 +28,9 @@ from cpo_pipe.data.fingerprint import candidate_id
 from cpo_pipe.data.recipe import Training
 from cpo_pipe.data.store import Product, Rows, Store
 from cpo_pipe.trainer.batches import batches
+from cpo_pipe.trainer.health import repetition
 from cpo_pipe.trainer.interim import Interim
-from cpo_pipe.trainer.loop import lr_factor, new_accelerator
+from cpo_pipe.trainer.loop import SAMPLE_TOKENS, SAMPLES, lr_factor, new_accelerator
 from cpo_pipe.trainer.train import METRICS_FILE, _held_out, train
 from tests.conftest import pairs, write_jsonl
 from tests.trainer.architectures import table
@@ -673,6 +674,22 @@ def test_samples_stay_within_the_models_context(tmp_path: Path, new_model: Calla
 def test_a_model_with_several_eos_tokens_can_be_sampled_from(tmp_path: Path, new_model: Callable[..., Path]) -> None:
     bench = Bench(tmp_path, new_model(eos_token_id=[0, 5]))
     assert metrics(bench.train("cpo", steps=1))[0]["repetition"] is not None
+
+
+def test_samples_taken_together_are_those_taken_alone(tmp_path: Path, new_model: Callable[..., Path]) -> None:
+    folder = new_model(eos_token_id=list(range(0, 200, 9)))
+    prompts = [[token, 7, token + 1][: 2 + token % 2] for token in range(10, 10 + SAMPLES)]
+    groups = {str(number): (prompt, [[6], [8]], [0, 1]) for number, prompt in enumerate(prompts)}
+    bench = Bench(tmp_path, folder, groups)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    alone = [
+        model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=SAMPLE_TOKENS,
+                       do_sample=False, pad_token_id=0)[0, len(ids) :].tolist()
+        for ids in prompts
+    ]  # fmt: skip
+    assert len({len(sample) for sample in alone}) > 1, "some end before others"
+    assert 0 < repetition(alone) < 1
+    assert metrics(bench.train("cpo", steps=1, lr=1e-9))[0]["repetition"] == repetition(alone)
 
 
 def test_sampling_changes_nothing_of_the_training(tmp_path: Path, tiny_model: Path) -> None:

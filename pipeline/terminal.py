@@ -42,7 +42,7 @@ def reported(debug: bool) -> Iterator[None]:
     logging.getLogger("cpo_pipe").setLevel(
         logging.ERROR if not processes.is_main() else logging.DEBUG if debug else logging.INFO
     )
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, _stop)
     try:
         yield
     except KeyboardInterrupt as error:
@@ -60,6 +60,13 @@ def reported(debug: bool) -> Iterator[None]:
         status, text = _failure(error)
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
         raise typer.Exit(status) from error
+
+
+def _stop(*_: object) -> None:
+    """End as by Ctrl-C, whose signal is ignored where a script started this in the background (`cpo-pipe … &`)."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
 
 
 def _failure(error: Exception) -> tuple[int, str]:

@@ -8,7 +8,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -284,7 +284,17 @@ def test_the_installed_command(project) -> None:
     assert failed.stderr == "error: the training start is not done: run `cpo-pipe train tiny.yaml start`\n"
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.fixture(params=["SIGTERM", "SIGINT", "SIGTERM, in the background of a script"])
+def signum(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A signal that ends a command. What a script starts with & is to ignore SIGINT."""
+    before = signal.getsignal(signal.SIGINT)
+    name, background, _ = request.param.partition(", ")
+    if background:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield signal.Signals[name]
+    signal.signal(signal.SIGINT, before)
+
+
 def test_a_stopped_command_says_so_and_keeps_its_rows(project, monkeypatch: pytest.MonkeyPatch, signum: int) -> None:
     from cpo_pipe.pipeline.engines.transformers import TransformersEngine
 

@@ -14,7 +14,7 @@ from cpo_pipe.pipeline.engines import transformers
 from cpo_pipe.pipeline.engines.base import Request, Sample, Sampling
 from cpo_pipe.pipeline.engines.transformers import PLAIN, TransformersEngine, Way
 from tests.pipeline.answers import answers
-from tests.trainer.architectures import ARCHITECTURES, VOCABULARY, make
+from tests.trainer.architectures import VOCABULARY, each, make
 
 FASTEST, ONE_LENGTH = Way(share=True, pad=True), Way(share=True, pad=False)
 SAMPLING = Sampling(temperature=1.0, top_k=20, max_new_tokens=20, stop_ids=tuple(range(0, VOCABULARY, 12)))
@@ -66,7 +66,7 @@ def assert_same(found: list[list[Sample]], expected: list[list[Sample]]) -> None
     assert [a.logprob for a, _ in pairs] == pytest.approx([b.logprob for _, b in pairs], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", each())
 def test_samples_are_those_of_rows_computed_alone(
     open_: Callable[[PreTrainedModel], TransformersEngine], name: str
 ) -> None:

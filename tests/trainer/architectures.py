@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -102,6 +103,18 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "LFM 2 (attention and convolution)": ("lfm2", {"full_attn_idxs": [1]}),
 }
 """By the name in the table: transformers' model type and what differs from the common sizes."""
+
+_LIKE_OTHERS = {
+    "OPT (learned positions)", "Qwen3-MoE (experts)", "Mistral, no window", "Mistral, window longer than all",
+    "Gemma 2 (soft-caps, windows of 64)", "Phi-3", "OLMo 2", "Granite (scaled logits)", "SmolLM 3", "StarCoder 2",
+    "Falcon (rotary)", "Falcon (ALiBi)", "MPT (ALiBi)", "GPT-J", "Mamba 2 (state space)",
+}  # fmt: skip
+"""What is particular about them another has, too: these are tested by `just soak` only, and by `just exactness`."""
+
+
+def each() -> list[Any]:
+    """The names, for a test of every architecture."""
+    return [pytest.param(name, marks=[pytest.mark.soak] if name in _LIKE_OTHERS else []) for name in ARCHITECTURES]
 
 
 def make(name: str) -> PreTrainedModel:

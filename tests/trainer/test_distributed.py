@@ -21,13 +21,14 @@ from cpo_pipe.pipeline.cli import main
 from cpo_pipe.trainer.train import METRICS_FILE
 from tests.conftest import make_model, pairs, write_jsonl
 
-# Saves after every step, and says which process is which.
+# Says which process is which; saves after every step, where that is asked for.
 SCRIPT = """
 import os, sys
 from pathlib import Path
 from cpo_pipe.pipeline.cli import main
 from cpo_pipe.trainer import interim
-interim.SAVE_SECONDS, interim.SAVE_SHARE = 0.0, 1e9
+if "SAVE_OFTEN" in os.environ:
+    interim.SAVE_SECONDS, interim.SAVE_SHARE = 0.0, 1e9
 Path(sys.argv.pop(1), os.environ["RANK"]).write_text(str(os.getpid()))
 sys.exit(main())
 """
@@ -88,7 +89,7 @@ class Project:
     def arguments(self, store: str) -> list[str]:
         return [str(self.recipe), "--store", str(self.root / store), "--run-dir", str(self.root / f"run-{store}")]
 
-    def launch(self, mode: str, store: str, *names: str) -> subprocess.Popen[str]:
+    def launch(self, mode: str, store: str, *names: str, **environment: str) -> subprocess.Popen[str]:
         """`train` in two processes on a copy of the groups (made where it is not there)."""
         if not (self.root / store).exists():
             shutil.copytree(self.root / "groups", self.root / store)
@@ -100,7 +101,7 @@ class Project:
         command = [*launcher, str(script), str(self.root), "train", *self.arguments(store), *names]
         # What the test runner's own processes agreed on is nothing to those started here.
         own = ("ACCELERATE", "FSDP")
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(own)}
+        environment |= {key: value for key, value in os.environ.items() if not key.startswith(own)}
         pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(command, env=environment | {"OMP_NUM_THREADS": "1"}, **pipe)
 
@@ -158,7 +159,7 @@ def test_two_processes_train_what_one_trains(project: Project, mode: str) -> Non
 )
 def test_stopped_or_one_of_them_killed_they_go_on_bit_for_bit(project: Project, mode: str, end: signal.Signals) -> None:
     rough = f"rough-{mode}"
-    running = project.launch(mode, rough, "long")
+    running = project.launch(mode, rough, "long", SAVE_OFTEN="1")
     states = project.root / rough / "checkpoints" / ".in-progress"
     deadline = time.monotonic() + 200
     while not any(path.name.isdigit() and int(path.name) > 8 for path in states.glob("*/*")):

@@ -17,7 +17,7 @@ from cpo_pipe.trainer.head import Head
 from cpo_pipe.trainer.scorer import ORDER, Attention, Scorer, choose
 from cpo_pipe.trainer.tables import probes
 from cpo_pipe.trainer.trees import Packed, pack_rows, pack_trees
-from tests.trainer.architectures import ARCHITECTURES, VOCABULARY, group, make, table
+from tests.trainer.architectures import VOCABULARY, each, group, make, table
 
 Texts = tuple[list[int], list[list[int]]]
 
@@ -76,7 +76,7 @@ def assert_equal(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance:
     assert float((one - other).detach().abs().max() / other.detach().abs().max()) < tolerance
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", each())
 def test_exact_or_refused(name: str) -> None:
     model = make(name)
     scorer = Scorer(model)
@@ -102,7 +102,7 @@ def test_exact_or_refused(name: str) -> None:
     assert all("is not exact for this model: " in reason for reason in refused.values())
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", each())
 def test_targets_alone_are_packed_without_a_trace_of_each_other_or_not_at_all(name: str) -> None:
     groups = [(prompt, candidates[:1]) for prompt, candidates in GROUPS]
     model = make(name)

@@ -1,0 +1,69 @@
+"""What `just results` says of figures: which of the papers' orderings hold, and the settings that were chosen."""
+
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from cpo_pipe.data.recipe import GROUND_TRUTH, parse_recipe
+from tests.benchmarks import results
+from tests.benchmarks.results import ALPHAS, GREEDY, GRIDS, METHODS, SAMPLED, SEEDS, Figures
+
+
+def figures(seed: int, **win_rates: float) -> Figures:
+    """Of one seed: systems win 0.4 of the time but those that are named, which differ from seed to seed by 0.01."""
+    systems = ["reference", *(name for name in METHODS if name != "mixnr"), *(f"mixnr@{alpha:g}" for alpha in ALPHAS)]
+    noise = 0.01 * (seed - 3)
+    found = {(GROUND_TRUTH, "-", results.REPETITION): 0.017}
+    for number, system in enumerate(systems):
+        for decoding in (GREEDY, SAMPLED):
+            for metric in (results.LONGER, results.REPETITION, results.CHRF, results.MAUVE):
+                found[system, decoding, metric] = 0.5
+            spread = noise if number % 2 else -noise
+            found[system, decoding, results.WIN] = win_rates.get(system, 0.4) + spread
+        found[system, "-", results.NLL] = 4 + noise
+    return found
+
+
+def test_orderings_hold_or_not_or_are_open(tmp_path: Path) -> None:
+    seeds = [figures(seed, anr=0.9, pss=0.8) for seed in SEEDS]
+    tuned = {name: {(f"{name}-{number}", GREEDY, results.WIN): 0.1 * number for number in range(3)} for name in METHODS}
+    text = results.page(tuned, dict.fromkeys(METHODS, 2), seeds, tmp_path)
+    rows = [line for line in text.splitlines() if line.startswith("| ") and " > " in line]
+    verdicts = {row.split(" | ")[0][2:]: [cell.strip(" |") for cell in row.split(" | ")[3::2]] for row in rows}
+    assert verdicts["ANR > MLE continued"] == ["holds"] * 2
+    assert verdicts["MLE continued > PSS"] == ["the other way round"] * 2
+    assert verdicts["TNR > MNR"] == ["undecided"] * 2
+    assert verdicts["ANR > AN"] == ["holds"] * 2
+    assert len(verdicts) == len(results.ORDERINGS)
+    assert "- greedy, **the other way round** (" in text
+    assert "| MixNR | beta 0.03: 0.000, beta 0.1: 0.100, beta 0.3: 0.200 | beta 0.3 |" in text
+    for name in ("win-rates", "alpha"):
+        assert f"(results-{name}.svg)" in text
+        assert 'xmlns="http://www.w3.org/2000/svg"' in (tmp_path / f"results-{name}.svg").read_text()
+
+
+def test_intervals_are_students() -> None:
+    values = [0.1, 0.3, 0.2, 0.5, 0.4]
+    mean, low, high = results.interval(values)
+    half = stats.t.ppf(0.975, 4) * (0.025 / 5) ** 0.5  # the variance of the five is 0.025
+    assert (mean, low, high) == pytest.approx((0.3, 0.3 - half, 0.3 + half))
+    assert results.interval([0.5] * 5) == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_its_runs_are_recipes_that_differ_by_the_seed_alone(method: str) -> None:
+    tuning = parse_recipe(results.tuning(method), method)
+    assert tuning.evaluate is not None
+    assert tuning.evaluate.split == "validation"
+    assert len(tuning.train) == 1 + len(GRIDS[method])
+    one, other = (parse_recipe(results.comparison(seed, dict.fromkeys(METHODS, 1)), str(seed)) for seed in (1, 2))
+    assert one.evaluate is not None
+    assert one.evaluate.split == "test"
+    assert one.data == other.data == tuning.data, "one split for all"
+    assert one.train.keys() == {"reference", *METHODS}
+    for name, training in one.train.items():
+        assert training != other.train[name]
+        assert training.model_copy(update={"seed": 2, "init": None}) == other.train[name].model_copy(
+            update={"init": None}
+        )

@@ -116,6 +116,7 @@ def test_small_needs_nothing_from_outside(name: str) -> None:
     assert recipe.evaluate.systems == whole.evaluate.systems
     assert recipe.evaluate.ensembles == whole.evaluate.ensembles
     assert {judge.kind for judge in recipe.evaluate.judges.values()} == {"similarity", "longer"}
+    assert recipe.evaluate.baseline in recipe.evaluate.systems, "similarity knows no win against the ground truth"
     assert recipe.evaluate.mauve_model is None
     assert recipe.negatives is not None
     assert all(pool.model in trainings for pool in recipe.negatives.pools.values())

@@ -21,7 +21,7 @@ from cpo_pipe.data.errors import InputError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Positive = Annotated[int, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 GROUND_TRUTH = "ground-truth"
@@ -273,6 +273,11 @@ class Training(Section):
             raise ValueError(
                 f"curriculum.by is margin, but {self.objective} has no reference: take strength or similarity"
             )
+        if curriculum.by == "strength" and self.pairs is None:
+            raise ValueError(
+                "curriculum.by is strength, but without pairs all groups are of the same sources, so equally "
+                "difficult: give pairs, or take similarity or margin"
+            )
         if curriculum.by == "likelihood" and not isinstance(self.init, str):
             raise ValueError("curriculum.by is likelihood, but init is a model with random weights: take length")
 
@@ -280,6 +285,11 @@ class Training(Section):
     def contrasts(self) -> bool:
         """Whether it learns from groups with negatives, and not from targets alone."""
         return self.objective not in ("mle", "pss")
+
+    @property
+    def sees_ranks(self) -> bool:
+        """Whether the order of a group's negatives decides its loss; a pair is in order as it is."""
+        return self.objective == "cpo-ranked" and self.pairs is None
 
     def without_meaning(self) -> set[str]:
         """Settings that other objectives have and this one has not."""
@@ -472,13 +482,17 @@ class Negatives(Section):
                 *(f"instructed:{name}" for name in self.instructed)]  # fmt: skip
 
     def only(self, wanted: Mapping[str, int]) -> "Negatives":
-        """The same with so many negatives of each label per prompt, and no others."""
+        """The same with so many negatives of each label per prompt, and no others.
+
+        What only negatives that are left out have a meaning for is left out, too.
+        """
         named = {kind: {label.partition(":")[2]: count for label, count in wanted.items() if label.startswith(kind)}
                  for kind in ("pool:", "instructed:")}  # fmt: skip
         counts = {label: count for label, count in wanted.items() if ":" not in label}
         return self.model_copy(
             update={
                 "counts": Counts.model_construct(None, **{name: counts.get(name, 0) for name in Counts.model_fields}),
+                "hardest": self.hardest if "batch" in counts else 0,
                 "pools": {name: self.pools[name].model_copy(update={"count": count})
                           for name, count in named["pool:"].items()},
                 "instructed": {name: self.instructed[name].model_copy(update={"count": count})
@@ -826,7 +840,7 @@ class Recipe(Section):
             self._check_sources(name, training)
             if training.contrasts and self.negatives is None:
                 raise ValueError(f"negatives is missing: train.{name} has the objective {training.objective}")
-            if training.objective == "cpo-ranked" and self.rank == "none":
+            if training.sees_ranks and self.rank == "none":
                 raise ValueError(f"rank is none, but train.{name} has the objective cpo-ranked: use cpo, or rank")
         self.training_order()
         self._check_rounds()
@@ -882,7 +896,8 @@ class Recipe(Section):
         if training.negatives is None:
             return
         try:
-            chosen = Negatives.model_validate(negatives.only(training.negatives).model_dump())
+            chosen = negatives.only(training.negatives)
+            chosen = Negatives.model_validate(chosen.model_dump(exclude_unset=True))
             self._check_apis(chosen)
         except ValidationError as error:
             detail = error.errors(include_url=False)[0]

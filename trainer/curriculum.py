@@ -6,6 +6,7 @@ close ones; Pang et al. 2024 ("Phased instruction fine-tuning") do the like with
 Shapes: G groups, C candidates of all of them together.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -19,6 +20,9 @@ from cpo_pipe.trainer.batches import batches
 
 Floats = NDArray[np.float64]
 
+ALONE = math.nan
+"""The difficulty of a group of one, which has nothing to compare: such groups are spread evenly over the others."""
+
 
 def strength_gaps(name: str, candidates: pa.ListArray, strengths: Mapping[str, float]) -> Floats:
     """Difficulty of groups (candidates with `strategy`) by the strength of what wrote them, shape (G,).
@@ -28,13 +32,15 @@ def strength_gaps(name: str, candidates: pa.ListArray, strengths: Mapping[str, f
     Raises:
         InputError: of a source no strength is known.
     """
-    labels = candidates.flatten().field("strategy").to_pylist()
+    labels, size_G = candidates.flatten().field("strategy").to_pylist(), _sizes(candidates)
     if unknown := sorted(set(labels) - strengths.keys()):
         raise InputError(
             f"train.{name}.curriculum.by is strength, but none is known of {unknown[0]}: give "
             "negatives.target_strength for the target; of the others only pools have one"
         )
-    return -_lead(np.array([strengths[label] for label in labels]), _sizes(candidates))
+    # Rounded: 0.9 − 0.8 and 0.8 − 0.7 are one gap.
+    scale = max(map(abs, strengths.values())) or 1.0
+    return np.round(-_lead(np.array([strengths[label] for label in labels]) / scale, size_G), 9) * scale
 
 
 def similarities(candidates: pa.ListArray) -> Floats:
@@ -52,9 +58,13 @@ def margins(reference_C: Floats, tokens_C: NDArray[np.int64], size_G: NDArray[np
 
 
 def order_of(difficulty_G: Floats, seed: int) -> NDArray[np.int64]:
-    """The groups from easy to hard; equally difficult ones in an order drawn by the seed."""
+    """The groups from easy to hard; equally difficult ones in an order drawn by the seed, those of one between."""
     shuffled = np.random.default_rng([seed, 1 << 32]).permutation(len(difficulty_G))
-    order: NDArray[np.int64] = shuffled[np.argsort(difficulty_G[shuffled], kind="stable")]
+    alone = np.isnan(difficulty_G[shuffled])
+    ordered, spread = shuffled[~alone], shuffled[alone]
+    ordered = ordered[np.argsort(difficulty_G[ordered], kind="stable")]
+    between = np.arange(len(spread)) * (len(ordered) + 1) // max(len(spread), 1)
+    order: NDArray[np.int64] = np.insert(ordered, between, spread)
     return order
 
 
@@ -87,8 +97,8 @@ def _sizes(candidates: pa.ListArray) -> NDArray[np.int64]:
 
 
 def _lead(values_C: Floats, size_G: NDArray[np.int64]) -> Floats:
-    """The first candidate's value less the mean of the others', and 0 for a group of one."""
+    """The first candidate's value less the mean of the others', and ALONE for a group of one."""
     first = np.concatenate([[0], np.cumsum(size_G)[:-1]])
     sums = np.add.reduceat(values_C, first) - values_C[first]
-    lead: Floats = np.where(size_G > 1, values_C[first] - sums / np.maximum(size_G - 1, 1), 0.0)
+    lead: Floats = np.where(size_G > 1, values_C[first] - sums / np.maximum(size_G - 1, 1), ALONE)
     return lead

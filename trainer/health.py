@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cpo_pipe.data.errors import InputError
 from cpo_pipe.trainer.groups import Groups
-from cpo_pipe.trainer.tables import Flags, Lengths
+from cpo_pipe.trainer.tables import PAIR, Flags, Lengths
 
 log = logging.getLogger(__name__)
 
@@ -53,16 +54,29 @@ def check_groups(name: str, groups: Groups, total: int) -> None:
         )  # fmt: skip
 
 
-def check_pairs(name: str, groups: pa.Table, total: int) -> None:
-    """Say how many prompts have a pair, and warn where many have none.
+def check_pairs(name: str, groups: pa.Table, kinds: Sequence[tuple[str, str]], total: int) -> None:
+    """Say how many pairs of each kind there are, and warn where many prompts have none.
 
     Args:
         name: of the training, for messages.
         groups: the pairs.
+        kinds: what was asked for, by strategy.
         total: prompts of the selection.
+
+    Raises:
+        InputError: of a kind there is none.
     """
     prompts = pc.count_distinct(groups["example_id"]).as_py()
-    log.info("train %s: %d pairs of %d of %d prompts", name, groups.num_rows, prompts, total)
+    counts = np.bincount(groups[PAIR].to_numpy(), minlength=len(kinds)).tolist()
+    found = list(zip(counts, kinds, strict=True))
+    shown = ", ".join(f"{count} of {chosen} over {rejected}" for count, (chosen, rejected) in found)
+    log.info("train %s: %d pairs of %d of %d prompts: %s", name, groups.num_rows, prompts, total, shown)
+    for count, (chosen, rejected) in found:
+        if not count:
+            raise InputError(
+                f"train.{name}.pairs: there is no pair [{chosen}, {rejected}]: no prompt has both (a text that equals "
+                "the target or one before it in its group is dropped); leave it out, or see to its texts"
+            )
     if total - prompts > ALONE * total:
         log.warning(
             "train %s: %.0f%% of the prompts have none of the pairs, and are not trained on: a file may lack them, or "

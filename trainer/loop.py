@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from itertools import groupby, islice
@@ -15,7 +15,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -42,7 +41,7 @@ from cpo_pipe.trainer.trees import Packed
 
 log = logging.getLogger(__name__)
 
-FIRST_LOSS_TOLERANCE = {"float32": 0.05, "bfloat16": 1.0}
+START_TOLERANCE = {"float32": 0.05, "bfloat16": 1.0}
 """In nats, at the paper's β = 5 and log-probs of a thousand nats; what is really wrong shows as whole nats."""
 SAMPLES = 8
 SAMPLE_TOKENS = 64
@@ -258,11 +257,13 @@ class Loop:
                 # DDP and FSDP average gradients over processes; a loss is a sum over them.
                 self._accelerator.backward(share * self._accelerator.num_processes)
             figures.append((micro, found))
-        row = self._summary(batch, figures, normalizers)
+        sums = self._sums(figures)
+        row = objective.metrics(config, sums, normalizers, batch)
         self._check_finite(step, batch, row, figures, metrics)
-        sizes = [len(group.candidates) for group in batch]
-        if self._starts_as_reference and step == 0 and max(sizes) > 1:  # with an MLE term a batch may be all K = 1
-            check_first_loss(config, row["contrast"], sizes)
+        if (
+            self._starts_as_reference and step == 0 and normalizers.contrasted
+        ):  # with an MLE term a batch may be all K = 1
+            check_start(self.name, config.dtype, float(sums.start_G) / normalizers.contrasted)
         norm = self._clip()
         if not math.isfinite(norm):
             self._keep_last_good(metrics)
@@ -313,17 +314,12 @@ class Loop:
         texts = [(group.prompt_ids, inputs) for group, inputs in zip(groups, mixed, strict=True)]
         return self.scorer.pack(texts, [group.candidates[:1] * config.sequences for group in groups])
 
-    def _summary(
-        self,
-        batch: Sequence[Group],
-        figures: Sequence[tuple[list[int], GroupFigures]],
-        normalizers: Normalizers,
-    ) -> dict[str, float]:
-        """The metrics of a batch, over all processes."""
+    def _sums(self, figures: Sequence[tuple[list[int], GroupFigures]]) -> GroupFigures:
+        """Each figure over all groups of a batch and all processes."""
         sums = torch.stack([torch.cat(fields).double().sum() for fields in zip(*(f for _, f in figures), strict=True)])
         if self._accelerator.num_processes > 1:
             sums = self._accelerator.reduce(sums, "sum")
-        return objective.metrics(self.config, GroupFigures(*sums.unbind()), normalizers, batch)
+        return GroupFigures(*sums.unbind())
 
     def _clip(self) -> float:
         """The norm of the gradient, before it was clipped to the recipe's."""
@@ -393,7 +389,7 @@ class Loop:
         normalizers = Normalizers.of(self.config, self.data.held_out)
         passes = self._passes(self.data.held_out)
         figures = [(micro, self._figures(self.data.held_out, micro, normalizers)[0]) for micro in passes]
-        row = self._summary(self.data.held_out, figures, normalizers)
+        row = objective.metrics(self.config, self._sums(figures), normalizers, self.data.held_out)
         if not math.isfinite(row["loss"]):  # the steps since the last save are lost: their weights may be no good
             broken = _broken(self.data.held_out, figures) or self.data.held_out
             raise RunError(
@@ -461,31 +457,24 @@ class _StopRequests:
         self._before = {}
 
 
-_FIRST_LOSS: dict[str, tuple[str, Callable[[int], float]]] = {
-    "cpo": ("log K", math.log),
-    "cpo-ranked": ("log K!", lambda k: math.lgamma(k + 1)),
-    "dpo": ("log 2", lambda _: math.log(2)),
-    "apo-zero": ("1", lambda _: 1.0),
-    "apo-down": ("1", lambda _: 1.0),
-}
-"""Of a group of K candidates whose rewards are all 0, by objective."""
+def check_start(name: str, dtype: str, difference: float) -> None:
+    """Refuse a run that starts from its reference and does not compute it as the reference's log-probs were.
 
+    Of equal models all rewards are 0 at step 0, and the loss of a group is log K (eq. 1), log K! (eq. 2), log 2 (DPO),
+    1 (APO). Eq. 1 tells best what is not equal: rewards that are too large and too small do not cancel in it.
 
-def check_first_loss(config: Training, loss: float, sizes: Sequence[int]) -> None:
-    """Refuse a run that starts from its reference and does not show the loss of equal models at step 0.
-
-    With all rewards 0 it is log K (eq. 1), log K! (eq. 2), log 2 (DPO) or 1 (APO), averaged over the groups of K ≥ 2;
-    `sizes` are the K.
+    Args:
+        name: of the training, for messages.
+        dtype: its precision.
+        difference: of eq. 1 to log K, the mean over the first batch's groups of K ≥ 2, in nats.
 
     Raises:
-        RunError: it is not, within rounding.
+        RunError: it is not 0, within rounding.
     """
-    formula, one = _FIRST_LOSS[config.objective]
-    expected = float(np.mean([one(k) for k in sizes if k > 1]))
-    if abs(loss - expected) > FIRST_LOSS_TOLERANCE[config.dtype]:
+    if not abs(difference) <= START_TOLERANCE[dtype]:
         raise RunError(
-            f"step 0: the policy starts from its reference, but the loss is {loss:.4f}, not {formula} = "
-            f"{expected:.4f}: dropout is on, or the two are computed in another way"
+            f"train.{name}: step 0: the policy starts from its reference, but the loss by eq. 1 is off log K by "
+            f"{difference:.4f}: dropout is on, or the two are computed in another way"
         )
 
 

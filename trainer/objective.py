@@ -29,6 +29,10 @@ ROUNDING = 1e-5
 """Relative difference that a log-prob may have from itself when it is summed in another batch."""
 
 
+START_BETA = 5.0
+"""The paper's β: with a smaller one a wrong start would hardly show."""
+
+
 class GroupFigures(NamedTuple):
     """Of each group; what has no meaning for a group of K = 1 is 0 there."""
 
@@ -40,6 +44,9 @@ class GroupFigures(NamedTuple):
     margin_G: Tensor
     drop_G: Tensor
     """log π_ref(target) − log π_θ(target), summed over its tokens; 0 without a reference."""
+    start_G: Tensor
+    """What shows whether policy and reference are one model: eq. 1 at a β of START_BETA or more, less log K, whatever
+    the objective is; 0 without a reference. Not differentiable."""
 
 
 class Normalizers(NamedTuple):
@@ -73,7 +80,7 @@ def figures(config: Training, groups: Sequence[Group], logprobs: Sequence[Tensor
     zero_G = torch.zeros(len(logprobs), device=logprobs[0].device)
     if not config.contrasts:
         nll_G = mle_loss(torch.stack([values.mean() for values in logprobs]))
-        return GroupFigures(nll_G, zero_G, zero_G, zero_G, zero_G)
+        return GroupFigures(nll_G, zero_G, zero_G, zero_G, zero_G, zero_G)
     nll_G = mle_loss(torch.stack([values[0] for values in logprobs]))
     batch = collate(groups, nll_G.device)
     policy_GK, reference_GK = pad_sequence(list(logprobs), batch_first=True), batch.reference_GK
@@ -82,7 +89,7 @@ def figures(config: Training, groups: Sequence[Group], logprobs: Sequence[Tensor
         policy_GK, reference_GK = policy_GK / batch.tokens_GK, reference_GK / batch.tokens_GK
     losses = _contrast(config, policy_GK, reference_GK, batch)
     if policy_GK.shape[1] == 1:
-        return GroupFigures(nll_G, losses.loss_G, zero_G, zero_G, drop_G)
+        return GroupFigures(nll_G, losses.loss_G, zero_G, zero_G, drop_G, zero_G)
     rewards = losses.reward_GK.detach()
     # Policy and reference may have been computed in other batches: equal sums of floats differ by about this much.
     noise_G = ROUNDING * (config.beta * reference_GK if config.reference is not None else rewards).abs().amax(-1)
@@ -94,7 +101,14 @@ def figures(config: Training, groups: Sequence[Group], logprobs: Sequence[Tensor
         torch.where(several_G, won_G, zero_G),
         torch.where(several_G, margin(rewards, batch.mask_GK), zero_G),
         drop_G,
+        _start(config, policy_GK.detach(), reference_GK, batch.mask_GK) if config.reference is not None else zero_G,
     )
+
+
+def _start(config: Training, policy_GK: Tensor, reference_GK: Tensor, mask_GK: Tensor) -> Tensor:
+    # In bfloat16 rounding alone shows at a large β, so there it is the recipe's.
+    beta = max(config.beta, START_BETA) if config.dtype == "float32" else config.beta
+    return cpo_loss(policy_GK, reference_GK, mask_GK, beta=beta).loss_G - mask_GK.sum(-1).log()
 
 
 def _contrast(config: Training, policy_GK: Tensor, reference_GK: Tensor, batch: Batch) -> GroupLosses:

@@ -196,6 +196,8 @@ class Probes:
     """Input tokens of the shortest and of the longest of all rows."""
     candidates: int
     """Of the group that has most."""
+    tokens: int
+    """Of the largest group, prompt and candidates."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,9 @@ def choose(
             _check_causal(name, scorer, module or scorer, tried[0], truth[0])
         refused: dict[str, str] = {}
         for attention in order:
-            reason, errors = _compare(scorer, module or scorer, attention, tried, truth, gradients)
+            reason, errors = _sees_the_row(scorer.model, attention, probes), (math.nan, math.nan)
+            if reason is None:
+                reason, errors = _compare(scorer, module or scorer, attention, tried, truth, gradients)
             if reason is None:
                 choice = Choice(attention, *errors, refused)
                 break
@@ -298,6 +302,17 @@ def _rope_changes_between(model: PreTrainedModel, probes: Probes) -> bool:
     ]
     shortest, longest = probes.rows
     return any(shortest <= limit < longest for limit in limits)
+
+
+def _sees_the_row(model: PreTrainedModel, attention: Attention, probes: Probes) -> str | None:
+    """Why a way of computing is wrong for a model that counts a row's tokens, where others have positions (Llama 4)."""
+    settings: Any = model.config.get_text_config()
+    step = settings.floor_scale if getattr(settings, "attn_temperature_tuning", False) else None
+    if step is None or attention in ("padded", "plain"):
+        return None
+    if attention in ("packed", "flex") or probes.tokens >= step:  # rows of several groups have any length
+        return f"its attention changes with every {step} tokens of a row, whatever their positions"
+    return None
 
 
 def _check_causal(name: str, scorer: Scorer, module: nn.Module, probe: Texts, truth: Sequence[Tensor]) -> None:

@@ -1,7 +1,8 @@
 """Groups as Arrow tables, so that a million of them are arrays, and in a training a file that is mapped into memory.
 
 Columns: `example_id`, `prompt_ids`, and `candidates`, structs of `token_ids` and, where they are needed, `candidate_id`
-and `rank`. Shapes: G groups, C candidates of all of them together, in the order of the groups.
+and `rank`; of pairs also PAIR, the place of their kind among those asked for; for a curriculum DIFFICULTY. Shapes: G
+groups, C candidates of all of them together, in the order of the groups.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from cpo_pipe.trainer.scorer import Probes
 
 FILE = "groups.arrow"
 DIFFICULTY = "difficulty"
+PAIR = "pair"
 
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -34,6 +36,7 @@ _KEPT = [CANDIDATE.field(name) for name in ("candidate_id", "token_ids", "rank")
 _SCHEMA = pa.schema(
     [GROUPS.field("example_id"), GROUPS.field("prompt_ids"), pa.field("candidates", pa.list_(pa.struct(_KEPT)))]
 )
+_PAIR = pa.field(PAIR, pa.int32())
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,9 @@ def probes(groups: pa.Table, wanted_C: Flags | None = None) -> Probes:
         group = int(by_length[place])
         (found,) = restricted(groups.slice(group, 1), wanted_C[bounds[group] : bounds[group + 1]]).to_pylist()
         chosen.append((found["prompt_ids"], [candidate["token_ids"] for candidate in found["candidates"]]))
-    return Probes(tuple(chosen), (int(row_C.min()) - 1, int(row_C.max()) - 1), int(count_G.max()))
+    tokens_G = lengths.prompt_G + np.add.reduceat(lengths.candidate_C * wanted_C, bounds[:-1])
+    rows = int(row_C.min()) - 1, int(row_C.max()) - 1
+    return Probes(tuple(chosen), rows, int(count_G.max()), int(tokens_G.max()))
 
 
 def restricted(groups: pa.Table, wanted_C: Flags) -> pa.Table:
@@ -204,7 +209,8 @@ def _write(
     path.parent.mkdir(parents=True, exist_ok=True)
     # A fixed name: what a killed process left is written over. Only the main process writes, under the product's lock.
     scratch = path.with_name(f".tmp-{path.name}")
-    schema = _SCHEMA if difficulty is None else _SCHEMA.append(pa.field(DIFFICULTY, pa.float64()))
+    schema = _SCHEMA if pairs is None else _SCHEMA.append(_PAIR)
+    schema = schema if difficulty is None else schema.append(pa.field(DIFFICULTY, pa.float64()))
     with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         start = 0
         for part in rows.batches(examples["example_id"]):
@@ -214,6 +220,8 @@ def _write(
             part = part.filter(pc.greater(pc.list_value_length(part["candidates"]), 0 if alone else 1))
             if part.num_rows:
                 kept = _without_texts(part)
+                if pairs is not None:
+                    kept = kept.append_column(_PAIR, part[PAIR])
                 if difficulty is not None:
                     measured = difficulty(_one_array(part["candidates"]))
                     kept = kept.append_column(DIFFICULTY, pa.array(measured, pa.float64()))
@@ -224,25 +232,28 @@ def _write(
 def paired(groups: pa.Table, pairs: Sequence[tuple[str, str]]) -> pa.Table:
     """Pairs of the groups' candidates as groups of K = 2: of each [chosen, rejected] of strategies all that there are.
 
-    A group's pairs stand together, in the order of `pairs`.
+    A group's pairs stand together, in the order of `pairs`, of which PAIR is the place.
     """
     candidates = _one_array(groups["candidates"])
     flat, bounds = candidates.flatten(), Lengths.of(groups).bounds()
     strategies = flat.field("strategy").to_pylist()
     rows: list[int] = []
     taken: list[int] = []
+    kinds: list[int] = []
     for row, (start, end) in enumerate(pairwise(bounds.tolist())):
         places = {label: [p for p in range(start, end) if strategies[p] == label] for label in strategies[start:end]}
-        for chosen, rejected in pairs:
+        for kind, (chosen, rejected) in enumerate(pairs):
             for pair in product(places.get(chosen, ()), places.get(rejected, ())):
                 rows.append(row)
                 taken += pair
-    found = flat.take(pa.array(taken, pa.int64()))
+                kinds.append(kind)
+    taken_C = flat.take(pa.array(taken, pa.int64()))
     ranks = pa.array([0, 1] * len(rows), CANDIDATE.field("rank").type)
     fields = list(CANDIDATE)
-    columns = [ranks if field.name == "rank" else found.field(field.name) for field in fields]
+    columns = [ranks if field.name == "rank" else taken_C.field(field.name) for field in fields]
     lists = _lists(pa.StructArray.from_arrays(columns, fields=fields), np.full(len(rows), 2))
-    return _with_candidates(groups.take(pa.array(rows, pa.int64())), lists)
+    found = _with_candidates(groups.take(pa.array(rows, pa.int64())), lists)
+    return found.append_column(_PAIR, pa.array(kinds, _PAIR.type))
 
 
 def _check_token_ids(name: str, groups: pa.Table, examples: pa.Table) -> None:

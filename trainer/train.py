@@ -80,7 +80,7 @@ def training_spec(config: Training, inputs: Inputs) -> Spec:
 def _groups_spec(config: Training, groups: Rows) -> Spec:
     """Only eq. 2 sees the order of the negatives, and a curriculum their cosines, hence what embedded them."""
     embedded = config.curriculum is not None and config.curriculum.by == "similarity"
-    return groups.spec if config.objective == "cpo-ranked" or embedded else {**groups.spec, "embedder": None}
+    return groups.spec if config.sees_ranks or embedded else {**groups.spec, "embedder": None}
 
 
 def checkpoint(store: Store, spec: Spec) -> Product:
@@ -187,12 +187,15 @@ def _make(
     everything = Groups.of(table, _reference(config, store, inputs, table, executor))
     if config.contrasts:
         if config.pairs:
-            check_pairs(name, table, inputs.selection.num_rows)
+            check_pairs(name, table, config.pairs, inputs.selection.num_rows)
         check_groups(name, everything, len(everything) if config.pairs else inputs.selection.num_rows)
     model, adapted = _initial_model(name, config, inputs, extremes)
-    difficulty = _difficulty(config, store, inputs, table, everything.reference_C, executor)
+    difficulty_G = _difficulty(config, store, inputs, table, everything.reference_C, executor)
     data = Data(
-        everything[trained], everything[held_out], probes(table), None if difficulty is None else difficulty[trained]
+        everything[trained],
+        everything[held_out],
+        probes(table),
+        None if difficulty_G is None else _graded(name, config, difficulty_G[trained]),
     )
     loop = Loop(name, config, model, data, product, accelerator, starts_as_reference=_starts_as_reference(inputs))
     metrics = loop.run()
@@ -245,14 +248,14 @@ def _held_out(name: str, config: Training, groups: pa.Table) -> tuple["Ints", "I
     if len(chosen) < config.held_out:
         raise InputError(f"train.{name}.held_out is {config.held_out}, but only {len(chosen)} groups have a negative")
     trained = np.setdiff1d(np.arange(groups.num_rows), chosen)
+    if not several[trained].any():
+        raise InputError(f"train.{name}: no group with a negative is left to train on; lower train.{name}.held_out")
     staged = config.curriculum is not None and config.curriculum.order == "staged"
     if staged and config.curriculum is not None and len(trained) < config.curriculum.stages:
         raise InputError(
             f"train.{name}.curriculum.stages is {config.curriculum.stages}, but there are only {len(trained)} groups "
             "to train on; lower it"
         )
-    if not several[trained].any():
-        raise InputError(f"train.{name}: no group with a negative is left to train on; lower train.{name}.held_out")
     return trained, chosen
 
 
@@ -279,6 +282,22 @@ def _reference(
     how = config.attention, config.micro_batch_tokens
     rows = cached_logprobs(store, inputs.reference, config.dtype, groups, executor, *how)
     return read_logprobs(rows, groups)
+
+
+def _graded(name: str, config: Training, difficulty_G: "NDArray[np.float64]") -> "NDArray[np.float64]":
+    """The same, if some groups are more difficult than others.
+
+    Raises:
+        InputError: none is.
+    """
+    measured_G = difficulty_G[~np.isnan(difficulty_G)]
+    if len(np.unique(measured_G)) < 2:
+        assert config.curriculum is not None
+        raise InputError(
+            f"train.{name}.curriculum.by is {config.curriculum.by}, but by that all groups are equally difficult: "
+            "leave the curriculum out, or take another measure"
+        )
+    return difficulty_G
 
 
 def _difficulty(

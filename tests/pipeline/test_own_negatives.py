@@ -89,7 +89,7 @@ def test_stages_do_what_all_trainings_want_and_only_that(project: Project) -> No
         ("train.mix.pairs=[[target, batch], [batch, target]]", "pairs [batch, target]: stands there twice, or also"),
         (
             "train.mix.curriculum={by: strength, order: continuous}",
-            "train.mix.curriculum.by is strength, but none is known of target: give",
+            "train.mix: curriculum.by is strength, but without pairs all groups are of the same sources",
         ),
         (
             "train.mix.curriculum={by: margin, stages: 3}",
@@ -102,6 +102,30 @@ def test_what_is_not_there_is_refused(project: Project, change: str, message: st
     found = project.cli("train", "tiny.yaml", *settings(change))
     assert found.status == 2
     assert message in found.error()
+
+
+def test_strengths_are_needed_of_what_is_compared_only(project: Project) -> None:
+    pairs = "train.mix.pairs=[[batch, truncation], [target, truncation]]"
+    found = project.cli(
+        "train", "tiny.yaml", *settings(pairs, "train.mix.curriculum={by: strength, order: continuous}")
+    )
+    assert found.status == 2
+    assert "train.mix.curriculum.by is strength, but none is known of batch: give" in found.error()
+
+
+def test_pools_that_are_models_and_the_hardest_batch_negatives_may_be_one_trainings_own(project: Project) -> None:
+    """What a training leaves out must not make the rest of the section look wrong."""
+    own = [
+        "negatives.counts={batch: 2, truncation: 1}", "negatives.hardest=4",
+        "negatives.pools.self={model: start, strength: 1}",
+        "train.cpo.negatives={'pool:self': 1}", "train.an.negatives={batch: 1}", "train.mix.negatives={truncation: 1}",
+    ]  # fmt: skip
+    done = project.cli("run", "tiny.yaml", *settings(*own))
+    assert done.status == 0, done.err
+    (pool,) = spec_of(project, "cpo")["groups"]["candidates"]  # type: ignore[index]
+    assert (pool["label"], pool["count"]) == ("pool:self", 1)
+    assert strategies(project, "an") == [("batch", 1)]
+    assert strategies(project, "mix") == [("truncation", 1)]
 
 
 def test_a_generator_may_learn_from_negatives_that_no_model_writes(project: Project) -> None:

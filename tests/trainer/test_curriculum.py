@@ -1,5 +1,6 @@
 """From easy to hard: how difficult groups are, in which order they are taken, and pairs of several models."""
 
+import hashlib
 import json
 import logging
 import math
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from pydantic import ValidationError
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.executor import LocalExecutor
@@ -41,13 +43,32 @@ def test_difficulty_by_hand() -> None:
         [("pool:medium", 0.9), ("pool:weak", 0.7)],
         [("target", 1.0)],
     ])  # fmt: skip
-    assert strength_gaps("t", groups, STRENGTHS).tolist() == [-1.5, -1.0, 0.0]
-    assert similarities(groups).tolist() == pytest.approx([0.3, 0.7, 0.0])
+    assert strength_gaps("t", groups, STRENGTHS).tolist() == pytest.approx([-1.5, -1.0, math.nan], nan_ok=True)
+    assert similarities(groups).tolist() == pytest.approx([0.3, 0.7, math.nan], nan_ok=True)
     # Per token: −1 against −2 and −4; −3 against −1.5; alone.
     reference, tokens = np.array([-2.0, -2.0, -12.0, -9.0, -3.0, -5.0]), np.array([2, 1, 3, 3, 2, 5])
-    assert margins(reference, tokens, np.array([3, 2, 1])).tolist() == [-2.0, 1.5, 0.0]
+    assert margins(reference, tokens, np.array([3, 2, 1])).tolist() == pytest.approx([-2.0, 1.5, math.nan], nan_ok=True)
     with pytest.raises(InputError, match=r"train\.t\.curriculum\.by is strength, but none is known of pool:weak"):
         strength_gaps("t", groups, {"target": 3.0, "pool:medium": 2.0})
+
+
+@pytest.mark.parametrize(
+    "strengths", [(0.9, 0.8, 0.7), (0.6, 0.5, 0.4), (8.96, 7.94, 6.92), (3e9, 2e9, 1e9), (0, 0, 0)]
+)
+def test_equal_gaps_are_equal_whatever_floats_make_of_them(strengths: tuple[float, ...]) -> None:
+    groups = lists([[(SOURCES[0], 1.0), (SOURCES[1], 0.2)], [(SOURCES[1], 1.0), (SOURCES[2], 0.4)]])
+    one, other = strength_gaps("t", groups, dict(zip(SOURCES, strengths, strict=True)))
+    assert one == other == pytest.approx(strengths[1] - strengths[0])
+
+
+def test_groups_of_one_are_spread_over_the_others() -> None:
+    difficulty = np.array([*np.arange(8.0), *[math.nan] * 4])
+    order = order_of(difficulty, seed=0).tolist()
+    assert [group for group in order if group < 8] == list(range(8))
+    assert sorted(order) == list(range(12))
+    stages = [order[start : start + 4] for start in (0, 4, 8)]
+    assert [sum(group >= 8 for group in stage) for stage in stages] in ([2, 1, 1], [1, 2, 1], [1, 1, 2])
+    assert sorted(order_of(np.full(3, math.nan), seed=0).tolist()) == [0, 1, 2]
 
 
 def test_the_order_of_a_known_example() -> None:
@@ -76,6 +97,8 @@ def test_the_continuous_share_grows_to_all() -> None:
         assert max(batch) < 10 + step
     assert set(steps[0]) == set(range(10))
     assert max(max(batch) for batch in steps[-10:]) > 80
+    (last,) = list(curriculum_batches(config, difficulty, size=100, steps=2, seed=0))[1:]
+    assert sorted(last) == list(range(100)), "at the last step all"
     small = list(curriculum_batches(config, difficulty[:3], size=4, steps=2, seed=0))
     assert small[0] == [0] * 4
     assert set(small[1]) <= {0, 1, 2}
@@ -182,13 +205,122 @@ BY = [("dpo", "similarity"), ("cpo", "margin"), ("slic", "strength"), ("mle", "l
 
 @pytest.mark.parametrize(("objective", "by"), BY)
 def test_every_difficulty_trains_and_has_an_address_of_its_own(bench: Models, objective: str, by: str) -> None:
-    shuffled = bench.train(objective)
+    # Pairs of two kinds: all groups have the medium model's text in one place, and its cosine, otherwise.
+    pairs = {"pairs": PAIRS} if objective in ("dpo", "slic") else {}
+    shuffled = bench.train(objective, **pairs)
     for order in ("staged", "continuous"):
-        product = bench.train(objective, curriculum={"by": by, "order": order})
+        product = bench.train(objective, curriculum={"by": by, "order": order}, **pairs)
         assert product.name != shuffled.name
-        assert bench.train(objective, curriculum={"by": by, "order": order}).name == product.name
+        assert bench.train(objective, curriculum={"by": by, "order": order}, **pairs).name == product.name
         spec = json.loads((product.path / "spec.json").read_text())
         assert ("strengths" in spec) == (by == "strength")
+
+
+def order_seen(
+    bench: Models, monkeypatch: pytest.MonkeyPatch, objective: str, by: str, count: int = 4, **settings: Any
+) -> list[str]:
+    """The examples that a training takes, one at a time, in as many stages."""
+    names: list[str] = []
+    step = Loop._step
+
+    def noted(self: Loop, number: int, batch: Any, *rest: Any) -> Any:
+        names.extend(group.example_id for group in batch)
+        return step(self, number, batch, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_step", noted)
+        bench.train(objective, curriculum={"by": by, "stages": count}, steps=count, batch_size=1, **settings)
+    return names
+
+
+def held_out_first(bench: Models) -> str:
+    """The example that is held out where one is: the first by hash."""
+    return min(bench.candidates, key=lambda name: hashlib.sha256(f"held out {name}".encode()).digest())
+
+
+@pytest.mark.parametrize("held_out", [0, 1])
+@pytest.mark.parametrize("objective", ["mle", "pss"])
+def test_short_targets_come_first(
+    bench: Models, monkeypatch: pytest.MonkeyPatch, objective: str, held_out: int
+) -> None:
+    targets = {"a": [9, 9, 9, 0], "b": [9, 0], "c": [9, 9, 9, 9, 0], "d": [0]}
+    bench.candidates = {name: (bench.candidates[name][0], [ids], [0]) for name, ids in targets.items()}
+    left = [name for name in "dbac" if not held_out or name != held_out_first(bench)]
+    assert order_seen(bench, monkeypatch, objective, "length", len(left), held_out=held_out) == left
+
+
+@pytest.mark.parametrize("held_out", [0, 1])
+def test_negatives_unlike_the_target_come_first(bench: Models, monkeypatch: pytest.MonkeyPatch, held_out: int) -> None:
+    cosines = {"a": 0.9, "b": 0.2, "c": 0.4, "d": 0.1}
+    rows = bench.store.rows("groups", {"of": "cosines"})
+    groups = [bench._group(name) for name in bench.candidates]
+    for group in groups:
+        for candidate in group["candidates"][1:]:
+            candidate["similarity"] = cosines[group["example_id"]]
+    with rows.writer() as writer:
+        writer.add(groups)
+    monkeypatch.setattr(bench, "groups", lambda: rows)
+    left = [name for name in "dbca" if not held_out or name != held_out_first(bench)]
+    assert order_seen(bench, monkeypatch, "cpo", "similarity", len(left), held_out=held_out) == left
+
+
+@pytest.mark.parametrize("held_out", [0, 1])
+def test_negatives_unlikely_to_the_reference_come_first(
+    bench: Models, monkeypatch: pytest.MonkeyPatch, held_out: int
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(bench.model.path)
+    margin = {}
+    for name, (prompt, candidates, _) in bench.candidates.items():
+        target, *others = [naive_logprob(model, prompt, ids).item() / len(ids) for ids in candidates[:3]]
+        margin[name] = np.mean(others) - target
+    left = [name for name in sorted(margin, key=lambda name: margin[name])
+            if not held_out or name != held_out_first(bench)]  # fmt: skip
+    assert order_seen(bench, monkeypatch, "cpo", "margin", len(left), held_out=held_out) == left
+
+
+def test_a_pair_is_preferred_the_way_it_is_named_also_by_rank(bench: Models) -> None:
+    """One step by eq. 2 on [medium, weak]: the medium text gains on the weak one, whatever their ranks were."""
+    from transformers import AutoModelForCausalLM
+
+    for pair, sign in (([SOURCES[1], SOURCES[2]], 1), ([SOURCES[2], SOURCES[1]], -1)):
+        before = AutoModelForCausalLM.from_pretrained(bench.model.path)
+        product = bench.train("cpo-ranked", pairs=[pair], steps=1, beta=0.1)
+        after = AutoModelForCausalLM.from_pretrained(product.path)
+        prompt, (_, medium, weak, *_), _ = bench.candidates["a"]
+        lead = [(naive_logprob(m, prompt, medium) - naive_logprob(m, prompt, weak)).item() for m in (before, after)]
+        assert sign * (lead[1] - lead[0]) > 0
+
+
+def test_what_would_order_nothing_is_refused(bench: Models) -> None:
+    alike = r"train\.t\.curriculum\.by is {}, but by that all groups are equally difficult: leave the curriculum out"
+    with pytest.raises(InputError, match=alike.format("strength")):
+        bench.train("dpo", pairs=PAIRS[:1], curriculum={"by": "strength"})
+    bench.candidates = {name: (prompt, [[9, 9]], [0]) for name, (prompt, *_) in bench.candidates.items()}
+    with pytest.raises(InputError, match=alike.format("length")):
+        bench.train("mle", curriculum={"by": "length"})
+    with pytest.raises(
+        ValidationError, match=r"curriculum\.by is strength, but without pairs all groups are of the same"
+    ):
+        Training.model_validate({"init": "m", "objective": "slic", "curriculum": {"by": "strength"}})
+
+
+def test_a_kind_of_pair_that_there_is_none_of_is_refused(bench: Models) -> None:
+    """The medium model's texts equal the targets everywhere, and were dropped."""
+    monkey = {name: (prompt, [ids[0], ids[-1]], [0, 1]) for name, (prompt, ids, _) in bench.candidates.items()}
+    bench.candidates = monkey
+    rows = bench.store.rows("groups", {"of": "several models"})
+    groups = [bench._group(name) for name in bench.candidates]
+    for group in groups:
+        for candidate, source in zip(group["candidates"], ("target", "pool:weak"), strict=True):
+            candidate["strategy"] = source
+    with rows.writer() as writer:
+        writer.add(groups)
+    with pytest.raises(
+        InputError, match=r"train\.t\.pairs: there is no pair \[target, pool:medium\]: no prompt has both"
+    ):
+        bench.train("dpo", pairs=PAIRS)
 
 
 def test_what_is_likely_to_the_model_comes_first(bench: Models, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,16 +330,8 @@ def test_what_is_likely_to_the_model_comes_first(bench: Models, monkeypatch: pyt
     likely = {}
     for name, (prompt, (target, *_), _) in bench.candidates.items():
         likely[name] = naive_logprob(model, prompt, target).item() / len(target)
-    names: list[list[str]] = []
-    step = Loop._step
-
-    def noted(self: Loop, number: int, batch: Any, *rest: Any) -> Any:
-        names.append([group.example_id for group in batch])
-        return step(self, number, batch, *rest)
-
-    monkeypatch.setattr(Loop, "_step", noted)
-    bench.train("mle", curriculum={"by": "likelihood", "stages": 4}, steps=4, batch_size=1)
-    assert [name for (name,) in names] == sorted(likely, key=lambda name: -likely[name])
+    names = order_seen(bench, monkeypatch, "mle", "likelihood")
+    assert names == sorted(likely, key=lambda name: -likely[name])
 
 
 def test_fewer_groups_than_stages_are_refused(bench: Models) -> None:
@@ -218,7 +342,7 @@ def test_fewer_groups_than_stages_are_refused(bench: Models) -> None:
 def test_prompts_without_a_pair_are_counted(bench: Models, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     bench.train("dpo", pairs=PAIRS[2:], steps=1)
-    assert "train t: 3 pairs of 3 of 4 prompts" in caplog.text
+    assert "train t: 3 pairs of 3 of 4 prompts: 3 of pool:medium over pool:weak" in caplog.text
     assert "25% of the prompts have none of the pairs" in caplog.text
 
 

@@ -1,5 +1,6 @@
 """Parallel scheduled sampling: what is drawn, what is mixed, and the step against a naive loop."""
 
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from cpo_pipe.trainer.head import Head, draw
 from cpo_pipe.trainer.scheduled_sampling import Draws
 from cpo_pipe.trainer.scorer import Attention, Scorer
 from tests.trainer.architectures import make
-from tests.trainer.test_train import CANDIDATES, Bench, metrics, weights
+from tests.trainer.test_train import CANDIDATES, Bench, metrics, naive_logprob, weights
 
 GROUPS = [Group(name, prompt, candidates[:1], None, []) for name, (prompt, candidates, _) in CANDIDATES.items()]
 TARGETS = [(group.prompt_ids, group.candidates) for group in GROUPS]
@@ -127,6 +128,17 @@ def test_the_step_is_that_of_a_naive_loop(tmp_path: Path, new_model: Callable[..
     for name, parameter in model.named_parameters():
         if "c_attn.bias" not in name:  # keys' biases change no log-prob: AdamW makes steps of the rounding of their 0
             torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=2e-5)
+
+
+def test_held_out_targets_are_measured_without_draws(bench: Bench) -> None:
+    pss, mle = (metrics(bench.train(name, steps=1, held_out=2, eval_every=1))[0] for name in ("pss", "mle"))
+    assert pss["loss"] != mle["loss"]
+    # After the first step, which the draws change: as near as one small step, and far from what draws cost.
+    model = AutoModelForCausalLM.from_pretrained(bench.train("pss", steps=1, held_out=2, eval_every=1).path)
+    ids = sorted(bench.candidates, key=lambda name: hashlib.sha256(f"held out {name}".encode()).digest())[:2]
+    pairs = [(bench.candidates[name][0], bench.candidates[name][1][0]) for name in ids]
+    nll = -sum(naive_logprob(model, *pair).item() for pair in pairs) / sum(len(target) for _, target in pairs)
+    assert pss["held_out_loss"] == pytest.approx(nll, rel=1e-5)
 
 
 def test_nothing_replaced_is_mle(bench: Bench) -> None:

@@ -27,7 +27,7 @@ from cpo_pipe.trainer.batches import batches
 from cpo_pipe.trainer.logprobs import cached_logprobs
 from cpo_pipe.trainer.loop import lr_factor
 from cpo_pipe.trainer.merge import merge
-from cpo_pipe.trainer.train import METRICS_FILE, Inputs, checkpoint_model, train
+from cpo_pipe.trainer.train import METRICS_FILE, Inputs, checkpoint_model, train, training_spec
 from tests.trainer.architectures import table
 
 CANDIDATES = {
@@ -179,9 +179,24 @@ def test_a_start_that_is_not_its_reference_is_refused(bench: Bench, dtype: str, 
     wrong = {"example_id": "a", "candidate_id": candidate_id(prompt, candidates[1]), "num_tokens": 4}
     with rows.writer() as writer:
         writer.add([wrong | {"logprob": value * (1 + share)}])
-    with pytest.raises(RunError, match=r"step 0: .* the loss is .*, not log K = "):
+    with pytest.raises(RunError, match=r"train\.t: step 0: .* the loss by eq\. 1 is off log K by "):
         bench.train("cpo", dtype=dtype, beta=20.0)
     assert not list(bench.store.root.glob("checkpoints/*/model.safetensors"))
+
+
+@pytest.mark.parametrize("objective", ["cpo", "cpo-ranked", "dpo", "apo-zero", "apo-down"])
+def test_a_wrong_start_shows_whatever_the_objective_and_its_beta(bench: Bench, objective: str) -> None:
+    """APO's sigmoids are odd around 0, where too large and too small log-probs cancel, and a small β hides both."""
+    named = {name: (prompt, candidates) for name, (prompt, candidates, _) in CANDIDATES.items()}
+    true = cached_logprobs(bench.store, bench.model, "float32", table(named), LocalExecutor()).read(list(named))
+    rows = bench.store.rows("reference-logprobs", {"model": bench.model.fingerprint, "dtype": "float32"})
+    off = np.random.default_rng(0).normal(scale=1.8, size=true.num_rows)
+    wrong = Store(bench.store.root.parent / "wrong")
+    with wrong.rows("reference-logprobs", rows.spec).writer() as writer:
+        writer.add([row | {"logprob": row["logprob"] + by} for row, by in zip(true.to_pylist(), off, strict=True)])
+    bench.store = wrong
+    with pytest.raises(RunError, match=r"step 0: .* is off log K by "):
+        bench.train(objective, beta=0.1)
 
 
 def test_bfloat16_starts_right_too(bench: Bench) -> None:
@@ -328,6 +343,87 @@ def test_the_order_of_the_negatives_is_no_part_of_a_training_that_does_not_see_i
 
     assert train_on("cpo", "one") == train_on("cpo", "other")
     assert train_on("cpo-ranked", "one") != train_on("cpo-ranked", "other")
+
+
+# Each setting of a training: what it is changed to, with what else it needs, and whether that makes other weights.
+_CONTRAST = {"objective": "cpo", "reference": "m"}
+_PAIRS = {**_CONTRAST, "pairs": [["target", "a"]]}
+CHANGES: dict[str, tuple[dict[str, Any], Any, bool]] = {
+    "objective": (_CONTRAST, "apo-zero", True),
+    "pairs": (_PAIRS, [["target", "b"]], True),
+    "curriculum": ({**_CONTRAST, "curriculum": {"by": "margin"}}, {"by": "similarity"}, True),
+    "steps": ({}, 3, True),
+    "batch_size": ({}, 5, True),
+    "lr": ({}, 1e-4, True),
+    "beta": (_CONTRAST, 0.2, True),
+    "mle_weight": (_CONTRAST, 0.5, True),
+    "label_smoothing": ({"objective": "dpo", "reference": "m"}, 0.1, True),
+    "margin": ({"objective": "slic"}, 2.0, True),
+    "length_normalize": (_CONTRAST, True, True),
+    "sequences": ({"objective": "pss"}, 2, True),
+    "replace": ({"objective": "pss"}, 0.3, True),
+    "weight_decay": ({}, 0.1, True),
+    "adam_beta1": ({}, 0.8, True),
+    "adam_beta2": ({}, 0.99, True),
+    "adam_epsilon": ({}, 1e-7, True),
+    "schedule": ({}, "cosine", True),
+    "warmup_steps": ({}, 1, True),
+    "max_grad_norm": ({}, 1.0, True),
+    "seed": ({}, 1, True),
+    "dtype": ({}, "bfloat16", True),
+    "lora": ({}, {"rank": 2}, True),
+    "held_out": ({}, 1, True),
+    "keep": ({"held_out": 1}, "best", True),
+    "eval_every": ({"held_out": 1}, 7, False),
+    # Of these the content counts, which is what a training gets as its inputs.
+    "init": ({}, "other", False),
+    "reference": (_CONTRAST, "other", False),
+    "negatives": (_CONTRAST, {"batch": 1}, False),
+    "attention": ({}, "padded", False),
+    "gradient_checkpointing": ({}, True, False),
+    "micro_batch_tokens": ({}, 64, False),
+    "logits_mb": ({}, 16, False),
+    "trackers": ({}, ["tensorboard"], False),
+}
+
+
+def test_every_setting_is_known_to_be_identity_or_not() -> None:
+    assert CHANGES.keys() == Training.model_fields.keys()
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_what_makes_other_weights_has_another_address_and_nothing_else(bench: Bench, field: str) -> None:
+    base, value, other = CHANGES[field]
+    settings = {"init": "m", "objective": "mle", "steps": 2, **base}
+    specs = []
+    for more in ({}, {field: value}):
+        config = Training.model_validate(settings | more)
+        specs.append(training_spec(config, bench.inputs(config.objective)))
+    assert (specs[0] != specs[1]) is other
+
+
+def test_when_it_is_looked_at_is_identity_only_where_that_chooses_the_weights(bench: Bench) -> None:
+    settings = {"init": "m", "objective": "mle", "held_out": 1, "keep": "best"}
+    one, two = (Training.model_validate(settings | {"eval_every": every}) for every in (5, 7))
+    inputs = bench.inputs("mle")
+    assert training_spec(one, inputs) != training_spec(two, inputs)
+
+
+def test_what_embedded_the_negatives_counts_where_their_order_does(bench: Bench) -> None:
+    def spec(embedder: str, **settings: Any) -> Any:
+        config = Training.model_validate({"init": "m", "objective": "cpo", "reference": "m", **settings})
+        groups = bench.store.rows("groups", {"of": "the test", "embedder": embedder})
+        return training_spec(config, replace(bench.inputs("cpo"), groups=groups))
+
+    pairs = [["target", "a"], ["target", "b"]]
+    for settings, counts in (
+        ({}, False),
+        ({"objective": "cpo-ranked"}, True),
+        ({"objective": "cpo-ranked", "pairs": pairs}, False),  # a pair is in order as it is
+        ({"curriculum": {"by": "similarity"}}, True),
+        ({"curriculum": {"by": "margin"}}, False),
+    ):
+        assert (spec("one", **settings) != spec("other", **settings)) is counts, settings
 
 
 def test_what_is_not_finite_is_never_a_checkpoint(bench: Bench) -> None:

@@ -26,6 +26,12 @@ SCALE = 0.05
 
 OBJECTIVES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "dpo": ({"beta": SCALE}, {"loss_type": "sigmoid", "beta": SCALE}, 1),
+    # TRL smooths the labels of aot, which is sigmoid's on a batch of one pair.
+    "dpo, smoothed": (
+        {"beta": SCALE, "label_smoothing": 0.2},
+        {"loss_type": "aot", "beta": SCALE, "label_smoothing": 0.2},
+        1,
+    ),
     "apo-zero": ({"beta": SCALE}, {"loss_type": "apo_zero", "beta": SCALE}, 1),
     "apo-down": ({"beta": SCALE}, {"loss_type": "apo_down", "beta": SCALE}, 1),
     # TRL's hinge is max(0, 1 − β Δ) of log ratios: of log-probs, where the reference's are 0, and by δ = 1/β.
@@ -41,22 +47,32 @@ def test_loss_and_gradients_are_trls(
 ) -> None:
     settings, theirs, factor = OBJECTIVES[name]
     beta = theirs.pop("beta") if "beta" in (theirs := dict(theirs)) else 1.0
-    with_reference = name != "slic"
+    of = name.partition(",")[0]
+    with_reference = of != "slic"
     model = AutoModelForCausalLM.from_pretrained(new_model(architecture=architecture, seed=3)).eval()
     twin = copy.deepcopy(model)
     reference = REFERENCE if with_reference else [0.0] * len(CANDIDATES)
 
     step = trl_side.make_trl(
-        twin, None, [(PROMPT, CANDIDATES)], [reference], beta, "group", False, False, disable_dropout=True, **theirs
+        twin,
+        None,
+        [(PROMPT, CANDIDATES)],
+        [reference],
+        beta,
+        "pair" if "," in name else "group",
+        False,
+        False,
+        disable_dropout=True,
+        **theirs,
     )
     expected, _ = step(0)
 
     config = Training.model_validate(
-        {"init": "m", "objective": name, **({"reference": "m"} if with_reference else {}), **settings}
+        {"init": "m", "objective": of, **({"reference": "m"} if with_reference else {}), **settings}
     )
     group = Group("e", PROMPT, CANDIDATES, None, REFERENCE if with_reference else [])
     scorer = Scorer(model, "float32").eval()
-    probes = Probes(((PROMPT, CANDIDATES),), (len(PROMPT) + 1, len(PROMPT) + 6), len(CANDIDATES))
+    probes = Probes(((PROMPT, CANDIDATES),), (len(PROMPT) + 1, len(PROMPT) + 6), len(CANDIDATES), 40)
     choose("test", scorer, probes, "auto")
     packed = scorer.pack([objective.texts(config, group)])
     found = objective.figures(config, [group], packed.per_group(scorer(packed)))

@@ -80,7 +80,7 @@ class Model:
         """The network without weights: the names and shapes of its tensors, and which of them are one.
 
         Raises:
-            InputError: transformers does not know the architecture.
+            InputError: transformers does not know the architecture, or not these settings.
         """
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -91,8 +91,8 @@ class Model:
                 network: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                     config, dtype=torch.float32
                 )
-        except (ValueError, KeyError) as error:
-            raise InputError(f"model {self.name}: cannot be loaded ({_first_sentence(error)})") from error
+        except Exception as error:  # a config's faults show in any of an architecture's ways
+            raise InputError(f"model {self.name}: config.json makes no model ({_first_sentence(error)})") from error
         return network
 
 

@@ -11,6 +11,7 @@ from pydantic_core import PydanticUndefined
 from cpo_pipe.data.recipe import Recipe, Section
 
 WIDTH = 110
+_WHOLE_WORDS: Any = {"break_on_hyphens": False, "break_long_words": False}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -57,6 +58,13 @@ def _entry(name: str, value: Any, depth: int, with_defaults: bool) -> Iterator[s
         for position, (key, item) in enumerate(value.items()):
             # What else could be set is the same in each of the named sections: said in the first.
             yield from _entry(_inline(key), item, depth + 1, with_defaults and position == 0)
+    elif isinstance(value, dict) and len(f"{pad}{name}: {_inline(value)}") > WIDTH:
+        yield f"{pad}{name}:"
+        for key, item in value.items():
+            yield from _entry(_inline(key), item, depth + 1, with_defaults=False)
+    elif isinstance(value, str) and len(value) > WIDTH and " ".join(value.split()) == value:
+        yield f"{pad}{name}: >-"
+        yield from textwrap.wrap(value, WIDTH, initial_indent=f"{pad}  ", subsequent_indent=f"{pad}  ", **_WHOLE_WORDS)
     else:
         yield f"{pad}{name}: {_inline(value)}"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cpo_pipe.data import atomic
 from cpo_pipe.data.recipe import GROUND_TRUTH
-from cpo_pipe.eval.report import SHARED_NOTE, ReportData, agreement_rows, marked_grids, published_tables
+from cpo_pipe.eval.report import PUBLISHED_NOTE, SHARED_NOTE, ReportData, agreement_rows, marked_grids, published_tables
 
 _TARGETS = (GROUND_TRUTH, "targets")
 """Folder and file of the targets; no system can be called so."""
@@ -72,6 +72,8 @@ def _markdown(data: ReportData) -> Iterator[str]:
         yield _line(["system", "published", "this run"])
         yield _line(["---", "---:", "---:"])
         yield from (_line([name, *cells]) for name, cells in table.rows)
+    if data.published:
+        yield f"\n{PUBLISHED_NOTE}"
     if agreements := agreement_rows(data):
         yield "\nAgreement of judges\n"
         yield _line(["judges", "agreement", "kappa", "pairs"])

@@ -238,6 +238,7 @@ def write_report(path: Path, data: ReportData) -> None:
         differences=_differences(data),
         agreements=agreement_rows(data),
         published=published_tables(data),
+        published_note=PUBLISHED_NOTE,
         noticeable=NOTICEABLE,
         training_charts=[chart for name, steps in data.trainings.items() if (chart := training_curves(name, steps))],
         quality=_quality(data.quality) if data.quality is not None else None,
@@ -456,6 +457,12 @@ def agreement_rows(data: ReportData) -> list[tuple[str, list[str]]]:
                  _share(row["kappa"], row["kappa_low"], row["kappa_high"]), f"{row['n']:,}"]  # fmt: skip
         rows.append((f"{row['judge_a']} and {row['judge_b']}", cells))
     return rows
+
+
+PUBLISHED_NOTE = (
+    "A run at another scale, with another model, other data or another judge compares by its order before it compares "
+    "by its values."
+)
 
 
 def published_tables(data: ReportData) -> list[Beside]:

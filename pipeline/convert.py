@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpo_pipe.data.errors import InputError
-from cpo_pipe.data.fingerprint import read_json
-from cpo_pipe.data.models import PICKLES, Model, copy_tokenizer, fetch_folder
+from cpo_pipe.data.fingerprint import TOKENIZER_FILES, read_json
+from cpo_pipe.data.models import PICKLES, Model, TokenizerFiles, copy_tokenizer, fetch_folder
 from cpo_pipe.data.progress import track
 from cpo_pipe.pipeline.folders import check_new, new_folder
 from cpo_pipe.pipeline.sentencepiece import write_tokenizer
@@ -49,12 +49,15 @@ def convert(name: str, out: Path, shard_size: str | int = SHARD_SIZE) -> None:
     check_new(out)
     folder = fetch_folder(name, "model", weights=PICKLES)
     pickles = _Pickles.of(name, folder)
+    Model(name, folder, "").skeleton()
     with new_folder(out) as scratch:
         for file in _KEPT:
             if (folder / file).is_file():
                 shutil.copyfile(folder / file, scratch / file)
         copy_tokenizer(folder, scratch)
         write_tokenizer(scratch)  # what cannot be done is said before the long part
+        if any((scratch / file).is_file() for file in TOKENIZER_FILES):
+            _check_tokenizer(name, scratch)
         _write_weights(pickles, scratch, shard_size)
         _check(name, scratch)
     log.info("model %s: written to %s", name, out)
@@ -123,10 +126,7 @@ class _Pickles:
                 f"model {self.name}: {file.name} is damaged or no file of tensors ({file.stat().st_size:,} bytes); "
                 "download it again"
             ) from error
-        if not isinstance(content, Mapping) or not all(
-            isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
-            for key, value in content.items()
-        ):
+        if not content or not isinstance(content, Mapping) or not all(_plain(*item) for item in content.items()):
             raise InputError(f"model {self.name}: {file.name} has something else in it than tensors by name")
         return dict(content)
 
@@ -186,6 +186,23 @@ def _copies(pickles: _Pickles, outlines: Mapping[str, _Outline], tied: Mapping[s
             one, other = outlines[key], outlines[source]
             if one.place == other.place or torch.equal(pickles.load(one.file)[key], pickles.load(other.file)[source]):
                 yield key
+
+
+def _plain(key: object, value: object) -> bool:
+    """Whether it is a name and a tensor whose content is there as it is."""
+    import torch
+
+    if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+        return False
+    return value.layout == torch.strided and not value.is_quantized and not value.is_meta
+
+
+def _check_tokenizer(name: str, folder: Path) -> None:
+    try:
+        TokenizerFiles(folder, "").load()
+    except InputError as error:
+        reason = str(error).partition(": ")[2]  # not of the scratch folder
+        raise InputError(f"model {name}: its tokenizer {reason}; download it again") from error
 
 
 def _check(name: str, folder: Path) -> None:

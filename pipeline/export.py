@@ -1,13 +1,15 @@
 """Groups as preference data that TRL's DPOTrainer, and others, train on: prompt, chosen, rejected.
 
-TRL tokenizes prompt and completion together and ends both completions with an EOS token. So texts are written without
-one, a text that does not end cannot be said, and where tokens merge across the two TRL trains on other ids than we do:
-both are counted.
+TRL tokenizes prompt and completion together and ends both completions, with an EOS token or as the chat template does.
+So texts are written without one, and a text that does not end cannot be said. A text is written so that TRL makes of it
+the ids that we train on (SentencePiece takes the space off the start of what it decodes alone); where there is no such
+text (tokens that merge across the two) TRL trains on other ids. Both are counted.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jinja2 import TemplateError
 
 from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.models import TokenizerFiles
@@ -22,8 +25,9 @@ from cpo_pipe.data.progress import track
 from cpo_pipe.data.recipe import Negatives, Recipe, nearest
 from cpo_pipe.data.recipe_text import recipe_text
 from cpo_pipe.data.store import Rows
-from cpo_pipe.data.templates import eos_token_id
+from cpo_pipe.data.templates import control_tokens, eos_token_id
 from cpo_pipe.pipeline.folders import check_new, new_folder
+from cpo_pipe.pipeline.negatives.pool import text_behind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,9 +69,10 @@ DPOTrainer("model", args=DPOConfig(max_length=None), train_dataset=pairs).train(
 
 - `example_id`: the prompt with its ground truth; `similarity`: cosine of the rejected text's embedding to the ground
   truth's, empty where negatives were not ranked.
-- Texts are without an EOS token, which TRL appends to both. {left_out:,} pairs with a text that does not end (cut at a
-  limit of tokens) are left out: an EOS token would teach to end there.
-- {prompts}
+- {ends} {left_out:,} pairs with a text that does not end (cut at a
+  limit of tokens) are left out: they would teach to end there. {same:,} pairs of texts that differ in their token ids
+  only are left out, too.
+- {prompts} Of {texts:,} texts {otherwise:,} get other token ids so than they had in cpo-pipe.
 
 The recipe, with the source of prompts and ground truth:
 
@@ -77,9 +82,16 @@ The recipe, with the source of prompts and ground truth:
 No licence is named: it follows from those of the prompts and the ground truth, and of the models that wrote negatives.
 """
 
-_PLAIN = """`prompt` is the text that the model is given, as the recipe's template renders it. TRL tokenizes it together
-  with the completion: of {texts:,} texts {otherwise:,} get other token ids so than they had in cpo-pipe."""
-_CONVERSATIONAL = "`prompt` is what stands before any template, as a message; the tokenizer's chat template renders it."
+_PLAIN = (
+    "Texts are without an EOS token, which TRL appends to both.",
+    """`prompt` is the text that the model is given, as the recipe's template renders it; TRL tokenizes it together
+  with the completion.""",
+)
+_CONVERSATIONAL = (
+    "Texts are without what ends them, which the tokenizer's chat template writes.",
+    """`prompt` is what stands before any template, as a message; TRL renders both by the tokenizer's chat
+  template.""",
+)
 
 
 @dataclass
@@ -90,6 +102,8 @@ class _Tally:
     pairs: Counter[Pair] = field(default_factory=Counter)
     left_out: int = 0
     """Pairs with a text that does not end."""
+    same: int = 0
+    """Pairs of one text, by two ways of writing it in tokens."""
     texts: int = 0
     otherwise: int = 0
     """Texts that TRL tokenizes to other ids than they have in their group."""
@@ -144,6 +158,10 @@ def export(
     """
     check_new(out)
     encoder, tally = tokenizer.load(), _Tally()
+    if conversational and not encoder.chat_template:
+        log.warning(
+            "export: the tokenizer of the examples has no chat template, and TRL cannot render messages without"
+        )
     with new_folder(out) as scratch:
         writer = _Writer(scratch / "data", _schema(conversational))
         with track("export", examples.num_rows) as meter:
@@ -157,8 +175,9 @@ def export(
         writer.close()
         if not writer.rows:
             raise InputError(
-                f"--out {out}: there is nothing to write: of the pairs asked for {tally.left_out:,} are there, each "
-                "with a text that does not end (cut at a limit of tokens), which this format cannot say"
+                f"--out {out}: there is nothing to write: of the pairs asked for {tally.left_out + tally.same:,} are "
+                f"there, {tally.left_out:,} with a text that does not end (cut at a limit of tokens), which this "
+                f"format cannot say, and {tally.same:,} of one text"
             )
         (scratch / "README.md").write_text(_card(recipe, negatives, writer, tally, conversational), encoding="utf-8")
     log.info("export: %s pairs of %s groups written to %s", f"{writer.rows:,}", f"{tally.groups:,}", out)
@@ -168,12 +187,20 @@ def export(
             "format cannot say",
             f"{tally.left_out:,}",
         )
+    if tally.same:
+        log.warning("export: %s pairs are left out: their texts are one, in other token ids", f"{tally.same:,}")
     if tally.otherwise:
         log.warning(
-            "export: of %s texts TRL will give %s other token ids than they were trained on here: it tokenizes them "
-            "together with their prompt, and a sampled text need not have the ids of its sample",
-            *(f"{tally.texts:,}", f"{tally.otherwise:,}"),
-        )
+            "export: of %s texts TRL will give %s other token ids than they were trained on here: %s",
+            f"{tally.texts:,}", f"{tally.otherwise:,}", _OTHERWISE[conversational],
+        )  # fmt: skip
+
+
+_OTHERWISE = {
+    False: "it tokenizes them together with their prompt, and a sampled text need not have the ids of its sample",
+    True: "it renders messages by the tokenizer's chat template; the recipe's data.template is another, or the chat "
+    "template changes what it is given",
+}
 
 
 def _rows(
@@ -185,41 +212,118 @@ def _rows(
     tally: _Tally,
 ) -> Iterator[dict[str, Any]]:
     """The pairs of some groups, in their order."""
-    end = eos_token_id(tokenizer)
-    written: list[tuple[str, list[int]]] = []
-    for group, example in zip(groups, examples, strict=True):
+    # A sample may end by another control token than EOS, such as one that ends a turn.
+    ends = {eos_token_id(tokenizer), *control_tokens(tokenizer).values()}
+    chosen: list[list[tuple[int, int]]] = []
+    for group in groups:
         candidates = group["candidates"]
-        used = set()
-        for chosen, rejected in _places([candidate["strategy"] for candidate in candidates], pairs):
-            one, other = candidates[chosen], candidates[rejected]
-            if one["token_ids"][-1:] != [end] or other["token_ids"][-1:] != [end]:
-                tally.left_out += 1
+        asked = _places([candidate["strategy"] for candidate in candidates], pairs)
+        whole = [candidate["token_ids"][-1:] != [] and candidate["token_ids"][-1] in ends for candidate in candidates]
+        chosen.append([pair for pair in asked if all(whole[place] for place in pair)])
+        tally.left_out += sum(not all(whole[place] for place in pair) for pair in asked)
+    used = [(row, place) for row, of in enumerate(chosen) for place in sorted({place for pair in of for place in pair})]
+    ours = [_Ours(groups[row], place, examples[row]) for row, place in used]
+    written = (_messages if conversational else _plain)(ours, tokenizer)
+    tally.texts += len(written)
+    tally.otherwise += sum(not text.exact for text in written)
+    texts = dict(zip(used, written, strict=True))
+    for row, (group, places) in enumerate(zip(groups, chosen, strict=True)):
+        before = tally.pairs.total()
+        for pair in places:
+            one, other = (group["candidates"][place] for place in pair)
+            better, worse = (texts[row, place] for place in pair)
+            if better.completion == worse.completion:
+                tally.same += 1
                 continue
-            used |= {chosen, rejected}
             tally.pairs[one["strategy"], other["strategy"]] += 1
-            texts = {
-                "prompt": ("user", example["prompt" if conversational else "rendered"]),
-                "chosen": ("assistant", one["text"]),
-                "rejected": ("assistant", other["text"]),
-            }
             yield {
-                **{name: _message(*text) if conversational else text[1] for name, text in texts.items()},
+                "prompt": better.prompt,
+                "chosen": better.completion,
+                "rejected": worse.completion,
                 "example_id": group["example_id"],
                 "chosen_strategy": one["strategy"],
                 "rejected_strategy": other["strategy"],
                 "similarity": other["similarity"],
             }
-        tally.groups += bool(used)
-        for place in sorted(used):
-            text, ids = candidates[place]["text"], candidates[place]["token_ids"]
-            written.append((example["rendered"] + text, [*group["prompt_ids"], *ids]))
-    if written and not conversational:
-        tally.texts += len(written)
-        together = tokenizer([text + str(tokenizer.eos_token) for text, _ in written], verbose=False)["input_ids"]
-        tally.otherwise += sum(ids != ours for ids, (_, ours) in zip(together, written, strict=True))
+        tally.groups += tally.pairs.total() > before
 
 
-def _places(strategies: Sequence[str], pairs: Sequence[Pair]) -> Iterable[tuple[int, int]]:
+@dataclass(frozen=True)
+class _Ours:
+    """A candidate with its prompt, as they are here."""
+
+    group: dict[str, Any]
+    place: int
+    example: dict[str, Any]
+
+    @property
+    def text(self) -> str:
+        text: str = self.group["candidates"][self.place]["text"]
+        return text
+
+    @property
+    def token_ids(self) -> list[int]:
+        ids: list[int] = self.group["candidates"][self.place]["token_ids"]
+        return ids
+
+    @property
+    def all_ids(self) -> list[int]:
+        return [*self.group["prompt_ids"], *self.token_ids]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The same as preference data has it, and whether TRL makes our token ids of that."""
+
+    prompt: Any
+    completion: Any
+    exact: bool
+
+
+def _plain(candidates: Sequence[_Ours], tokenizer: "PreTrainedTokenizerBase") -> list[_Written]:
+    """As texts: of those that a candidate may be written as the first that becomes our ids, or else the stored one."""
+    end = str(tokenizer.eos_token)
+
+    def encoded(texts: Sequence[str]) -> list[list[int]]:
+        ids: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
+        return ids
+
+    prompts = [ours.example["rendered"] for ours in candidates]
+    bos = str(tokenizer.bos_token or "")
+    for place, (prompt, ids) in enumerate(zip(prompts, encoded(prompts), strict=True)):
+        # A chat template writes the BOS token that TRL's tokenizing puts before any text.
+        if bos and prompt.startswith(bos) and ids[:2] == [tokenizer.bos_token_id] * 2:
+            prompts[place] = prompt.removeprefix(bos)
+    texts = [ours.text for ours in candidates]
+    exact = [False] * len(candidates)
+    for behind in (False, True):
+        left = [place for place, found in enumerate(exact) if not found]
+        tried = {
+            place: text_behind(candidates[place].group["prompt_ids"], candidates[place].token_ids, tokenizer)
+            if behind else texts[place]
+            for place in left
+        }  # fmt: skip
+        for place, ids in zip(left, encoded([prompts[place] + tried[place] + end for place in left]), strict=True):
+            if ids == candidates[place].all_ids:
+                texts[place], exact[place] = tried[place], True
+    return [_Written(*one) for one in zip(prompts, texts, exact, strict=True)]
+
+
+def _messages(candidates: Sequence[_Ours], tokenizer: "PreTrainedTokenizerBase") -> list[_Written]:
+    """As messages, with the prompt as it was before the template."""
+    found = []
+    for ours in candidates:
+        prompt, completion = _message("user", ours.example["prompt"]), _message("assistant", ours.text)
+        exact = False
+        if tokenizer.chat_template:
+            with suppress(TemplateError):  # of templates that want more than these two messages
+                theirs: Any = tokenizer.apply_chat_template([*prompt, *completion], tokenize=True, return_dict=True)
+                exact = theirs["input_ids"] == ours.all_ids
+        found.append(_Written(prompt, completion, exact))
+    return found
+
+
+def _places(strategies: Sequence[str], pairs: Sequence[Pair]) -> list[tuple[int, int]]:
     """Which candidates of a group make a pair."""
     if not pairs:
         return [(0, place) for place in range(1, len(strategies))]
@@ -286,14 +390,18 @@ def _card(recipe: Recipe, negatives: Negatives, writer: _Writer, tally: _Tally, 
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
         dataset_info=info._to_yaml_dict(),
     )
-    prompts = _PLAIN.format(texts=tally.texts, otherwise=tally.otherwise)
+    ends, prompts = _CONVERSATIONAL if conversational else _PLAIN
     text = _CARD.format(
         name=recipe.name,
         pairs=writer.rows,
         groups=tally.groups,
         strategies=_strategies(negatives, tally.pairs),
         left_out=tally.left_out,
-        prompts=_CONVERSATIONAL if conversational else prompts,
+        same=tally.same,
+        texts=tally.texts,
+        otherwise=tally.otherwise,
+        ends=ends,
+        prompts=prompts,
         recipe=recipe_text(recipe),
     )
     return f"---\n{facts.to_yaml()}\n---\n{text}"
@@ -365,6 +473,8 @@ def upload(out: Path, repo: str, public: bool) -> None:
                 commit_message="cpo-pipe export",
                 delete_patterns="data/train-*.parquet",  # of an export before, or else both would be read
             )
+            if private and public:  # only once it is whole
+                api.update_repo_settings(made.repo_id, private=False, repo_type="dataset")
     except Exception as error:  # the hub client's failures have no common type: offline, no token, no rights, …
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RunError(f"--push {repo}: the hub did not take it ({line}); {later}") from error

@@ -27,7 +27,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         InputError: `out` has something in it.
     """
     check_new(out)
-    out = out.absolute()
+    out = out.resolve()  # of a link the folder it leads to
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = atomic.temporary(out)
     try:

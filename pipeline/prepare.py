@@ -280,6 +280,7 @@ def _make(examples: Examples, config: Data, rows: _Rows) -> None:
         collected.check(config.max_rejected)
         ends = split_ends(collected.prompt_hashes(), config.train, config.validation, config.test)
         collected.write(writer.path, ends)
+        _warn_of_short_splits(config, ends)
         _copy_tokenizer(examples.tokenizer.path, writer.path / "tokenizer")
         writer.facts["rows_read"] = meter.done
         writer.facts["examples"] = {name: end - start for name, start, end in _ranges(ends)}
@@ -509,6 +510,14 @@ def split_ends(
                 f"{wanted}: of {rows:,} rows none is left for data.{name}; ask for fewer, or give more rows"
             )
     return train_end, validation_end, test_end
+
+
+def _warn_of_short_splits(config: Data, ends: tuple[int, int, int]) -> None:
+    """Rows that were rejected come off the last split, and rows of equal prompts may move a boundary."""
+    asked = {"validation": config.validation, "test": config.test}
+    for name, start, end in _ranges(ends):
+        if (wanted := asked.get(name)) and end - start < wanted:
+            log.warning("examples: data.%s is %s, but only %s are left for it", name, f"{wanted:,}", f"{end - start:,}")
 
 
 def _behind_equals(ordered: Sequence[str], end: int) -> int:

@@ -400,7 +400,7 @@ class Run:
             agreements=evaluation.agreements(),
             published=self.recipe.published,
             shared_metrics=evaluation.shared_metrics,
-            notes=[*evaluation.notes, *notes],
+            notes=[*([self.recipe.note] if self.recipe.note else []), *evaluation.notes, *notes],
             examples=evaluation.examples,
             outputs=evaluation.outputs(),
             verdicts=evaluation.verdicts(),

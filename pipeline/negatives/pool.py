@@ -302,6 +302,7 @@ class FromFile:
         found = _Continuations(keys, self.count, self.file.continuations(key))
         self._report(key, found.counts)
         tokenizer = self.tokenizer.load()
+        puts_space = _puts_space(tokenizer)
 
         def make(batch: pa.Table) -> Iterator[Made]:
             refused, taken, texts = [], [], []
@@ -312,7 +313,7 @@ class FromFile:
                         refused.append(_refusal(example["example_id"], k, "not in the file", example["prompt"]))
                     else:
                         taken.append((example, k))
-                        texts.append(text)
+                        texts.append(text.removeprefix(" ") if puts_space else text)
             rows = [
                 negative(example, k, 0, strategy=STRATEGY, text=text, token_ids=ids, ends=ends, generator=self.sha256)
                 for (example, k), (text, ids, ends) in zip(
@@ -443,6 +444,12 @@ def text_behind(prompt_ids: Sequence[int], token_ids: Sequence[int], tokenizer: 
         for ids in (list(prompt_ids), [*prompt_ids, *token_ids])
     )
     return both[len(before) :]
+
+
+def _puts_space(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether encoding puts a space before a text, as SentencePiece-like tokenizers do: one that is there is that."""
+    before, text = templates.encode_texts(["a", "a"], tokenizer)
+    return text_behind(before, text, tokenizer) == " a"
 
 
 def _is_conversation(value: object) -> bool:

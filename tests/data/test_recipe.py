@@ -69,7 +69,7 @@ def test_an_unknown_key_gets_the_nearest_known_one(sections: dict[str, Any], whe
 def test_an_unknown_key_like_none_gets_all_known_ones() -> None:
     assert refusal(rank={"zzz": 1}) == "rank.zzz is not a known key; known are model, drop_duplicates, batch_size"
     assert refusal(zzz=1).endswith(
-        "known are name, data, apis, train, negatives, rank, rounds, evaluate, published, scales"
+        "known are name, note, data, apis, train, negatives, rank, rounds, evaluate, published, scales"
     )
 
 

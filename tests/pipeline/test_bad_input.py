@@ -82,7 +82,7 @@ def test_a_bad_setting(made, override: str) -> None:
 
 RECIPE_FILES = {
     "a list": (b"- data\n- train\n", "recipe bad.yaml: is ['data', 'train']: must be a mapping with the sections name"),
-    "empty": (b"", "recipe bad.yaml: is empty: must be a mapping with the sections name, data"),
+    "empty": (b"", "recipe bad.yaml: is empty: must be a mapping with the sections name, note, data"),
     "not YAML": (b"data: {source: [1\ntrain: 3", "recipe bad.yaml: not valid YAML (line 2, column 6: "),
     "a tab": (b"data:\n\tsource: x\n", "recipe bad.yaml: not valid YAML (line 2, column 1: "),
     "not UTF-8": (b"name: caf\xe9\n", "recipe bad.yaml: not UTF-8 (byte 9); save it as UTF-8"),

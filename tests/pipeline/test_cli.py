@@ -239,7 +239,8 @@ def test_init_prints_the_recipe_itself_with_every_key_commented(cli: Callable, t
     (tmp_path / "my.yaml").write_text(text)
     assert load_recipe(str(tmp_path / "my.yaml")) == load_recipe(name).model_copy(update={"name": "my"})
 
-    lines = text.splitlines()
+    assert max(map(len, text.splitlines())) < 400
+    lines = re.sub(r"^(note: >-\n)(?:  .*\n)+", r"\1", text, flags=re.MULTILINE).splitlines()
     named = {
         "train",
         "systems",
@@ -259,7 +260,8 @@ def test_init_prints_the_recipe_itself_with_every_key_commented(cli: Callable, t
         is_default = match[2] is not None
         if not is_default:
             path[len(match[1]) // 2 :] = [match[3]]
-            if len(path) > 1 and path[-2] in named and len(path) in (2, 3):
+            below = {"scales", "config"} & {*path[:-1]}  # what stands there is no key of a recipe
+            if len(path) > 1 and (below or (path[-2] in named and len(path) in (2, 3))):
                 continue
         keys += 1
         assert before.strip().startswith("# "), f"{line!r} has no comment"

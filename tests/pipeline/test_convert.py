@@ -223,6 +223,11 @@ def _other_shape(folder: Path) -> None:
     _saved(folder, tensors | {"model.norm.weight": torch.ones(63)})
 
 
+def _config(folder: Path, **settings: Any) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | settings))
+
+
 def _index(folder: Path, *files: str) -> None:
     (folder / "pytorch_model.bin").unlink()
     weight_map = dict(zip("abc", files, strict=False))
@@ -249,6 +254,24 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "an index of others": (lambda folder: _index(folder, "../y.bin"), "y.bin is not there, which"),
     "an index of none": (_index, "pytorch_model.bin.index.json names no file"),
+    "a config cut short": (lambda folder: (folder / "config.json").write_text("{"), "config.json makes no model ("),
+    "a config of no model": (
+        lambda folder: _config(folder, num_attention_heads=3),
+        "config.json makes no model (",
+    ),
+    "nothing": (lambda folder: _saved(folder, {}), "has something else in it than tensors by name"),
+    "no content": (
+        lambda folder: _saved(folder, {"model.norm.weight": torch.ones(64, device="meta")}),
+        "has something else in it than tensors by name",
+    ),
+    "quantized": (
+        lambda folder: _saved(folder, {"a": torch.quantize_per_tensor(torch.ones(64), 0.1, 0, torch.quint8)}),
+        "has something else in it than tensors by name",
+    ),
+    "a tokenizer cut short": (
+        lambda folder: (folder / "tokenizer.json").write_text("{"),
+        "its tokenizer cannot be loaded (",
+    ),
 }
 
 
@@ -263,6 +286,15 @@ def test_what_cannot_be_converted_is_one_line(tiny_model: Path, tmp_path: Path, 
     assert result.error().startswith(f"error: model {tmp_path / 'old'}: ")
     assert said in result.error()
     assert outputs(tmp_path) == ["old", "y.bin"]
+
+
+def test_a_link_to_an_empty_folder_is_that_folder(tiny_model: Path, tmp_path: Path, cli: Cli) -> None:
+    as_pickles(tiny_model, tmp_path / "old")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "new").symlink_to(tmp_path / "elsewhere")
+    assert cli("convert", tmp_path / "old", "--out", tmp_path / "new").status == 0
+    assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
+    assert (tmp_path / "new").is_symlink()
 
 
 def test_nothing_is_written_over(tiny_model: Path, tmp_path: Path, cli: Cli) -> None:

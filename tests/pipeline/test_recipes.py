@@ -1,6 +1,7 @@
 """The built-in recipes of the papers' tables: each runs at the scale `smoke`, in which only sizes are smaller."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,120 @@ def test_every_recipe_runs_at_smoke(name: str, tmp_path: Path, monkeypatch: pyte
     recipe = load_recipe(name)
     assert all(of.source in report for of in recipe.published)
     assert bool(recipe.published) == ("Published figures" in report)
+
+
+# ── the papers' settings and figures, typed from the papers ──────────────────────────────────────────────────────────
+
+MLE, RANKED, SOFTMAX, DPO, PSS = "mle", "cpo-ranked", "cpo", "dpo", "pss"
+AN, MIXN = {"autoregressive": 11}, {"batch": 3, "meanfield": 5, "truncation": 3}
+UNHELPFUL = {"instructed:unhelpful": 1}
+SETTINGS: dict[str, dict[str, tuple[str, int, dict[str, int] | None]]] = {
+    "dolly-gpt2-xl": {
+        "reference": (MLE, 2000, None), "mle": (MLE, 1000, None), "pss": (PSS, 1000, None),
+        "dpo": (DPO, 1000, UNHELPFUL), "anr": (RANKED, 1000, AN), "mixnr": (RANKED, 1000, MIXN),
+    },
+    "dolly-openllama-3b": {
+        "reference": (MLE, 2000, None), "mle-1": (MLE, 200, None), "mle-2": (MLE, 1000, None),
+        "pss": (PSS, 1000, None), "dpo": (DPO, 1000, UNHELPFUL), "anr": (RANKED, 200, AN), "an": (SOFTMAX, 200, AN),
+        "mixnr": (RANKED, 1000, MIXN), "mixn": (SOFTMAX, 1000, MIXN),
+    },
+    "wiki-openllama-3b": {
+        "reference": (MLE, 2000, None), "mle": (MLE, 1000, None), "bnr": (RANKED, 1000, {"batch": 4}),
+    },
+    "dolly-decoding": {"reference": (MLE, 2000, None), "mle": (MLE, 200, None), "anr": (RANKED, 200, AN)},
+    "dolly-strategies": {
+        "reference": (MLE, 1000, None), "mle": (MLE, 200, None),
+        "anr": (RANKED, 200, {"autoregressive": 4}), "bnr": (RANKED, 200, {"batch": 4}),
+        "mnr": (RANKED, 200, {"meanfield": 4}), "tnr": (RANKED, 200, {"truncation": 4}),
+    },
+}  # fmt: skip
+"""By recipe and training: the objective, its steps, and how many negatives of which kind a prompt has."""
+
+TABLES: dict[str, list[tuple[str, dict[str, float]]]] = {
+    "dolly-gpt2-xl": [(
+        "table 1",
+        {"mle": 0.471, "pss": 0.086, "dpo": 0.383, "anr": 0.506,
+         "mixnr@0": 0.476, "mixnr@0.5": 0.479, "mixnr@0.7": 0.487, "mixnr@0.9": 0.485},
+    )],
+    "dolly-openllama-3b": [(
+        "table 2",
+        {"mle-1": 0.505, "pss": 0.270, "dpo": 0.555, "anr": 0.643, "an": 0.56, "mle-2": 0.522, "mixnr@0": 0.608,
+         "mixnr@0.1": 0.620, "mixnr@0.3": 0.614, "mixnr@0.5": 0.610, "mixnr@0.7": 0.601, "mixnr@0.9": 0.550,
+         "mixn": 0.576},
+    )],
+    "wiki-openllama-3b": [
+        ("table 3", {"mle": 0.508, "bnr@0": 0.455, "bnr@0.5": 0.505, "bnr@0.7": 0.5, "bnr@0.9": 0.538}),
+        ("table 4", {"mle": 0.524, "bnr@0": 0.610, "bnr@0.1": 0.627, "bnr@0.3": 0.673, "bnr@0.5": 0.645,
+                     "bnr@0.7": 0.651, "bnr@0.9": 0.668}),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_trainings_are_those_of_the_paper(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.negatives is not None
+    counts = {key: count for key, count in recipe.negatives.counts.model_dump().items() if count}
+    found = {}
+    for training_name, training in recipe.train.items():
+        negatives = (training.negatives or counts) if training.contrasts else None
+        found[training_name] = (training.objective, training.steps, negatives)
+        assert (training.lr, training.weight_decay, training.batch_size) == (1e-5, 0.05, 64)
+        assert (training.schedule, training.warmup_steps, training.max_grad_norm) == ("constant", 0, None)
+        assert training.mle_weight == 0
+        assert training.init == ("reference" if training_name != "reference" else recipe.train["reference"].init)
+        if training.contrasts:
+            assert (training.beta, training.reference) == (5.0, "reference")
+        if training.objective == PSS:
+            assert (training.sequences, training.replace) == (3, 0.5)
+    assert found == SETTINGS[name]
+    assert (recipe.negatives.top_k, recipe.negatives.temperature, recipe.negatives.meanfield_share) == (50, 1.0, 0.15)
+    assert recipe.evaluate is not None
+    assert (recipe.evaluate.baseline, recipe.evaluate.examples) == ("ground-truth", 1000)
+    assert recipe.evaluate.judges["gpt"].template == ("wiki" if name.startswith("wiki") else "dolly")
+    assert recipe.apis["gpt"].model == "gpt-3.5-turbo"
+    if name.startswith("wiki"):
+        assert recipe.data.prompt_share == 0.15
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_published_figures_are_those_of_the_papers_tables(name: str) -> None:
+    recipe = load_recipe(name)
+    assert [(of.source, of.values) for of in recipe.published] == [
+        (f"Feng et al. 2025, {table}", values) for table, values in TABLES.get(name, [])
+    ]
+    assert [of.metric for of in recipe.published] == {"wiki-openllama-3b": ["gpt win rate", "MAUVE"]}.get(
+        name, ["gpt win rate"] * len(recipe.published)
+    )
+    assert recipe.note is not None
+
+
+@pytest.mark.parametrize(
+    ("of", "said"),
+    [
+        (
+            "{source: s, metric: gtp win rate, values: {mle: 0.5}}",
+            "published[0]: evaluate has no metric 'gtp win rate'",
+        ),
+        (
+            "{source: s, metric: MAUVE, values: {ml: 0.5}}",
+            "published[0]: evaluate has no system 'ml'; did you mean mle",
+        ),
+        (
+            "{source: s, metric: MAUVE, decoding: greedi, values: {mle: 0.5}}",
+            "published[0]: evaluate has no decoding 'greedi'; did you mean greedy",
+        ),
+    ],
+)
+def test_published_figures_of_what_is_not_measured_are_refused(of: str, said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        load_recipe("dolly-gpt2-xl", [f"published=[{of}]"])
+
+
+def test_step_counts_at_small_are_those_of_the_table_made_smaller() -> None:
+    small, whole = load_recipe("dolly-openllama-3b", scale="small").train, load_recipe("dolly-openllama-3b").train
+    compared = {name: training.steps / whole[name].steps for name, training in small.items() if name != "reference"}
+    assert set(compared.values()) == {0.2}
 
 
 @pytest.mark.parametrize("name", PAPERS)

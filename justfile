@@ -47,6 +47,6 @@ exactness:
 bench-train *ARGS:
     OMP_NUM_THREADS=1 python -m tests.benchmarks.train_step {{ARGS}}
 
-# The papers' comparisons at the scale small, over five seeds: docs/results.md (an hour on two cores; goes on where it was stopped)
+# The papers' comparisons at the scale small, over five seeds: docs/results.md (over an hour on two cores; goes on where it was stopped)
 results *ARGS:
     python -m tests.benchmarks.results {{ARGS}}

@@ -62,11 +62,16 @@ def _entry(name: str, value: Any, depth: int, with_defaults: bool) -> Iterator[s
         yield f"{pad}{name}:"
         for key, item in value.items():
             yield from _entry(_inline(key), item, depth + 1, with_defaults=False)
-    elif isinstance(value, str) and len(value) > WIDTH and " ".join(value.split()) == value:
+    elif isinstance(value, str) and len(value) > WIDTH and _is_prose(value):
         yield f"{pad}{name}: >-"
         yield from textwrap.wrap(value, WIDTH, initial_indent=f"{pad}  ", subsequent_indent=f"{pad}  ", **_WHOLE_WORDS)
     else:
         yield f"{pad}{name}: {_inline(value)}"
+
+
+def _is_prose(text: str) -> bool:
+    """Whether YAML's folded style gives it back as it is."""
+    return text.isprintable() and " ".join(text.split()) == text
 
 
 def _comment(field: FieldInfo) -> str:

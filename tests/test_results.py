@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from cpo_pipe.data.recipe import GROUND_TRUTH, parse_recipe
+from cpo_pipe.data.recipe import GROUND_TRUTH, builtin_recipes, load_recipe, parse_recipe
 from tests.benchmarks import results
-from tests.benchmarks.results import ALPHAS, GREEDY, GRIDS, METHODS, SAMPLED, SEEDS, VALIDATION_SEEDS, Figures
+from tests.benchmarks.results import ALPHAS, GREEDY, GRIDS, LABELS, METHODS, SAMPLED, SEEDS, VALIDATION_SEEDS, Figures
 
 
 def figures(seed: int, **win_rates: float) -> Figures:
@@ -59,7 +59,8 @@ def test_what_one_in_twenty_would_show_is_undecided(tmp_path: Path) -> None:
     assert results.p_value(differences) == pytest.approx(0.024, abs=1e-3)
     text = results.page({name: [scored(name, 0.0)] for name in METHODS}, dict.fromkeys(METHODS, 2), seeds, tmp_path)
     assert "| ANR > AN | table 2 | +0.0" in text
-    assert "holds |" not in next(line for line in text.splitlines() if line.startswith("| ANR > AN |"))
+    row = next(line for line in text.splitlines() if line.startswith("| ANR > AN |"))
+    assert row.count("| undecided, leans to it |") == 2
 
 
 def test_p_values_are_students() -> None:
@@ -68,6 +69,30 @@ def test_p_values_are_students() -> None:
     assert results.p_value(values) == pytest.approx(2 * stats.t.sf(t, 4))
     assert results.p_value([0.0] * 5) == 1
     assert results.p_value([0.2] * 5) == 0
+
+
+def chosen_in(page: str) -> dict[str, str]:
+    """By label what the page says was chosen."""
+    rows = page.partition("## Settings, chosen on validation")[2].splitlines()
+    return {row.split("|")[1].strip(): row.split("|")[3].strip() for row in rows if row.count("|") == 4}
+
+
+@pytest.mark.parametrize("name", sorted(path for path in builtin_recipes() if "small" in load_recipe(path).scales))
+def test_small_scales_have_the_settings_that_were_chosen(name: str) -> None:
+    chosen = chosen_in((results.ROOT / "docs" / "results.md").read_text())
+    assert {LABELS[method] for method in METHODS} <= chosen.keys()
+    checked = 0
+    for training_name, training in load_recipe(name, scale="small").trainings().items():
+        method = {"sft": "mle"}.get(kind := training_name.partition("-")[0], kind)
+        if not isinstance(training.init, str):
+            continue  # where the others start from
+        (setting,) = (of for of in GRIDS[method] if results._setting(of) == chosen[LABELS[method]])
+        expected = METHODS[method] | setting
+        for field in ("lr", "beta", "mle_weight", "replace"):
+            if field in expected:
+                assert getattr(training, field) == expected[field], (training_name, field)
+                checked += 1
+    assert checked >= 4
 
 
 def test_intervals_are_students() -> None:

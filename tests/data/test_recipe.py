@@ -73,6 +73,26 @@ def test_an_unknown_key_like_none_gets_all_known_ones() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# no comment: not 'a key', \"nor\" {a: mapping} " + "and so on " * 20 + "end",
+        "- no list " + "\N{GREEK SMALL LETTER BETA} = 5; " * 40 + "end",
+        "two  spaces and a no-break\xa0space " + "word " * 40 + "end",
+        " a space before " + "word " * 40,
+        "a bell \x07 and a line\nbreak " + "word " * 40 + "end",
+        "a-word-without-a-space-" * 20,
+    ],
+)
+def test_long_texts_and_mappings_come_back_as_they_were(text: str, tmp_path: Path) -> None:
+    scales = {"small": {"data.source": text, "train.*.steps": 3, "apis": {}, "rank": {"model": text, "batch_size": 2}}}
+    recipe = parse_recipe(content(note=text, scales=scales), "r")
+    (tmp_path / "r.yaml").write_text(recipe_text(recipe), encoding="utf-8")
+    again = load_recipe(str(tmp_path / "r.yaml"))
+    assert again == recipe
+    assert (again.note, again.scales) == (text, scales)
+
+
 def test_nearest() -> None:
     assert nearest("cop", ["cpo", "mle"], "the training ") == "did you mean the training cpo?"
     assert nearest("whatever", ["cpo", "mle"]) == ""

@@ -281,7 +281,10 @@ class _Written:
 
 
 def _plain(candidates: Sequence[_Ours], tokenizer: "PreTrainedTokenizerBase") -> list[_Written]:
-    """As texts: of those that a candidate may be written as the first that becomes our ids, or else the stored one."""
+    """As texts: the stored one where TRL makes our ids of it, or else what the candidate adds to its prompt.
+
+    That also where neither is exact: rejected texts without the space that chosen ones have would be told by it.
+    """
     end = str(tokenizer.eos_token)
 
     def encoded(texts: Sequence[str]) -> list[list[int]]:
@@ -304,8 +307,8 @@ def _plain(candidates: Sequence[_Ours], tokenizer: "PreTrainedTokenizerBase") ->
             for place in left
         }  # fmt: skip
         for place, ids in zip(left, encoded([prompts[place] + tried[place] + end for place in left]), strict=True):
-            if ids == candidates[place].all_ids:
-                texts[place], exact[place] = tried[place], True
+            exact[place] = ids == candidates[place].all_ids
+            texts[place] = tried[place]
     return [_Written(*one) for one in zip(prompts, texts, exact, strict=True)]
 
 

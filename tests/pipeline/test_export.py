@@ -183,6 +183,8 @@ def test_of_sentencepiece_models_texts_are_written_so_that_trl_makes_their_ids(p
     for row in rows:
         whole = row["prompt"] + row["chosen"] + str(tokenizer.eos_token)
         assert tokenizer(whole)["input_ids"] == ids[row["example_id"]]
+    # What is not exact has the space, too: it would else be told by that.
+    assert all(row["rejected"].startswith(" ") == row["chosen"].startswith(" ") for row in rows)
     pools = "worse: {file: out, columns: {prompt: prompt, text: rejected}, count: 3, strength: 1}"
     back = ("--set", f"negatives={{counts: {{}}, pools: {{{pools}}}}}", *options[2:])
     again = {e["example_id"]: {tuple(c["token_ids"]) for c in cs[1:]} for e, cs in groups_of(grouped(project, *back))}

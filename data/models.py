@@ -213,7 +213,10 @@ class TokenizerFiles:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.path,
+                trust_remote_code=False,  # or else it would ask whether to
+            )
         except Exception as error:  # the libraries' failures have no common type
             raise InputError(f"tokenizer {self.path}: cannot be loaded ({_first_sentence(error)})") from error
         return tokenizer

@@ -273,11 +273,6 @@ class Training(Section):
             raise ValueError(
                 f"curriculum.by is margin, but {self.objective} has no reference: take strength or similarity"
             )
-        if curriculum.by == "strength" and self.pairs is None:
-            raise ValueError(
-                "curriculum.by is strength, but without pairs all groups are of the same sources, so equally "
-                "difficult: give pairs, or take similarity or margin"
-            )
         if curriculum.by == "likelihood" and not isinstance(self.init, str):
             raise ValueError("curriculum.by is likelihood, but init is a model with random weights: take length")
 
@@ -845,23 +840,7 @@ class Recipe(Section):
                 raise ValueError(f"rank is none, but train.{name} has the objective cpo-ranked: use cpo, or rank")
         self.training_order()
         self._check_rounds()
-        for place, of in enumerate(self.published):
-            self._check_published(f"published[{place}]", of)
         return self
-
-    def _check_published(self, place: str, of: Published) -> None:
-        """Refuse figures of what the run does not measure: they would stand beside nothing."""
-        if self.evaluate is None:
-            raise ValueError(f"{place}: there is no section evaluate, so nothing to compare with: leave it out")
-        there = {"decoding": [*self.evaluate.decodings], "system": [*self.evaluate.all_systems()],
-                 "metric": [f"{judge} win rate" for judge in self.evaluate.judges]}  # fmt: skip
-        named = [("decoding", of.decoding), *(("system", system) for system in of.values)]
-        if of.metric.endswith(" win rate"):
-            named.append(("metric", of.metric))
-        for kind, name in named:
-            if name not in there[kind]:
-                hint = nearest(name, there[kind]) or f"there are {', '.join(there[kind])}"
-                raise ValueError(f"{place}: evaluate has no {kind} {name!r}; {hint}")
 
     def _check_rounds(self) -> None:
         """Refuse rounds of nothing, and models that are called like a round that there is not."""

@@ -472,10 +472,20 @@ def published_tables(data: ReportData) -> list[Beside]:
     for of in data.published:
         rows = []
         for system, value in of.values.items():
-            row = found.get((of.metric, of.decoding, system))
+            row = found.get((of.metric, of.decoding, system), found.get((of.metric, ANY_DECODING, system)))
             rows.append((system, [f"{value:.3f}", _cell(row, None) if row else "–"]))
         tables.append(Beside(f"{of.source}: {of.metric}, {of.decoding}", rows))
     return tables
+
+
+def unmeasured(data: ReportData) -> list[str]:
+    """Published figures beside which the run has none, named."""
+    return [
+        f"{system} in {table.title}"
+        for table in published_tables(data)
+        for system, (_, own) in table.rows
+        if own == "–"
+    ]
 
 
 def _share(value: float | None, low: float | None, high: float | None) -> str:

@@ -57,7 +57,7 @@ def convert(name: str, out: Path, shard_size: str | int = SHARD_SIZE) -> None:
         copy_tokenizer(folder, scratch)
         write_tokenizer(scratch)  # what cannot be done is said before the long part
         if any((scratch / file).is_file() for file in TOKENIZER_FILES):
-            _check_tokenizer(name, scratch)
+            _warn_of_tokenizer(name, scratch)
         _write_weights(pickles, scratch, shard_size)
         _check(name, scratch)
     log.info("model %s: written to %s", name, out)
@@ -126,7 +126,7 @@ class _Pickles:
                 f"model {self.name}: {file.name} is damaged or no file of tensors ({file.stat().st_size:,} bytes); "
                 "download it again"
             ) from error
-        if not content or not isinstance(content, Mapping) or not all(_plain(*item) for item in content.items()):
+        if not isinstance(content, Mapping) or not content or not all(_plain(*item) for item in content.items()):
             raise InputError(f"model {self.name}: {file.name} has something else in it than tensors by name")
         return dict(content)
 
@@ -197,12 +197,12 @@ def _plain(key: object, value: object) -> bool:
     return value.layout == torch.strided and not value.is_quantized and not value.is_meta
 
 
-def _check_tokenizer(name: str, folder: Path) -> None:
+def _warn_of_tokenizer(name: str, folder: Path) -> None:
+    """The weights are of use without it: another one may be given in its place."""
     try:
         TokenizerFiles(folder, "").load()
     except InputError as error:
-        reason = str(error).partition(": ")[2]  # not of the scratch folder
-        raise InputError(f"model {name}: its tokenizer {reason}; download it again") from error
+        log.warning("model %s: its tokenizer %s; the weights are converted", name, str(error).partition(": ")[2])
 
 
 def _check(name: str, folder: Path) -> None:

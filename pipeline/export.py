@@ -213,7 +213,8 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     """The pairs of some groups, in their order."""
     # A sample may end by another control token than EOS, such as one that ends a turn.
-    ends = {eos_token_id(tokenizer), *control_tokens(tokenizer).values()}
+    no_end = {tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
+    ends = {eos_token_id(tokenizer), *(set(control_tokens(tokenizer).values()) - no_end)}
     chosen: list[list[tuple[int, int]]] = []
     for group in groups:
         candidates = group["candidates"]
@@ -293,10 +294,10 @@ def _plain(candidates: Sequence[_Ours], tokenizer: "PreTrainedTokenizerBase") ->
 
     prompts = [ours.example["rendered"] for ours in candidates]
     bos = str(tokenizer.bos_token or "")
-    for place, (prompt, ids) in enumerate(zip(prompts, encoded(prompts), strict=True)):
-        # A chat template writes the BOS token that TRL's tokenizing puts before any text.
-        if bos and prompt.startswith(bos) and ids[:2] == [tokenizer.bos_token_id] * 2:
-            prompts[place] = prompt.removeprefix(bos)
+    # A chat template writes the BOS token that TRL's tokenizing puts before any text.
+    begun = [prompt for prompt in dict.fromkeys(prompts) if bos and prompt.startswith(bos)]
+    twice = {prompt for prompt, ids in zip(begun, encoded(begun), strict=True) if ids[1:2] == [tokenizer.bos_token_id]}
+    prompts = [prompt.removeprefix(bos) if prompt in twice else prompt for prompt in prompts]
     texts = [ours.text for ours in candidates]
     exact = [False] * len(candidates)
     for behind in (False, True):

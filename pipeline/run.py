@@ -362,7 +362,7 @@ class Run:
 
     def _report(self, evaluation: "Evaluation", systems: Mapping[str, Model | ApiModel]) -> Path:
         from cpo_pipe.eval.exports import write_exports
-        from cpo_pipe.eval.report import ReportData, shows, write_report
+        from cpo_pipe.eval.report import ReportData, shows, unmeasured, write_report
 
         trained = self._finished_trainings()
         sources, groups, notes = self._shown_groups()
@@ -412,6 +412,8 @@ class Run:
             group_examples=first if groups is not None else None,
             groups=groups.read(first["example_id"]) if groups is not None else None,
         )
+        for figure in unmeasured(data):
+            log.warning("published: %s is nothing that this run measures", figure)
         write_exports(self.run_dir, data)
         write_report(path, data)  # last: it says that the others are there too
         return path

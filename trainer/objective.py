@@ -45,8 +45,8 @@ class GroupFigures(NamedTuple):
     drop_G: Tensor
     """log π_ref(target) − log π_θ(target), summed over its tokens; 0 without a reference."""
     start_G: Tensor
-    """What shows whether policy and reference are one model: eq. 1 at a β of START_BETA or more, less log K, whatever
-    the objective is; 0 without a reference. Not differentiable."""
+    """What shows whether policy and reference are one model: the mean of its candidates' |reward|, at a β of START_BETA
+    or more; 0 without a reference. Not differentiable."""
 
 
 class Normalizers(NamedTuple):
@@ -94,6 +94,9 @@ def figures(config: Training, groups: Sequence[Group], logprobs: Sequence[Tensor
     # Policy and reference may have been computed in other batches: equal sums of floats differ by about this much.
     noise_G = ROUNDING * (config.beta * reference_GK if config.reference is not None else rewards).abs().amax(-1)
     several_G = batch.mask_GK[:, 1]
+    start_G = (
+        _start(config, policy_GK.detach(), reference_GK, batch.mask_GK) if config.reference is not None else zero_G
+    )
     won_G = won(rewards, batch.mask_GK, noise_G).to(nll_G.dtype)
     return GroupFigures(
         nll_G,
@@ -101,14 +104,14 @@ def figures(config: Training, groups: Sequence[Group], logprobs: Sequence[Tensor
         torch.where(several_G, won_G, zero_G),
         torch.where(several_G, margin(rewards, batch.mask_GK), zero_G),
         drop_G,
-        _start(config, policy_GK.detach(), reference_GK, batch.mask_GK) if config.reference is not None else zero_G,
+        torch.where(several_G, start_G, zero_G),
     )
 
 
 def _start(config: Training, policy_GK: Tensor, reference_GK: Tensor, mask_GK: Tensor) -> Tensor:
     # In bfloat16 rounding alone shows at a large β, so there it is the recipe's.
     beta = max(config.beta, START_BETA) if config.dtype == "float32" else config.beta
-    return cpo_loss(policy_GK, reference_GK, mask_GK, beta=beta).loss_G - mask_GK.sum(-1).log()
+    return (beta * (policy_GK - reference_GK)).abs().masked_fill(~mask_GK, 0).sum(-1) / mask_GK.sum(-1)
 
 
 def _contrast(config: Training, policy_GK: Tensor, reference_GK: Tensor, batch: Batch) -> GroupLosses:

@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 
 METRICS_FILE = "training-metrics.parquet"
 
+ORDER = 2
+"""Raise when the same curriculum comes to take groups in another order."""
+
 # What changes neither the data order nor the arithmetic that decides the weights.
 _NOT_IDENTITY = {
     "init", "reference", "negatives",  # whose content is
@@ -74,6 +77,7 @@ def training_spec(config: Training, inputs: Inputs) -> Spec:
         "groups": _groups_spec(config, inputs.groups) if inputs.groups else None,
         "reference": inputs.reference.fingerprint if inputs.reference else None,
         **({"strengths": dict(inputs.strengths)} if by == "strength" else {}),
+        **({"order": ORDER} if by is not None else {}),
     }
 
 
@@ -175,7 +179,7 @@ def _make(
     from cpo_pipe.trainer.health import check_groups, check_pairs
     from cpo_pipe.trainer.interim import metrics_table
     from cpo_pipe.trainer.loop import Loop
-    from cpo_pipe.trainer.tables import Extremes, probes
+    from cpo_pipe.trainer.tables import DIFFICULTY, Extremes, probes
 
     if not table.num_rows:
         raise InputError(f"train.{name}: nothing to train on: no example, or no group with a negative that was kept")
@@ -183,11 +187,13 @@ def _make(
     for needed in (inputs.init, inputs.reference):
         if isinstance(needed, Model):
             _check_fits(name, extremes, needed.name, needed.context(), needed.vocabulary())
+    if config.pairs:
+        check_pairs(name, table, config.pairs, inputs.selection.num_rows)
     trained, held_out = _held_out(name, config, table)
+    if DIFFICULTY in table.column_names:  # before anything that takes long
+        _graded(name, config, table[DIFFICULTY].to_numpy()[trained])
     everything = Groups.of(table, _reference(config, store, inputs, table, executor))
     if config.contrasts:
-        if config.pairs:
-            check_pairs(name, table, config.pairs, inputs.selection.num_rows)
         check_groups(name, everything, len(everything) if config.pairs else inputs.selection.num_rows)
     model, adapted = _initial_model(name, config, inputs, extremes)
     difficulty_G = _difficulty(config, store, inputs, table, everything.reference_C, executor)

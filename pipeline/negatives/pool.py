@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STRATEGY = "pool"
+ENCODING = 2
+"""Raise when the same texts come to be other token ids."""
 FORMATS = (".jsonl", ".parquet", ".json")
 _ROLES = {"prompt": "user", "text": "assistant"}
 """Whose message a column of conversations has."""
@@ -47,13 +49,13 @@ READ_AT_ONCE = 1024
 def pool_file_spec(rendering: Spec, sha256: str, columns: PoolColumns, max_tokens: int) -> Spec:
     """The file is its content: neither its path nor the pool's name or strength is part of it."""
     return {"strategy": STRATEGY, "file": sha256, "columns": columns.model_dump(), "prompt": rendering,
-            "max_tokens": max_tokens}  # fmt: skip
+            "max_tokens": max_tokens, "encoding": ENCODING}  # fmt: skip
 
 
 def pool_model_spec(rendering: Spec, generator: str, tokenizer: str, sampling: Sampling, seed: int) -> Spec:
     """The model's distribution over texts, of which its tokenizer is a part, and what makes token ids of them."""
     return {"strategy": STRATEGY, "generator": generator, "tokenizer": tokenizer, "prompt": rendering,
-            "sampling": sampling.spec(), "seed": seed}  # fmt: skip
+            "sampling": sampling.spec(), "seed": seed, "encoding": ENCODING}  # fmt: skip
 
 
 def other_tokenizer(model: Model, tokenizer: TokenizerFiles, store: Store) -> TokenizerFiles | None:
@@ -72,10 +74,12 @@ def as_targets(
     Args:
         texts: the continuations.
         ends: whether each is whole, so that an EOS token follows it.
-        tokenizer: of the model that is trained.
+        tokenizer: of the model that is trained. The space that it puts before a text takes the place of one there.
         max_tokens: longer ones, the EOS token counted, are cut to so many and do not end.
     """
     end = templates.eos_token_id(tokenizer)
+    if _doubles_space(tokenizer):
+        texts = [text.removeprefix(" ") for text in texts]
     for text, whole, ids in zip(texts, ends, templates.encode_texts(texts, tokenizer), strict=True):
         if len(ids) > max_tokens:
             yield str(tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)), ids[:max_tokens], False
@@ -302,7 +306,6 @@ class FromFile:
         found = _Continuations(keys, self.count, self.file.continuations(key))
         self._report(key, found.counts)
         tokenizer = self.tokenizer.load()
-        puts_space = _puts_space(tokenizer)
 
         def make(batch: pa.Table) -> Iterator[Made]:
             refused, taken, texts = [], [], []
@@ -313,7 +316,7 @@ class FromFile:
                         refused.append(_refusal(example["example_id"], k, "not in the file", example["prompt"]))
                     else:
                         taken.append((example, k))
-                        texts.append(text.removeprefix(" ") if puts_space else text)
+                        texts.append(text)
             rows = [
                 negative(example, k, 0, strategy=STRATEGY, text=text, token_ids=ids, ends=ends, generator=self.sha256)
                 for (example, k), (text, ids, ends) in zip(
@@ -446,10 +449,13 @@ def text_behind(prompt_ids: Sequence[int], token_ids: Sequence[int], tokenizer: 
     return both[len(before) :]
 
 
-def _puts_space(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether encoding puts a space before a text, as SentencePiece-like tokenizers do: one that is there is that."""
-    before, text = templates.encode_texts(["a", "a"], tokenizer)
-    return text_behind(before, text, tokenizer) == " a"
+def _doubles_space(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether encoding puts a space before a text, and another one before a text that begins with one (Llama).
+
+    What continues a prompt with a space begins with the tokenizer's own one then.
+    """
+    text, spaced = templates.encode_texts(["a", " a"], tokenizer)
+    return text != spaced and text_behind(text, text, tokenizer) == " a"
 
 
 def _is_conversation(value: object) -> bool:

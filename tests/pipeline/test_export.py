@@ -244,8 +244,8 @@ def test_messages_without_a_chat_template_are_warned_of(project: Project) -> Non
 
 def test_one_text_in_two_ways_of_writing_is_no_pair_and_another_end_than_eos_is_one(project: Project) -> None:
     tokenizer = AutoTokenizer.from_pretrained(project.model)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
-    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"], "unk_token": "<|what|>"})
+    turn, unknown = tokenizer.convert_tokens_to_ids(["<|turn|>", "<|what|>"])
     words = tokenizer.encode(" quick brown")
     letters = [token for letter in " quick brown" for token in tokenizer.encode(letter)]
     assert words != letters
@@ -254,12 +254,13 @@ def test_one_text_in_two_ways_of_writing_is_no_pair_and_another_end_than_eos_is_
         {"text": " quick brown", "token_ids": [*letters, 0], "strategy": "autoregressive", "similarity": 1.0},
         {"text": " quick", "token_ids": [*tokenizer.encode(" quick"), turn], "strategy": "batch", "similarity": 0.5},
         {"text": " qu", "token_ids": tokenizer.encode(" qu"), "strategy": "batch", "similarity": 0.5},
+        {"text": " qu", "token_ids": [*tokenizer.encode(" qu"), unknown], "strategy": "batch", "similarity": 0.5},
     ]
     group = {"example_id": "e", "prompt_ids": tokenizer.encode("the"), "candidates": candidates}
     tally = module._Tally()
     rows = list(module._rows([group], [{"prompt": "the", "rendered": "the"}], [], False, tokenizer, tally))
     assert [(row["chosen"], row["rejected"]) for row in rows] == [(" quick brown", " quick")]
-    assert (tally.same, tally.left_out, tally.groups, tally.pairs.total()) == (1, 1, 1, 1)
+    assert (tally.same, tally.left_out, tally.groups, tally.pairs.total()) == (1, 2, 1, 1)
 
 
 def test_the_hub_and_datasets_take_it(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

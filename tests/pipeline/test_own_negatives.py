@@ -89,7 +89,7 @@ def test_stages_do_what_all_trainings_want_and_only_that(project: Project) -> No
         ("train.mix.pairs=[[target, batch], [batch, target]]", "pairs [batch, target]: stands there twice, or also"),
         (
             "train.mix.curriculum={by: strength, order: continuous}",
-            "train.mix: curriculum.by is strength, but without pairs all groups are of the same sources",
+            "train.mix.curriculum.by is strength, but none is known of target: give",
         ),
         (
             "train.mix.curriculum={by: margin, stages: 3}",

@@ -651,3 +651,25 @@ def test_a_bad_pool_is_one_line(pools: Project, monkeypatch: pytest.MonkeyPatch,
     result = pools.cli("generate-negatives", "tiny.yaml", "--set", override)
     assert result.status == 2
     assert BAD_RUNS[override] in result.error()
+
+
+@pytest.mark.parametrize(("kind", "doubled"), [("ByteLevel", False), ("Metaspace", False), ("Llama", True)])
+def test_only_a_space_that_would_be_doubled_is_taken_off(kind: str, doubled: bool) -> None:
+    """Of a text with a space at its start: indented code keeps its spaces where the tokenizer adds none to them."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    space = "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}" if kind == "ByteLevel" else "\N{LOWER ONE EIGHTH BLOCK}"
+    backend = Tokenizer(models.BPE({token: n for n, token in enumerate(["</s>", space, "a", "b"])}, []))
+    if kind == "ByteLevel":
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
+    elif kind == "Metaspace":
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    else:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
+        backend.decoder = decoders.Sequence([decoders.Replace(space, " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    (text, ids, _), (_, plain, _) = as_targets(["  b", "b"], [True, True], tokenizer, 99)
+    assert plain == [1, 3, 0]
+    assert ids == [1, 1, 3, 0], "two spaces, of which one is the tokenizer's own"
+    assert text == (" b" if doubled else "  b")

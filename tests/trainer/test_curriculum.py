@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from pydantic import ValidationError
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.executor import LocalExecutor
@@ -300,10 +299,12 @@ def test_what_would_order_nothing_is_refused(bench: Models) -> None:
     bench.candidates = {name: (prompt, [[9, 9]], [0]) for name, (prompt, *_) in bench.candidates.items()}
     with pytest.raises(InputError, match=alike.format("length")):
         bench.train("mle", curriculum={"by": "length"})
-    with pytest.raises(
-        ValidationError, match=r"curriculum\.by is strength, but without pairs all groups are of the same"
-    ):
-        Training.model_validate({"init": "m", "objective": "slic", "curriculum": {"by": "strength"}})
+
+
+def test_strength_orders_whole_groups_of_unlike_sources(bench: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Example b lacks the weak model's text: its gap of 1 is smaller than the others' mean of 1.5."""
+    names = order_seen(bench, monkeypatch, "slic", "strength", 4)
+    assert (len(names), names[-1]) == (4, "b")
 
 
 def test_a_kind_of_pair_that_there_is_none_of_is_refused(bench: Models) -> None:

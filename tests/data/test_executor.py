@@ -4,8 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ class Measured:
     first: Rows
     second: Rows
     trouble: str = ""
+    meeting: str = ""
+    """A folder in which the workers wait for each other, however long one takes to start."""
     at_once: bool = False
 
     @property
@@ -37,6 +40,11 @@ class Measured:
         return self.make
 
     def make(self, batch: pa.Table) -> Iterator[Made]:
+        if self.meeting:
+            (Path(self.meeting) / str(os.getpid())).touch()
+            end = time.monotonic() + 120
+            while len(list(Path(self.meeting).iterdir())) < WORKERS and time.monotonic() < end:
+                time.sleep(0.05)
         for row in batch.to_pylist():
             if row["number"] == 7 and self.trouble == "input":
                 raise InputError("field is 7: must be less; lower it")
@@ -83,7 +91,10 @@ def executor(request: pytest.FixtureRequest) -> Executor:
 
 
 def test_all_rows_of_all_outputs_are_there(executor: Executor, tmp_path: Path) -> None:
-    done = work(tmp_path)
+    done, meeting = work(tmp_path), tmp_path / "meeting"
+    meeting.mkdir()
+    if not isinstance(executor, LocalExecutor):
+        done = replace(done, meeting=str(meeting))
     executor.run(done, batches(20, 3), "measure", 20)
     assert numbers(done.first) == numbers(done.second) == [float(number) for number in range(20)]
     assert not list(tmp_path.rglob("worklist")), "what was only handed over is gone"

@@ -260,9 +260,8 @@ class Loop:
         sums = self._sums(figures)
         row = objective.metrics(config, sums, normalizers, batch)
         self._check_finite(step, batch, row, figures, metrics)
-        if (
-            self._starts_as_reference and step == 0 and normalizers.contrasted
-        ):  # with an MLE term a batch may be all K = 1
+        # With an MLE term a batch may be all K = 1.
+        if self._starts_as_reference and step == 0 and normalizers.contrasted:
             check_start(self.name, config.dtype, float(sums.start_G) / normalizers.contrasted)
         norm = self._clip()
         if not math.isfinite(norm):

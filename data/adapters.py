@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpo_pipe.data.errors import InputError, MissingInput
-from cpo_pipe.data.fingerprint import TOKENIZER_FILES, digest, model_fingerprint, read_json, sha256_file
+from cpo_pipe.data.fingerprint import (
+    TOKENIZER_FILES,
+    check_unchanged,
+    digest,
+    model_fingerprint,
+    read_json,
+    sha256_file,
+)
 from cpo_pipe.data.store import Product, Store
 
 if TYPE_CHECKING:
@@ -57,7 +64,8 @@ def adapted(name: str, folder: Path, base: "Model", store: Store, *, make: bool 
     config = {key: value for key, value in read_json(folder / CONFIG).items() if key not in _NOT_IDENTITY}
     tokenizer = folder if any((folder / file).is_file() for file in TOKENIZER_FILES) else base.path
     files = [[file, store.hash_file(tokenizer / file)] for file in TOKENIZER_FILES if (tokenizer / file).is_file()]
-    spec = {"base": base.fingerprint, "adapter": digest([config, store.hash_file(folder / WEIGHTS)]),
+    weights = store.hash_file(folder / WEIGHTS)
+    spec = {"base": base.fingerprint, "adapter": digest([config, weights]),
             "tokenizer": digest(files)}  # fmt: skip
     product = store.product("checkpoints", spec)
     if not product.complete():
@@ -69,6 +77,7 @@ def adapted(name: str, folder: Path, base: "Model", store: Store, *, make: bool 
             if not product.complete():
                 from cpo_pipe.data.models import copy_tokenizer
 
+                check_unchanged(folder / WEIGHTS, weights)
                 with warnings.catch_warnings(action="ignore"):  # what peft only warns of is refused
                     model = _merged(name, folder, base)
                 with product.create() as made:

@@ -2,16 +2,16 @@
 
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cpo_pipe.data.errors import InputError
-from cpo_pipe.data.fingerprint import digest
+from cpo_pipe.data.fingerprint import check_unchanged, digest
 from cpo_pipe.data.models import fetch_folder
 from cpo_pipe.data.progress import track
 from cpo_pipe.data.store import Store
@@ -39,10 +39,12 @@ class Embedder:
     path: Path
     fingerprint: str
     """Hash of weights, configuration and tokenizer."""
+    files: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """SHA-256 of these files, by name."""
     _loaded: list["SentenceTransformer"] = field(default_factory=list, repr=False, compare=False)
 
-    def __reduce__(self) -> tuple[type["Embedder"], tuple[str, Path, str]]:
-        return Embedder, (self.name, self.path, self.fingerprint)  # another process loads its own
+    def __reduce__(self) -> tuple[type["Embedder"], tuple[str, Path, str, Mapping[str, str]]]:
+        return Embedder, (self.name, self.path, self.fingerprint, self.files)  # another process loads its own
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Unit vectors of the texts, in their order, (n, d). Equal texts are computed once.
@@ -69,6 +71,8 @@ class Embedder:
         if not self._loaded:
             from sentence_transformers import SentenceTransformer
 
+            for name, recorded in self.files.items():  # the fingerprint must be that of what is loaded
+                check_unchanged(self.path / name, recorded)
             self._loaded.append(SentenceTransformer(str(self.path), device=None, local_files_only=True))
         return self._loaded[0]
 
@@ -86,8 +90,8 @@ def locate_embedder(name: str, store: Store) -> Embedder:
             f"embedding model {name}: no *.safetensors there; give {PACKAGED}, or the folder or hub name "
             "of a sentence-transformers model"
         )
-    content: list[Any] = [[str(file.relative_to(folder)), store.hash_file(file)] for file in files]
-    return Embedder(name, folder, digest(content))
+    hashes = {str(file.relative_to(folder)): store.hash_file(file) for file in files}
+    return Embedder(name, folder, digest([list(file) for file in hashes.items()]), hashes)
 
 
 def _packaged_folder() -> Path:

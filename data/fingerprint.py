@@ -2,12 +2,17 @@
 
 import hashlib
 import json
+import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.errors import InputError, RunError
+
+log = logging.getLogger(__name__)
 
 Spec = dict[str, Any]
 """The fields that decide an artifact's values, and none that don't. Plain JSON values only."""
@@ -84,29 +89,112 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class FileHashes:
-    """SHA-256 of files, memoized on disk by path, size and modification time (hashing 30 GB takes minutes)."""
+UNCACHED_BYTES = 1 << 26
+"""Smaller files, if they hold no weights, are read in every process."""
+_CLOCK_TICK_NS = 50_000_000
+"""A file that was written less than this ago may be written again without a change of its times."""
+_hashes: dict[str, str] = {}
+"""SHA-256 of the files that this process has read, by their stamps."""
 
-    def __init__(self, memo: Path, write: Callable[[Path, bytes], None]):
-        self._memo_path = memo
+
+def _stamp(path: Path) -> tuple[str, bool]:
+    """Return what changes when a file is written or replaced, and whether enough time has passed to rely on it.
+
+    `tar`, `rsync -t` and reproducible builds set the modification time; no program sets the change time.
+    """
+    status = path.stat()
+    stamp = f"{path}|{status.st_ino}|{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}"
+    return stamp, time.time_ns() - status.st_ctime_ns > _CLOCK_TICK_NS
+
+
+def sha256_once(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex. A process reads a file once, and again after it is written."""
+    real = path.resolve()
+    stamp, settled = _stamp(real)
+    if stamp in _hashes:
+        return _hashes[stamp]
+    found = sha256_file(real)
+    if settled:
+        _hashes[stamp] = found
+    return found
+
+
+class FileHashes:
+    """SHA-256 of files; of weights and large files cached on disk by path, size and times (30 GB take a minute).
+
+    Size and times do not show a failing disk: `check_unchanged` a file before its content is used.
+    """
+
+    def __init__(self, cache: Path, write: Callable[[Path, bytes], None]):
+        self._path = cache
         self._write = write
-        self._memo: dict[str, str] = {}
-        if memo.exists():
-            try:
-                self._memo = json.loads(memo.read_text())
-            except ValueError:  # a memo is only a memo: a damaged one is made again
-                self._memo = {}
+        self._cache = _read_cache(cache)
 
     def __call__(self, path: Path) -> str:
-        """SHA-256 of the file at `path`, in hex."""
+        """Return the SHA-256 of the file at `path`, in hex."""
         real = path.resolve()
-        status = real.stat()
-        key = f"{real}|{status.st_size}|{status.st_mtime_ns}"
-        if key not in self._memo:
-            self._memo[key] = sha256_file(real)
-            if os.access(self._memo_path.parent, os.W_OK):
-                self._write(self._memo_path, json.dumps(self._memo, indent=0).encode())
-        return self._memo[key]
+        if real.suffix != ".safetensors" and real.stat().st_size < UNCACHED_BYTES:
+            return sha256_once(real)
+        stamp, settled = _stamp(real)
+        cached_stamp, found = self._cache.get(str(real), ("", ""))
+        if cached_stamp != stamp:
+            found = sha256_once(real)
+            if settled:
+                self._cache[str(real)] = [stamp, found]
+                self._save()
+        return found
+
+    def _save(self) -> None:
+        if os.access(self._path.parent, os.W_OK):
+            content = {"checksum": digest(self._cache), "files": self._cache}
+            self._write(self._path, json.dumps(content, indent=0).encode())
+
+
+def _read_cache(path: Path) -> dict[str, list[str]]:
+    """Return the cached hashes; of a damaged cache none."""
+    if not path.exists():
+        return {}
+    try:
+        content = read_json(path)
+        files: dict[str, list[str]] = content["files"]
+        if content["checksum"] == digest(files):
+            return files
+    except (InputError, KeyError):
+        pass
+    log.warning("%s is damaged or of another version; the files are hashed again", path)
+    return {}
+
+
+def distrust(path: Path) -> None:
+    """Change a file's change time, and nothing else, so that no cached hash of it is valid any more."""
+    with suppress(OSError):
+        status = path.stat()
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def check_unchanged(path: Path, recorded: str) -> None:
+    """Refuse a file whose bytes no longer have the SHA-256 `recorded`; a process reads each file once.
+
+    Raises:
+        RunError: they do not.
+    """
+    found = sha256_once(path)
+    if found == recorded:
+        return
+    distrust(path)
+    if (path.parent / "manifest.json").is_file():
+        remedy = "run the command again to set it aside and make it again"
+    else:
+        remedy = "restore the file, or run the command again to use the new content as a model or data set of its own"
+    raise RunError(
+        f"{path}: damaged: its size and times are unchanged, but its SHA-256 is {found[:16]}… instead of "
+        f"{recorded[:16]}…; {remedy}"
+    )
+
+
+def hash_weights(folder: Path, hash_file: Callable[[Path], str]) -> dict[str, str]:
+    """Return the SHA-256 of each file of weights in a model's folder, by name."""
+    return {file.name: hash_file(file) for file in sorted(folder.glob("*.safetensors"))}
 
 
 def model_fingerprint(folder: Path, hash_file: Callable[[Path], str]) -> str:
@@ -117,7 +205,7 @@ def model_fingerprint(folder: Path, hash_file: Callable[[Path], str]) -> str:
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"model {folder}: no config.json there; give a model folder or a hub name")
-    weights = sorted(folder.glob("*.safetensors"))
+    weights = hash_weights(folder, hash_file)
     if not weights:
         raise InputError(
             f"model {folder}: no *.safetensors there; weights are read from safetensors only "
@@ -126,21 +214,22 @@ def model_fingerprint(folder: Path, hash_file: Callable[[Path], str]) -> str:
     config = read_json(folder / "config.json")
     for field in _CONFIG_PROVENANCE:
         config.pop(field, None)
-    return digest({"config": config, "weights": [[file.name, hash_file(file)] for file in weights]})
+    return digest({"config": config, "weights": [list(file) for file in weights.items()]})
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model or tokenizer.
+def read_json(path: Path, remedy: str = "download or save the model again") -> dict[str, Any]:
+    """Return the object in a small JSON file.
 
     Raises:
-        InputError: there is none in it.
+        InputError: the file holds none. The message ends with `remedy`.
+        FileNotFoundError: there is no file.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); download or save the model again") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); {remedy}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: not a JSON object; download or save the model again")
+        raise InputError(f"{path}: not a JSON object; {remedy}")
     return content
 
 

@@ -2,15 +2,22 @@
 
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpo_pipe.data import adapters
 from cpo_pipe.data.errors import InputError, MissingInput
-from cpo_pipe.data.fingerprint import TOKENIZER_FILES, model_fingerprint, read_json, tokenizer_fingerprint
-from cpo_pipe.data.store import Rows, Store
+from cpo_pipe.data.fingerprint import (
+    TOKENIZER_FILES,
+    check_unchanged,
+    hash_weights,
+    model_fingerprint,
+    read_json,
+    tokenizer_fingerprint,
+)
+from cpo_pipe.data.store import Product, Rows, Store
 
 if TYPE_CHECKING:
     import torch
@@ -33,13 +40,26 @@ class Model:
     """Folder with config.json, *.safetensors and, where it has one, its tokenizer."""
     fingerprint: str
     """Hash of weights and architecture."""
+    weights: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """SHA-256 of each file of weights, by name, as the fingerprint has them."""
+
+    def check_weights(self) -> None:
+        """Read the weights before they are used: the fingerprint must be that of what is loaded.
+
+        A process reads each file once.
+
+        Raises:
+            RunError: a file is damaged.
+        """
+        for name, recorded in self.weights.items():
+            check_unchanged(self.path / name, recorded)
 
     def context(self) -> int | None:
         """Positions the model can attend to, in tokens; None where its config names no limit."""
         config = read_json(self.path / "config.json")
-        for field in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-            if isinstance(config.get(field), int):
-                return int(config[field])
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+            if isinstance(config.get(key), int):
+                return int(config[key])
         return None
 
     def vocabulary(self) -> int | None:
@@ -52,8 +72,11 @@ class Model:
 
         Raises:
             InputError: transformers does not know the architecture, or the weights lack some of its tensors.
+            RunError: the weights are damaged.
         """
         from transformers import AutoModelForCausalLM
+
+        self.check_weights()
 
         try:
             # transformers' sdpa leaves soft-capping of attention scores out (Gemma 2), without a word.
@@ -146,8 +169,16 @@ def locate_model(name: str, store: Store, revision: str | None = None, *, make: 
     if (folder / adapters.CONFIG).is_file():
         base = _base_model(name, folder, store, make)
         product = adapters.adapted(name, folder, base, store, make=make)
-        return Model(name, product.path, product.manifest["fingerprint"])
-    return Model(name, folder, model_fingerprint(folder, store.hash_file))
+        return checkpoint_model(name, product)
+    weights = hash_weights(folder, store.hash_file)
+    return Model(name, folder, model_fingerprint(folder, store.hash_file), weights)
+
+
+def checkpoint_model(name: str, product: Product) -> Model:
+    """Return a complete checkpoint as a model."""
+    manifest = product.manifest
+    weights = {file: sha256 for file, sha256 in manifest["files"].items() if file.endswith(".safetensors")}
+    return Model(name, product.path, manifest["fingerprint"], weights)
 
 
 def _base_model(name: str, adapter: Path, store: Store, make: bool) -> Model:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cpo_pipe.data.errors import InputError
-from cpo_pipe.data.fingerprint import Spec
+from cpo_pipe.data.fingerprint import Spec, check_unchanged, digest, sha256_once
 
 TEXT_COLUMN = "text"
 """The one column of a source of plain articles."""
@@ -75,12 +75,27 @@ class Source:
             return {"kind": self.kind, "docs": pydocs.identity()}
         if self.kind == "hub":
             return {"kind": self.kind, "commit": self.commit, "subset": self.subset, "split": self.split}
-        path = Path(self.name)
         if self.kind != "folder":
-            return {"kind": self.kind, "sha256": hash_file(path)}
+            return {"kind": self.kind, "sha256": hash_file(Path(self.name))}
+        return {"kind": self.kind, "files": self._hashes(hash_file), "subset": self.subset, "split": self.split}
+
+    def check(self, identity: Spec) -> None:
+        """Read the files before their rows are used: `identity` must be that of what is read.
+
+        Raises:
+            RunError: a file is damaged.
+        """
+        path = Path(self.name)
+        if "sha256" in identity:
+            check_unchanged(path, identity["sha256"])
+        for name, recorded in identity.get("files", {}).items():
+            check_unchanged(path / name, recorded)
+
+    def _hashes(self, hash_file: Callable[[Path], str]) -> dict[str, str]:
+        """SHA-256 of each file of a folder."""
+        path = Path(self.name)
         files = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path)))
-        hashes = {str(file.relative_to(path)): hash_file(file) for file in files}
-        return {"kind": self.kind, "files": hashes, "subset": self.subset, "split": self.split}
+        return {str(file.relative_to(path)): hash_file(file) for file in files}
 
     def read(self, required: Mapping[str, str], optional: Iterable[str] = (), limit: int | None = None) -> Stream:
         """Its first `limit` rows (default: all).
@@ -142,8 +157,13 @@ class Source:
     def _data_set(self) -> Any:
         import datasets
 
+        cache = None  # of a hub data set the library's own, which goes by the commit
+        if self.kind == "folder":  # there it goes by path and modification time, which a replaced file may keep
+            cache = Path(datasets.config.HF_DATASETS_CACHE) / "cpo-pipe" / digest(self._hashes(sha256_once))
         try:
-            return datasets.load_dataset(self.name, self.subset, split=self.split, revision=self.commit)
+            return datasets.load_dataset(
+                self.name, self.subset, split=self.split, revision=self.commit, cache_dir=cache
+            )
         except Exception as error:  # the library's failures have no common type: no such subset, split, unreadable, …
             raise InputError(f"data.source {self.name}: not readable as a data set ({_first_line(error)})") from error
 

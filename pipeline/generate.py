@@ -151,7 +151,7 @@ class _Planner:
     def _file(self, name: str, config: Pool) -> Job:
         assert config.file is not None
         file = pool.PoolFile(name, Path(config.file), config.columns)
-        sha256 = file.sha256(self.store)
+        sha256 = file.sha256(self.store.hash_file)
         spec = pool.pool_file_spec(self.examples.rendering, sha256, config.columns, self.tokens)
         rows, refused = self._rows(spec), self.store.rows("rejected", {"of": spec})
         selection, tokenizer = self.selection.select(["example_id", "prompt"]), self.examples.tokenizer

@@ -90,6 +90,7 @@ def prepare(config: Data, store: Store) -> Examples:
     if examples is not None:
         log.info("%s (found in %s)", _summary(examples.product.manifest), examples.product.name)
         return examples
+    plan.check_source()
     examples = plan.examples(plan.tokenizer())
     with examples.product.lock():
         if examples.product.complete():  # another process made them while we waited
@@ -132,6 +133,10 @@ class _Plan:
             return None
         self.check(examples)
         return examples
+
+    def check_source(self) -> None:
+        """Refuse a damaged source before it is read."""
+        self.rows.source.check(self._content["source"])
 
     def check(self, examples: Examples) -> None:
         """Refuse examples that were made with a higher `max_rejected` than this section allows."""

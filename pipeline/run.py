@@ -25,7 +25,14 @@ from cpo_pipe.data.errors import InputError, MissingInput
 from cpo_pipe.data.examples import Examples, largest_token_id
 from cpo_pipe.data.executor import Executor, LocalExecutor
 from cpo_pipe.data.fingerprint import digest
-from cpo_pipe.data.models import Model, check_vocabulary, copy_tokenizer, locate_model, logprob_rows
+from cpo_pipe.data.models import (
+    Model,
+    check_vocabulary,
+    checkpoint_model,
+    copy_tokenizer,
+    locate_model,
+    logprob_rows,
+)
 from cpo_pipe.data.recipe import Evaluate, Negatives, Rank, Recipe, System, Training, ensemble_system, nearest
 from cpo_pipe.data.recipe_text import recipe_text
 from cpo_pipe.data.store import Rows, Store
@@ -37,7 +44,7 @@ from cpo_pipe.pipeline.prepare import find_examples, prepare, target_tokens
 from cpo_pipe.pipeline.quality import Quality, measure_quality
 from cpo_pipe.pipeline.rank import plan_groups, rank
 from cpo_pipe.trainer.merge import ensemble, merge
-from cpo_pipe.trainer.train import METRICS_FILE, Inputs, checkpoint, checkpoint_model, train, training_spec
+from cpo_pipe.trainer.train import METRICS_FILE, Inputs, checkpoint, train, training_spec
 
 if TYPE_CHECKING:
     from cpo_pipe.eval.evaluate import Evaluation
@@ -320,6 +327,7 @@ class Run:
         model = self.system(name, systems[name])
         if isinstance(model, ApiModel):
             raise InputError(f"system {name}: is an API, whose weights are not here; name another system")
+        model.check_weights()
         with new_folder(out) as scratch:
             for pattern in MODEL_FILES:
                 for file in model.path.glob(pattern):

@@ -70,3 +70,19 @@ def pairs(count: int, start: int = 0) -> list[dict[str, str]]:
 def write_jsonl(path: Path, rows: list[dict[str, str]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def rot(file: Path, store: Path) -> None:
+    """Flip a bit of a file whose hash the store has cached, as a failing disk does: size and times stay the same."""
+    from cpo_pipe.data import fingerprint
+
+    cache = store / "file-hashes.json"
+    files = json.loads(cache.read_text())["files"] if cache.exists() else {}
+    intact = fingerprint.sha256_file(file)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    files[str(file.resolve())] = [fingerprint._stamp(file.resolve())[0], intact]
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache.write_text(json.dumps({"checksum": fingerprint.digest(files), "files": files}))
+    fingerprint._hashes.clear()  # another process has read nothing yet

@@ -171,6 +171,7 @@ class _Part:
         self.system, self.model, self.folder = system, model.name, model.path
         if "quantization_config" in read_json(model.path / "config.json"):
             raise InputError(f"system {system}: {model.name} is quantized; name the model that it was made from")
+        model.check_weights()
         self.skeleton = model.skeleton()
         expected, ignored = self.skeleton.state_dict().keys(), _ignored(self.skeleton)
         self._at: dict[str, tuple[Any, str]] = {}

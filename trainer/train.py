@@ -92,11 +92,6 @@ def checkpoint(store: Store, spec: Spec) -> Product:
     return store.product("checkpoints", spec)
 
 
-def checkpoint_model(name: str, product: Product) -> Model:
-    """A complete checkpoint as a model."""
-    return Model(name, product.path, product.manifest["fingerprint"])
-
-
 def train(
     name: str, config: Training, store: Store, inputs: Inputs, log_dir: Path | None, executor: Executor
 ) -> Product:

@@ -71,6 +71,7 @@ class VllmEngine:
             context: Tokens of the longest prompt and its continuation together. None: as many as the model's context
                 and the memory of the cache allow, for which vLLM sets buffers aside.
         """
+        model.check_weights()
         on_gpu = torch.cuda.is_available()
         settings: dict[str, Any] = {
             "model": str(model.path),

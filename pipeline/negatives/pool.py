@@ -9,7 +9,7 @@ import logging
 import tempfile
 import weakref
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from cpo_pipe.data import templates
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.executor import Made, Make
-from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec, digest, tokenizer_fingerprint
+from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec, digest, distrust, sha256_once, tokenizer_fingerprint
 from cpo_pipe.data.models import Model, TokenizerFiles
 from cpo_pipe.data.recipe import PoolColumns, nearest
 from cpo_pipe.data.store import Rows, Store
@@ -109,19 +109,30 @@ class PoolFile:
     path: Path
     columns: PoolColumns
 
-    def sha256(self, store: Store) -> str:
+    def sha256(self, hash_file: Callable[[Path], str]) -> str:
         """Hash of its bytes; of a folder, of its files in their order.
 
         Raises:
             InputError: there is no such file, or its format is not read.
         """
         if self.path.is_dir():
-            return digest([store.hash_file(file) for file in self._folder()])
+            return digest([hash_file(file) for file in self._folder()])
         if not self.path.is_file():
             raise self.error(f"no such file; give the path of a {', '.join(FORMATS)} file")
         if self.path.suffix.lower() not in FORMATS:
             raise self.error(f"the suffix {self.path.suffix!r} is none of {', '.join(FORMATS)}; convert it")
-        return store.hash_file(self.path)
+        return hash_file(self.path)
+
+    def check_unchanged(self, sha256: str) -> None:
+        """Read the file before its texts are used: `sha256` must be that of what is read.
+
+        Raises:
+            InputError: it is not.
+        """
+        if self.sha256(sha256_once) != sha256:
+            for file in self._folder() if self.path.is_dir() else [self.path]:
+                distrust(file)
+            raise self.error("has changed since it was hashed; restore it, or run the command again to use it as it is")
 
     def _folder(self) -> list[Path]:
         """The Parquet files of a folder and its subfolders, such as of a data set of the hub."""
@@ -300,6 +311,7 @@ class FromFile:
         Raises:
             InputError: the file breaks a rule, or has nothing for any of the examples.
         """
+        self.file.check_unchanged(self.sha256)
         key = self.file.key()
         log.info("negatives.pools.%s.file %s: reading it", self.file.pool, self.file.path)
         keys = (value.as_py() for value in self.selection[key])

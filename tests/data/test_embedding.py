@@ -1,3 +1,5 @@
+import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,9 +11,10 @@ import pytest
 
 from cpo_pipe.data import embedding
 from cpo_pipe.data.embedding import EmbeddingMemo, locate_embedder
-from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.progress import Meter
 from cpo_pipe.data.store import Store
+from tests.conftest import rot
 
 TEXTS = ["a longer sentence about the weather in spring", "cat", "", "cat", "word " * 700, "a cat sat on the mat"]
 
@@ -33,6 +36,16 @@ def test_vectors_are_those_of_the_plain_library(store: Store) -> None:
     np.testing.assert_allclose(vectors, plain, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     np.testing.assert_array_equal(vectors[1], vectors[3])  # equal texts, equal bits
+
+
+def test_damaged_weights_embed_nothing(store: Store, tmp_path: Path) -> None:
+    folder = shutil.copytree(locate_embedder("minilm", store).path, tmp_path / "embedder")
+    rot(folder / "model.safetensors", tmp_path / "store")
+    embedder = locate_embedder(str(folder), Store(tmp_path / "store"))
+    assert embedder.fingerprint == locate_embedder("minilm", store).fingerprint
+    with pytest.raises(RunError, match=r"embedder/model\.safetensors: damaged"):
+        pickle.loads(pickle.dumps(embedder)).encode(["cat"])
+    assert locate_embedder(str(folder), Store(tmp_path / "store")).fingerprint != embedder.fingerprint
 
 
 def test_no_texts_give_no_vectors(store: Store) -> None:

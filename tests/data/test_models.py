@@ -1,14 +1,18 @@
 """Models and tokenizers on disk: do they go together?"""
 
 import json
+import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cpo_pipe.data.errors import InputError
-from cpo_pipe.data.models import Model, TokenizerFiles, check_vocabulary
+from cpo_pipe.data import fingerprint
+from cpo_pipe.data.errors import InputError, RunError
+from cpo_pipe.data.models import Model, TokenizerFiles, check_vocabulary, locate_model
 from cpo_pipe.data.store import Store
+from tests.conftest import rot
 
 VOCABULARY = {"a": 0, "b": 1, "ab": 2}
 SPECIAL = [{"id": 3, "content": "<end>", "special": True}]
@@ -62,3 +66,38 @@ def test_what_cannot_be_compared_passes(tmp_path: Path) -> None:
     (tmp_path / "bare").mkdir()
     check(tmp_path, given, tmp_path / "bare")
     check(tmp_path, tmp_path / "bare", given)
+
+
+def test_damaged_weights_are_never_loaded_under_the_intact_fingerprint(tmp_path: Path, tiny_model: Path) -> None:
+    import torch
+
+    folder, root = shutil.copytree(tiny_model, tmp_path / "model"), tmp_path / "store"
+    intact = locate_model(str(folder), Store(root)).fingerprint
+    weights = folder / "model.safetensors"
+    rot(weights, root)
+    found: Model = pickle.loads(pickle.dumps(locate_model(str(folder), Store(root))))  # as a worker gets it
+    assert found.fingerprint == intact, "a run that loads no weights does not read them"
+    with pytest.raises(RunError, match=r"model\.safetensors: damaged: .* restore the file, or run the command again"):
+        found.load(torch.float32)
+    damaged = locate_model(str(folder), Store(root))
+    assert damaged.fingerprint != intact, "the user was told, and who goes on has another model"
+    damaged.load(torch.float32)
+    shutil.copyfile(tiny_model / weights.name, weights)
+    assert locate_model(str(folder), Store(root)).fingerprint == intact
+
+
+def test_a_process_hashes_weights_once_and_the_next_one_not_before_it_loads_them(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    read, hash_file = list[str](), fingerprint.sha256_file
+    monkeypatch.setattr(fingerprint, "sha256_file", lambda path: read.append(path.name) or hash_file(path))
+    for expected in (1, 0), (0, 1):
+        fingerprint._hashes.clear()
+        read.clear()
+        found = [locate_model(str(tiny_model), Store(tmp_path)) for _ in range(2)]
+        assert read.count("model.safetensors") == expected[0]
+        for model in found:
+            model.load(torch.float32)
+        assert read.count("model.safetensors") == sum(expected)

@@ -1,6 +1,7 @@
 """Expected labels and reasons are counted by hand from the bytes written in each test."""
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,9 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import HfApi, constants
 
-from cpo_pipe.data.errors import InputError
-from cpo_pipe.data.fingerprint import sha256_file
+from cpo_pipe.data import fingerprint
+from cpo_pipe.data.errors import InputError, RunError
+from cpo_pipe.data.fingerprint import FileHashes, sha256_file
 from cpo_pipe.data.readers import Refusal, Row, Source, locate_source
+from tests.conftest import rot
 
 PAIR = {"prompt": "q", "target": "a"}
 WIKITEXT = Path(__file__).parents[3] / "shared" / "data" / "wikitext2-test.txt"
@@ -151,6 +154,42 @@ def test_sources_that_are_not_there(tmp_path, name, message):
     with pytest.raises(InputError) as error:
         locate_source(str(tmp_path / name))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("rows", [50, 40], ids=["more rows", "as many bytes"])
+def test_a_replaced_file_of_a_folder_is_read_whatever_its_time_says(tmp_path, monkeypatch, rows):
+    """As `tar`, `rsync -t` and reproducible builds leave it: the modification time is that of the old file."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+
+    def write_rows(text: str, count: int) -> None:
+        path = write(
+            folder / "train.jsonl", b"".join(b'{"q": "%d", "a": "%s"}\n' % (n, text.encode()) for n in range(count))
+        )
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+
+    hash_file = FileHashes(tmp_path / "hashes.json", Path.write_bytes)
+    seen = []
+    for text, count in (("old", 40), ("new", rows)):
+        write_rows(text, count)
+        source = locate_source(str(folder))
+        assert [row.values["a"] for row in source.read(PAIR)] == [text] * count
+        assert source.count() == count
+        seen.append(source.identity(hash_file)["files"])
+    assert seen[1] == {"train.jsonl": sha256_file(folder / "train.jsonl")} != seen[0]
+
+
+def test_a_damaged_source_is_refused_before_it_is_read_under_its_old_hash(tmp_path, monkeypatch):
+    monkeypatch.setattr(fingerprint, "UNCACHED_BYTES", 0)  # as of a large file
+    path = write(tmp_path / "a.jsonl", b'{"q": "1", "a": "x"}')
+    intact = locate_source(str(path)).identity(sha256_file)
+    rot(path, tmp_path)
+    source, cached = locate_source(str(path)), FileHashes(tmp_path / "file-hashes.json", Path.write_bytes)
+    assert source.identity(cached) == intact
+    with pytest.raises(RunError, match=r"a\.jsonl: damaged"):
+        source.check(intact)
+    assert source.identity(cached) == source.identity(sha256_file) != intact
 
 
 def test_folder_is_read_as_a_hugging_face_data_set(tmp_path, monkeypatch):

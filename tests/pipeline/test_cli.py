@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 from cpo_pipe.data.recipe import builtin_recipes, load_recipe
+from tests.conftest import rot
 from tests.pipeline.api_server import serve
 
 STAGES = ("prepare", "generate-negatives", "rank", "train", "evaluate", "run")
@@ -81,6 +83,26 @@ def test_run_makes_all_and_a_second_run_nothing(project) -> None:
     assert "(found in examples/" in again.err
     assert "train cpo: reused checkpoints/" in again.err
     assert "0 made, 48 reused" in again.err  # 16 prompts × 3
+
+
+def test_damaged_weights_are_named_and_made_again_but_not_read_where_nothing_is_missing(made) -> None:
+    metrics = made.root / "runs/tiny/metrics.parquet"
+    intact = pq.read_table(metrics)
+    specs = {path.parent: json.loads(path.read_text()) for path in made.store.glob("checkpoints/*/spec.json")}
+    last = next(folder for folder, spec in specs.items() if spec["settings"]["objective"] == "cpo")
+    rot(last / "model.safetensors", made.store)
+    assert made.cli("run", "tiny.yaml").status == 0  # opens no weights
+    shutil.rmtree(made.store / "generations")
+    shutil.rmtree(made.store / "metrics")
+    refused = made.cli("run", "tiny.yaml")
+    assert refused.status == 1
+    assert f"checkpoints/{last.name}/model.safetensors: damaged" in refused.error()
+    assert "run the command again to set it aside and make it again" in refused.error()
+    again = made.cli("run", "tiny.yaml")
+    assert again.status == 0, again.err
+    assert f"checkpoints/{last.name} is damaged (model.safetensors)" in again.err
+    assert len(list(last.parent.glob(f"{last.name}.damaged-*"))) == 1
+    assert pq.read_table(metrics).equals(intact)
 
 
 def test_single_stages_find_what_run_made(made) -> None:

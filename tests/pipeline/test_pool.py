@@ -55,7 +55,7 @@ class Bench:
     ) -> dict[str, list[dict[str, Any]]]:
         """The negatives of each prompt, in order."""
         file = PoolFile(pool, path, PoolColumns.model_validate(columns))
-        sha256 = file.sha256(self.store)
+        sha256 = file.sha256(self.store.hash_file)
         self.spec = pool_file_spec(self.examples.rendering, sha256, file.columns, max_tokens)
         self.rows, self.refused = (
             self.store.rows("negatives", self.spec),

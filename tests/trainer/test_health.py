@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cpo_pipe.data.models import checkpoint_model
 from cpo_pipe.trainer.groups import Groups
 from cpo_pipe.trainer.health import ALONE, ALREADY_RIGHT, DROP, DROP_STEPS, REPETITION, Watch, check_groups, repetition
-from cpo_pipe.trainer.train import checkpoint_model
 from tests.trainer.architectures import table
 from tests.trainer.test_train import CANDIDATES, Bench, metrics
 

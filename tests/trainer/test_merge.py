@@ -1,6 +1,7 @@
 """Weight-space ensembles: equal to the sum of whole state dicts, made a tensor at a time, and what is refused."""
 
 import json
+import re
 import shutil
 import weakref
 from collections.abc import Callable, Sequence
@@ -13,12 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.fingerprint import model_fingerprint, sha256_file
 from cpo_pipe.data.models import Model, locate_model, locate_tokenizer
 from cpo_pipe.data.store import Store
 from cpo_pipe.trainer import merge as module
 from cpo_pipe.trainer.merge import merge, write_merged
+from tests.conftest import rot
 
 NewModel = Callable[..., Path]
 ALPHA = 0.3
@@ -157,6 +159,17 @@ def test_in_memory_are_a_shard_and_a_tensor(
     merged(tmp_path / "a", *parts, shard_size=100_000)
     assert alive == 0
     assert max(sizes) < peak <= max(100_000, max(sizes)) + 2 * max(sizes) < sum(sizes) / 2
+
+
+def test_damaged_weights_are_not_merged(tmp_path: Path, new_model: NewModel) -> None:
+    root = tmp_path / "store"
+    one, two = (new_model(seed=seed) for seed in (1, 2))
+    rot(two / "model.safetensors", root)
+    store = Store(root)
+    parts = [(locate_model(str(folder), store), 0.5) for folder in (one, two)]
+    with pytest.raises(RunError, match=re.escape(f"{two}/model.safetensors: damaged")):
+        merge("mix", store, parts, locate_tokenizer(str(one), store))
+    assert not list(root.glob("checkpoints/*/model*"))
 
 
 def test_the_tokenizer_and_the_generation_config_come_along(tmp_path: Path, new_model: NewModel) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.executor import LocalExecutor
 from cpo_pipe.data.fingerprint import candidate_id
-from cpo_pipe.data.models import Model, locate_model, locate_tokenizer
+from cpo_pipe.data.models import Model, checkpoint_model, locate_model, locate_tokenizer
 from cpo_pipe.data.recipe import ScratchModel, Training
 from cpo_pipe.data.schemas import EXAMPLES
 from cpo_pipe.data.store import Product, Rows, Store
@@ -27,7 +27,7 @@ from cpo_pipe.trainer.batches import batches
 from cpo_pipe.trainer.logprobs import cached_logprobs
 from cpo_pipe.trainer.loop import lr_factor
 from cpo_pipe.trainer.merge import merge
-from cpo_pipe.trainer.train import METRICS_FILE, Inputs, checkpoint_model, train, training_spec
+from cpo_pipe.trainer.train import METRICS_FILE, Inputs, train, training_spec
 from tests.trainer.architectures import table
 
 CANDIDATES = {

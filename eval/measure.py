@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from cpo_pipe.data.end_tokens import without_end
 from cpo_pipe.data.progress import track
 from cpo_pipe.data.schemas import METRICS
 from cpo_pipe.data.store import Rows
@@ -120,7 +121,7 @@ def read_samples(generations: Rows, example_ids: Sequence[str], n: int) -> list[
     table = table.filter(pc.less(table["sample_index"], n))
     ended = pc.equal(table["finish_reason"], "stop").to_pylist()
     columns = (table["example_id"].to_pylist(), table["text"].to_pylist(),
-               _without_end(table["token_ids"].to_pylist(), ended))  # fmt: skip
+               list(map(without_end, table["token_ids"].to_pylist(), ended)))  # fmt: skip
     found: dict[str, Outputs] = {example_id: Outputs([], []) for example_id in example_ids}
     for example_id, text, token_ids in zip(*columns, strict=True):
         found[example_id].texts.append(text)
@@ -130,12 +131,8 @@ def read_samples(generations: Rows, example_ids: Sequence[str], n: int) -> list[
 
 def read_targets(selection: pa.Table) -> Outputs:
     """The ground truth, as if a system had written it."""
-    ids = _without_end(selection["target_ids"].to_pylist(), selection["ends"].to_pylist())
-    return Outputs(selection["target"].to_pylist(), ids)
-
-
-def _without_end(token_ids: Sequence[list[int]], ended: Sequence[bool]) -> list[list[int]]:
-    return [ids[:-1] if end else ids for ids, end in zip(token_ids, ended, strict=True)]
+    ids = map(without_end, selection["target_ids"].to_pylist(), selection["ends"].to_pylist())
+    return Outputs(selection["target"].to_pylist(), list(ids))
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,8 @@ QUALITY = pa.schema(
         *_columns(
             pa.float64(),
             {
-                "copies": "share of those made that equal the target, token by token",
-                "duplicates": "share of those made that equal an earlier negative of their group",
+                "copies": "share of those made that equal the target, token by token but for the one that ends them",
+                "duplicates": "share of those made that equal an earlier negative of their group, in the same way",
                 "unended": "share of those made that ran into the limit or were cut, so that no end token follows",
                 "sampler_logprob": "log-prob of those made under the raw model that sampled them, nats per token",
                 "alone": "share of groups in which none was kept; of all negatives: those with K = 1",
@@ -238,13 +238,14 @@ class _Tally:
 def _measure_made(tally: _Tally, examples: pa.Table, made: Iterable[tuple[Pool, pa.Table]]) -> None:
     """Count copies and duplicates, and how samples ended, whatever was dropped of them later."""
     ids = examples["example_id"].combine_chunks()
-    targets = _token_bytes(examples["target_ids"])
+    targets = _token_bytes(examples["target_ids"], examples["ends"])
     seen = [{target} for target in targets]
     for pool, table in made:
         rows = table.filter(pc.less(table["sample_index"], pool.count))
         copies, duplicates = np.zeros((2, rows.num_rows))
         places = pc.index_in(rows["example_id"], value_set=ids).to_pylist()
-        for row, (group, tokens) in enumerate(zip(places, _token_bytes(rows["token_ids"]), strict=True)):
+        texts = _token_bytes(rows["token_ids"], pc.equal(rows["finish_reason"], "stop"))
+        for row, (group, tokens) in enumerate(zip(places, texts, strict=True)):
             copies[row] = tokens == targets[group]
             duplicates[row] = tokens in seen[group] and not copies[row]
             seen[group].add(tokens)
@@ -373,11 +374,12 @@ def _bins(values: NDArray[np.float32], edges: NDArray[np.float64]) -> list[dict[
     return [{"low": low, "high": high, "count": count} for low, high, count in bins]
 
 
-def _token_bytes(column: pa.ChunkedArray) -> list[bytes]:
-    """Token ids as bytes, which compare and hash at once."""
+def _token_bytes(column: pa.ChunkedArray, ended: pa.ChunkedArray) -> list[bytes]:
+    """Return token ids without the one that ends each text, as bytes, which compare and hash at once."""
     lists = column.combine_chunks()
     ids, ends = lists.flatten().to_numpy(), pc.list_value_length(lists).to_numpy().cumsum()
-    return [part.tobytes() for part in np.split(ids, ends[:-1])] if len(lists) else []
+    parts = np.split(ids, ends[:-1]) if len(lists) else []
+    return [part[: len(part) - end].tobytes() for part, end in zip(parts, ended.to_pylist(), strict=True)]
 
 
 def _numbers(column: pa.Array | pa.ChunkedArray) -> NDArray[np.float64]:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cpo_pipe.data.embedding import Embedder, locate_embedder
+from cpo_pipe.data.end_tokens import without_end
 from cpo_pipe.data.errors import MissingInput
 from cpo_pipe.data.executor import Executor, Made, Make
 from cpo_pipe.data.fingerprint import Spec, candidate_id
@@ -24,6 +25,8 @@ DUPLICATE = "duplicate of another negative"
 
 SLICE = 512
 """Examples whose negatives are read together."""
+COMPARED = "without end tokens"
+"""Change when other candidates count as equal: groups made in the old way are then made again."""
 
 
 def plan_groups(config: Rank, ranked: bool, store: Store, sources: Sources) -> tuple[Rows, Rows, Embedder | None]:
@@ -33,6 +36,7 @@ def plan_groups(config: Rank, ranked: bool, store: Store, sources: Sources) -> t
         "candidates": sources.spec(),
         "embedder": embedder.fingerprint if embedder else None,
         "drop_duplicates": config.drop_duplicates,
+        **({"compared": COMPARED} if config.drop_duplicates else {}),
     }
     return store.rows("groups", spec), store.rows("rejected", {"of": spec}), embedder
 
@@ -114,21 +118,24 @@ def _explain_again(config: Rank, sources: Sources, dropped: Rows) -> None:
 def collect_candidates(
     examples: Sequence[dict[str, Any]], sources: Sequence[Source], drop_duplicates: bool
 ) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
-    """Candidates of each example, target first, unranked, and the rows of the negatives that were dropped."""
+    """Return candidates of each example, target first, unranked, and the rows of the negatives that were dropped.
+
+    Candidates are compared without the token that ends them: a copy of the target is one whatever ends it.
+    """
     negatives: dict[str, list[dict[str, Any]]] = {example["example_id"]: [] for example in examples}
     for source in sources:
-        columns = ["example_id", "sample_index", "text", "token_ids"]
+        columns = ["example_id", "sample_index", "text", "token_ids", "finish_reason"]
         table = source.rows.read(list(negatives), columns, refresh=False)  # all were there when this began
         for row in table.filter(pc.less(table["sample_index"], source.count)).to_pylist():
             negatives[row["example_id"]].append({**row, "strategy": source.label})
     kept: list[list[dict[str, Any]]] = []
     refused: list[dict[str, Any]] = []
     for example in examples:
-        prompt_ids, target = example["prompt_ids"], tuple(example["target_ids"])
+        prompt_ids, target = example["prompt_ids"], tuple(without_end(example["target_ids"], example["ends"]))
         candidates = [_candidate(prompt_ids, example["target"], example["target_ids"], "target")]
         seen = {target}
         for row in negatives[example["example_id"]]:
-            ids = tuple(row["token_ids"])
+            ids = tuple(without_end(row["token_ids"], row["finish_reason"] == "stop"))
             if drop_duplicates and ids in seen:
                 refused.append(_refusal(row, COPY if ids == target else DUPLICATE))
                 continue

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cpo_pipe.data.end_tokens import without_end
 from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.executor import Made, Make
 from cpo_pipe.data.fingerprint import Spec, read_json, row_seed
@@ -228,12 +229,14 @@ class Sampled:
             found = list(requests(batch, self.seed))
             for place, samples in engine.generate([request for _, _, request in found], self.sampling):
                 example_id, first, request = found[place]
+                # The end token need not be a special one, which decoding would leave out.
+                texts = [without_end(sample.token_ids, sample.finish_reason == "stop") for sample in samples]
                 rows = [
                     {
                         **self.columns,
                         "example_id": example_id,
                         "sample_index": first + k,
-                        "text": tokenizer.decode(sample.token_ids, skip_special_tokens=True),
+                        "text": tokenizer.decode(texts[k], skip_special_tokens=True),
                         "token_ids": sample.token_ids,
                         "finish_reason": sample.finish_reason,
                         "logprob": _finite(sample.logprob, example_id),

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
+from cpo_pipe.data.end_tokens import without_end
 from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.executor import Made, Make
 from cpo_pipe.data.fingerprint import Spec, digest
@@ -805,14 +806,15 @@ class _Asking:
         ids, api = choice.token_ids, f"apis.{self._asked.api.name}"
         if ids is None:
             raise InputError(f"{api}.server is vllm, but the server gives no token ids: set it to openai")
-        ends = choice.finish_reason == "stop"
-        written = str(self._tokenizer.decode(ids[: len(ids) - ends], skip_special_tokens=True))
+        written = str(
+            self._tokenizer.decode(without_end(ids, choice.finish_reason == "stop"), skip_special_tokens=True)
+        )
         if _bare(written) != _bare(choice.text or ""):
             raise InputError(
                 f"{api}: the server's tokenizer is not that of the examples: serve a model that has it, or set "
                 f"{api}.endpoint to chat, or {api}.server to openai"
             )
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return written
 
 
 def _bare(text: str) -> str:

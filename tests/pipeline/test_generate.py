@@ -1,5 +1,6 @@
 """Negatives: what is sampled, and that a row is made once and found by what decides it."""
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from scipy.stats import chisquare
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.executor import LocalExecutor
@@ -140,6 +141,19 @@ def test_only_what_is_missing_is_made(workplace: Workplace) -> None:
     made, sources = workplace.generate(pairs(11), n=11)
     assert made == 0
     assert sources.selection.num_rows == 10, "rows that were removed are not read"
+
+
+def test_the_text_of_a_sample_is_without_what_ends_it(workplace: Workplace) -> None:
+    ends = [*range(0, 300, 2)]  # ordinary tokens, which decoding would keep
+    (workplace.model / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    _, sources = workplace.generate(pairs(9), n=4)
+    tokenizer = AutoTokenizer.from_pretrained(workplace.model)
+    rows = sources.pools[0].rows.read(sources.selection["example_id"]).to_pylist()
+    ended = [row for row in rows if row["finish_reason"] == "stop"]
+    assert len(ended) > 9
+    for row in ended:
+        assert row["token_ids"][-1] in ends
+        assert row["text"] == tokenizer.decode(row["token_ids"][:-1])
 
 
 def test_samples_made_in_two_steps_are_those_made_at_once(tmp_path: Path, tiny_model: Path) -> None:

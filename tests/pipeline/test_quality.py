@@ -40,7 +40,7 @@ SAMPLED = {
           Made([9, 9], False, None, None, "length")],
     "c": [Made([4, 0], **COPY), Made([4, 0], **COPY), Made([4, 0], **COPY)],
 }  # fmt: skip
-BORROWED = {"a": [Made([8, 8, 8, 0], True, 0.1, -12)], "b": [Made([9, 9], **DUPLICATE)], "c": [Made([4, 0], **COPY)]}
+BORROWED = {"a": [Made([8, 8, 8, 0], True, 0.1, -12)], "b": [Made([9, 9, 0], **DUPLICATE)], "c": [Made([4, 0], **COPY)]}
 MIXTURE = {"autoregressive": (SAMPLED, 3), "pool:x": (BORROWED, 1)}
 
 
@@ -127,6 +127,13 @@ def test_what_was_made_is_counted_also_where_it_was_dropped(bench: Bench) -> Non
     # Nine samples of log-prob −2 each, of 7 + 7 + 6 tokens.
     assert rows["autoregressive"]["sampler_logprob"] == pytest.approx(-18 / 20)
     assert rows["pool:x"]["sampler_logprob"] is None
+
+
+def test_copies_and_duplicates_are_what_they_are_whatever_ends_them(tmp_path: Path) -> None:
+    target = [5, 6, 0]
+    made = [Made([5, 6, 3]), Made([5, 6], finish_reason="length"), Made([5, 0]), Made([5, 3]), Made([6, 0])]
+    _, rows = Bench(tmp_path, {"a": target}, {"s": ({"a": made}, 5)}).measure()
+    assert shares(rows["s"], "copies", "duplicates") == pytest.approx([2 / 5, 1 / 5])
 
 
 def test_group_sizes_after_dropping(bench: Bench) -> None:

@@ -26,9 +26,9 @@ def example(name: str) -> dict[str, Any]:
             "prompt_ids": [5, 6], "target_ids": TARGET, "ends": True, "category": None}  # fmt: skip
 
 
-def negative(name: str, index: int, token_ids: list[int], text: str) -> dict[str, Any]:
+def negative(name: str, index: int, token_ids: list[int], text: str, reason: str = "stop") -> dict[str, Any]:
     return {"example_id": name, "sample_index": index, "strategy": "autoregressive", "text": text,
-            "token_ids": token_ids, "finish_reason": "stop", "logprob": -1.0, "seed": index, "generator": "g",
+            "token_ids": token_ids, "finish_reason": reason, "logprob": -1.0, "seed": index, "generator": "g",
             "engine": "e"}  # fmt: skip
 
 
@@ -45,7 +45,7 @@ SAMPLES = [
     negative("x", 0, TARGET, "a red fox"),
     negative("x", 1, [9, 0], "a brown fox"),
     negative("x", 2, [9, 0], "a brown fox"),
-    negative("x", 3, [7, 8], "a red fox"),
+    negative("x", 3, [7, 8, 7], "a red fox a", "length"),
     negative("x", 4, [4, 4, 0], "taxes were due in spring"),
 ]
 
@@ -56,14 +56,43 @@ def test_copies_and_duplicates_are_dropped_with_a_reason(tmp_path: Path) -> None
     groups = rank(Rank(), True, store, wanted, LocalExecutor())
     (group,) = groups.read(["x"]).to_pylist()
     kept = [candidate["token_ids"] for candidate in group["candidates"]]
-    # [7, 8] is the target's text but not its end: another sequence to the model, hence a candidate.
-    assert kept == [TARGET, [9, 0], [7, 8], [4, 4, 0]]
+    assert kept == [TARGET, [9, 0], [7, 8, 7], [4, 4, 0]]
     assert [c["candidate_id"] for c in group["candidates"]] == [candidate_id([5, 6], ids) for ids in kept]
     dropped = plan_groups(Rank(), True, store, wanted)[1].read(["x"]).to_pylist()
     assert [(row["source"], row["reason"]) for row in dropped] == [
         ("autoregressive:0", COPY),
         ("autoregressive:2", DUPLICATE),
     ]
+
+
+def test_what_ends_a_candidate_makes_it_no_other_one(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    samples = [
+        negative("x", 0, [7, 8, 3], "a red fox"),  # by another of the model's end tokens
+        negative("x", 1, [7, 8], "a red fox", "length"),  # by the limit of tokens
+        negative("x", 2, [7, 8, 0, 0], "a red fox"),  # an end token within is no end
+        negative("x", 3, [9, 3], "a brown fox"),
+        negative("x", 4, [9, 0], "a brown fox"),
+        negative("x", 5, [9], "a brown fox", "length"),
+        negative("x", 6, [7, 0], "a red"),  # the target cut short
+        negative("x", 7, [0], ""),
+    ]
+    wanted = sources(store, samples, 8)
+    (group,) = rank(Rank(), True, store, wanted, LocalExecutor()).read(["x"]).to_pylist()
+    kept = [candidate["token_ids"] for candidate in group["candidates"]]
+    assert kept == [TARGET, [7, 8, 0, 0], [9, 3], [7, 0], [0]]
+    dropped = plan_groups(Rank(), True, store, wanted)[1].read(["x"]).to_pylist()
+    reasons = {row["source"].partition(":")[2]: row["reason"] for row in dropped}
+    assert reasons == {"0": COPY, "1": COPY, "4": DUPLICATE, "5": DUPLICATE}
+
+
+def test_a_sample_that_ends_where_a_cut_target_goes_on_is_a_copy(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    wanted = sources(store, [negative("x", 0, [7, 8, 0], "a red fox"), negative("x", 1, [7, 0], "a red")], 2)
+    cut = example("x") | {"target_ids": [7, 8], "ends": False}
+    wanted = Sources(pa.Table.from_pylist([cut], schema=EXAMPLES), wanted.pools)
+    (group,) = rank(Rank(), False, store, wanted, LocalExecutor()).read(["x"]).to_pylist()
+    assert [candidate["token_ids"] for candidate in group["candidates"]] == [[7, 8], [7, 0]]
 
 
 def test_the_paper_to_the_letter_keeps_them(tmp_path: Path) -> None:
@@ -84,7 +113,7 @@ def test_the_order_is_falling_similarity_to_the_target(tmp_path: Path) -> None:
     store = Store(tmp_path)
     (group,) = rank(Rank(), True, store, sources(store, SAMPLES, 5), LocalExecutor()).read(["x"]).to_pylist()
     by_rank = sorted(group["candidates"], key=lambda c: c["rank"])
-    assert [c["text"] for c in by_rank] == ["a red fox", "a red fox", "a brown fox", "taxes were due in spring"]
+    assert [c["text"] for c in by_rank] == ["a red fox", "a red fox a", "a brown fox", "taxes were due in spring"]
     assert by_rank[0]["strategy"] == "target"
     similarities = [c["similarity"] for c in by_rank]
     assert similarities == sorted(similarities, reverse=True)

@@ -61,7 +61,7 @@ from cpo_pipe.pipeline.missing import WINDOW, Wanted, make_missing, refused_sour
 
 log = logging.getLogger(__name__)
 
-DEFINITIONS = 4
+DEFINITIONS = 5
 """Raise when a metric's meaning changes: figures of the old meaning are then made again."""
 
 TargetNll = Callable[[Model, pa.Table], Sequence[tuple[float, int]]]

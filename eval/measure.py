@@ -302,7 +302,7 @@ class Measurement:
             first[fingerprints[baseline]] = baseline
         for (judge, decoding), contests in self._contests.items():
             for system, contest in contests.items():
-                rate = length_controlled(contest.outcomes, contest.longer, self._bootstrap.seed)
+                rate = length_controlled(contest.outcomes, contest.longer, self._bootstrap)
                 if rate is not None:
                     self._add(system, decoding, length_controlled_metric(judge), rate)
         for judge in dict.fromkeys(judge for judge, _ in self._contests):

@@ -62,8 +62,8 @@ _JUDGED = {
     "match": "share of the outputs that are right; higher is better",
     "characters": "characters of an output",
     "log-prob": "log-prob of an output's tokens and of its end, nats per token; higher is likelier",
-    "length-controlled win rate": "the win rate that a logistic model expects if outputs had the length of the "
-    "baseline's, as AlpacaEval 2.0; from 100 examples on",
+    "length-controlled win rate": "the win rate that a logistic model of outcome and length expects at equal "
+    "length, after AlpacaEval 2.0; from 100 examples on, where neither system always writes more",
 }
 
 # The figures of negatives, as shown: the first form that has all its columns.

@@ -77,17 +77,17 @@ class Bootstrap:
         """
         scores = np.asarray(outcomes, np.float64)
         win, tie, loss = share(scores > 0.5), share(scores == 0.5), share(scores < 0.5)
-        return WinRate(win, tie, loss, self._rate(scores))
+        return WinRate(win, tie, loss, self.rate(scores))
 
     def difference(self, one: Values, other: Values) -> Estimate:
         """Mean of one system's outcomes less that of another's on the same examples, which are resampled together."""
         # Of values between 0 and 1, as a win rate is.
-        rate = self._rate((1 + one - other) / 2)
+        rate = self.rate((1 + one - other) / 2)
         low, high = (None if end is None else 2 * end - 1 for end in (rate.low, rate.high))
         return Estimate(2 * rate.value - 1, low, high, rate.n)
 
-    def _rate(self, scores: Values) -> Estimate:
-        """The mean of values between 0 and 1; where all are alike, all that is known is that others are rare."""
+    def rate(self, scores: Values) -> Estimate:
+        """Return the mean of values between 0 and 1; where all are equal, the interval allows for rare others."""
         outcome, n = scores[0], len(scores)
         if n < 2 or (scores != outcome).any():
             return self.mean(scores)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,12 +48,13 @@ class Embedder:
         return Embedder, (self.name, self.path, self.fingerprint, self.files)  # another process loads its own
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Unit vectors of the texts, in their order, (n, d). Equal texts are computed once.
+        """Unit vectors of the texts, in their order, (n, d). Texts are read in NFC; equal ones are computed once.
 
         Texts of like length, in tokens, share a batch, so that little is computed for padding.
         """
         model = self._model()
         # dict keeps first-seen order, so that the result does not depend on the order of a set.
+        texts = [unicodedata.normalize("NFC", text) for text in texts]
         position = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         distinct = list(position)
         vectors = np.zeros((len(distinct), int(model.get_embedding_dimension() or 0)), np.float32)

@@ -540,7 +540,8 @@ class Judge(Section):
         "the judge's name)"
     )
     pattern: str | None = Field(
-        None, description="exact: regular expression whose first group is the answer (default: whole text)"
+        None,
+        description="exact: regular expression whose first group is the answer, numbers by value (default: whole text)",
     )
     model: str | None = Field(
         None, description="likelihood, local: a training's name, a folder or a hub name; it has a tokenizer of its own"

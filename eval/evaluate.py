@@ -514,8 +514,8 @@ def _measure(
 
 
 def _cases(selection: pa.Table) -> list[Case]:
-    columns = (selection[name].to_pylist() for name in ("example_id", "prompt", "rendered", "target"))
-    return [Case(*fields) for fields in zip(*columns, strict=True)]
+    columns = (selection[name].to_pylist() for name in ("example_id", "prompt", "rendered"))
+    return [Case(*fields) for fields in zip(*columns, read_targets(selection).texts, strict=True)]
 
 
 def _judge(
@@ -597,7 +597,7 @@ def _similarity(judges: Sequence[Judge]) -> list[str]:
 
 
 def _notes(wanted: Comparison, measured: Measurement) -> list[str]:
-    notes, n = [], wanted.selection.num_rows
+    notes, n, targets = [], wanted.selection.num_rows, wanted.selection["target"].to_pylist()
     if wanted.labels is not None and PEOPLE not in measured.agreements()["judge_b"].to_pylist():
         notes.append(
             f"labels: none of the {len(wanted.labels)} labelled pairs is among those judged here: their texts must be "
@@ -624,6 +624,14 @@ def _notes(wanted: Comparison, measured: Measurement) -> list[str]:
             notes.append(
                 f"{judge.name}: the pattern matches nothing in {unanswered} of {n} targets; there every output counts "
                 "as wrong"
+            )
+        cuts = [judge.cut_number(target) for target in targets] if isinstance(judge, ExactJudge) else []
+        if found := [cut for cut in cuts if cut]:
+            answer, number = found[0]
+            notes.append(
+                f"{judge.name}: the pattern reads only a part of the number in {len(found)} of {n} targets, such as "
+                f"{answer} of {number}: different numbers count as equal; extend the first group, as in "
+                "####\\s*([-$€£¥]*[0-9,.]*[0-9])"
             )
     return notes
 

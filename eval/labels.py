@@ -1,5 +1,6 @@
 """Labels of people: which of two outputs for one prompt they found the better. Judges are compared with them."""
 
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,13 +18,15 @@ FORMATS = (".jsonl", ".csv", ".parquet")
 COLUMNS = ("prompt", "output_a", "output_b", "winner")
 _SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
 
+Key = tuple[str, str, str]
+"""Prompt and both outputs, in NFC, the outputs in the order of their texts."""
+
 
 @dataclass(frozen=True)
 class Labels:
     """What people said, by what they saw."""
 
-    _votes: Mapping[tuple[str, str, str], Counter[Winner]]
-    """By prompt and both outputs, in the order of their texts."""
+    _votes: Mapping[Key, Counter[Winner]]
     sha256: str
     """Of the file."""
 
@@ -32,9 +35,8 @@ class Labels:
 
     def winner(self, pair: Pair) -> Winner | None:
         """What most labels of a pair say; a tie where no verdict has most. None: nobody labelled it."""
-        swapped = pair.output_a > pair.output_b
-        first, second = sorted((pair.output_a, pair.output_b))
-        votes = self._votes.get((pair.case.prompt, first, second))
+        key, swapped = _key(pair.case.prompt, pair.output_a, pair.output_b)
+        votes = self._votes.get(key)
         if votes is None:
             return None
         (most, count), *rest = votes.most_common()
@@ -54,16 +56,22 @@ def read_labels(path: Path, hash_file: Callable[[Path], str]) -> Labels:
         raise _error(path, f"the suffix {path.suffix!r} is none of {', '.join(FORMATS)}; convert it")
     if not path.is_file():
         raise _error(path, f"no such file; give the path of a {', '.join(FORMATS)} file")
-    votes: dict[tuple[str, str, str], Counter[Winner]] = {}
+    votes: dict[Key, Counter[Winner]] = {}
     for number, row in enumerate(_read(path).to_pylist(), 1):
         if absent := [name for name in COLUMNS if row[name] is None]:
             raise _error(path, f"row {number} has no {absent[0]}")
         if row["winner"] not in OTHER:
             raise _error(path, f"winner is {row['winner']!r} in row {number}: must be a, b or tie")
-        a, b = row["output_a"], row["output_b"]
-        winner: Winner = OTHER[row["winner"]] if a > b else row["winner"]
-        votes.setdefault((row["prompt"], *sorted((a, b))), Counter())[winner] += 1
+        key, swapped = _key(row["prompt"], row["output_a"], row["output_b"])
+        winner: Winner = OTHER[row["winner"]] if swapped else row["winner"]
+        votes.setdefault(key, Counter())[winner] += 1
     return Labels(votes, hash_file(path))
+
+
+def _key(prompt: str, output_a: str, output_b: str) -> tuple[Key, bool]:
+    """Return the key of a pair, and whether output B stands first in it."""
+    prompt, a, b = (unicodedata.normalize("NFC", text) for text in (prompt, output_a, output_b))
+    return (prompt, *sorted((a, b))), a > b  # type: ignore[return-value]
 
 
 def _read(path: Path) -> pa.Table:

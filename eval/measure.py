@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,6 +106,7 @@ class Outputs:
     """Texts of one system and decoding (or the targets), in the selection's order."""
 
     texts: list[str]
+    """In NFC: texts that differ only in their Unicode form count as equal in every metric, judge and tie."""
     token_ids: list[list[int]]
     """Without the token that ended the text: it is no part of what is repeated or counted."""
 
@@ -124,7 +126,7 @@ def read_samples(generations: Rows, example_ids: Sequence[str], n: int) -> list[
                list(map(without_end, table["token_ids"].to_pylist(), ended)))  # fmt: skip
     found: dict[str, Outputs] = {example_id: Outputs([], []) for example_id in example_ids}
     for example_id, text, token_ids in zip(*columns, strict=True):
-        found[example_id].texts.append(text)
+        found[example_id].texts.append(unicodedata.normalize("NFC", text))
         found[example_id].token_ids.append(token_ids)
     return list(found.values())
 
@@ -132,7 +134,7 @@ def read_samples(generations: Rows, example_ids: Sequence[str], n: int) -> list[
 def read_targets(selection: pa.Table) -> Outputs:
     """The ground truth, as if a system had written it."""
     ids = map(without_end, selection["target_ids"].to_pylist(), selection["ends"].to_pylist())
-    return Outputs(selection["target"].to_pylist(), list(ids))
+    return Outputs([unicodedata.normalize("NFC", text) for text in selection["target"].to_pylist()], list(ids))
 
 
 @dataclass(frozen=True)

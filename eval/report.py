@@ -48,7 +48,7 @@ MEANINGS = {
     "target perplexity": "exponential of target NLL; lower is better",
     "MAUVE": "likeness of all outputs to all targets, 0 to 1, ± standard deviation over k-means seeds, on sentence "
     "embeddings or the hidden states of `mauve_model`; higher is better; differences within the spread are noise",
-    "exact match": "share of the outputs that are right; higher is better",
+    "exact match": "share of the outputs whose answer equals the target's; higher is better",
     "cosine to target": "mean cosine of an output's embedding to its target's, −1 to 1; higher is better",
 }
 _JUDGED = {
@@ -59,7 +59,7 @@ _JUDGED = {
     "position bias": "share of the verdicts naming a winner that go to the output shown first; 0.5 is none",
     "flip rate": "share of the pairs whose verdict changes with the order in which the outputs are shown",
     "unparseable": "share of the answers that are no verdict; each counts as a tie",
-    "match": "share of the outputs that are right; higher is better",
+    "match": "share of the outputs whose answer equals the target's; higher is better",
     "characters": "characters of an output",
     "log-prob": "log-prob of an output's tokens and of its end, nats per token; higher is likelier",
     "length-controlled win rate": "the win rate that a logistic model of outcome and length expects at equal "

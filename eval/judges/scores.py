@@ -1,6 +1,7 @@
 """Judges that give each output a score by itself: the higher one wins."""
 
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
@@ -12,6 +13,17 @@ from cpo_pipe.eval.judges.base import AB, NOISE, Case, Pair, Verdict, higher
 
 Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 """Unit vectors of texts, (n, d)."""
+
+RULES = 2
+"""Raise when `ExactJudge` comes to compare the same texts otherwise."""
+
+_NUMBER = re.compile(
+    r"""([-+−]?) (?:[$€£¥]\ ?)? ([-+−]?)                                  # a sign before or after the currency
+        ([1-9][0-9]{0,2}(?:,[0-9]{3})+ | [1-9][0-9]* | 0)? (\.[0-9]+)?    # thousands separated all or not at all
+        (?:\ ?[$€£¥])?""",
+    re.VERBOSE,
+)
+_REST_OF_NUMBER = re.compile(r"(?:,[0-9]{3}(?![0-9])|\.?[0-9])+")
 
 
 class ScoreJudge(ABC):
@@ -46,7 +58,12 @@ class ScoreJudge(ABC):
 
 
 class ExactJudge(ScoreJudge):
-    """Right (1) or wrong (0): the output's answer is the target's. Both right, or both wrong, is a tie."""
+    """Right (1) or wrong (0): the output's answer equals the target's. Both right, or both wrong, is a tie.
+
+    Case, white space and the Unicode form (NFC or NFD) never count. With a pattern, a full stop at the end does not
+    count either, and numbers are compared by value: 2,125 is 2125, $18 is 18.0. A number consists of digits, a sign, a
+    currency sign, a decimal point and well-formed thousands separators; `1,2`, `007` and `50%` are text.
+    """
 
     def __init__(self, name: str, pattern: str | None):
         """`pattern` is a regular expression whose first group is the answer; None compares whole texts."""
@@ -55,18 +72,30 @@ class ExactJudge(ScoreJudge):
 
     def spec(self) -> Spec:
         """What decides its verdicts."""
-        return {"judge": "exact", "pattern": self._pattern.pattern if self._pattern else None}
+        return {"judge": "exact", "pattern": self._pattern.pattern if self._pattern else None, "rules": RULES}
 
     def scores(self, cases: Sequence[Case], outputs: Sequence[str]) -> list[float]:
         """1 for each output that is right, 0 for the others. A target without an answer makes none right."""
         return [float(self._is_right(output, case.target)) for case, output in zip(cases, outputs, strict=True)]
 
     def answer(self, text: str) -> str | None:
-        """What is compared: the first match's first group, or the whole text; None where nothing matches."""
+        """Return what is compared: the first match's first group, or the whole text; None where nothing matches."""
         if self._pattern is None:
             return normalized(text)
-        match = self._pattern.search(text)
-        return normalized(match[1]) if match and match[1] is not None else None
+        match = self._match(text)
+        return _normalized_answer(match[1]) if match else None
+
+    def cut_number(self, text: str) -> tuple[str, str] | None:
+        """Return the answer and the number it is only the start of, such as 2 and 2,125; None where it is whole."""
+        match = self._match(text)
+        if match is None or not match[1][-1:].isdigit():
+            return None
+        rest = _REST_OF_NUMBER.match(match.string, match.end(1))
+        return (match[1], match[1] + rest[0]) if rest else None
+
+    def _match(self, text: str) -> re.Match[str] | None:
+        match = self._pattern.search(unicodedata.normalize("NFC", text)) if self._pattern else None
+        return match if match and match[1] is not None else None
 
     def _is_right(self, output: str, target: str) -> bool:
         answer = self.answer(target)
@@ -111,5 +140,18 @@ class LongerJudge(ScoreJudge):
 
 
 def normalized(text: str) -> str:
-    """Text without what `exact` does not look at: case, and how much white space there is and where."""
-    return " ".join(text.casefold().split())
+    """Return the text in NFC, without differences of case and white space."""
+    return " ".join(unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold()).split())
+
+
+def _normalized_answer(text: str) -> str:
+    """Return an answer as it is compared: a number in its shortest form, other text without a full stop at the end."""
+    answer = normalized(text).removesuffix(".").rstrip()
+    match = _NUMBER.fullmatch(answer)
+    if match is None:
+        return answer
+    before, after, whole, fraction = (part or "" for part in match.groups())
+    if not whole + fraction or (before and after):
+        return answer
+    value = (whole.replace(",", "") or "0") + fraction.rstrip("0").rstrip(".")
+    return f"-{value}" if before + after in ("-", "−") and value != "0" else value

@@ -18,7 +18,7 @@ from cpo_pipe.data.fingerprint import example_id
 from cpo_pipe.data.models import Model, locate_model, locate_tokenizer
 from cpo_pipe.data.recipe import GROUND_TRUTH, Evaluate
 from cpo_pipe.data.schemas import EXAMPLES, METRICS
-from cpo_pipe.data.store import Store
+from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.eval.evaluate import Evaluation, evaluate
 from cpo_pipe.eval.judges.resolve import Means
 from cpo_pipe.eval.mauve import MIN_TEXTS
@@ -229,6 +229,41 @@ def test_a_target_without_an_answer_is_noted(bench: Bench) -> None:
     assert result.notes == []
     result = bench.run(judges={"exact": {"pattern": r"the (\w+)|1(\d)"}})  # two groups: the first is the answer
     assert result.notes
+
+
+def test_a_pattern_that_cuts_numbers_is_noted(bench: Bench) -> None:
+    (note,) = bench.run(judges={"exact": {"pattern": r"(\d)"}}).notes  # of the targets' numbers 1 to 12
+    assert note.startswith("exact: the pattern reads only a part of the number in 3 of 12 targets, such as 1 of 10:")
+
+
+def test_texts_are_compared_in_one_unicode_form(
+    tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer that composes letters writes other code points than targets that a Mac decomposed."""
+    composed, decomposed = "In Z\u00fcrich und K\u00f6ln.", "In Zu\u0308rich und Ko\u0308ln."
+    bench = Bench(tmp_path / "store", {name: models[name] for name in ("one", "two")}, 12)
+    rows = pq.read_table(bench.examples.product.path / "examples.parquet").to_pylist()
+    texts = {"one": composed, "two": decomposed}
+    as_sampled = Rows.read
+
+    def read(rows: Rows, *args: Any, **kwargs: Any) -> pa.Table:
+        table = as_sampled(rows, *args, **kwargs)
+        if rows.kind != "generations":
+            return table
+        name = next(name for name, model in bench.models.items() if model.fingerprint == rows.spec["model"])
+        return table.set_column(table.column_names.index("text"), "text", pa.array([texts[name]] * table.num_rows))
+
+    monkeypatch.setattr(Rows, "read", read)
+    decomposed_targets = pa.Table.from_pylist([row | {"target": decomposed} for row in rows], schema=EXAMPLES)
+    monkeypatch.setattr(Examples, "read", lambda *_: decomposed_targets.slice(1))
+    result = bench.run(judges=["exact", "longer"], baseline="two")
+    found = figures(result)
+    for name in texts:
+        assert found[name, "greedy", "exact match"]["value"] == 1
+        assert found[name, "greedy", "chrF"]["value"] == pytest.approx(100)
+    assert found["one", "greedy", "longer characters"]["value"] == found["two", "greedy", "longer characters"]["value"]
+    assert found["one", "greedy", "longer tie"]["value"] == 1
+    assert all(verdict["orders"] == [] for verdict in result.verdicts().to_pylist())  # equal outputs: nobody is asked
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(tmp_path: Path, new_model: Callable[..., Path]) -> None:

@@ -55,6 +55,75 @@ def test_exact_compares_the_first_group_where_a_pattern_is_given() -> None:
     assert judge.answer("none") is None
 
 
+NUMBERS = r"####\s*([-$€£¥]*[0-9,.]*[0-9])"
+"""The pattern of README and of the recipe gsm8k."""
+
+
+@pytest.mark.parametrize(
+    ("target", "same", "other"),
+    [
+        ("2,125", ["2125", "2,125.", "$2,125", "2125.00"], ["2,999", "2", "125", "21,25", "2.125"]),
+        ("72", ["72.", "72.0", "$72", "€72.", "£72", "¥72.00"], ["7", "72.5", "-72", "722", "7,2"]),
+        ("-5", ["-$5", "$-5", "-5.0", "-5."], ["5", "--5", "-5.5"]),
+        ("0.5", [".5", "0.50"], ["5", "0.05", "0,5"]),
+        ("1,2", ["1,2."], ["12", "1.2", "1,20"]),
+        ("1,000,000", ["1000000", "1,000,000.0"], ["1000,000", "1,0000,00", "1,000,001"]),
+        ("007", ["007."], ["7", "07"]),
+        ("0", ["-0", "0.0", "0."], ["00", "10"]),
+    ],
+)
+def test_numbers_that_a_pattern_finds_are_compared_by_value(target: str, same: list[str], other: list[str]) -> None:
+    judge = ExactJudge("exact", NUMBERS)
+    cases = [case(f"so\n#### {target}")] * (len(same) + len(other))
+    scores = judge.scores(cases, [f"#### {output}\nNext question: 9?" for output in (*same, *other)])
+    assert dict(zip([*same, *other], scores, strict=True)) == dict.fromkeys(same, 1) | dict.fromkeys(other, 0)
+
+
+def test_other_answers_that_a_pattern_finds_have_no_full_stop_at_their_end() -> None:
+    judge = ExactJudge("exact", "answer: (.*)")
+    target = case("answer: Paris")
+    outputs = ["Answer: x answer: paris.", "answer: Paris!", "answer: Paris, France"]
+    assert judge.scores([target] * 3, outputs) == [1, 0, 0]
+    percent = case("answer: 50%")
+    assert judge.scores([percent] * 3, ["answer: 50%.", "answer: 50", "answer: 0.5"]) == [1, 0, 0]
+    money = case("answer: 18")
+    assert judge.scores([money] * 4, ["answer: 18 €", "answer: $ 18", "answer: −18", "answer: $"]) == [1, 1, 0, 0]
+
+
+def test_whole_texts_keep_their_full_stops_and_commas() -> None:
+    judge = ExactJudge("exact", None)
+    assert judge.scores([case("2,125")] * 3, ["2125", "2,125.", "2,125"]) == [0, 0, 1]
+
+
+@pytest.mark.parametrize("pattern", [None, "lives in (.*)"])
+def test_exact_ignores_the_unicode_form(pattern: str | None) -> None:
+    composed, decomposed = "lives in Z\u00fcrich", "lives in Zu\u0308rich"
+    judge = ExactJudge("exact", pattern)
+    assert judge.scores([case(decomposed), case(composed)], [composed, decomposed]) == [1, 1]
+    assert judge.scores([case(decomposed)], ["lives in Zurich"]) == [0]
+
+
+def test_a_pattern_matches_composed_letters_in_a_decomposed_text() -> None:
+    assert ExactJudge("exact", "R\u00e9ponse: (.*)").answer("Re\u0301ponse: 7") == "7"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "cut"),
+    [
+        (r"####\s*(-?[0-9.]+)", "#### 2,125", ("2", "2,125")),
+        (r"####\s*(-?[0-9]+)", "#### 2,125,000.50 in all", ("2", "2,125,000.50")),
+        (r"####\s*(-?[0-9]+)", "#### 2.5", ("2", "2.5")),
+        (r"####\s*(-?[0-9]+)", "#### 72.", None),
+        (r"####\s*(-?[0-9]+)", "#### 1,2,3", None),
+        (r"####\s*([a-z]+)", "#### a5", None),
+        (NUMBERS, "#### 2,125.50.", None),
+        (None, "2,125", None),
+    ],
+)
+def test_a_pattern_that_cuts_a_number_is_found(pattern: str | None, text: str, cut: tuple[str, str] | None) -> None:
+    assert ExactJudge("exact", pattern).cut_number(text) == cut
+
+
 def test_an_optional_group_that_took_no_part_is_no_answer() -> None:
     assert ExactJudge("exact", "yes(!)?").answer("yes") is None
 
@@ -75,8 +144,8 @@ def test_longer_counts_characters() -> None:
 
 def test_specs_of_what_was_judged_before_there_were_names() -> None:
     """Verdicts that are in stores are addressed by these."""
-    assert ExactJudge("right", "(a)").spec() == {"judge": "exact", "pattern": "(a)"}
-    assert ExactJudge("exact", None).spec() == {"judge": "exact", "pattern": None}
+    assert ExactJudge("right", "(a)").spec() == {"judge": "exact", "pattern": "(a)", "rules": 2}
+    assert ExactJudge("exact", None).spec() == {"judge": "exact", "pattern": None, "rules": 2}
     assert SimilarityJudge("near", _on_a_circle, "f").spec() == {"judge": "similarity", "embedder": "f"}
 
 

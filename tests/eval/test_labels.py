@@ -57,6 +57,17 @@ def test_most_labels_decide_whichever_output_was_first(tmp_path: Path, suffix: s
     assert {of: labels.winner(pair(*of)) for of in expected} == expected
 
 
+def test_labels_are_found_whatever_the_unicode_form_of_their_texts(tmp_path: Path) -> None:
+    composed, decomposed = "\u00fc", "u\u0308"  # one sorts after "v", the other before it
+    labels = read(
+        write(tmp_path / "labels.jsonl", [(composed, decomposed, "v", "a"), (decomposed, "v", composed, "b")])
+    )
+    assert len(labels) == 1
+    for form in (composed, decomposed):
+        assert labels.winner(pair(composed, form, "v")) == "a"
+        assert labels.winner(pair(decomposed, "v", form)) == "b"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -75,7 +75,8 @@ class Embedder:
 
             for name, recorded in self.files.items():  # the fingerprint must be that of what is loaded
                 check_unchanged(self.path / name, recorded)
-            self._loaded.append(SentenceTransformer(str(self.path), device=None, local_files_only=True))
+            model = SentenceTransformer(str(self.path), local_files_only=True, trust_remote_code=False)
+            self._loaded.append(model)
         return self._loaded[0]
 
 
@@ -83,7 +84,7 @@ def locate_embedder(name: str, store: Store) -> Embedder:
     """The embedding model that `minilm`, a folder or a hub name leads to; loads nothing.
 
     Raises:
-        InputError: there is no such model, or it has no safetensors.
+        InputError: there is no such model, it has no safetensors, or it asks to run code of its own.
     """
     folder = _packaged_folder() if name == PACKAGED else fetch_folder(name, "embedding model")
     files = sorted({file for pattern in _IDENTITY for file in folder.rglob(pattern) if file.name not in _PROVENANCE})

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpo_pipe.data import adapters
+from cpo_pipe.data import adapters, remote_code
 from cpo_pipe.data.errors import InputError, MissingInput
 from cpo_pipe.data.fingerprint import (
     TOKENIZER_FILES,
@@ -88,6 +88,7 @@ class Model:
                 use_safetensors=True,
                 output_loading_info=True,
                 attn_implementation="eager" if capped else None,
+                trust_remote_code=False,
             )
         except (ValueError, KeyError) as error:
             raise InputError(f"model {self.name}: cannot be loaded ({_first_sentence(error)})") from error
@@ -112,7 +113,7 @@ class Model:
             config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
             with torch.device("meta"):
                 network: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                    config, dtype=torch.float32
+                    config, dtype=torch.float32, trust_remote_code=False
                 )
         except Exception as error:  # a config's faults show in any of an architecture's ways
             raise InputError(f"model {self.name}: config.json makes no model ({_first_sentence(error)})") from error
@@ -127,24 +128,31 @@ def fetch_folder(
     Of a hub model's weights only the files of the patterns `weights` are downloaded.
 
     Raises:
-        InputError: neither a folder nor something the hub gives.
+        InputError: neither a folder nor something the hub gives, or a model that asks to run code of its own.
         MissingInput: without `make`, where it would have to be downloaded.
     """
     if Path(name).is_dir():
+        _check_code(name, what, Path(name))
         return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=[*_FILES, *weights],
-                ignore_patterns=_OTHER_FORMATS,
-                local_files_only=not make,
-            )
+    def download(patterns: Sequence[str]) -> Path:
+        patterns = [*_FILES, *patterns]
+        found = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=_OTHER_FORMATS,
+            local_files_only=not make,
         )
+        return Path(found)
+
+    try:
+        _check_code(name, what, download([]))
+        return download(weights)
+    except InputError:
+        raise
     except HFValidationError as error:
         raise InputError(f"{what} {name}: no such folder, and not a hub name") from error
     except Exception as error:  # the hub client's failures have no common type: offline, not found, gated, …
@@ -153,6 +161,13 @@ def fetch_folder(
         raise InputError(
             f"{what} {name}: no such folder or training, and the hub did not give it ({_first_sentence(error)})"
         ) from error
+
+
+def _check_code(name: str, what: str, folder: Path) -> None:
+    if what == "model":
+        remote_code.check_causal_model(name, folder)
+    elif what == "embedding model":
+        remote_code.check_embedder(name, folder)
 
 
 def locate_model(name: str, store: Store, revision: str | None = None, *, make: bool = True) -> Model:
@@ -249,6 +264,8 @@ class TokenizerFiles:
                 trust_remote_code=False,  # or else it would ask whether to
             )
         except Exception as error:  # the libraries' failures have no common type
+            if "trust_remote_code" in str(error):
+                raise remote_code.code_error(f"tokenizer {self.path}", "tokenizer_config.json") from error
             raise InputError(f"tokenizer {self.path}: cannot be loaded ({_first_sentence(error)})") from error
         return tokenizer
 
@@ -261,9 +278,25 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def locate_tokenizer(name: str, store: Store) -> TokenizerFiles:
-    """The tokenizer that a folder or hub name leads to."""
-    folder = fetch_folder(name, "tokenizer")
-    return TokenizerFiles(folder, tokenizer_fingerprint(folder, store.hash_file))
+    """The tokenizer that a folder or hub name leads to.
+
+    Raises:
+        InputError: there is none, or it asks to run code of its own.
+    """
+    return tokenizer_in(fetch_folder(name, "tokenizer"), store)
+
+
+def tokenizer_in(folder: Path, store: Store) -> TokenizerFiles:
+    """The tokenizer in a folder.
+
+    Raises:
+        InputError: there is none, or it asks to run code of its own.
+    """
+    found = TokenizerFiles(folder, tokenizer_fingerprint(folder, store.hash_file))
+    config = folder / "tokenizer_config.json"
+    if config.is_file() and read_json(config).get("auto_map"):
+        found.load()  # transformers decides whether it needs the code
+    return found
 
 
 def check_vocabulary(model: Model, tokenizer: TokenizerFiles, store: Store) -> None:

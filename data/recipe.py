@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.remote_code import kernel_fault
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Positive = Annotated[int, Field(gt=0)]
@@ -105,6 +106,13 @@ class ScratchModel(Section):
         default_factory=dict, description="that architecture's config; the vocabulary and special tokens are filled in"
     )
     seed: Seed = Field(0, description="seed of the random weights")
+
+    @field_validator("config")
+    @classmethod
+    def _check_config(cls, config: dict[str, Any]) -> dict[str, Any]:
+        if fault := kernel_fault(config):
+            raise ValueError(fault)
+        return config
 
 
 Objective = Literal["mle", "cpo", "cpo-ranked", "dpo", "slic", "apo-zero", "apo-down", "pss"]
@@ -299,7 +307,10 @@ class Training(Section):
 class Api(Section):
     """A model behind an OpenAI-compatible server."""
 
-    url: str = Field(pattern=r"^https?://", description="base URL of the server, such as https://api.openai.com/v1")
+    url: str = Field(
+        description="base URL of the server, such as https://api.openai.com/v1; without a key or password, which stay "
+        "in the environment"
+    )
     model: str = Field(description="the model's name there")
     revision: str | None = Field(
         None, description="your name for what stands behind that name today; another one makes all of its outputs anew"
@@ -331,11 +342,31 @@ class Api(Section):
         None, description="stop a command before it uses more tokens here, read and written"
     )
 
-    @field_validator("key")
+    # Neither value is shown: a key may be in it. The URL is also part of what is stored.
+
+    @field_validator("url", mode="before")
     @classmethod
-    def _check_key(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):  # the value is not shown: it may be the key itself
-            raise ValueError("key must be the name of an environment variable, in capitals; never the key itself")
+    def _check_url(cls, url: Any) -> Any:
+        try:
+            parts = urlsplit(url) if isinstance(url, str) else urlsplit("")
+            valid = parts.scheme in ("http", "https") and bool(parts.hostname)
+        except ValueError:  # such as a [ without its ]
+            valid = False
+        if not valid:
+            raise ValueError("must be a URL that begins with http:// or https://, such as https://api.openai.com/v1")
+        if "@" in parts.netloc:
+            raise ValueError("contains a user name or password; remove it and set `key` to the environment variable "
+                             "that holds the key")  # fmt: skip
+        if "?" in url or "#" in url:
+            raise ValueError("contains a query string or fragment, in which a key would be stored; give the base URL "
+                             "alone and set `key` to the environment variable that holds the key")  # fmt: skip
+        return url
+
+    @field_validator("key", mode="before")
+    @classmethod
+    def _check_key(cls, name: Any) -> Any:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
+            raise ValueError("must be the name of an environment variable, in capitals; never the key itself")
         return name
 
     @model_validator(mode="after")
@@ -344,8 +375,6 @@ class Api(Section):
             raise ValueError("max_usd needs input_price and output_price: without them nothing says what a token costs")
         if self.system is not None and self.endpoint != "chat":
             raise ValueError("system has no meaning for the endpoint completions: leave it out")
-        if "@" in urlsplit(self.url).netloc:  # the URL is kept with what is made, the key is not
-            raise ValueError("url holds a password: leave it out, and put a key where `key` says")
         return self
 
 

@@ -202,7 +202,8 @@ def _warn_of_tokenizer(name: str, folder: Path) -> None:
     try:
         TokenizerFiles(folder, "").load()
     except InputError as error:
-        log.warning("model %s: its tokenizer %s; the weights are converted", name, str(error).partition(": ")[2])
+        reason = str(error).partition(": ")[2]
+        log.warning("model %s: its tokenizer does not load: %s; the weights are converted", name, reason)
 
 
 def _check(name: str, folder: Path) -> None:

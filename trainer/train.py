@@ -376,7 +376,7 @@ def scratch_model(config: ScratchModel, tokenizer: TokenizerFiles) -> "PreTraine
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                settings, dtype=torch.float32
+                settings, dtype=torch.float32, trust_remote_code=False
             )
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cpo_pipe.data.embedding import Embedder, EmbeddingMemo
-from cpo_pipe.data.fingerprint import Spec, tokenizer_fingerprint
-from cpo_pipe.data.models import Model, TokenizerFiles
+from cpo_pipe.data.fingerprint import Spec
+from cpo_pipe.data.models import Model, TokenizerFiles, tokenizer_in
 from cpo_pipe.data.recipe import Evaluate
 from cpo_pipe.data.recipe import Judge as Settings
 from cpo_pipe.data.store import Store
@@ -74,9 +74,9 @@ def own_tokenizer(model: Model, store: Store) -> TokenizerFiles:
     """The tokenizer in a model's own folder.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it asks to run code of its own.
     """
-    return TokenizerFiles(model.path, tokenizer_fingerprint(model.path, store.hash_file))
+    return tokenizer_in(model.path, store)
 
 
 def named_spec(config: Evaluate, judge: Judge) -> Spec:

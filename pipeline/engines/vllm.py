@@ -42,7 +42,7 @@ CPU_CACHE_BYTES = 1 << 30
 
 def unsupported(model: Model) -> str | None:
     """Why vLLM does not run this model on this machine, or None if it does."""
-    config = AutoConfig.from_pretrained(model.path)
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
     architectures = config.architectures or ["unknown"]
     if not any(name in ModelRegistry.get_supported_archs() for name in architectures):
         return f"architecture {', '.join(architectures)}"
@@ -76,6 +76,7 @@ class VllmEngine:
         settings: dict[str, Any] = {
             "model": str(model.path),
             "skip_tokenizer_init": True,
+            "trust_remote_code": False,
             "generation_config": "vllm",
             "dtype": "bfloat16" if on_gpu else "float32",
             # A model's own context may need more memory for a single row than there is for the cache.

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from cpo_pipe.data import templates
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.executor import Made, Make
-from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec, digest, distrust, sha256_once, tokenizer_fingerprint
-from cpo_pipe.data.models import Model, TokenizerFiles
+from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec, digest, distrust, sha256_once
+from cpo_pipe.data.models import Model, TokenizerFiles, tokenizer_in
 from cpo_pipe.data.recipe import PoolColumns, nearest
 from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.pipeline.engines.base import LazyEngine, Sampled, Sampling
@@ -62,7 +62,7 @@ def other_tokenizer(model: Model, tokenizer: TokenizerFiles, store: Store) -> To
     """The model's own tokenizer, where it has one and that is not `tokenizer`."""
     if not any((model.path / name).is_file() for name in TOKENIZER_FILES):
         return None
-    own = TokenizerFiles(model.path, tokenizer_fingerprint(model.path, store.hash_file))
+    own = tokenizer_in(model.path, store)
     return None if own.fingerprint == tokenizer.fingerprint else own
 
 

@@ -207,6 +207,14 @@ def unknown_architecture(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "of-tomorrow"}))
 
 
+def own_code(folder: Path) -> None:
+    """As a hub repository with an architecture of its own has it; the code leaves a file behind."""
+    config = json.loads((folder / "config.json").read_text())
+    auto_map = {"AutoConfig": "own.Config", "AutoModel": "own.Model", "AutoModelForCausalLM": "own.Model"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": auto_map}))
+    (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+
+
 def short_context(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 6}))
@@ -237,6 +245,7 @@ MODELS: dict[Callable[[Path], None], str] = {
     no_config: "model mine: no config.json there",
     bad_config: "mine/config.json: not valid JSON",
     unknown_architecture: "model mine: cannot be loaded",
+    own_code: "model mine: config.json asks to run Python code that comes with the model, and cpo-pipe runs no such",
     short_context: "tokens and the context of mine is 6: lower data.max_prompt_tokens and data.max_target_tokens",
     small_vocabulary: "model mine: its vocabulary has 100 entries",
     other_tokenizer: "data.tokenizer is not that of the model mine: the token id",
@@ -251,6 +260,41 @@ def test_a_bad_model_folder(made, spoil: Callable[[Path], None]) -> None:
     assert result.status == 2, result.err
     assert MODELS[spoil] in result.error()
     assert made.made() == before
+
+
+PLACES = {
+    "train.start.init=mine": ["train", "start"],
+    "train.cpo.reference=mine": ["train", "cpo"],
+    "negatives.model=mine": ["generate-negatives"],
+    "negatives.pools={p: {model: mine, strength: 1}}": ["generate-negatives"],
+    "rank={model: mine}": ["rank"],
+    "evaluate.systems.cpo.model=mine": ["evaluate"],
+    "evaluate.systems.cpo={merge: {mine: 0.5, start: 0.5}}": ["evaluate"],
+    "evaluate.judges={j: {kind: local, model: mine}}": ["evaluate"],
+    "evaluate.judges={j: {kind: likelihood, model: mine}}": ["evaluate"],
+    "evaluate.judges=[similarity]": ["evaluate", "--set", "evaluate.embedder=mine"],
+    "evaluate.mauve_seeds=1": ["evaluate", "--set", "evaluate.mauve_model=mine"],
+}
+"""Where a recipe names a model, and the command that looks at it."""
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_wherever_a_model_is_named_its_own_code_is_refused_before_any_work(
+    made, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(question: str = "") -> str:
+        raise AssertionError(f"asked: {question}")
+
+    monkeypatch.setattr("builtins.input", asked)
+    mine = Path(shutil.copytree(made.model, made.root / "mine"))
+    own_code(mine)
+    before = made.made()
+    command, *options = PLACES[place]
+    result = made.cli(command, "tiny.yaml", *options, "--set", place)
+    assert result.status == 2, result.err
+    assert "model mine: config.json asks to run Python code that comes with the model" in result.error()
+    assert made.made() == before
+    assert not (mine / "ran").exists()
 
 
 def no_eos(folder: Path) -> None:

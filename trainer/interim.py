@@ -4,7 +4,8 @@
     <root>/checkpoints/.in-progress/<address>/best-<step>/   the weights with the lowest held-out loss so far
 
 The data order is a function of seed and step and nothing else is random, so this is all there is to go on from.
-One process writes for all; where weights are sharded (FSDP) each writes its own shards.
+One process writes for all; where weights are sharded (FSDP) each writes its own shards. Each folder has the checksums
+of its files: a training that finds one damaged moves its state aside and starts again from the beginning.
 """
 
 import json
@@ -26,8 +27,11 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.tensor import DTensor
 
-from cpo_pipe.data import atomic
+from cpo_pipe.data import atomic, checksums
+from cpo_pipe.data.errors import RunError
+from cpo_pipe.data.roots import shown
 from cpo_pipe.data.store import Product
+from cpo_pipe.trainer.parallel import agreed
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +55,7 @@ class Interim:
 
     def __init__(self, product: Product, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer):
         self.folder = product.in_progress
+        self._product = product
         self._accelerator = accelerator
         self._parameters = {
             name.removeprefix("module."): parameter
@@ -66,21 +71,48 @@ class Interim:
         """Put the last saved state into network and optimizer.
 
         Returns:
-            The metrics of the steps behind it, and the facts saved with it; both empty where there is none.
+            The metrics of the steps behind it, and the facts saved with it; both empty where there is none, or where it
+            is damaged and moved aside.
         """
-        steps = [int(path.name) for path in self.folder.glob("[0-9]*")]
-        if not steps:
+        step = agreed(self._undamaged_step() if self._accelerator.is_main_process else None)
+        if step is None:
             return [], {}
-        saved = self.folder / str(max(steps))
+        saved = self.folder / str(step)
         state = self._weights() | self._optimizer_state()
         facts: dict[str, Any] = json.loads((saved / "facts.json").read_text())
-        if facts["sharded"]:
+        del facts["best"]
+        if facts.pop("sharded"):
             load_shards(state, checkpoint_id=saved / "shards")
         else:
             _fill(state, load_file(saved / "state.safetensors"))
         metrics: Metrics = pq.read_table(saved / "metrics.parquet").to_pylist()
-        log.info("goes on after step %d, where it was stopped", max(steps))
+        log.info("goes on after step %d, where it was stopped", step)
         return metrics, facts
+
+    def _undamaged_step(self) -> int | None:
+        """The step after which the state was saved; None where there is no state, or it is damaged and moved aside."""
+        steps = [int(path.name) for path in self.folder.glob("[0-9]*")]
+        if not steps:
+            return None
+        step = max(steps)
+        found = checksums.fault(self.folder / str(step))
+        if found is None:
+            best = json.loads((self.folder / str(step) / "facts.json").read_text())["best"]
+            found = None if best is None else checksums.fault(self.folder / best)
+            found = f"of its best weights {found}" if found else None
+        if found is None:
+            return step
+        aside = self._product.path.with_name(f"{self._product.path.name}.damaged-{time.time_ns()}")
+        aside.mkdir()
+        # The state last: killed in between, the next run finds it without its best weights.
+        for path in [*self.folder.glob("best-*"), *self.folder.glob("[0-9]*")]:
+            path.rename(aside / path.name)
+        log.warning(
+            "%s: the state saved after step %d is damaged (%s); moved to %s; the training starts again from the "
+            "beginning",
+            self._product.name, step, found, shown(aside),
+        )  # fmt: skip
+        return None
 
     def save_now_and_then(self, metrics: Metrics, facts: dict[str, Any]) -> None:
         """Save the state after a whole step, if the last save is long enough ago."""
@@ -94,14 +126,17 @@ class Interim:
         target = self.folder / str(len(metrics))
         if not metrics or target.exists() or _anywhere(self._accelerator, not self._finite()):
             return
+        needed = {target.name}
+        best = None
+        if any(row.get("held_out_loss") is not None for row in metrics):
+            best = f"best-{best_step(metrics)}"
+            needed.add(best)
+            best = best if (self.folder / best).is_dir() else None
         with self._written(target) as scratch:
             if scratch is not None:
                 pq.write_table(metrics_table(metrics), scratch / "metrics.parquet")
-                (scratch / "facts.json").write_text(json.dumps({**facts, "sharded": self._sharded}))
+                (scratch / "facts.json").write_text(json.dumps({**facts, "sharded": self._sharded, "best": best}))
             self._write(self._weights() | self._optimizer_state(), target, scratch)
-        needed = {target.name}
-        if any(row.get("held_out_loss") is not None for row in metrics):
-            needed.add(f"best-{best_step(metrics)}")
         for path in self.folder.iterdir() if self._accelerator.is_main_process else ():
             if path.is_dir() and path.name not in needed:  # the groups' file is there, too
                 shutil.rmtree(path)
@@ -116,8 +151,18 @@ class Interim:
                 self._write(self._weights(), target, scratch)
 
     def restore_best(self, step: int) -> None:
-        """Put the weights kept after `step` steps into the network."""
+        """Put the weights kept after `step` steps into the network.
+
+        Raises:
+            RunError: they are damaged.
+        """
         saved, state = self.folder / f"best-{step}", self._weights()
+        found = agreed(checksums.fault(saved) if self._accelerator.is_main_process else None)
+        if found is not None:
+            raise RunError(
+                f"{self._product.name}: the best weights, kept after {step} steps, are damaged ({found}); run the same "
+                "command again: the training starts again from the beginning"
+            )
         if self._sharded:
             load_shards(state, checkpoint_id=saved / "shards")
         else:
@@ -161,6 +206,7 @@ class Interim:
             yield scratch if main else None
             self._accelerator.wait_for_everyone()
             if main:
+                checksums.record(scratch)
                 for file in scratch.rglob("*"):
                     atomic.sync(file)
                 atomic.rename(scratch, target)

@@ -155,10 +155,18 @@ def test_two_processes_train_what_one_trains(project: Project, mode: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("mode", "end"), [("DDP", signal.SIGTERM), pytest.param("FSDP", signal.SIGKILL, marks=pytest.mark.soak)]
+    ("mode", "end", "damaged"),
+    [
+        ("DDP", signal.SIGTERM, ""),
+        pytest.param("FSDP", signal.SIGKILL, "", marks=pytest.mark.soak),
+        pytest.param("DDP", signal.SIGTERM, "state.safetensors", marks=pytest.mark.soak),
+        pytest.param("FSDP", signal.SIGTERM, "shards/__1_0.distcp", marks=pytest.mark.soak),
+    ],
 )
-def test_stopped_or_one_of_them_killed_they_go_on_bit_for_bit(project: Project, mode: str, end: signal.Signals) -> None:
-    rough = f"rough-{mode}"
+def test_stopped_or_one_of_them_killed_they_go_on_bit_for_bit(
+    project: Project, mode: str, end: signal.Signals, damaged: str
+) -> None:
+    rough = f"rough-{mode}-{damaged.partition('/')[0]}"
     running = project.launch(mode, rough, "long", SAVE_OFTEN="1")
     states = project.root / rough / "checkpoints" / ".in-progress"
     deadline = time.monotonic() + 200
@@ -173,8 +181,12 @@ def test_stopped_or_one_of_them_killed_they_go_on_bit_for_bit(project: Project, 
     assert not project.trained(rough), said
     if end == signal.SIGTERM:
         assert "stopped by SIGTERM in the training long, saved after step" in said
+    if damaged:  # they begin again together
+        (file,) = (path for path in states.glob(f"*/*/{damaged}") if path.relative_to(states).parts[1].isdigit())
+        os.truncate(file, file.stat().st_size // 2)
     said, _ = project.launch(mode, rough, "long").communicate(timeout=300)
-    assert "goes on after step" in said
+    assert said.count("goes on after step") == (0 if damaged else 1)
+    assert said.count("is damaged (") == (1 if damaged else 0)
     undisturbed = {"long": project.trained(mode)["long"]}  # by the test above
     assert_same(project.trained(rough), undisturbed, 0.0)
 

@@ -398,6 +398,92 @@ def test_a_training_whose_save_failed_goes_on_bit_for_bit(
     assert_same_training(rough.train("cpo-ranked", **settings).path, calm.path)
 
 
+KEPT_BEST: dict[str, Any] = {"steps": 5, "batch_size": 2, "held_out": 1, "eval_every": 1, "keep": "best"}
+
+
+def flip(file: Path) -> None:
+    """Change one bit in the middle."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def stopped(bench: Bench, patch: pytest.MonkeyPatch, step: int) -> Path:
+    """Stop the training of KEPT_BEST before a step; returns where its state is."""
+    with patch.context() as inner:
+        inner.setattr("cpo_pipe.trainer.loop.lr_factor", interrupted_at(step))
+        with pytest.raises(KeyboardInterrupt):
+            bench.train("cpo", **KEPT_BEST)
+    (state,) = bench.store.root.glob(f"checkpoints/.in-progress/*/{step}")
+    return state
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("state.safetensors", flip),
+        ("metrics.parquet", cut),
+        ("facts.json", Path.unlink),
+        ("best/state.safetensors", flip),
+    ],
+)
+def test_a_damaged_state_is_moved_aside_and_the_training_starts_again(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    calm: Path, file: str, damage: Callable[[Path], None],
+) -> None:  # fmt: skip
+    bench = Bench(tmp_path, tiny_model)
+    state = stopped(bench, monkeypatch, 3)
+    (best,) = state.parent.glob("best-*")
+    there = best / "state.safetensors" if file.startswith("best") else state / file
+    damage(there)
+    caplog.clear()
+    product = bench.train("cpo", **KEPT_BEST)
+    (warning,) = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
+    (aside,) = product.path.parent.glob(f"{product.path.name}.damaged-*")
+    assert warning.startswith(f"{product.name}: the state saved after step 3 is damaged (")
+    assert there.name in warning
+    assert warning.endswith(f"; moved to {aside}; the training starts again from the beginning")
+    assert sorted(path.name for path in aside.iterdir()) == ["3", best.name]
+    assert not product.in_progress.exists()
+    assert_same_training(product.path, calm)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """What the training of KEPT_BEST makes."""
+    return Bench(tmp_path_factory.mktemp("calm"), tiny_model).train("cpo", **KEPT_BEST).path
+
+
+def test_best_weights_damaged_since_the_start_are_not_exported(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, calm: Path
+) -> None:
+    bench = Bench(tmp_path, tiny_model)
+
+    def damaged(self: Interim, step: int, real: Callable[..., None] = Interim.restore_best) -> None:
+        flip(self.folder / f"best-{step}" / "state.safetensors")
+        real(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Interim, "restore_best", damaged)
+        with pytest.raises(RunError, match=r"the best weights, .* are damaged \(the checksum of state\.safetensors"):
+            bench.train("cpo", **KEPT_BEST)
+    assert not list(bench.store.root.glob("checkpoints/*/model.safetensors"))
+    assert_same_training(bench.train("cpo", **KEPT_BEST).path, calm)
+
+
+def test_the_groups_file_of_a_killed_training_is_not_read_again(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, calm: Path
+) -> None:
+    bench = Bench(tmp_path, tiny_model)
+    state = stopped(bench, monkeypatch, 3)
+    (state.parent / "groups.arrow").write_bytes(b"damaged")
+    assert_same_training(bench.train("cpo", **KEPT_BEST).path, calm)
+
+
 def save_often(patch: pytest.MonkeyPatch) -> None:
     """Save after every step."""
     patch.setattr("cpo_pipe.trainer.interim.SAVE_SECONDS", 0.0)

@@ -6,24 +6,45 @@ the others.
 
 import difflib
 import graphlib
+import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from urllib.parse import urlsplit
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+import regex
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.remote_code import kernel_fault
+from cpo_pipe.data.recipe_yaml import MAX_BYTES, MAX_DEPTH, MAX_VALUES, read_yaml
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+LONGEST_NAME = 100
+"""Names are parts of the names of files, which have at most 255 bytes."""
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=LONGEST_NAME)]
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _location(text: str) -> str:
+    """Return a path with ~ as the home folder, or a name as it is; refuse what no file can be called."""
+    if not text:
+        raise ValueError("an empty path means the current folder; name it `.`, or name another")
+    text = os.path.expanduser(text)
+    parts = os.fsencode(text).split(b"/")
+    if "\0" in text or max(map(len, parts)) > 255 or len(os.fsencode(text)) > 4095:
+        raise ValueError("no file can be called so: a name has at most 255 bytes, a path 4,095, and none a NUL")
+    return text
+
+
+Location = Annotated[str, AfterValidator(_location)]
+"""A file, a folder, a name on the hub, or a name in the recipe."""
 
 GROUND_TRUTH = "ground-truth"
 """The name of the targets themselves among the systems that evaluation compares."""
@@ -58,14 +79,14 @@ class Data(Section):
         description="a known data set: its columns, template and split; `text` cuts plain articles; "
         "`python-docs` is the documentation of the running Python",
     )
-    source: str | None = Field(
+    source: Location | None = Field(
         None, description="a .jsonl, .csv, .parquet or .txt file, or a Hugging Face data set (name or folder)"
     )
     subset: str | None = Field(None, description="configuration name of a Hugging Face data set")
     source_split: str = Field("train", description="split of a Hugging Face data set to read")
     revision: str | None = Field(None, description="commit or tag of a Hugging Face data set")
     columns: Columns = Field(default_factory=Columns, description="column mapping")
-    tokenizer: str | TrainedTokenizer = Field(
+    tokenizer: Location | TrainedTokenizer = Field(
         description="a folder or hub name, or {vocab_size: N} to make one from the data"
     )
     template: str = Field(
@@ -167,14 +188,14 @@ class Curriculum(Section):
 class Training(Section):
     """One named training. The defaults are the paper's settings."""
 
-    init: str | ScratchModel = Field(
+    init: Location | ScratchModel = Field(
         description="where it starts: a training's name, a folder, a hub name, or a scratch model"
     )
     objective: Objective = Field(
         description="`mle`; `cpo` (eq. 1, softmax); `cpo-ranked` (eq. 2, Plackett–Luce); on each pair of target and "
         "negative `dpo`, `slic` (hinge on log-probs), `apo-zero`, `apo-down`; `pss` (parallel scheduled sampling)"
     )
-    reference: str | None = Field(
+    reference: Location | None = Field(
         None, description="the frozen model of all but mle, slic and pss: a training's name, folder or hub name"
     )
     negatives: dict[str, Positive] | None = Field(
@@ -407,8 +428,8 @@ class PoolColumns(Section):
 class Pool(Section):
     """Continuations from another model: a file of them, an API, or a model that runs here."""
 
-    model: str | None = Field(None, description="an API of `apis`, a training's name, a folder or a hub name")
-    file: str | None = Field(
+    model: Location | None = Field(None, description="an API of `apis`, a training's name, a folder or a hub name")
+    file: Location | None = Field(
         None,
         description="a .jsonl or .parquet file with continuations that are there already, a .json file with a list, "
         "or a folder of .parquet files, such as `cpo-pipe export` writes",
@@ -448,7 +469,7 @@ class Instruction(Section):
 class Negatives(Section):
     """How negatives are made. The defaults are the paper's settings."""
 
-    model: str | None = Field(
+    model: Location | None = Field(
         None,
         description="the generator of autoregressive and meanfield: a training's name, a folder or a hub name; for "
         "autoregressive also an API of `apis`",
@@ -469,7 +490,7 @@ class Negatives(Section):
         ge=0,
         description="batch: take the targets nearest to the own one by embedding, of this many drawn (0: as drawn)",
     )
-    embedder: str = Field("minilm", description="sentence-transformers model of `hardest`")
+    embedder: Location = Field("minilm", description="sentence-transformers model of `hardest`")
     meanfield_share: float = Field(0.15, gt=0, le=1, description="meanfield: share of the target's tokens drawn again")
     top_k: int = Field(50, ge=0, description="sample among the k likeliest tokens (0: all)")
     temperature: float = Field(1.0, gt=0, description="softmax temperature")
@@ -539,7 +560,7 @@ class Negatives(Section):
 class Rank(Section):
     """How negatives are put in order, and which are dropped."""
 
-    model: str = Field(
+    model: Location = Field(
         "minilm", description="sentence-transformers model: `minilm` (packaged, offline), a folder or a hub name"
     )
     drop_duplicates: bool = Field(
@@ -570,9 +591,10 @@ class Judge(Section):
     )
     pattern: str | None = Field(
         None,
+        max_length=1000,
         description="exact: regular expression whose first group is the answer, numbers by value (default: whole text)",
     )
-    model: str | None = Field(
+    model: Location | None = Field(
         None, description="likelihood, local: a training's name, a folder or a hub name; it has a tokenizer of its own"
     )
     api: str | None = Field(None, description="openai: an API of `apis`")
@@ -596,8 +618,8 @@ class Judge(Section):
     @classmethod
     def _check_pattern(cls, pattern: str | None) -> str | None:
         try:
-            groups = re.compile(pattern).groups if pattern is not None else 1
-        except re.error as error:
+            groups = regex.compile(pattern).groups if pattern is not None else 1
+        except (regex.error, RecursionError) as error:  # the latter: groups within hundreds of groups
             raise ValueError(f"{pattern!r} is not a regular expression ({error})") from error
         if not groups:
             raise ValueError(
@@ -657,11 +679,11 @@ class Decoding(Section):
 class System(Section):
     """A model that evaluation compares: one model, or a weight-space ensemble of several."""
 
-    model: str | None = Field(
+    model: Location | None = Field(
         None,
         description="a training's name, a folder or a hub name (of a model or a LoRA adapter), or an API of `apis`",
     )
-    merge: dict[str, float] | None = Field(None, description="weights of an ensemble, by model; they sum to 1")
+    merge: dict[Location, float] | None = Field(None, description="weights of an ensemble, by model; they sum to 1")
 
     @model_validator(mode="after")
     def _check(self) -> "System":
@@ -680,7 +702,7 @@ def ensemble_system(ensemble: str, alpha: float) -> str:
 class Ensemble(Section):
     """Two models merged by weight, θ = α θ_first + (1 − α) θ_second (Feng et al. 2025, §4): a system for each α."""
 
-    of: list[str] = Field(
+    of: list[Location] = Field(
         min_length=2, max_length=2, description="the two models, each a training's name, a folder or a hub name"
     )
     alphas: list[Share] = Field(
@@ -692,8 +714,8 @@ class Ensemble(Section):
     def _check(self) -> "Ensemble":
         if self.of[0] == self.of[1]:
             raise ValueError(f"of names {self.of[0]} twice: an ensemble needs two models")
-        names = [ensemble_system("", alpha) for alpha in self.alphas]
-        if twice := next((name for name in names if names.count(name) > 1), None):
+        times = Counter(ensemble_system("", alpha) for alpha in self.alphas)
+        if twice := next((name for name, count in times.items() if count > 1), None):
             raise ValueError(f"alphas has {twice[1:]} twice: leave one out")
         return self
 
@@ -733,14 +755,14 @@ class Evaluate(Section):
         default_factory=lambda: {"similarity": Judge(kind="similarity")},
         description="pairwise judges, by name; a list of kinds is short for those without settings",
     )
-    labels: str | None = Field(
+    labels: Location | None = Field(
         None,
         description="a .jsonl, .csv or .parquet file of what people prefer, with the columns prompt, output_a, "
         "output_b and winner (a, b or tie); how far judges agree with them is reported",
     )
-    embedder: str = Field("minilm", description="sentence-transformers model of the similarity judge and of MAUVE")
+    embedder: Location = Field("minilm", description="sentence-transformers model of the similarity judge and of MAUVE")
     mauve_seeds: int = Field(3, ge=0, description="k-means seeds that MAUVE is averaged over (0: no MAUVE)")
-    mauve_model: str | None = Field(
+    mauve_model: Location | None = Field(
         None,
         description="causal model whose last hidden states MAUVE is measured on, as in its paper: a training's name, a "
         "folder or a hub name, with a tokenizer of its own (default: the embedder's vectors)",
@@ -762,7 +784,7 @@ class Evaluate(Section):
         for place, name in [("baseline", self.baseline), *compared]:
             if name not in systems and name != GROUND_TRUTH:
                 hint = nearest(name, [*systems, GROUND_TRUTH]) or "name one of them"
-                raise ValueError(f"{place} {name!r} is not among the systems ({', '.join(systems)}); {hint}")
+                raise ValueError(f"{place} {name!r} is not among the systems ({_listed(systems)}); {hint}")
         for first, second in self.compare:
             if first in (second, GROUND_TRUTH):
                 raise ValueError(f"compare [{first}, {second}]: must be a system, and another one or {GROUND_TRUTH}")
@@ -837,8 +859,10 @@ class Recipe(Section):
     train: dict[Name, Training] = Field(description="named trainings")
     negatives: Negatives | None = Field(None, description="synthetic negatives")
     rank: Rank | Literal["none"] = Field(default_factory=Rank, description="order of the negatives, or `none`")
-    rounds: Positive = Field(
+    rounds: int = Field(
         1,
+        gt=0,
+        le=100,
         description="rounds of self-play: each training on negatives is repeated, `cpo` as `cpo@2` and so on, from the "
         "model of the round before, which is its reference and the generator of its negatives, too",
     )
@@ -889,7 +913,7 @@ class Recipe(Section):
                 there = [name for name in trainings if name.partition("@")[0] == base]
                 raise ValueError(
                     f"{place} names {model}, but rounds is {self.rounds} and of the training {base} there is "
-                    f"{', '.join(there)}: name what there is, or raise rounds"
+                    f"{_listed(there)}: name what there is, or raise rounds"
                 )
 
     def _check_sources(self, name: str, training: Training) -> None:
@@ -900,7 +924,7 @@ class Recipe(Section):
             known = (self.negatives_of(name) or self.negatives).labels()
             for label in (label for pair in training.pairs for label in pair):
                 if label not in known:
-                    hint = nearest(label, known) or f"there are {', '.join(known)}"
+                    hint = nearest(label, known) or f"there are {_listed(known)}"
                     raise ValueError(f"train.{name}.pairs: no candidate is of {label!r}; {hint}")
         by = training.curriculum.by if training.curriculum is not None else None
         if by == "similarity" and self.rank == "none":
@@ -917,7 +941,7 @@ class Recipe(Section):
         known = [*Counts.model_fields, *(label for label in negatives.labels() if ":" in label)]
         for label in training.negatives or ():
             if label not in known:
-                hint = nearest(label, known) or f"there are {', '.join(known)}"
+                hint = nearest(label, known) or f"there are {_listed(known)}"
                 raise ValueError(f"train.{name}.negatives: {label!r} is none; {hint}")
         if training.negatives is None:
             return
@@ -967,7 +991,7 @@ class Recipe(Section):
 
     def _check_api(self, place: str, name: str) -> None:
         if name not in self.apis:
-            hint = nearest(name, self.apis) or f"there are {', '.join(self.apis) or 'none'}"
+            hint = nearest(name, self.apis) or f"there are {_listed(self.apis)}"
             raise ValueError(f"{place} {name!r} is not among `apis`; {hint}")
 
     def trainings(self) -> dict[str, Training]:
@@ -992,16 +1016,22 @@ class Recipe(Section):
 
     def _compared(self, name: str) -> list[str]:
         """The labels of what a training learns from: those of its pairs, or else all of its groups'."""
-        negatives, pairs = self.negatives_of(name), self.trainings()[name].pairs
-        if pairs is not None:
-            return list(dict.fromkeys(label for pair in pairs for label in pair))
+        training = self._training(name)
+        if training.pairs is not None:
+            return list(dict.fromkeys(label for pair in training.pairs for label in pair))
+        negatives = self._negatives_of(name, training)
         return negatives.labels() if negatives is not None else []
 
     def negatives_of(self, name: str) -> Negatives | None:
         """The negatives that a training learns from: its own choice, in a later round made by the round before."""
+        return self._negatives_of(name, self._training(name))
+
+    def _training(self, name: str) -> Training:
+        return self.train[name] if name in self.train else self.trainings()[name]
+
+    def _negatives_of(self, name: str, training: Training) -> Negatives | None:
         if self.negatives is None:
             return None
-        training = self.trainings()[name]
         chosen = self.negatives if training.negatives is None else self.negatives.only(training.negatives)
         return chosen if name in self.train else chosen.model_copy(update={"model": training.init})
 
@@ -1018,7 +1048,7 @@ class Recipe(Section):
             raise ValueError(f"train has a cycle: {' needs '.join(reversed(error.args[1]))}") from error
 
     def _models_before(self, name: str, training: Training) -> list[str]:
-        negatives = self.negatives_of(name) if training.contrasts else None
+        negatives = self._negatives_of(name, training) if training.contrasts else None
         return training.upstream() + (negatives.upstream() if negatives is not None else [])
 
 
@@ -1035,21 +1065,23 @@ def load_recipe(source: str, overrides: list[str] | None = None, scale: str | No
         InputError: the file is missing, is not YAML, or breaks a rule; the message is one line.
     """
     builtin = builtin_recipes()
-    path = Path(source)
-    if not path.is_file() and source in builtin:
-        path = builtin[source]
-    if not path.is_file():
-        near = nearest(source, builtin, "the built-in ")
-        hint = near or f"built-in recipes: {', '.join(builtin)}"
-        raise InputError(f"recipe {source}: no such file; {hint}")
+    path = Path(source).expanduser()
     try:
-        content = _read_yaml(path.read_text(encoding="utf-8"))
+        if not path.is_file() and source in builtin:
+            path = builtin[source]
+        if not path.is_file():
+            near = nearest(source, builtin, "the built-in ")
+            hint = near or f"built-in recipes: {', '.join(builtin)}"
+            raise InputError(f"recipe {source}: no such file; {hint}")
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"recipe {source}: has {path.stat().st_size:,} bytes; at most {MAX_BYTES:,} are read")
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"recipe {source}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise InputError(f"recipe {source}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
     except ValueError as error:
-        raise InputError(f"recipe {source}: not valid YAML ({error})") from error
+        raise InputError(f"recipe {source}: {error}") from error
     if not isinstance(content, dict):
         raise InputError(
             f"recipe {source}: is {_shown(content)}: must be a mapping with the sections "
@@ -1078,52 +1110,35 @@ def parse_recipe(content: dict[str, Any], source: str) -> Recipe:
 
 def nearest(name: str, known: Iterable[str], kind: str = "") -> str:
     """`did you mean X?` for the known name that is most like this one; empty where none is."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    if len(name) > LONGEST_NAME:  # the comparison takes time that grows with the square of the lengths
+        return ""
+    near = difflib.get_close_matches(name, [other for other in known if len(other) <= LONGEST_NAME], n=1)
     return f"did you mean {kind}{near[0]}?" if near else ""
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, of which YAML's own loader keeps the last without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(text: str) -> Any:
-    """The content of a YAML text.
-
-    Raises:
-        ValueError: it is not YAML; the message says where and why.
-    """
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ValueError(f"{place}{error.problem or error.context}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
 
 
 def _scale(content: dict[str, Any], scale: str, source: str) -> None:
     """Put what a scale of the recipe names in its place, and the scale's name behind the recipe's."""
     scales = content.get("scales")
-    scales = {str(name): settings for name, settings in scales.items()} if isinstance(scales, dict) else {}
+    scales = scales if isinstance(scales, dict) else {}
     if not isinstance(scales.get(scale), dict):
-        hint = nearest(scale, scales) or f"there are {', '.join(scales) or 'none'}"
-        raise InputError(f"--scale {scale}: the recipe {source} has no such scale; {hint}")
-    for pattern, value in scales[scale].items():
-        if not isinstance(pattern, str):
-            raise InputError(f"recipe {source}: scales.{scale}: {pattern!r} is no key as for --set: put it in quotes")
-        for path in _matching(content, pattern.split(".")):
-            _put(content, path, value, f"recipe {source}: scales.{scale}.{pattern}")
+        hint = nearest(scale, scales) or f"there are {_listed(scales)}"
+        raise InputError(f"--scale {_cut(scale)}: the recipe {source} has no such scale; {hint}")
+    written = 0
+    for pattern, value in list(scales[scale].items()):
+        where = f"recipe {source}: scales.{scale}.{_cut(pattern)}"
+        for path in _matching(content, _keys(pattern, where)):
+            written += _values(value)
+            if written > MAX_VALUES:
+                raise InputError(f"{where}: the scale writes more than {MAX_VALUES:,} values; write fewer")
+            _put(content, path, value, where)
     content["name"] = f"{content['name']}-{scale}"
+
+
+def _keys(path: str, where: str) -> list[str]:
+    keys = path.split(".")
+    if len(keys) > MAX_DEPTH:
+        raise InputError(f"{where}: nested more than {MAX_DEPTH} levels deep")
+    return keys
 
 
 def _matching(node: Any, pattern: Sequence[str]) -> list[list[str]]:
@@ -1140,13 +1155,20 @@ def _matching(node: Any, pattern: Sequence[str]) -> list[list[str]]:
 
 def _override(content: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
+    where = f"--set {_cut(override)}"
     if not separator or not path:
-        raise InputError(f"--set {override}: must be section.key=value")
+        raise InputError(f"{where}: must be section.key=value")
     try:
-        value = _read_yaml(text)
+        value = read_yaml(text)
     except ValueError as error:
-        raise InputError(f"--set {override}: the value is not valid YAML ({error})") from error
-    _put(content, path.split("."), value, f"--set {override}")
+        raise InputError(f"{where}: {error}") from error
+    _put(content, _keys(path, where), value, where)
+
+
+def _values(value: Any) -> int:
+    if isinstance(value, dict):
+        return 1 + sum(1 + _values(item) for item in value.values())
+    return 1 + sum(map(_values, value)) if isinstance(value, list) else 1
 
 
 def _copied(value: Any) -> Any:
@@ -1162,12 +1184,12 @@ def _put(content: dict[str, Any], path: Sequence[str], value: Any, where: str) -
     node: Any = content
     for depth, key in enumerate(parents):
         if isinstance(node, dict) and node and key not in node and _names_are_free(parents[:depth]):
-            above = ".".join(parents[:depth])
-            hint = nearest(key, node) or f"there are {', '.join(node)}"
-            raise InputError(f"{where}: {key} is not in {above}; {hint}")
+            above = _dotted(parents[:depth])
+            hint = nearest(key, node) or f"there are {_listed(node)}"
+            raise InputError(f"{where}: {_cut(key)} is not in {above}; {hint}")
         node = node.setdefault(key, {}) if isinstance(node, dict) else None
     if not isinstance(node, dict):
-        raise InputError(f"{where}: {'.'.join(parents)} is not a section")
+        raise InputError(f"{where}: {_dotted(parents)} is not a section")
     node[last] = _copied(value)
 
 
@@ -1192,7 +1214,7 @@ def _explain(error: ValidationError) -> str:
         ),
     )  # fmt: skip
     path, _ = _follow(detail["loc"])
-    where = ".".join(path)
+    where = _dotted(path)
     if detail["type"] == "extra_forbidden":
         known = list(_follow(detail["loc"][:-1])[1].model_fields)
         hint = nearest(path[-1], known) or f"known are {', '.join(known)}"
@@ -1201,7 +1223,7 @@ def _explain(error: ValidationError) -> str:
         return f"{where} is missing"
     if detail["type"] in _NOT_A_SECTION:
         return f"{where} is {_shown(detail['input'])}: must be a section, that is keys with values"
-    message = detail["msg"].removeprefix("Value error, ")
+    message = _cut(detail["msg"].removeprefix("Value error, "), 1000)
     if detail["type"] == "value_error":
         return f"{where}: {message}" if where else message
     other = " or a section" if path in not_sections else ""
@@ -1209,8 +1231,23 @@ def _explain(error: ValidationError) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = "empty" if value is None else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return "empty" if value is None else _cut(repr(value))
+
+
+def _cut(text: str, length: int = 80) -> str:
+    """Return the start of a text, on one line."""
+    text = " ".join(text.splitlines())
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def _dotted(path: Sequence[str]) -> str:
+    return ".".join(map(_cut, path))
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Return the first names, for messages."""
+    first = [_cut(name) for name in islice(names, 21)]
+    return ", ".join(first[:20] + ["…"] * (len(first) > 20)) or "none"
 
 
 def _follow(location: Sequence[int | str]) -> tuple[list[str], Any]:

@@ -6,8 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import regex
 from numpy.typing import NDArray
 
+from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.fingerprint import Spec
 from cpo_pipe.eval.judges.base import AB, NOISE, Case, Pair, Verdict, higher
 
@@ -16,6 +18,8 @@ Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 
 RULES = 2
 """Raise when `ExactJudge` comes to compare the same texts otherwise."""
+SEARCH_SECONDS = 5.0
+"""Longest search of a pattern in one text; repeats within repeats can take longer than anyone waits."""
 
 _NUMBER = re.compile(
     r"""([-+−]?) (?:[$€£¥]\ ?)? ([-+−]?)                                  # a sign before or after the currency
@@ -68,7 +72,7 @@ class ExactJudge(ScoreJudge):
     def __init__(self, name: str, pattern: str | None):
         """`pattern` is a regular expression whose first group is the answer; None compares whole texts."""
         super().__init__(name, f"{name} match")
-        self._pattern = re.compile(pattern) if pattern is not None else None
+        self._pattern = regex.compile(pattern) if pattern is not None else None
 
     def spec(self) -> Spec:
         """What decides its verdicts."""
@@ -82,19 +86,25 @@ class ExactJudge(ScoreJudge):
         """Return what is compared: the first match's first group, or the whole text; None where nothing matches."""
         if self._pattern is None:
             return normalized(text)
-        match = self._match(text)
+        match = self._match(self._pattern, text)
         return _normalized_answer(match[1]) if match else None
 
     def cut_number(self, text: str) -> tuple[str, str] | None:
         """Return the answer and the number it is only the start of, such as 2 and 2,125; None where it is whole."""
-        match = self._match(text)
+        match = self._match(self._pattern, text) if self._pattern is not None else None
         if match is None or not match[1][-1:].isdigit():
             return None
         rest = _REST_OF_NUMBER.match(match.string, match.end(1))
         return (match[1], match[1] + rest[0]) if rest else None
 
-    def _match(self, text: str) -> re.Match[str] | None:
-        match = self._pattern.search(unicodedata.normalize("NFC", text)) if self._pattern else None
+    def _match(self, pattern: "regex.Pattern[str]", text: str) -> "regex.Match[str] | None":
+        try:
+            match = pattern.search(unicodedata.normalize("NFC", text), timeout=SEARCH_SECONDS)
+        except (TimeoutError, MemoryError) as error:
+            raise InputError(
+                f"evaluate.judges.{self.name}.pattern: {pattern.pattern!r} needs more than {SEARCH_SECONDS:g} "
+                f"seconds, or too much memory, on the text {text[:60]!r}; avoid repeats within repeats such as (a|a)+"
+            ) from error
         return match if match and match[1] is not None else None
 
     def _is_right(self, output: str, target: str) -> bool:

@@ -1,6 +1,7 @@
 """Recipes: what is refused and with which words, overrides, order of trainings, and the text that `init` prints."""
 
 import re
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -220,8 +221,8 @@ def test_overrides(tmp_path: Path) -> None:
         ("train.new.lr=1", "--set train.new.lr=1: new is not in train; there are base, cpo"),
         ("data.source.x=1", "--set data.source.x=1: data.source is not a section"),
         ("data.train", "--set data.train: must be section.key=value"),
-        ("data.train=]", "--set data.train=]: the value is not valid YAML (line 1, column 1: "),
-        ("data.columns={prompt: a, prompt: b}", "(line 1, column 13: the key prompt stands twice)"),
+        ("data.train=]", "--set data.train=]: not valid YAML (line 1, column 1: "),
+        ("data.columns={prompt: a, prompt: b}", ": line 1, column 13: the key prompt stands twice"),
         ("data.trian=1", "data.trian is not a known key; did you mean train?"),
     ],
 )
@@ -519,7 +520,7 @@ def test_a_list_of_judges_is_short_for_those_without_settings() -> None:
         ({"local": {"model": "mini"}}, "evaluate.judges.local names mini, which is an API: only a model with its"),
         ({"openai": {"api": "mini", "template": "{prompt} {output_a}"}},
          "evaluate.judges.openai.template: '{prompt} {output_a}' is not dolly, wiki, strict or a text with {prompt}, "),
-        ({"exact": {"pattern": "("}}, "evaluate.judges.exact.pattern: '(' is not a regular expression (missing ), "),
+        ({"exact": {"pattern": "("}}, "evaluate.judges.exact.pattern: '(' is not a regular expression (missing ) at "),
         ({"exact": {"pattern": "####"}}, "evaluate.judges.exact.pattern: '####' has no group, and its first group is"),
         ({"exact": {"patern": "(a)"}}, "evaluate.judges.exact.patern is not a known key; did you mean pattern?"),
         ({"a b": {"kind": "exact"}}, "evaluate.judges.a b is 'a b': string should match pattern"),
@@ -529,3 +530,87 @@ def test_a_judge_has_the_settings_of_its_kind(judges: Any, message: str) -> None
     with pytest.raises(InputError) as caught:
         parse_recipe(judging(judges), "r")
     assert str(caught.value).removeprefix("recipe r: ").startswith(message)
+
+
+# ── bounded time ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.1.lr=1", "--set train.1.lr=1: 1 is not in train; there are base, cpo"),
+        ("train={1: {init: x}}", "--set train={1: {init: x}}: line 1, column 2: the key 1 is not text; put it in"),
+        ("train.cpo.steps=" + "9" * 5000, "...: line 1, column 1: a number of 5,000 characters; put it in quotes"),
+        ("data=&a {b: *a}", "line 1, column 8: *a is inside &a; an anchor cannot contain itself"),
+        ("a" + ".a" * 50 + "=1", "...: nested more than 50 levels deep"),
+        ("name=" + "n" * 101, "name is 'nnn"),
+        ("train={" + "n" * 300 + ": {init: x, objective: mle}}", "string should have at most 100 characters"),
+        ("data.source=" + "x" * 256, "no file can be called so: a name has at most 255 bytes, a path 4,095, and none"),
+        ("train.base.init=" + "/x" * 2050, "train.base.init: no file can be called so"),
+        ('negatives.model="a\\0"', "negatives.model: no file can be called so"),
+        ("data.source=''", "data.source: an empty path means the current folder; name it `.`, or name another"),
+        ("rounds=100000", "rounds is 100000: input should be less than or equal to 100"),
+        ("note=" + "[" * 60, "nested more than 50 levels deep"),
+    ],
+)  # fmt: skip
+def test_what_no_run_can_use_is_refused_at_load(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_recipe(written(tmp_path), [override])
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_100_rounds_of_100_trainings_and_4000_alphas_take_no_time(tmp_path: Path) -> None:
+    """Both took minutes or more: each training, and each α, was looked for among all."""
+    ensembles = {"e": {"of": ["base", "x"], "alphas": [number / 4000 for number in range(4000)]}}
+    train = {"base": MLE, **{f"c{number}": CPO for number in range(100)}}
+    start = time.process_time()
+    recipe = parse_recipe(content(train=train, rounds=100, **evaluation(ensembles=ensembles)), "r")
+    assert time.process_time() - start < 2
+    assert recipe.training_order()[-1] == "c99@100"
+    assert recipe.evaluate is not None
+    assert len(recipe.evaluate.all_systems()) == 4001
+
+
+def test_a_scale_cannot_write_more_than_a_recipe_may_have(tmp_path: Path) -> None:
+    train = {f"t{number}": MLE for number in range(200)}
+    scales = {"small": {f"train.*.x{number:03}": number for number in range(200)}}
+    with pytest.raises(InputError, match=r"r.yaml: scales\.small\.train\.\*\.x025: the scale writes more than 5,000 v"):
+        load_recipe(written(tmp_path, train=train, scales=scales).removesuffix("\n"), scale="small")
+
+
+def test_a_scale_may_write_into_the_scales(tmp_path: Path) -> None:
+    scales = {"small": {"scales.small.note": "x", "data.train": 3}}
+    recipe = load_recipe(written(tmp_path, scales=scales), scale="small")
+    assert recipe.data.train == 3
+    assert recipe.scales["small"] == {**scales["small"], "note": "x"}
+
+
+def test_a_path_that_begins_with_a_tilde_is_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    pool = {"file": "~/pool.jsonl", "strength": 1}
+    recipe = parse_recipe(
+        content(
+            data={**DATA, "source": "~/a.jsonl", "tokenizer": "~/t"},
+            train={"base": {**MLE, "init": "~"}, "cpo": {**CPO, "reference": "~/m"}},
+            negatives={"model": "~/m", "pools": {"p": pool}},
+            **evaluation(labels="~/l.csv", systems={"base": {"merge": {"~/a": 0.5, "~/b": 0.5}}}),
+        ),
+        "r",
+    )
+    assert (recipe.data.source, recipe.data.tokenizer) == ("/home/me/a.jsonl", "/home/me/t")
+    assert (recipe.train["base"].init, recipe.train["cpo"].reference) == ("/home/me", "/home/me/m")
+    assert recipe.negatives is not None
+    assert (recipe.negatives.model, recipe.negatives.pools["p"].file) == ("/home/me/m", "/home/me/pool.jsonl")
+    assert recipe.evaluate is not None
+    assert recipe.evaluate.labels == "/home/me/l.csv"
+    assert recipe.evaluate.systems["base"].merge == {"/home/me/a": 0.5, "/home/me/b": 0.5}
+    assert parse_recipe(yaml.safe_load(recipe_text(recipe)), "r") == recipe
+
+
+def test_a_recipe_of_too_many_bytes_or_too_long_a_name(tmp_path: Path) -> None:
+    (tmp_path / "long.yaml").write_text("#" * 300_000)
+    with pytest.raises(InputError, match=r"long\.yaml: has 300,000 bytes; at most 262,144 are read"):
+        load_recipe(str(tmp_path / "long.yaml"))
+    with pytest.raises(InputError, match=r"x: cannot be read \(File name too long\)"):
+        load_recipe("x" * 300)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cpo_pipe.data.errors import RunError
+from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.fingerprint import Spec, digest
 from cpo_pipe.data.store import Rows, Store
+from cpo_pipe.eval.judges import scores
 from cpo_pipe.eval.judges.base import Case, Judgement, Pair, Verdict, judged, read_judgements
 from cpo_pipe.eval.judges.scores import ExactJudge, LongerJudge, ScoreJudge, SimilarityJudge
 
@@ -126,6 +127,15 @@ def test_a_pattern_that_cuts_a_number_is_found(pattern: str | None, text: str, c
 
 def test_an_optional_group_that_took_no_part_is_no_answer() -> None:
     assert ExactJudge("exact", "yes(!)?").answer("yes") is None
+
+
+def test_a_pattern_that_needs_exponential_time_is_an_error_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each further `a` doubles the ways to match: 40 of them take `re` days."""
+    monkeypatch.setattr(scores, "SEARCH_SECONDS", 0.2)
+    with pytest.raises(InputError, match=r"evaluate\.judges\.exact\.pattern: '\(a\|a\)\+\$' needs more than 0\.2 s"):
+        ExactJudge("exact", "(a|a)+$").answer("a" * 40 + "b")
+    with pytest.raises(InputError, match="avoid repeats within repeats"):
+        ExactJudge("exact", "(?R)(a)").answer("a" * 40)
 
 
 def test_similarity_prefers_what_is_nearer_to_the_target() -> None:

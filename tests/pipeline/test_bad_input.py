@@ -28,14 +28,14 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 SET_CASES = {
     # --set: (stage, what the message says)
     "train.cpo.beta=-1": ("train", "train.cpo.beta is -1: input should be greater than 0"),
-    "train.cpo.lr=.nan": ("train", "train.cpo.lr is nan: input should be a finite number"),
+    "train.cpo.lr=.nan": ("train", "--set train.cpo.lr=.nan: line 1, column 1: .nan is not a finite number"),
     "train.start.steps=many": ("train", "train.start.steps is 'many': input should be a valid integer"),
     "train.cpo.bta=1": ("train", "train.cpo.bta is not a known key; did you mean beta?"),
     "trian.cpo.beta=1": ("train", "trian is not a known key; did you mean train?"),
     "train.cop.beta=1": ("train", "--set train.cop.beta=1: cop is not in train; did you mean cpo?"),
     "train.cpo.beta": ("train", "--set train.cpo.beta: must be section.key=value"),
     "=3": ("train", "--set =3: must be section.key=value"),
-    "train.cpo.beta={": ("train", "--set train.cpo.beta={: the value is not valid YAML (line 1"),
+    "train.cpo.beta={": ("train", "--set train.cpo.beta={: not valid YAML (line 1"),
     "train.cpo.beta.x=1": ("train", "train.cpo.beta is not a section"),
     "train.start.init=cpo": ("train", "train has a cycle: "),
     "train.cpo.objective=ppo": (
@@ -86,10 +86,12 @@ RECIPE_FILES = {
     "not YAML": (b"data: {source: [1\ntrain: 3", "recipe bad.yaml: not valid YAML (line 2, column 6: "),
     "a tab": (b"data:\n\tsource: x\n", "recipe bad.yaml: not valid YAML (line 2, column 1: "),
     "not UTF-8": (b"name: caf\xe9\n", "recipe bad.yaml: not UTF-8 (byte 9); save it as UTF-8"),
-    "a key twice": (b"name: a\nname: b\n", "recipe bad.yaml: not valid YAML (line 2, column 1: the key name stands"),
-    "no such date": (b"name: 2024-13-45\n", "recipe bad.yaml: not valid YAML (month must be in 1..12)"),
+    "a key twice": (b"name: a\nname: b\n", "recipe bad.yaml: line 2, column 1: the key name stands twice"),
     "nothing required": (b"name: a\n", "recipe bad.yaml: data is missing"),
-    "a Python object": (b"name: !!python/object:os.system {}\n", "could not determine a constructor for the tag"),
+    "a Python object": (
+        b"name: !!python/object:os.system {}\n",
+        "the tag tag:yaml.org,2002:python/object:os.system",
+    ),
 }
 
 

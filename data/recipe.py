@@ -21,8 +21,8 @@ import regex
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cpo_pipe.data.errors import InputError
-from cpo_pipe.data.remote_code import kernel_fault
 from cpo_pipe.data.recipe_yaml import MAX_BYTES, MAX_DEPTH, MAX_VALUES, read_yaml
+from cpo_pipe.data.remote_code import kernel_fault
 
 LONGEST_NAME = 100
 """Names are parts of the names of files, which have at most 255 bytes."""

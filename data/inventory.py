@@ -6,10 +6,8 @@ A run registers each artifact before it makes or reads it, so that "no run needs
 """
 
 import hashlib
-import json
 import re
-import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,10 +20,21 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from cpo_pipe.data.errors import InputError
-from cpo_pipe.data.fingerprint import Spec, address, canonical_json, sha256_file
+from cpo_pipe.data.fingerprint import Spec, address, canonical_json, distrust, sha256_file
 from cpo_pipe.data.recipe import nearest
+from cpo_pipe.data.records import (
+    Record,
+    Registration,
+    changed_files,
+    product_manifest,
+    read_record,
+    registration,
+    run_record,
+    shard_manifest,
+)
 from cpo_pipe.data.roots import local_folder, open_root, shown
 from cpo_pipe.data.schemas import EXAMPLES, METRICS, REJECTED, TABLES, Table
+from cpo_pipe.data.store import foreign
 
 KINDS = (
     "tokenizers",
@@ -42,6 +51,8 @@ KINDS = (
 """In the order in which a run makes them."""
 
 _ADDRESS = re.compile(r"[0-9a-f]{16}")
+_ANSWERS = ("negatives", "rejected", "generations", "verdicts")
+"""Kinds whose rows may be answers of an API."""
 _REQUESTS = 8
 """Manifests that are read at the same time: an object store answers each in tens of milliseconds."""
 _PRODUCT_TABLES = {
@@ -75,12 +86,12 @@ class Artifact:
     @cached_property
     def spec(self) -> Spec | None:
         """What decided its values; None where spec.json is gone or unreadable."""
-        return _read(self.path / "spec.json")
+        return read_record(self.path / "spec.json")
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """Of a product; empty where it is gone or unreadable."""
-        return _read(self.path / "manifest.json") or {}
+        return product_manifest(self.path / "manifest.json") or {}
 
     @cached_property
     def shards(self) -> dict[str, dict[str, Any]]:
@@ -96,8 +107,7 @@ class Artifact:
         """Sizes of the data files in bytes by their paths: as recorded of shards, as found of a product's files."""
         if self.table:
             return {f"shards/{name}.parquet": manifest.get("bytes", 0) for name, manifest in self.shards.items()}
-        listed = self.manifest.get("files")
-        return {name: _size(self.path / name) for name in listed} if isinstance(listed, dict) else {}
+        return {name: _size(self.path / name) for name in self.manifest.get("files", ())}
 
     @property
     def size(self) -> int:
@@ -121,31 +131,6 @@ class Artifact:
         with suppress(OSError):
             return (self.path / "manifest.json").stat().st_mtime or None
         return None
-
-
-@dataclass(frozen=True)
-class Registration:
-    """A run folder and the artifacts that its run asked for."""
-
-    run_dir: Path
-    host: str
-    artifacts: frozenset[str]
-    file: Path
-
-    @property
-    def remote(self) -> bool:
-        """Whether it is of another machine, whose folders cannot be seen from here."""
-        return self.host != socket.gethostname()
-
-    @property
-    def gone(self) -> bool:
-        """Whether its run folder was deleted, which releases its artifacts."""
-        return not self.remote and not self.run_dir.exists()
-
-    @property
-    def state(self) -> str:
-        """What is to be said behind the folder's name: where it is, if not here, and whether it is gone."""
-        return f"@{self.host}" if self.remote else "(gone)" if self.gone else ""
 
 
 class Inventory:
@@ -199,17 +184,44 @@ class Inventory:
         hint = nearest(name, known) or "`cpo-pipe store ls` lists what is there"
         raise InputError(f"artifact {name}: not in {shown(self.root)}; {hint}")
 
-    def registrations(self) -> list[Registration]:
+    def registrations(self) -> tuple[list[Registration], list[Path]]:
+        """The runs that used the store, and the damaged files of others."""
+        found: list[Registration] = []
+        damaged = []
+        for file in sorted((self.root / ".runs").glob("[!.]*.json")):
+            run = registration(file)
+            if run is not None:
+                found.append(run)
+            elif file.exists():
+                damaged.append(file)
+        return found, damaged
+
+    def runs(self) -> list[Registration]:
         """The runs that used the store.
 
         Raises:
-            InputError: what one of them registered cannot be read.
+            InputError: what one of them registered is damaged, so what it uses is not known.
         """
-        return [_registration(file) for file in sorted((self.root / ".runs").glob("[!.]*.json"))]
+        found, damaged = self.registrations()
+        if damaged:
+            raise InputError(
+                f"{damaged[0]}: damaged, so what its run uses is not known; run your recipes again, which writes these "
+                "files again, or delete it if its run folder is not needed any more"
+            )
+        return found
 
-    def used(self) -> frozenset[str]:
-        """Names of the artifacts that a run uses whose folder is there, as registered at this moment."""
-        return frozenset().union(*(run.artifacts for run in self.registrations() if not run.gone))
+    def used(self, forgotten: Collection[str] = ()) -> frozenset[str]:
+        """Names of the artifacts that a run uses, as registered at this moment, but for those of the `forgotten` runs.
+
+        A run folder that is missing may have been moved: what it used stays.
+        """
+        return frozenset().union(*(run.artifacts for run in self.runs() if run.name not in forgotten))
+
+    def in_progress(self) -> list[Path]:
+        """The saved states of trainings that are not finished, on this machine."""
+        folders = [folder / ".in-progress" for folder in _children(self._local) if folder.is_dir()]
+        return sorted(state for folder in folders for training in _children(folder) for state in _children(training)
+                      if state.is_dir() and not state.name.startswith("."))  # fmt: skip
 
     def units(self) -> list["Unit"]:
         """All that a lock of its own guards: the artifacts, and the leftovers of some that are not there."""
@@ -246,24 +258,26 @@ def faults(artifact: Artifact, advance: Callable[[int], None]) -> Iterator[str]:
         yield f"spec.json {what}; that harms no run, but nothing says any more what the artifact is"
     if artifact.table:
         for name, manifest in artifact.shards.items():
-            fault = _shard_fault(artifact.path / "shards" / f"{name}.parquet", manifest, artifact.table)
+            fault = _shard_fault(artifact, name, manifest, artifact.table)
             if fault and (artifact.path / "manifests" / f"{name}.json").exists():  # else it was merged just now
                 yield f"shard {name}: {fault}"
             advance(manifest.get("bytes", 0))
         return
-    if not isinstance(artifact.manifest.get("files"), dict):
-        yield "manifest.json is gone or unreadable"
+    if (owner := artifact.manifest.get("artifact", artifact.name)) != artifact.name:
+        yield f"manifest.json is that of {owner}"
+    if not artifact.manifest:
+        yield "manifest.json is gone or unreadable, or lists no files"
     for name, size in artifact.files.items():
         if fault := _file_fault(artifact, name):
             yield f"{name}: {fault}"
         advance(size)
 
 
-def _shard_fault(shard: Path, manifest: dict[str, Any], table: Table) -> str | None:
+def _shard_fault(artifact: Artifact, name: str, manifest: Record, table: Table) -> str | None:
     if not manifest:
         return "its manifest is unreadable"
     try:
-        content = shard.read_bytes()
+        content = (artifact.path / "shards" / f"{name}.parquet").read_bytes()
     except FileNotFoundError:
         return "its file is gone"
     if len(content) != manifest["bytes"]:
@@ -272,7 +286,7 @@ def _shard_fault(shard: Path, manifest: dict[str, Any], table: Table) -> str | N
         return "its checksum differs"
     try:
         with pq.ParquetFile(pa.BufferReader(content)) as parquet:
-            if fault := _table_fault(parquet, table.schema, manifest["rows"]):
+            if fault := foreign(parquet, artifact.name) or _table_fault(parquet, table.schema, manifest["rows"]):
                 return fault
             keys = parquet.read(columns=list(table.key))
     except pa.ArrowException as error:
@@ -286,6 +300,8 @@ def _file_fault(artifact: Artifact, name: str) -> str | None:
     if not file.is_file():
         return "it is gone"
     if sha256_file(file) != artifact.manifest["files"][name]:
+        if isinstance(file, Path):
+            distrust(file)  # a cached hash of it would hide the damage from the next run
         return "its checksum differs"
     schema = _PRODUCT_TABLES.get((artifact.kind, name))
     if schema is None:
@@ -295,6 +311,15 @@ def _file_fault(artifact: Artifact, name: str) -> str | None:
             return _table_fault(parquet, schema, artifact.rows if name == "examples.parquet" else None)
     except pa.ArrowException as error:
         return f"it cannot be read ({error})"
+
+
+def run_faults(run: Registration) -> Iterator[str]:
+    """What is wrong in a run's folder; changes nothing."""
+    record = run_record(run.run_dir)
+    if record is not None:
+        yield from (f"{name}: gone or changed" for name in changed_files(run.run_dir, record))
+    elif (run.run_dir / "run.json").exists():
+        yield "run.json: unreadable"
 
 
 def _table_fault(parquet: pq.ParquetFile, schema: pa.Schema, rows: int | None) -> str | None:
@@ -348,6 +373,17 @@ class Unit:
     def name(self) -> str:
         """Kind and address, as messages name it."""
         return f"{self.path.parent.name}/{self.path.name}"
+
+    @property
+    def paid(self) -> bool:
+        """Whether it holds answers of an API, which cost money to make again; also where nothing says what it holds."""
+        artifact = Artifact(self.path)
+        if artifact.kind not in _ANSWERS or not _stands(self.path):
+            return False
+        spec = artifact.spec
+        of = spec.get("of", spec) if spec is not None else None
+        # In the place of a model's fingerprint there is what identifies the API.
+        return not isinstance(of, dict) or any(isinstance(of.get(name), dict) for name in ("generator", "model", "api"))
 
     @property
     def lock(self) -> Path:
@@ -443,15 +479,6 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
 def _shard_manifests(paths: list[Path]) -> list[dict[str, Any]]:
     if not paths or isinstance(paths[0], Path):  # where threads would cost more than they save
         return list(map(_shard_manifest, paths))
@@ -459,21 +486,8 @@ def _shard_manifests(paths: list[Path]) -> list[dict[str, Any]]:
         return list(pool.map(_shard_manifest, paths))
 
 
-def _shard_manifest(path: Path) -> dict[str, Any]:
-    content = _read(path) or {}
-    fields = (("rows", int), ("bytes", int), ("sha256", str))
-    return content if all(isinstance(content.get(name), kind) for name, kind in fields) else {}
-
-
-def _registration(file: Path) -> Registration:
-    content = _read(file)
-    try:
-        assert content is not None
-        return Registration(Path(content["run_dir"]), content["host"], frozenset(content["artifacts"]), file)
-    except (AssertionError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{file}: unreadable, so what its run uses is not known; delete it and run that recipe again"
-        ) from error
+def _shard_manifest(path: Path) -> Record:
+    return shard_manifest(path) or {}
 
 
 def _children(folder: Path) -> list[Path]:

@@ -38,6 +38,7 @@ from cpo_pipe.data import atomic
 from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.fingerprint import FileHashes, Spec, address, digest, sha256_file, sha256_once
 from cpo_pipe.data.index import Index, Keys
+from cpo_pipe.data.records import product_manifest, read_record, registration, shard_manifest, with_checksum
 from cpo_pipe.data.roots import AnyPath, local_folder, open_root, reported, shown
 from cpo_pipe.data.schemas import TABLES
 
@@ -55,6 +56,10 @@ MERGED_ROWS = 4 * SHARD_ROWS
 MERGED_BYTES = 16 << 20
 """A merge takes no more once it has this many rows, or bytes of files: it is done in memory."""
 
+_ARTIFACT = b"cpo_pipe.artifact"
+"""Key of a shard's metadata: whose shard it is."""
+_CHECKSUM_IN_NAME = 8
+"""Digits of a shard's checksum at the end of its name."""
 _INDEXED_TOGETHER = 1 << 21
 """Row keys that are added to the index at once."""
 _REQUESTS = 8
@@ -120,11 +125,12 @@ class Store:
         if isinstance(self.root, Path) and not os.access(self.root, os.W_OK):
             return  # a store that one may only read: all must be there, and nobody here can clean it
         with _locked(self.local / ".locks" / "runs", "the list of runs"):  # two commands may be in one folder
-            try:
-                before = set(json.loads(path.read_bytes())["artifacts"])
-            except FileNotFoundError:
-                before = set()
-            if not self.used <= before:
+            known = registration(path)
+            if known is None and path.exists():
+                log.warning("%s is damaged; written again with what this run uses. `cpo-pipe store gc` no longer knows "
+                            "what its folder used before with other settings", path)  # fmt: skip
+            before = known.artifacts if known is not None else frozenset()
+            if known is None or not self.used <= before:
                 content = {**run, "artifacts": sorted(before | self.used)}
                 atomic.write_bytes(path, json.dumps(content, indent=2).encode())
 
@@ -217,8 +223,7 @@ class Rows:
         if _first_of_each(table, self.key).num_rows != table.num_rows:
             raise RunError(f"{self.name}: the same row key stands twice in one shard")
         if not self._is_described:  # once in each process, whether it is there or not
-            content = json.dumps(self.spec, indent=2, sort_keys=True, ensure_ascii=False)
-            atomic.write_bytes(self.path / "spec.json", content.encode())
+            atomic.write_bytes(self.path / "spec.json", _spec_text(self.spec))
             self._is_described = True
         # Names order by time, so that a row that was ever read stays the one that wins over a later duplicate.
         self._record(f"{time.time_ns():019d}", table, {})
@@ -226,16 +231,20 @@ class Rows:
     def _record(self, place: str, table: pa.Table, facts: Mapping[str, Any]) -> None:
         """Write a shard, then its manifest; the shard's name begins with `place`."""
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
+        metadata = {**(table.schema.metadata or {}), _ARTIFACT: self.name}
+        pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
         content = sink.getvalue().to_pybytes()
         checksum = hashlib.sha256(content).hexdigest()
-        name = f"{place}-{checksum[:8]}"
+        name = f"{place}-{checksum[:_CHECKSUM_IN_NAME]}"
         atomic.write_bytes(self._shard_path(name), content)
-        ids = table["example_id"]
+        self._write_manifest(name, table, content, facts)
+
+    def _write_manifest(self, name: str, keys: pa.Table, content: bytes, facts: Mapping[str, Any]) -> None:
+        ids = keys["example_id"]
         manifest = {
-            "rows": table.num_rows,
+            "rows": keys.num_rows,
             "bytes": len(content),
-            "sha256": checksum,
+            "sha256": hashlib.sha256(content).hexdigest(),
             "example_ids": [pc.min(ids).as_py(), pc.max(ids).as_py()],
             **facts,
         }
@@ -262,7 +271,8 @@ class Rows:
         names = self._refreshed().shards
         for first, name in pairwise(names):
             if name.startswith(f"{first}-"):
-                self._remove(json.loads(self._manifest_path(name).read_bytes())["merged"])
+                manifest = shard_manifest(self._manifest_path(name)) or {}
+                self._remove(manifest.get("merged", [first]))  # the list is lost where the manifest was made again
 
     def _remove(self, names: Sequence[str]) -> None:
         first, *others = map(self._manifest_path, names)
@@ -387,6 +397,8 @@ class Rows:
         old shards nor the new one, does no harm: the next shows the new one.
         """
         while (recorded := self._recorded()) != (known := set(self._index.shards)):
+            if not known and isinstance(self.path, Path) and _spec_owner(self.path) != self.name:
+                _write_spec(self.path, self.spec, self.name)
             if known - recorded:
                 self._index = self._index.without(known - recorded)
             self._add_to_index(sorted(recorded - known))
@@ -414,31 +426,28 @@ class Rows:
                 self._index, pending, count = self._index.merged(pending), {}, 0
 
     def _keys_of(self, name: str) -> Keys | None:
-        """The keys in a shard, if it still is what its manifest says; one that is not is named and set aside."""
+        """The keys in a shard, if it still is what its manifest says; one that is not is named and set aside.
+
+        A damaged manifest is made again from a shard that still has the checksum in its name.
+        """
         shard, manifest_path = self._shard_path(name), self._manifest_path(name)
         try:
-            manifest = json.loads(manifest_path.read_bytes())
-        except FileNotFoundError:  # another process has just set it aside, or merged it
-            return None
-        except ValueError:
-            manifest = {}
-        try:
-            rows, size, checksum = (manifest[field] for field in ("rows", "bytes", "sha256"))
             content = shard.read_bytes()
-            if len(content) != size:
-                fault = f"it has {len(content)} bytes instead of {size}"
-            elif hashlib.sha256(content).hexdigest() != checksum:
-                fault = "its checksum differs"
-            else:
-                self._sizes[name] = rows, size
-                with pq.ParquetFile(pa.BufferReader(content)) as file:
-                    return Keys.of(file.read(list(self.key)).select(list(self.key)).cast(self._key_schema()))
         except FileNotFoundError:
-            if not manifest_path.exists():
+            if not manifest_path.exists():  # another process has just set it aside, or merged it
                 return None
-            fault = "its file is gone"
-        except (KeyError, TypeError):
-            fault = "its manifest is unreadable"
+            fault: str | None = "its file is gone"
+        else:
+            manifest = shard_manifest(manifest_path)
+            if manifest is None and not manifest_path.exists():
+                return None
+            keys, fault = self._checked(name, content, manifest)
+            if keys is not None:
+                if manifest is None:
+                    log.warning("%s: the manifest of shard %s was damaged; made again", self.name, name)
+                    self._write_manifest(name, keys, content, {})
+                self._sizes[name] = keys.num_rows, len(content)
+                return Keys.of(keys)
         damaged = self.path / "damaged"
         if isinstance(damaged, Path):
             damaged.mkdir(exist_ok=True)
@@ -448,6 +457,48 @@ class Rows:
         log.warning("%s: shard %s is damaged (%s); set aside in %s; its rows will be made again",
                     self.name, name, fault, shown(damaged))  # fmt: skip
         return None
+
+    def _checked(
+        self, name: str, content: bytes, manifest: Mapping[str, Any] | None
+    ) -> tuple[pa.Table | None, str | None]:
+        """The key columns of a shard, or what is wrong with it."""
+        checksum = hashlib.sha256(content).hexdigest()
+        if manifest is None:
+            if checksum[:_CHECKSUM_IN_NAME] != name.rpartition("-")[2]:
+                return None, "its manifest is unreadable, and its checksum is not that of its name"
+        elif len(content) != manifest["bytes"]:
+            return None, f"it has {len(content)} bytes instead of {manifest['bytes']}"
+        elif checksum != manifest["sha256"]:
+            return None, "its checksum differs"
+        with pq.ParquetFile(pa.BufferReader(content)) as file:
+            if fault := foreign(file, self.name):
+                return None, fault
+            if manifest is not None and file.metadata.num_rows != manifest["rows"]:
+                return None, f"it has {file.metadata.num_rows} rows instead of {manifest['rows']}"
+            return file.read(list(self.key)).select(list(self.key)).cast(self._key_schema()), None
+
+
+def foreign(shard: pq.ParquetFile, artifact: str) -> str | None:
+    """Return what to say of a shard that was written for another artifact."""
+    owner = (shard.schema_arrow.metadata or {}).get(_ARTIFACT, artifact.encode()).decode()
+    return None if owner == artifact else f"it is a shard of {owner}"
+
+
+def _spec_text(spec: Spec) -> bytes:
+    return json.dumps(spec, indent=2, sort_keys=True, ensure_ascii=False).encode()
+
+
+def _spec_owner(folder: Path) -> str | None:
+    """Return the name of the artifact whose spec is in the folder; None where the spec is gone or damaged."""
+    spec = read_record(folder / "spec.json")
+    return None if spec is None else f"{folder.parent.name}/{address(spec)}"
+
+
+def _write_spec(folder: Path, spec: Spec, name: str) -> None:
+    """Make a damaged spec.json again: whoever asks for the artifact knows its spec."""
+    if os.access(folder, os.W_OK):
+        log.warning("%s: spec.json was gone or damaged; made again", name)
+        atomic.write_bytes(folder / "spec.json", _spec_text(spec))
 
 
 def _reopened(root: str, kind: str, spec: Spec) -> Rows:
@@ -559,7 +610,9 @@ class Product:
     @property
     def manifest(self) -> dict[str, Any]:
         """What `create` recorded: the files with their hashes, and the caller's facts."""
-        content: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
+        content = product_manifest(self.path / "manifest.json")
+        if content is None:
+            raise RunError(f"{self.path / 'manifest.json'}: damaged; run the command again to make {self.name} again")
         return content
 
     @property
@@ -585,11 +638,15 @@ class Product:
 
     def _broken(self) -> str | None:
         """The first file that is not what the manifest says."""
-        try:
-            files = self.manifest["files"]
-            return next((name for name, sha256 in files.items() if not self._is_sound(name, sha256)), None)
-        except (FileNotFoundError, ValueError, KeyError):
+        manifest = product_manifest(self.path / "manifest.json")
+        if manifest is None:
             return "manifest.json"
+        owner = manifest.get("artifact") or _spec_owner(self.path) or self.name
+        if owner != self.name:
+            return f"its files are those of {owner}"
+        if _spec_owner(self.path) != self.name:
+            _write_spec(self.path, self.spec, self.name)
+        return next((name for name, sha256 in manifest["files"].items() if not self._is_sound(name, sha256)), None)
 
     def _is_sound(self, name: str, sha256: str) -> bool:
         file = self.path / name
@@ -651,11 +708,8 @@ class Product:
     def _download(self, remote: "UPath", recorded: bytes, folder: Path) -> None:
         """What is missing over there is missing in `folder` too."""
         atomic.write_bytes(folder / "manifest.json", recorded)
-        try:
-            names = list(json.loads(recorded)["files"])
-        except (ValueError, KeyError):
-            return
-        for name in ("spec.json", *names):
+        manifest = product_manifest(folder / "manifest.json") or {"files": {}}
+        for name in ("spec.json", *manifest["files"]):
             target = folder / name
             if target.resolve().is_relative_to(folder.resolve()):  # a manifest does not decide where else to write
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -689,8 +743,9 @@ class ProductWriter:
         for file in files:
             atomic.sync(file)
         hashes = {str(file.relative_to(self.path)): sha256_file(file) for file in files}
-        spec = json.dumps(self._product.spec, indent=2, sort_keys=True, ensure_ascii=False)
-        atomic.write_bytes(self.path / "spec.json", spec.encode())
-        manifest = json.dumps({"files": hashes, **self.facts}, indent=2, ensure_ascii=False)
+        atomic.write_bytes(self.path / "spec.json", _spec_text(self._product.spec))
+        manifest = json.dumps(
+            with_checksum({"artifact": self._product.name, "files": hashes, **self.facts}), indent=2, ensure_ascii=False
+        )
         atomic.write_bytes(self.path / "manifest.json", manifest.encode())
         self._product.commit(self.path)

@@ -13,9 +13,10 @@ _TARGETS = (GROUND_TRUTH, "targets")
 """Folder and file of the targets; no system can be called so."""
 
 
-def write_exports(folder: Path, data: ReportData) -> None:
-    """Write `metrics.md` and `model_outputs/SYSTEM/DECODING.json`, each complete or absent."""
-    atomic.write_bytes(folder / "metrics.md", "\n".join(_markdown(data)).encode())
+def write_exports(folder: Path, data: ReportData) -> list[Path]:
+    """Write `metrics.md` and `model_outputs/SYSTEM/DECODING.json`, each complete or absent; return the files."""
+    figures = folder / "metrics.md"
+    atomic.write_bytes(figures, "\n".join(_markdown(data)).encode())
     outputs = folder / "model_outputs"
     written = set(_write_outputs(outputs, data))
     for path in set(outputs.glob("*/*.json")) - written:  # of systems and decodings that the run no longer has
@@ -23,6 +24,7 @@ def write_exports(folder: Path, data: ReportData) -> None:
             path.unlink()
             with suppress(OSError):  # the user may keep files there
                 path.parent.rmdir()
+    return [figures, *sorted(written)]
 
 
 def _is_ours(path: Path) -> bool:

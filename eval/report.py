@@ -213,14 +213,6 @@ class Card:
     negatives: list[Negative]
 
 
-def shows(path: Path, identity: str) -> bool:
-    """Whether the report at `path` is the one of this identity."""
-    if not path.is_file():
-        return False
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return f'name="identity" content="{identity}"' in file.read(4096)
-
-
 def write_report(path: Path, data: ReportData) -> None:
     """Write the report as one HTML file, complete or absent."""
     environment = jinja2.Environment(

@@ -24,7 +24,7 @@ from cpo_pipe.data.embedding import locate_embedder
 from cpo_pipe.data.errors import InputError, MissingInput
 from cpo_pipe.data.examples import Examples, largest_token_id
 from cpo_pipe.data.executor import Executor, LocalExecutor
-from cpo_pipe.data.fingerprint import digest
+from cpo_pipe.data.fingerprint import digest, sha256_file
 from cpo_pipe.data.models import (
     Model,
     check_vocabulary,
@@ -35,6 +35,7 @@ from cpo_pipe.data.models import (
 )
 from cpo_pipe.data.recipe import Evaluate, Negatives, Rank, Recipe, System, Training, ensemble_system, nearest
 from cpo_pipe.data.recipe_text import recipe_text
+from cpo_pipe.data.records import Record, changed_files, run_record, with_checksum
 from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.pipeline.engines.openai import ApiModel, Tokens
 from cpo_pipe.pipeline.export import check_repo, export, parse_pairs, upload
@@ -370,7 +371,7 @@ class Run:
 
     def _report(self, evaluation: "Evaluation", systems: Mapping[str, Model | ApiModel]) -> Path:
         from cpo_pipe.eval.exports import write_exports
-        from cpo_pipe.eval.report import ReportData, shows, unmeasured, write_report
+        from cpo_pipe.eval.report import ReportData, unmeasured, write_report
 
         trained = self._finished_trainings()
         sources, groups, notes = self._shown_groups()
@@ -391,7 +392,7 @@ class Run:
         identity = digest(
             [artifacts, recipe_text(self.recipe), _versions(), notes, reference.num_rows() if reference else 0]
         )
-        if shows(path, identity):  # drawing takes longer than all the rest of a run with nothing to do
+        if self._is_written(identity):  # drawing takes longer than all the rest of a run with nothing to do
             return path
         measured = self._measure_quality(sources, groups) if groups is not None else None
         first = sources.selection.slice(0, REPORTED_GROUPS)
@@ -422,9 +423,21 @@ class Run:
         )
         for figure in unmeasured(data):
             log.warning("published: %s is nothing that this run measures", figure)
-        write_exports(self.run_dir, data)
-        write_report(path, data)  # last: it says that the others are there too
+        written = [*write_exports(self.run_dir, data), path]
+        write_report(path, data)
+        files = {str(file.relative_to(self.run_dir)): sha256_file(file) for file in written}
+        self._write_record(self._record() | {"report": {"identity": identity, "files": files}})
         return path
+
+    def _is_written(self, identity: str) -> bool:
+        """Whether the report of this identity is there, and all files beside it, as they were written."""
+        record = self._record()
+        if record.get("report", {}).get("identity") != identity:
+            return False
+        changed = changed_files(self.run_dir, record)
+        if changed:
+            log.warning("%s: gone or changed; written again with the report", ", ".join(changed))
+        return not changed
 
     def _ensembles(self) -> dict[str, list[tuple[float, str]]]:
         """α and system of each ensemble's members."""
@@ -437,7 +450,7 @@ class Run:
         """What the stages of this run took, as run.json has it."""
         from cpo_pipe.eval.report import StageRecord
 
-        stages = json.loads((self.run_dir / "run.json").read_text())["stages"]
+        stages = self._record()["stages"]
         return [
             StageRecord(
                 name=name if "started" in stage else f"{name} (not finished)",
@@ -608,8 +621,7 @@ class Run:
 
     def _note(self, name: str, done: dict[str, Any] | None, seconds: float, before: Mapping[str, Tokens]) -> None:
         """Add to run.json what a stage took; `done` is what it left, None where it failed, which undoes nothing."""
-        path = self.run_dir / "run.json"
-        run = json.loads(path.read_text()) if path.exists() else {"stages": {}}
+        run = self._record()
         run |= {"store": self.store.name, "versions": _versions()}
         earlier = run["stages"].get(name, {})
         total = earlier.get("total_seconds", 0.0) + seconds
@@ -617,7 +629,22 @@ class Run:
         for api, tokens in before.items():
             _add_spent(took["apis"], self._apis[api], self._apis[api].ledger.used - tokens)
         run["stages"][name] = (earlier if done is None else done) | took
-        atomic.write_bytes(path, json.dumps(run, indent=2).encode())
+        self._write_record(run)
+
+    def _record(self) -> Record:
+        """What run.json has of the earlier runs of this folder; a damaged one is set aside, and begun anew."""
+        path = self.run_dir / "run.json"
+        found = run_record(self.run_dir)
+        if found is None and path.exists():
+            aside = path.with_name(f"run.json.damaged-{time.time_ns()}")
+            path.rename(aside)
+            log.warning(
+                "%s is damaged; set aside as %s. What earlier runs took is not known any more", path, aside.name
+            )
+        return found or {"stages": {}}
+
+    def _write_record(self, record: Record) -> None:
+        atomic.write_bytes(self.run_dir / "run.json", json.dumps(with_checksum(record), indent=2).encode())
 
 
 def _of(whose: str | None) -> str:

@@ -1,11 +1,12 @@
 """`cpo-pipe store`: what is in a store, whether it is sound, what no run needs, why two artifacts are not one."""
 
 import json
+import logging
 import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from textwrap import shorten
 from typing import Annotated, Any
 
@@ -18,12 +19,17 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from cpo_pipe.data import checksums
 from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.fingerprint import Spec, address
-from cpo_pipe.data.inventory import ABSENT, Artifact, Garbage, Inventory, Registration, differences, faults
+from cpo_pipe.data.inventory import ABSENT, Artifact, Garbage, Inventory, differences, faults, run_faults
 from cpo_pipe.data.progress import track
+from cpo_pipe.data.recipe import nearest
+from cpo_pipe.data.records import CHECKSUM, Registration
 from cpo_pipe.data.roots import shown
 from cpo_pipe.pipeline.terminal import DEFAULT_STORE, DebugOption, StoreOption, reported
+
+log = logging.getLogger(__name__)
 
 store_app = typer.Typer()
 
@@ -80,7 +86,7 @@ def show(
         print(words.summary(artifact))
         _print_block("", dict(_facts(artifact, words, _runs(inventory)[artifact.name])))
         _print_block("spec", artifact.spec or "gone or unreadable")
-        noted = {key: value for key, value in artifact.manifest.items() if key != "files"}
+        noted = {key: value for key, value in artifact.manifest.items() if key not in ("artifact", "files", CHECKSUM)}
         if noted:
             _print_block("noted when it was made", noted)
         listed = {file: _bytes(size) for file, size in list(artifact.files.items())[:LISTED]}
@@ -111,11 +117,13 @@ def verify(
                 lines = [f"{'DAMAGED' if found else 'sound'} {artifact.name} {_bytes(artifact.size)}", *found]
                 print("\n        ".join(map(_line_of, lines)), file=out, flush=True)
                 damaged += [artifact.name] if found else []
+        for name, found in [] if names else _others(inventory):
+            print("\n        ".join(map(_line_of, [f"{'DAMAGED' if found else 'sound'} {name}", *found])))
+            damaged += [name] if found else []
         if damaged:
             raise RunError(
-                f"{len(damaged)} of {_count(len(artifacts), 'artifact')} are damaged: {', '.join(damaged)}; what is "
-                "gone or has another checksum is set aside and made again by the next run that needs it, anything else "
-                "stays until its folder is deleted"
+                f"{len(damaged)} damaged: {', '.join(map(_line_of, damaged))}; the next run that needs them makes them "
+                "again, or names the file that it cannot make again"
             )
         print(f"{_count(len(artifacts), 'artifact')}, all sound")
 
@@ -123,39 +131,56 @@ def verify(
 @store_app.command()
 def gc(
     delete: Annotated[bool, typer.Option("--delete", help="Delete it.", show_default="only list it")] = False,
+    forget: Annotated[
+        list[str],
+        typer.Option(metavar="RUN", help="A run folder that is missing, to release what only it used. Repeatable."),
+    ] = [],  # noqa: B006  (typer copies it)
+    paid: Annotated[
+        bool, typer.Option("--paid", help="Also answers of APIs, which cost money.", show_default="keep them")
+    ] = False,
     store: StoreOption = DEFAULT_STORE,
     debug: DebugOption = False,
 ) -> None:
     """List what no run needs, or delete it: artifacts that no run folder uses, and what killed processes left.
 
     A run registers what it uses before it makes or reads it, also where nothing
-    is missing: an artifact, however new, stays as long as the folder of such a
-    run does. Delete a run's folder to release what only that run uses. Folders
-    of other machines cannot be seen and count as there. What a process is at
-    work on is skipped.
+    is missing: an artifact, however new, stays as long as that is registered.
+    A run folder that is missing may have been moved, and folders of other
+    machines cannot be seen: what they use stays until you --forget them.
+    Answers of APIs stay until you add --paid. What a process is at work on is
+    skipped.
     """
     with reported(debug):
         inventory = Inventory(store)
-        runs = inventory.registrations()
-        alive = [run for run in runs if not run.gone]
-        if delete and not alive:
+        runs = inventory.runs()
+        forgotten = _forgotten(runs, forget)
+        kept = [run for run in runs if run.name not in forgotten]
+        if delete and not kept:
             raise InputError(
                 f"--delete: no run folder is known that uses {shown(inventory.root)}, so all would go; run your "
                 "recipes again (what is found is registered too), or delete the store yourself"
             )
-        found, busy = _collect(inventory, delete)
+        found, busy, costly = _collect(inventory, delete, forgotten, paid)
         lines = [(str(item.path).removeprefix(f"{inventory.root}/"), _bytes(size), item.why) for item, size in found]
         _print_table(("garbage", ">size", "why"), lines)
         for run in runs:
-            if run.gone:
-                print(f"released: {run.run_dir} is gone")
-                if delete and run.gone:  # looked at again: it may just have come back
+            if run.name in forgotten:
+                print(_line_of(f"forgotten: {run.name}"))
+                if delete:
                     run.file.unlink(missing_ok=True)
+            elif run.missing:
+                print(
+                    _line_of(
+                        f"kept: what {run.name} uses, which is missing; if it was deleted, add --forget {run.name}"
+                    )
+                )
             elif run.remote:
-                print(f"kept: what {run.run_dir} of {run.host} uses, which cannot be seen from here")
+                print(_line_of(f"kept: what {run.run_dir} of {run.host} uses, which cannot be seen from here"))
+        for name, size in costly:
+            print(f"kept: {name} ({_bytes(size)}), which no run uses: its answers cost money; add --paid to include it")
         for name in busy:
             print(f"skipped: {name}, which a process is at work on")
-        if not alive:
+        if not kept:
             print("no run folder is known that uses the store: run your recipes again before --delete")
         total = _bytes(sum(size for _, size in found))
         done = f"{total} freed" if delete else f"{total} would be freed by --delete"
@@ -330,10 +355,47 @@ _SUMMARIES = {
 def _runs(inventory: Inventory) -> Mapping[str, Sequence[Registration]]:
     """The runs that use each artifact."""
     runs: dict[str, list[Registration]] = defaultdict(list)
-    for run in inventory.registrations():
+    registered, damaged = inventory.registrations()
+    for run in registered:
         for name in run.artifacts:
             runs[name].append(run)
+    for file in damaged:
+        log.warning(
+            "%s is damaged, so what its run uses is not known; the next run of its recipe writes it again", file
+        )
     return runs
+
+
+def _others(inventory: Inventory) -> Iterator[tuple[str, list[str]]]:
+    """What is no artifact, with what is wrong with it: states of unfinished trainings, registrations, run folders."""
+    for state in inventory.in_progress():
+        fault = checksums.fault(state)
+        if state.exists():  # else the training went on meanwhile, or ended
+            name = "/".join(state.parts[-4:])
+            remedy = "the next run of that training moves it aside and starts it again"
+            yield name, [f"{fault}; {remedy}"] if fault else []
+    runs, damaged = inventory.registrations()
+    for file in damaged:
+        yield str(file), ["unreadable, so what its run uses is not known; the next run of its recipe writes it again"]
+    for run in runs:
+        if not run.remote and not run.missing:
+            yield str(run.run_dir), list(run_faults(run))
+
+
+def _forgotten(runs: Sequence[Registration], named: Sequence[str]) -> set[str]:
+    """The names of the runs that the user wants forgotten.
+
+    Raises:
+        InputError: there is no such run, or its folder is there.
+    """
+    names = {run.name: run for run in runs}
+    for name in named:
+        if name not in names:
+            hint = nearest(name, names) or f"there are {', '.join(names) or 'none'}"
+            raise InputError(f"--forget {name}: no such run folder uses the store; {hint}")
+        if not names[name].missing and not names[name].remote:
+            raise InputError(f"--forget {name}: the folder is there; delete it first, or keep what it uses")
+    return set(named)
 
 
 def _record(artifact: Artifact, words: Words, runs: Iterable[Registration]) -> dict[str, Any]:
@@ -346,7 +408,7 @@ def _record(artifact: Artifact, words: Words, runs: Iterable[Registration]) -> d
         "files": len(artifact.files),
         "bytes": artifact.size,
         "written": artifact.written,
-        "runs": [{"run_dir": str(run.run_dir), "host": run.host, "gone": run.gone} for run in runs],
+        "runs": [{"run_dir": str(run.run_dir), "host": run.host, "missing": run.missing} for run in runs],
         "spec": artifact.spec,
     }
 
@@ -395,24 +457,30 @@ def _abridged(value: Any) -> Any:
     return [_abridged(part) for part in value] if isinstance(value, list) else value
 
 
-def _collect(inventory: Inventory, delete: bool) -> tuple[list[tuple[Garbage, int]], list[str]]:
-    """What can go, with its size, and the names of what could not be looked at; deletes it if asked to."""
+def _collect(
+    inventory: Inventory, delete: bool, forgotten: Collection[str], paid: bool
+) -> tuple[list[tuple[Garbage, int]], list[str], list[tuple[str, int]]]:
+    """What can go, with its size; what could not be looked at; what stays because it cost money. Deletes if asked."""
     found: list[tuple[Garbage, int]] = []
-    busy = []
-    used = inventory.used()
+    busy, costly = [], []
+    used = inventory.used(forgotten)
     for unit in inventory.units():
-        if not unit.garbage(unit.name in used):
+        keep = unit.name in used
+        if not keep and not paid and unit.paid:
+            costly.append((unit.name, Artifact(unit.path).size))
+            keep = True
+        if not unit.garbage(keep):
             continue
         with unit.held(make=delete) as held:
             if not held:
                 busy.append(unit.name)
                 continue
             # Again, now that nobody can begin to make it: what was registered or recorded meanwhile stays.
-            garbage = unit.garbage(unit.name in inventory.used())
+            garbage = unit.garbage(keep or unit.name in inventory.used(forgotten))
             found += [(item, item.size) for item in garbage]
             if delete:
                 unit.delete(garbage)
-    return found, busy
+    return found, busy, costly
 
 
 # ── on the screen ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -21,6 +21,7 @@ from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.fingerprint import canonical_json
 from cpo_pipe.data.inventory import ABSENT, Artifact, Inventory, Unit, differences, faults
 from cpo_pipe.data.store import Product, Rows, Store
+from tests.conftest import rot
 
 SPEC = {"model": "m", "dtype": "float32"}
 
@@ -223,6 +224,8 @@ def test_each_kind_of_damage_to_rows_is_found_and_nothing_is_changed(
         (lambda path: (path / "manifest.json").unlink(), "manifest.json is gone or unreadable"),
         (lambda path: (path / "manifest.json").write_text("{}"), "manifest.json is gone or unreadable"),
         (lambda path: (path / "manifest.json").write_text('{"files": [1]}'), "manifest.json is gone or unreadable"),
+        (lambda path: (path / "manifest.json").write_text('{"files": {}}'), "manifest.json is gone or unreadable, or"),
+        (lambda path: change(path / "manifest.json", '"fff', '"ffe'), "manifest.json is gone or unreadable"),
         (lambda path: (path / "spec.json").write_text("nonsense"), "spec.json is gone or unreadable"),
     ],
 )
@@ -231,6 +234,46 @@ def test_each_kind_of_damage_to_a_product_is_found(root: Path, damage: Callable[
     damage(product)
     (found,) = found_in(Artifact(product))
     assert found.startswith(fault)
+
+
+def change(path: Path, old: str, new: str) -> None:
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def test_shards_that_were_swapped_are_found(root: Path) -> None:
+    write(rows_of(root, dtype="bfloat16"), "a")
+    tables = Inventory(root).artifacts("reference-logprobs")
+    shards = [next(iter(table.shards)) for table in tables]
+    for one, other, shard in zip(tables, tables[::-1], shards, strict=True):
+        for file in f"shards/{shard}.parquet", f"manifests/{shard}.json":
+            shutil.copy(one.path / file, other.path / file)
+    for table, owner in zip(Inventory(root).artifacts("reference-logprobs"), tables[::-1], strict=True):
+        (fault,) = found_in(table)
+        assert fault.endswith(f": it is a shard of {owner.name}")
+
+
+def test_products_that_were_swapped_are_found(root: Path) -> None:
+    one, other = (Store(root).product("checkpoints", {"steps": number}) for number in (1, 2))
+    for product in (one, other):
+        with product.create() as writer:
+            (writer.path / "weights").write_text(product.name)
+    one.path.rename(root / "aside")
+    other.path.rename(one.path)
+    assert f"manifest.json is that of {other.name}" in found_in(Artifact(one.path))
+
+
+def test_damage_that_verify_finds_is_not_hidden_by_a_cached_hash(root: Path) -> None:
+    product = product_of(root)
+    (product.path / "model.safetensors").write_bytes(b"12345")
+    change(product.path / "manifest.json", "sub/weights", "model.safetensors")
+    change(product.path / "manifest.json", '"checksum": "', '"was": "')
+    assert Store(root).product("checkpoints", product.spec).complete()
+    rot(product.path / "model.safetensors", root)
+    assert Store(root).product("checkpoints", product.spec).complete(), "its hash is cached"
+    (fault,) = found_in(Artifact(product.path))
+    assert fault == "model.safetensors: its checksum differs"
+    assert not Store(root).product("checkpoints", product.spec).complete()
 
 
 def test_a_shard_that_is_merged_meanwhile_is_no_damage(root: Path) -> None:
@@ -375,21 +418,24 @@ def test_a_look_at_a_lock_makes_none(root: Path) -> None:
     assert not (root / "checkpoints/.locks").exists()
 
 
-def test_registrations_hold_while_their_folder_is_there_or_cannot_be_seen(root: Path, tmp_path: Path) -> None:
+def test_registrations_hold_until_they_are_forgotten(root: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     register(root, tmp_path / "run", "a/1")
     register(root, tmp_path / "gone", "b/2")
     register(root, tmp_path / "gone", "c/3", host="elsewhere")
-    assert Inventory(root).used() == {"a/1", "c/3"}
-    states = {run.run_dir.name + run.state for run in Inventory(root).registrations()}
-    assert states == {"run", "gone(gone)", "gone@elsewhere"}
+    inventory = Inventory(root)
+    assert inventory.used() == {"a/1", "b/2", "c/3"}
+    assert inventory.used([f"{tmp_path}/gone"]) == {"a/1", "c/3"}
+    assert inventory.used([f"{tmp_path}/gone", f"{tmp_path}/gone@elsewhere"]) == {"a/1"}
+    assert {run.run_dir.name + run.state for run in inventory.runs()} == {"run", "gone(missing)", "gone@elsewhere"}
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"run_dir": "x"}', '{"run_dir": 1, "host": "h", "artifacts": []}'])
 def test_a_registration_that_cannot_be_read_is_refused(root: Path, content: str) -> None:
     register(root, root).write_text(content)
-    with pytest.raises(InputError, match=r"\.json: unreadable"):
+    with pytest.raises(InputError, match=r"\.json: damaged"):
         Inventory(root).used()
+    assert Inventory(root).registrations() == ([], [next((root / ".runs").iterdir())])
 
 
 # ── differences ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -250,6 +250,14 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def manifest_of(shard: Path) -> Path:
+    return shard.parents[1] / "manifests" / f"{shard.stem}.json"
+
+
+def set_rows(manifest: Path, rows: int) -> None:
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "rows": rows}))
+
+
 @pytest.mark.parametrize(
     ("harm", "fault"),
     [
@@ -257,11 +265,12 @@ def flip(path: Path) -> None:
         (flip, "checksum differs"),
         (lambda shard: shard.unlink(), "its file is gone"),
         (
-            lambda shard: (shard.parents[1] / "manifests" / f"{shard.stem}.json").write_text("{"),
-            "manifest is unreadable",
+            lambda shard: (flip(shard), manifest_of(shard).write_text("{")),
+            "its manifest is unreadable, and its checksum",
         ),
+        (lambda shard: set_rows(manifest_of(shard), 7), "it has 1 rows instead of 7"),
     ],
-    ids=["truncated", "one bit", "gone", "manifest"],
+    ids=["truncated", "one bit", "gone", "with its manifest", "rows"],
 )
 def test_a_damaged_shard_is_named_set_aside_and_made_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: Callable[[Path], object], fault: str
@@ -278,6 +287,76 @@ def test_a_damaged_shard_is_named_set_aside_and_made_again(
     assert any(path.stem == shard.stem for path in (rows.path / "damaged").iterdir())
     write(again, row("a", value=3))
     assert values(rows_of(tmp_path), "a", "b") == [("a", "c", 3), ("b", "c", 2)]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"rows": "3"}', "\x00\x01"])
+def test_a_damaged_manifest_is_made_again_from_its_shard(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    write(rows_of(tmp_path), row("a", value=1))
+    shard = rows_of(tmp_path).files()[0]
+    assert isinstance(shard, Path)
+    before = json.loads(manifest_of(shard).read_text())
+    manifest_of(shard).write_text(content)
+    assert values(rows_of(tmp_path), "a") == [("a", "c", 1)]
+    assert f"the manifest of shard {shard.stem} was damaged; made again" in caplog.text
+    assert json.loads(manifest_of(shard).read_text()) == before
+    assert not (shard.parents[1] / "damaged").exists()
+
+
+def test_shards_of_another_artifact_are_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store(tmp_path)
+    one, other = (store.rows("reference-logprobs", {"a": number}) for number in (1, 2))
+    for rows, value in (one, 1), (other, 2):
+        write(rows, row("a", value=value))
+    for folder in ("shards", "manifests"):
+        (mine,), (theirs,) = ((rows.path / folder).iterdir() for rows in (one, other))
+        mine.rename(tmp_path / "aside")
+        theirs.rename(one.path / folder / theirs.name)
+        (tmp_path / "aside").rename(other.path / folder / mine.name)
+    for rows, owner in (one, other), (other, one):
+        fresh = Store(tmp_path).rows("reference-logprobs", rows.spec)
+        assert fresh.num_rows() == 0
+        assert f"{rows.name}: shard" in caplog.text
+        assert f"(it is a shard of {owner.name})" in caplog.text
+
+
+def test_a_damaged_spec_is_written_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(rows_of(tmp_path), row("a"))
+    make(Store(tmp_path), "good")
+    for artifact in (rows_of(tmp_path), Store(tmp_path).product("checkpoints", {"p": 1})):
+        (artifact.path / "spec.json").write_text("{")
+        assert artifact.num_rows() == 1 if isinstance(artifact, Rows) else artifact.complete()
+        assert f"{artifact.name}: spec.json was gone or damaged; made again" in caplog.text
+        assert json.loads((artifact.path / "spec.json").read_text()) == artifact.spec
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"run_dir": 3}', '{"artifacts": ["x"]}'])
+def test_a_damaged_registration_is_written_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    Store(tmp_path).register_run(tmp_path / "run")
+    (path,) = (tmp_path / ".runs").iterdir()
+    path.write_text(content)
+    store = Store(tmp_path)
+    name = store.rows("groups", {"a": 1}).name
+    store.register_run(tmp_path / "run")
+    assert f"{path} is damaged" in caplog.text
+    assert json.loads(path.read_text())["artifacts"] == [name]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": 3, "checksum": ""}', '{"/etc": "ab"}', "\x00\x01"])
+def test_damaged_hashes_are_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    os.utime(tmp_path / "model.safetensors")
+    time.sleep(0.06)  # a file that was written just now is not cached
+    store = Store(tmp_path)
+    found = store.hash_file(tmp_path / "model.safetensors")
+    assert json.loads((tmp_path / "file-hashes.json").read_text())["files"]
+    (tmp_path / "file-hashes.json").write_text(content)
+    assert Store(tmp_path).hash_file(tmp_path / "model.safetensors") == found
+    assert "file-hashes.json is damaged" in caplog.text
+    assert json.loads((tmp_path / "file-hashes.json").read_text())["files"]
 
 
 # ── interruption ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -427,6 +506,31 @@ def test_a_product_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.Mon
             product.path.name
         ]
     assert point > 5
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"files": {}}', '{"files": null}', '{"files": [1]}', "\x00"])
+def test_a_manifest_of_any_other_form_is_damage(tmp_path: Path, content: str) -> None:
+    make(Store(tmp_path), "good")
+    product = Store(tmp_path).product("checkpoints", {"p": 1})
+    (product.path / "manifest.json").write_text(content)
+    assert not product.complete()
+    with pytest.raises(RunError, match=r"manifest\.json: damaged"):
+        _ = product.manifest
+    make(Store(tmp_path), "good")
+    assert product.complete()
+
+
+def test_products_whose_folders_were_swapped_are_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    products = [Store(tmp_path).product("checkpoints", {"p": number}) for number in (1, 2)]
+    for product in products:
+        with product.create() as writer:
+            (writer.path / "weights").write_text(product.name)
+    one, other = (product.path for product in products)
+    one.rename(tmp_path / "aside")
+    other.rename(one)
+    (tmp_path / "aside").rename(other)
+    assert not any(product.complete() for product in products)
+    assert f"{products[0].name} is damaged (its files are those of {products[1].name})" in caplog.text
 
 
 @pytest.mark.parametrize("harmed", ["weights", "manifest.json"])

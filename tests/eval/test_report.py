@@ -18,7 +18,7 @@ from cpo_pipe.eval.charts import alpha_curves
 from cpo_pipe.eval.examples import visible
 from cpo_pipe.eval.exports import write_exports
 from cpo_pipe.eval.measure import COMPARISONS, VERDICTS
-from cpo_pipe.eval.report import ReportData, StageRecord, print_quality, print_table, shows, write_report
+from cpo_pipe.eval.report import ReportData, StageRecord, print_quality, print_table, write_report
 from tests.eval.report_data import HOSTILE, example, figure, make_data, quality_table, said, strategy, verdict
 
 
@@ -451,11 +451,3 @@ def test_the_terminal_shows_the_quality_of_negatives(
     assert ["made", "1,200", "1,200", "1,200", "3"] in [line.split() for line in lines]
     assert lines[-1] == "a note"
     assert not any("…" in line for line in lines)
-
-
-def test_a_report_is_drawn_again_only_for_another_identity(tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
-    assert not shows(path, "i1")
-    write_report(path, make_data())
-    assert shows(path, "i1")
-    assert not shows(path, "i2")

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
+from cpo_pipe.data import checksums
 from cpo_pipe.data.inventory import Inventory, Unit
 from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.pipeline.store_commands import Words
@@ -95,7 +96,7 @@ def test_ls_for_scripts(used) -> None:
     for record in records:
         assert record["name"] == f"{record['kind']}/{record['address']}"
         assert record["spec"] == json.loads((used.store / record["name"] / "spec.json").read_text())
-        assert record["runs"] == [{"run_dir": str(used.root / "runs/tiny"), "host": HERE, "gone": False}]
+        assert record["runs"] == [{"run_dir": str(used.root / "runs/tiny"), "host": HERE, "missing": False}]
         assert record["bytes"] > 0
         assert record["files"] > 0
     assert json.loads(used.cli("store", "ls", "groups", "--json").out)[0]["rows"] == 16
@@ -106,7 +107,7 @@ def test_ls_says_which_runs_use_it(used) -> None:
     register(used, used.root / "runs/lost", name)
     register(used, used.root / "runs/far", name, host="gpu7")
     (line,) = used.cli("store", "ls", "examples").out.splitlines()[1:-1]
-    assert set(line.split()[6].split(",")) == {"tiny", "lost(gone)", "far@gpu7"}
+    assert set(line.split()[6].split(",")) == {"tiny", "lost(missing)", "far@gpu7"}
 
 
 def test_what_is_piped_has_no_drawing_and_a_terminal_does(used, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,8 +245,9 @@ def test_verify_of_a_sound_store(used) -> None:
     result = used.cli("store", "verify")
     assert result.status == 0
     lines = result.out.splitlines()
-    assert [line.split()[:2] for line in lines[:-1]] == [["sound", name] for name in names_in(used)]
-    assert lines[-1] == f"{len(lines) - 1} artifacts, all sound"
+    checked = [*names_in(used), str(used.root / "runs/tiny")]
+    assert [line.split()[:2] for line in lines[:-1]] == [["sound", name] for name in checked]
+    assert lines[-1] == f"{len(lines) - 2} artifacts, all sound"
 
 
 def test_verify_names_what_is_damaged_changes_nothing_and_a_run_makes_it_again(used) -> None:
@@ -267,6 +269,20 @@ def test_verify_names_what_is_damaged_changes_nothing_and_a_run_makes_it_again(u
     assert used.cli("store", "verify", *(names_in(used, "groups", "metrics"))).status == 0
     assert used.cli("run", "tiny.yaml").status == 0
     assert used.cli("store", "verify").status == 0
+
+
+def test_verify_reads_the_states_of_unfinished_trainings(used) -> None:
+    state = path_of(used, "checkpoints").parent / ".in-progress/0123456789abcdef/5"
+    state.mkdir(parents=True)
+    (state / "state.safetensors").write_bytes(b"12345")
+    checksums.record(state)
+    (state.parent / ".tmp-10").mkdir()
+    name = "checkpoints/.in-progress/0123456789abcdef/5"
+    assert f"sound {name}" in used.cli("store", "verify").out.splitlines()
+    (state / "state.safetensors").write_bytes(b"12344")
+    result = used.cli("store", "verify")
+    assert (result.status, f"DAMAGED {name}" in result.out.splitlines()) == (1, True)
+    assert "the checksum of state.safetensors differs; the next run of that training moves it aside" in result.out
 
 
 # ── gc ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -292,15 +308,22 @@ def test_gc_deletes_what_no_run_uses_and_only_when_told_to(used) -> None:
     assert "0 made, 48 reused" in used.cli("run", "tiny.yaml").err
 
 
-def test_gc_releases_what_only_a_deleted_run_used(used) -> None:
+def test_gc_releases_what_only_a_run_used_that_the_user_forgets(used) -> None:
     examples = names_in(used, "examples")
     register(used, used.root / "runs/tiny", *examples)
     register(used, used.root / "runs/lost", *names_in(used))
     (used.root / "runs/lost").mkdir()
     assert used.cli("store", "gc").out == "nothing to delete\n"
     (used.root / "runs/lost").rmdir()
-    for arguments in (), ("--delete",):
-        assert f"released: {used.root / 'runs/lost'} is gone" in used.cli("store", "gc", *arguments).out
+    before, lost = names_in(used), str(used.root / "runs/lost")
+    kept = used.cli("store", "gc", "--delete")
+    assert f"kept: what {lost} uses, which is missing; if it was deleted, add --forget {lost}" in kept.out
+    assert names_in(used) == before
+    dry = used.cli("store", "gc", "--forget", lost).out
+    assert f"forgotten: {lost}" in dry
+    assert all(f"{name} " in dry for name in before if name not in examples)
+    assert names_in(used) == before
+    assert f"forgotten: {lost}" in used.cli("store", "gc", "--forget", lost, "--delete").out
     assert names_in(used) == examples
     assert used.cli("store", "gc").out == "nothing to delete\n"  # and it is said once
 
@@ -331,8 +354,89 @@ def test_gc_does_nothing_where_a_registration_cannot_be_read(used) -> None:
     (used.store / ".runs/broken.json").write_text("{")
     refused = used.cli("store", "gc", "--delete")
     assert refused.status == 2
-    assert "broken.json: unreadable" in refused.error()
+    assert "broken.json: damaged" in refused.error()
     assert names_in(used) == before
+    listed = used.cli("store", "ls")
+    assert listed.status == 0
+    assert "broken.json is damaged" in listed.err
+    assert "broken.json" in used.cli("store", "verify").error()
+
+
+def test_gc_after_a_project_was_moved_keeps_what_the_runs_need_that_were_not_run_again(used) -> None:
+    """The store and its run folders together: none of the registered paths is there any more."""
+    other = ["--run-dir", "runs/other", "--set", "negatives.seed=1"]
+    assert used.cli("run", "tiny.yaml", *other).status == 0
+    before = used.made()
+    for name in ("runs", "cpo-store"):
+        (used.root / "moved").mkdir(exist_ok=True)
+        (used.root / name).rename(used.root / "moved" / name)
+    at = ["--store", "moved/cpo-store"]
+    assert used.cli("run", "tiny.yaml", *at, "--run-dir", "moved/runs/tiny").status == 0
+    result = used.cli("store", "gc", "--delete", *at)
+    assert result.status == 0
+    assert result.out.count("which is missing; if it was deleted, add --forget ") == 2
+    again = used.cli("run", "tiny.yaml", *at, *["--run-dir", "moved/runs/other", *other[2:]])
+    assert "0 made, 48 reused" in again.err
+    assert "train cpo: reused" in again.err
+    used.store = used.root / "moved/cpo-store"
+    assert before.items() <= used.made().items()
+
+
+def api_rows(store: Store, kind: str, spec: dict[str, Any]) -> Rows:
+    """Rows of a kind, such as an API answered."""
+    values = {pa.string(): "x", pa.int32(): 0, pa.int64(): 0, pa.float32(): 0.0, pa.float64(): 0.0, pa.bool_(): True}
+    rows = store.rows(kind, spec)
+    row = {field.name: values.get(field.type, []) for field in rows.schema}
+    rows.append(pa.Table.from_pylist([row], schema=rows.schema))
+    return rows
+
+
+def test_gc_keeps_answers_that_cost_money_unless_told_otherwise(used) -> None:
+    api, store = {"url": "http://host/v1", "model": "m"}, Store(used.store)
+    paid = [
+        api_rows(store, "negatives", {"strategy": "instructed", "generator": api}),
+        api_rows(store, "generations", {"model": api}),
+        api_rows(store, "rejected", {"of": {"strategy": "instructed", "generator": api}}),
+        api_rows(store, "verdicts", {"judge": "openai", "api": api}),
+        api_rows(store, "generations", {"model": "what nothing says any more"}),
+    ]
+    (paid[-1].path / "spec.json").write_text("{")
+    free = api_rows(store, "negatives", {"strategy": "autoregressive", "generator": "ab" * 16})
+    for arguments in (), ("--delete",):
+        result = used.cli("store", "gc", *arguments)
+        assert result.status == 0
+        assert [line.split()[0] for line in result.out.splitlines()[1:2]] == [free.name]
+        for rows in paid:
+            assert f"kept: {rows.name} (" in result.out
+        assert result.out.count("its answers cost money; add --paid to include it") == len(paid)
+    assert not free.files()
+    assert all(rows.files() for rows in paid)
+    assert used.cli("store", "gc", "--delete", "--paid").status == 0
+    assert not any(rows.files() for rows in paid)
+
+
+def test_only_a_run_that_is_missing_can_be_forgotten(used) -> None:
+    there = str(used.root / "runs/tiny")
+    assert "the folder is there; delete it first" in used.cli("store", "gc", "--forget", there).error()
+    wrong = used.cli("store", "gc", "--forget", f"{there}y").error()
+    assert f"no such run folder uses the store; did you mean {there}?" in wrong
+    register(used, Path("/far/run"), *names_in(used), host="gpu7")
+    shutil.rmtree(used.root / "runs/tiny")
+    refused = used.cli("store", "gc", "--delete", "--forget", there, "--forget", "/far/run@gpu7")
+    assert "so all would go" in refused.error()
+    assert used.cli("store", "gc", "--delete", "--forget", there).status == 0
+
+
+def test_verify_names_files_of_a_run_folder_that_changed(made) -> None:
+    assert made.cli("run", "tiny.yaml").status == 0
+    run = made.root / "runs/tiny"
+    (run / "metrics.md").write_text("better")
+    (run / "model_outputs/cpo/greedy.json").unlink()
+    result = made.cli("store", "verify")
+    assert result.status == 1
+    assert f"DAMAGED {run}" in result.out
+    assert "metrics.md: gone or changed" in result.out
+    assert "model_outputs/cpo/greedy.json: gone or changed" in result.out
 
 
 def test_gc_skips_what_a_process_is_at_work_on(used) -> None:

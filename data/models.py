@@ -225,7 +225,10 @@ def check_weights(folder: Path) -> None:
                 "download or save the model again"
             )
     for index in folder.glob("*.safetensors.index.json"):
-        absent = set(read_json(index).get("weight_map", {}).values()) - {file.name for file in weights}
+        listed = read_json(index).get("weight_map", {})
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise InputError(f"{index}: its weight_map does not name files; download or save the model again")
+        absent = set(listed.values()) - {file.name for file in weights}
         if absent:
             raise InputError(f"model {folder}: {min(absent)} is not there, which {index.name} names; download it again")
 
@@ -323,12 +326,15 @@ def check_vocabulary(model: Model, tokenizer: TokenizerFiles, store: Store) -> N
 def _tokens(file: Path) -> dict[int, str]:
     """The tokens of a tokenizer.json, by id."""
     content = read_json(file)
-    vocabulary = content.get("model", {}).get("vocab", {})
-    if isinstance(vocabulary, dict):
-        tokens = {token_id: token for token, token_id in vocabulary.items()}
-    else:  # Unigram: pairs of token and score, in the order of their ids
-        tokens = dict(enumerate(token for token, _ in vocabulary))
-    return tokens | {token["id"]: token["content"] for token in content.get("added_tokens", [])}
+    try:
+        vocabulary = content.get("model", {}).get("vocab", {})
+        if isinstance(vocabulary, dict):
+            tokens = {token_id: token for token, token_id in vocabulary.items()}
+        else:  # Unigram: pairs of token and score, in the order of their ids
+            tokens = dict(enumerate(token for token, _ in vocabulary))
+        return tokens | {token["id"]: token["content"] for token in content.get("added_tokens", [])}
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        raise InputError(f"{file}: has another form than a tokenizer.json; download or save the model again") from error
 
 
 def _first_sentence(error: Exception) -> str:

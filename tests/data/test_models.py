@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,24 @@ def test_what_cannot_be_compared_passes(tmp_path: Path) -> None:
     (tmp_path / "bare").mkdir()
     check(tmp_path, given, tmp_path / "bare")
     check(tmp_path, tmp_path / "bare", given)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "\x00", '{"model": 3}', '{"model": {"vocab": [1]}}', '{"added_tokens": [{}]}', "[" * 100_000]
+)
+def test_a_damaged_tokenizer_is_named(tmp_path: Path, content: str) -> None:
+    given, own = (write(tmp_path / name, VOCABULARY, SPECIAL) for name in ("given", "own"))
+    (own / "tokenizer.json").write_text(content)
+    with pytest.raises(InputError, match=re.escape(f"{own}/tokenizer.json: ")):
+        check(tmp_path, given, own)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[" * 100_000])
+def test_a_damaged_index_of_weights_is_named(tmp_path: Path, tiny_model: Path, content: str) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(InputError, match=r"model\.safetensors\.index\.json: .*; download or save the model again"):
+        locate_model(str(folder), Store(tmp_path / "store"))
 
 
 def test_damaged_weights_are_never_loaded_under_the_intact_fingerprint(tmp_path: Path, tiny_model: Path) -> None:

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cpo_pipe.data.end_tokens import end_tokens, name_end_tokens
 from cpo_pipe.data.errors import InputError, MissingInput
 from cpo_pipe.data.fingerprint import (
     TOKENIZER_FILES,
@@ -61,12 +62,15 @@ def adapted(name: str, folder: Path, base: "Model", store: Store, *, make: bool 
         InputError: peft is not installed, or the adapter does not belong to that base.
         MissingInput: without `make`, where it is not there.
     """
+    from cpo_pipe.data.models import TokenizerFiles, copy_tokenizer
+
     config = {key: value for key, value in read_json(folder / CONFIG).items() if key not in _NOT_IDENTITY}
     tokenizer = folder if any((folder / file).is_file() for file in TOKENIZER_FILES) else base.path
     files = [[file, store.hash_file(tokenizer / file)] for file in TOKENIZER_FILES if (tokenizer / file).is_file()]
+    ends = end_tokens(base.path, TokenizerFiles(tokenizer, "") if files else None)
     weights = store.hash_file(folder / WEIGHTS)
     spec = {"base": base.fingerprint, "adapter": digest([config, weights]),
-            "tokenizer": digest(files)}  # fmt: skip
+            "tokenizer": digest(files), "end_tokens": list(ends)}  # fmt: skip
     product = store.product("checkpoints", spec)
     if not product.complete():
         if not make:
@@ -75,11 +79,10 @@ def adapted(name: str, folder: Path, base: "Model", store: Store, *, make: bool 
             raise InputError(f'model {name}: a LoRA adapter needs peft; run pip install "cpo-pipe[lora]"')
         with product.lock():
             if not product.complete():
-                from cpo_pipe.data.models import copy_tokenizer
-
                 check_unchanged(folder / WEIGHTS, weights)
                 with warnings.catch_warnings(action="ignore"):  # what peft only warns of is refused
                     model = _merged(name, folder, base)
+                name_end_tokens(model, ends)
                 with product.create() as made:
                     model.save_pretrained(made.path)
                     copy_tokenizer(tokenizer, made.path)

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cpo_pipe.data.embedding import Embedder, EmbeddingMemo, locate_embedder
+from cpo_pipe.data.end_tokens import end_tokens
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.examples import Examples, draw, selection_hash
 from cpo_pipe.data.executor import Executor, LocalExecutor
@@ -54,7 +55,6 @@ from cpo_pipe.pipeline.engines.base import (
     Sampled,
     Sampling,
     check_context,
-    stop_ids,
 )
 from cpo_pipe.pipeline.engines.openai import ApiModel, Asked, Tokens, prompt_of
 from cpo_pipe.pipeline.missing import WINDOW, Wanted, make_missing, refused_source
@@ -340,7 +340,7 @@ def _plan_system(
         return _plan_asked(config, store, examples, system, model, max_new_tokens)
     check_context(selection, model, max_new_tokens, "evaluate.max_new_tokens")
     _check_targets(config, selection, model)
-    ends = stop_ids(model, examples.tokenizer)
+    ends = end_tokens(model.path, examples.tokenizer)
     generations = []
     for name, decoding in config.decodings.items():
         sampling = _sampling(decoding, max_new_tokens, ends)

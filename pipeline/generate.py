@@ -10,13 +10,14 @@ import numpy as np
 import pyarrow as pa
 
 from cpo_pipe.data.embedding import locate_embedder
+from cpo_pipe.data.end_tokens import end_tokens
 from cpo_pipe.data.examples import Examples
 from cpo_pipe.data.executor import Executor, LocalExecutor, Work
 from cpo_pipe.data.fingerprint import Spec, hash_keys
 from cpo_pipe.data.models import Model
 from cpo_pipe.data.recipe import Negatives, Pool
 from cpo_pipe.data.store import Rows, Store
-from cpo_pipe.pipeline.engines.base import LazyEngine, Sampled, Sampling, check_context, stop_ids
+from cpo_pipe.pipeline.engines.base import LazyEngine, Sampled, Sampling, check_context
 from cpo_pipe.pipeline.engines.openai import ApiModel, Asked, prompt_of
 from cpo_pipe.pipeline.missing import WINDOW, Wanted, make_missing
 from cpo_pipe.pipeline.negatives import autoregressive, batch, instructed, meanfield, pool, truncation
@@ -134,7 +135,7 @@ class _Planner:
             assert config.model is not None
             model = self.find(config.model)
             assert isinstance(model, Model)
-            ends, share = stop_ids(model, tokenizer), config.meanfield_share
+            ends, share = end_tokens(model.path, tokenizer), config.meanfield_share
             rows = self._rows(meanfield.meanfield_spec(rendering, model.fingerprint, share, ends, seed))
             work = meanfield.Redrawn(rows, model, tokenizer, ends, share, seed)
             yield Job(Source(meanfield.STRATEGY, Wanted(rows, counts.meanfield)), work)
@@ -167,7 +168,7 @@ class _Planner:
         own = pool.other_tokenizer(model, self.examples.tokenizer, self.store)
         if own is None:
             return self._sampled(label, config.model, config.count)
-        examples, seed, sampling = self.examples, self.config.seed, self._sampling(stop_ids(model, own))
+        examples, seed, sampling = self.examples, self.config.seed, self._sampling(end_tokens(model.path, own))
         spec = pool.pool_model_spec(examples.rendering, model.fingerprint, own.fingerprint, sampling, seed)
         rows, refused = self._rows(spec), self.store.rows("rejected", {"of": spec})
         engine = LazyEngine(self.config.engine, model)
@@ -193,7 +194,7 @@ class _Planner:
         model = self.find(name)
         if isinstance(model, ApiModel):
             return self._asked(label, model, count)
-        sampling = self._sampling(stop_ids(model, examples.tokenizer))
+        sampling = self._sampling(end_tokens(model.path, examples.tokenizer))
         context = check_context(self.selection, model, self.tokens, "negatives.max_new_tokens")
         spec = autoregressive.autoregressive_spec(examples.rendering, model.fingerprint, sampling, config.seed)
         rows = self._rows(spec)

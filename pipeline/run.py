@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from cpo_pipe.data import atomic, processes
 from cpo_pipe.data.embedding import locate_embedder
+from cpo_pipe.data.end_tokens import end_tokens, write_end_tokens
 from cpo_pipe.data.errors import InputError, MissingInput
 from cpo_pipe.data.examples import Examples, largest_token_id
 from cpo_pipe.data.executor import Executor, LocalExecutor
@@ -334,6 +335,7 @@ class Run:
                 for file in model.path.glob(pattern):
                     shutil.copyfile(file, scratch / file.name)
             copy_tokenizer(self.examples().tokenizer.path, scratch)
+            write_end_tokens(scratch, end_tokens(scratch, self.examples().tokenizer))
         print(f"system {name}: written to {out}")
 
     def export(

@@ -6,13 +6,13 @@ Made tensor by tensor from the parts' safetensors, so that no model is in memory
 import json
 import logging
 import re
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpo_pipe.data.end_tokens import end_tokens, joined, name_end_tokens, tokenizer_eos
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.fingerprint import model_fingerprint, read_json, sha256_file
 from cpo_pipe.data.models import Model, TokenizerFiles, copy_tokenizer
@@ -43,7 +43,14 @@ _OLD_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 def ensemble(store: Store, parts: Sequence[tuple[Model, float]], tokenizer: TokenizerFiles) -> Product:
     """Where the ensemble of models is, made or not."""
     weights = sorted([model.fingerprint, weight] for model, weight in parts)
-    return checkpoint(store, {"merge": weights, "tokenizer": tokenizer.fingerprint})
+    ends = _end_tokens(parts, tokenizer)
+    return checkpoint(store, {"merge": weights, "tokenizer": tokenizer.fingerprint, "end_tokens": list(ends)})
+
+
+def _end_tokens(parts: Sequence[tuple[Model, float]], tokenizer: TokenizerFiles) -> tuple[int, ...]:
+    """Return those of all parts: an ensemble ends texts as any of them does."""
+    others = [token for model, _ in parts for token in end_tokens(model.path, None)]
+    return joined(tokenizer_eos(tokenizer), others)
 
 
 def merge(name: str, store: Store, parts: Sequence[tuple[Model, float]], tokenizer: TokenizerFiles) -> Product:
@@ -59,7 +66,7 @@ def merge(name: str, store: Store, parts: Sequence[tuple[Model, float]], tokeniz
         if product.complete():
             return product
         with product.create() as folder:
-            write_merged(name, parts, folder.path)
+            write_merged(name, parts, folder.path, _end_tokens(parts, tokenizer))
             copy_tokenizer(tokenizer.path, folder.path)
             folder.facts["fingerprint"] = model_fingerprint(folder.path, sha256_file)
     log.info("system %s: merged into %s", name, product.name)
@@ -67,7 +74,11 @@ def merge(name: str, store: Store, parts: Sequence[tuple[Model, float]], tokeniz
 
 
 def write_merged(
-    system: str, parts: Sequence[tuple[Model, float]], folder: Path, shard_size: str | int = SHARD_SIZE
+    system: str,
+    parts: Sequence[tuple[Model, float]],
+    folder: Path,
+    ends: Sequence[int],
+    shard_size: str | int = SHARD_SIZE,
 ) -> None:
     """Write weights and configs of an ensemble, in float32 whatever the parts are.
 
@@ -77,6 +88,7 @@ def write_merged(
         system: its name, for messages.
         parts: models with their weights.
         folder: an empty one.
+        ends: the tokens that end a text of it.
         shard_size: the largest file, in bytes or such as `2GB`.
 
     Raises:
@@ -92,6 +104,7 @@ def write_merged(
         weights = [weight for _, weight in parts]
         for one, other in pairwise(opened):
             _check_alike(system, one, other)
+        _write_configs(opened, folder, ends)  # before the long part: transformers may refuse them
         names = sorted({name for part in opened for name in part.names})
         outlines = {name: opened[0].outline(name) for name in names}
         plan = split_torch_state_dict_into_shards(outlines, max_shard_size=shard_size)
@@ -105,7 +118,6 @@ def write_merged(
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        _write_configs(opened, folder)
 
 
 def _merged(system: str, name: str, parts: Sequence["_Part"], weights: Sequence[float]) -> "torch.Tensor":
@@ -149,16 +161,16 @@ def _check_alike(system: str, one: "_Part", other: "_Part") -> None:
             )
 
 
-def _write_configs(parts: Sequence["_Part"], folder: Path) -> None:
-    """Those of the first part. Two embeddings that are one in it, but not in another, are two in the ensemble."""
-    skeleton, generation = parts[0].skeleton, parts[0].folder / "generation_config.json"
+def _write_configs(parts: Sequence["_Part"], folder: Path, ends: Sequence[int]) -> None:
+    """Write those of the first part. Embeddings that are one in it, but not in another, are two in the ensemble."""
+    skeleton = parts[0].skeleton
+    name_end_tokens(skeleton, ends)
     config = skeleton.config
     config.dtype, config.architectures = "float32", [type(skeleton).__name__]
     if not all(part.skeleton.all_tied_weights_keys for part in parts):
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     config.save_pretrained(folder)
-    if generation.is_file():
-        shutil.copyfile(generation, folder / generation.name)
+    skeleton.generation_config.save_pretrained(folder)
 
 
 class _Part:

@@ -3,6 +3,7 @@
 import hashlib
 import heapq
 import logging
+import math
 import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cpo_pipe.data import processes
+from cpo_pipe.data import atomic, processes
+from cpo_pipe.data.end_tokens import end_tokens, name_end_tokens
 from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.examples import selection_hash
 from cpo_pipe.data.executor import Executor
@@ -29,6 +31,7 @@ if TYPE_CHECKING:  # torch is imported only when there is something to train
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+    from cpo_pipe.trainer.interim import Metrics
     from cpo_pipe.trainer.tables import Extremes, Ints
 
 log = logging.getLogger(__name__)
@@ -60,6 +63,10 @@ class Inputs:
     strengths: Mapping[str, float] = field(default_factory=dict)
     """How good what is of a strategy is, by its label in the groups; for a curriculum by strength."""
 
+    def end_tokens(self) -> tuple[int, ...]:
+        """Return the tokens that end a text of the trained model: first the one that ends the targets."""
+        return end_tokens(self.init.path if isinstance(self.init, Model) else None, self.tokenizer)
+
 
 def training_spec(config: Training, inputs: Inputs) -> Spec:
     """Everything that decides the weights, and nothing that doesn't."""
@@ -73,6 +80,7 @@ def training_spec(config: Training, inputs: Inputs) -> Spec:
         "settings": config.model_dump(mode="json", exclude=excluded),
         "init": {"model": init.fingerprint} if isinstance(init, Model) else {"scratch": init.model_dump(mode="json")},
         "tokenizer": inputs.tokenizer.fingerprint,
+        "end_tokens": list(inputs.end_tokens()),  # its configs name them
         "rows": selection_hash(inputs.selection),
         "groups": _groups_spec(config, inputs.groups) if inputs.groups else None,
         "reference": inputs.reference.fingerprint if inputs.reference else None,
@@ -169,10 +177,8 @@ def _make(
     accelerator: "Accelerator",
     executor: Executor,
 ) -> None:
-    from cpo_pipe.trainer.card import write_card
     from cpo_pipe.trainer.groups import Data, Groups
     from cpo_pipe.trainer.health import check_groups, check_pairs
-    from cpo_pipe.trainer.interim import metrics_table
     from cpo_pipe.trainer.loop import Loop
     from cpo_pipe.trainer.tables import DIFFICULTY, Extremes, probes
 
@@ -190,7 +196,11 @@ def _make(
     everything = Groups.of(table, _reference(config, store, inputs, table, executor))
     if config.contrasts:
         check_groups(name, everything, len(everything) if config.pairs else inputs.selection.num_rows)
-    model, adapted = _initial_model(name, config, inputs, extremes)
+    model = _initial_model(name, inputs, extremes)
+    checkpoint = _Checkpoint(name, config, inputs, product.spec["settings"], len(trained))
+    if accelerator.is_main_process:
+        checkpoint.rehearse(product, model)
+    adapted = _adapters(name, config, model)
     difficulty_G = _difficulty(config, store, inputs, table, everything.reference_C, executor)
     data = Data(
         everything[trained],
@@ -203,7 +213,8 @@ def _make(
     state = loop.whole_state() if loop.sharded else None
     if accelerator.is_main_process:
         if state is not None:  # into a network that is whole
-            model, adapted = _initial_model(name, config, inputs, extremes)
+            model = _initial_model(name, inputs, extremes)
+            adapted = _adapters(name, config, model)
             model.load_state_dict(state)
         if adapted is not None:
             from cpo_pipe.trainer.lora import merged
@@ -212,11 +223,7 @@ def _make(
         if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
             raise RunError(f"train.{name}: weights are not finite after the last step; lower train.{name}.lr")
         with product.create() as folder:
-            model.save_pretrained(folder.path)
-            copy_tokenizer(inputs.tokenizer.path, folder.path)
-            pq.write_table(metrics_table(metrics), folder.path / METRICS_FILE)
-            settings = product.spec["settings"]
-            write_card(folder.path, name, config, inputs.init, settings, len(trained), metrics[-1]["loss"])
+            checkpoint.write(folder.path, model, metrics)
             folder.facts["fingerprint"] = model_fingerprint(folder.path, sha256_file)
             folder.facts["seconds"] = sum(row["seconds"] for row in metrics)
             folder.facts["groups"] = len(trained)
@@ -226,6 +233,51 @@ def _make(
     for tracker in accelerator.trackers:  # end_training would also part the processes, which may train again
         tracker.finish()
     log.info("train %s: %d steps in %s, loss %.4f", name, config.steps, product.name, metrics[-1]["loss"])
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """The files of a training's result."""
+
+    name: str
+    config: Training
+    inputs: Inputs
+    settings: Spec
+    """Those that decide the weights."""
+    groups: int
+    """How many it is trained on."""
+
+    def write(self, folder: Path, model: "PreTrainedModel", metrics: "Metrics") -> None:
+        """Write weights, configs, tokenizer, metrics and model card."""
+        from cpo_pipe.trainer.card import write_card
+        from cpo_pipe.trainer.interim import metrics_table
+
+        model.save_pretrained(folder)
+        copy_tokenizer(self.inputs.tokenizer.path, folder)
+        pq.write_table(metrics_table(metrics), folder / METRICS_FILE)
+        loss = metrics[-1]["loss"]
+        write_card(folder, self.name, self.config, self.inputs.init, self.settings, self.groups, loss)
+
+    def rehearse(self, product: Product, model: "PreTrainedModel") -> None:
+        """Write all of it once and remove it, so that what cannot be written is found before the first step.
+
+        Raises:
+            InputError: transformers, or what writes the card, refuses it.
+        """
+        folder = atomic.temporary(product.path)
+        try:
+            folder.mkdir(parents=True)
+            self.write(folder, model, [{"step": 0, "loss": math.nan}])
+        except (OSError, InputError):
+            raise
+        except Exception as error:  # the libraries' refusals have no common type
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise InputError(
+                f"train.{self.name}: its checkpoint could not be written after the last step ({reason}); nothing was "
+                "trained; correct the files of the initial model, or start from another one"
+            ) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _held_out(name: str, config: Training, groups: pa.Table) -> tuple["Ints", "Ints"]:
@@ -337,10 +389,8 @@ def _starts_as_reference(inputs: Inputs) -> bool:
     return isinstance(init, Model) and reference is not None and init.fingerprint == reference.fingerprint
 
 
-def _initial_model(
-    name: str, config: Training, inputs: Inputs, extremes: "Extremes"
-) -> tuple["PreTrainedModel", "PeftModel | None"]:
-    """The network to train, in float32 and with all dropout off; and the same with its adapters, if it gets any."""
+def _initial_model(name: str, inputs: Inputs, extremes: "Extremes") -> "PreTrainedModel":
+    """Return the network to train, in float32 and with all dropout off; it ends texts as the targets do."""
     import torch
 
     model: PreTrainedModel
@@ -352,11 +402,17 @@ def _initial_model(
         context = getattr(settings, "max_position_embeddings", None)
         _check_fits(name, extremes, "the scratch model", context, settings.vocab_size)
     model.train(False)
+    name_end_tokens(model, inputs.end_tokens())
+    return model
+
+
+def _adapters(name: str, config: Training, model: "PreTrainedModel") -> "PeftModel | None":
+    """Give the network adapters, where the recipe asks for any."""
     if config.lora is None:
-        return model, None
+        return None
     from cpo_pipe.trainer.lora import add_adapters
 
-    return model, add_adapters(name, model, config.lora, config.seed)
+    return add_adapters(name, model, config.lora, config.seed)
 
 
 def scratch_model(config: ScratchModel, tokenizer: TokenizerFiles) -> "PreTrainedModel":

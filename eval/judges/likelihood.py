@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from cpo_pipe.data import templates
+from cpo_pipe.data.end_tokens import end_tokens
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.fingerprint import Spec
 from cpo_pipe.data.models import Model, TokenizerFiles
@@ -12,10 +15,11 @@ from cpo_pipe.eval.judges.scores import ScoreJudge
 
 
 class LikelihoodJudge(ScoreJudge):
-    """The output with the higher mean log-prob of its tokens and of the one that ends a text, under one model.
+    """The output with the higher mean log-prob of its tokens and of its end, under one model.
 
-    The end counts, so that an empty output has a score as well. Control tokens in an output or a prompt are text to the
-    model, of a prompt broken by a space, unless the template itself writes any: then all in what it renders are meant.
+    The end counts, so that an empty output has a score as well; its probability is that of any token that ends a text.
+    Control tokens in an output or a prompt are text to the model, of a prompt broken by a space, unless the template
+    itself writes any: then all in what it renders are meant.
     """
 
     noise = NOISE
@@ -27,8 +31,10 @@ class LikelihoodJudge(ScoreJudge):
 
     def spec(self) -> Spec:
         """What decides its verdicts."""
+        ends = self._ends()
         return {"judge": "likelihood", "model": self._model.fingerprint, "tokenizer": self._tokenizer.fingerprint,
-                "template": self._template, "special_tokens": "as text"}  # fmt: skip
+                "template": self._template, "special_tokens": "as text",
+                **({"end_tokens": list(ends)} if len(ends) > 1 else {})}  # fmt: skip
 
     def scores(self, cases: Sequence[Case], outputs: Sequence[str]) -> list[float]:
         """Mean log-prob of each output's tokens, its end included, in nats.
@@ -37,7 +43,7 @@ class LikelihoodJudge(ScoreJudge):
             InputError: the model has no room for a prompt and its output, or its tokenizer no chat template.
         """
         tokenizer = self._tokenizer.load()
-        end = templates.eos_token_id(tokenizer, f"evaluate.judges.{self.name}.model")
+        ends = self._ends() or (templates.eos_token_id(tokenizer, f"evaluate.judges.{self.name}.model"),)
         broken = templates.breaker(tokenizer)
         rendered = [case.rendered for case in cases]
         if self._template == templates.CHAT:
@@ -45,13 +51,17 @@ class LikelihoodJudge(ScoreJudge):
         elif broken(self._template) == self._template:
             rendered = list(map(broken, rendered))
         prompts = templates.encode_prompts(self._template, rendered, tokenizer)
-        written = [[*ids, end] for ids in templates.encode_as_text(outputs, tokenizer)]
-        self._check_context(max((len(x) + len(y) for x, y in zip(prompts, written, strict=True)), default=0))
+        written = templates.encode_as_text(outputs, tokenizer)
+        self._check_context(max((len(x) + len(y) + 1 for x, y in zip(prompts, written, strict=True)), default=0))
         wanted = [
-            Scored(case.example_id, prompt, [ids]) for case, prompt, ids in zip(cases, prompts, written, strict=True)
+            Scored(case.example_id, prompt, [[*ids, end] for end in ends])
+            for case, prompt, ids in zip(cases, prompts, written, strict=True)
         ]
         sums = summed(self._logprobs, self._model, wanted)
-        return [total / len(ids) for (total,), ids in zip(sums, written, strict=True)]
+        return [float(np.logaddexp.reduce(each)) / (len(ids) + 1) for each, ids in zip(sums, written, strict=True)]
+
+    def _ends(self) -> tuple[int, ...]:
+        return end_tokens(self._model.path, self._tokenizer)
 
     def _check_context(self, longest: int) -> None:
         context = self._model.context()

@@ -5,7 +5,6 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -14,7 +13,7 @@ import pyarrow.compute as pc
 from cpo_pipe.data.end_tokens import without_end
 from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.executor import Made, Make
-from cpo_pipe.data.fingerprint import Spec, read_json, row_seed
+from cpo_pipe.data.fingerprint import Spec, row_seed
 from cpo_pipe.data.models import Model, TokenizerFiles
 from cpo_pipe.data.store import Rows
 from cpo_pipe.pipeline.missing import SAMPLE_INDICES
@@ -126,36 +125,6 @@ def _transformers(model: Model) -> Engine:
     from cpo_pipe.pipeline.engines.transformers import TransformersEngine  # imports torch, which vllm must do first
 
     return TransformersEngine(model)
-
-
-def stop_ids(model: Model, tokenizer: TokenizerFiles) -> tuple[int, ...]:
-    """Token ids that end a continuation: the EOS of the prompts' tokenizer, and the model's generation config's.
-
-    Read from the JSON files, so that a run with nothing to do imports no transformers; where those do not say (the
-    class of an old tokenizer implies its EOS), the tokenizer is loaded.
-    """
-    found = _declared_eos(tokenizer.path)
-    if found is None:
-        found = tokenizer.load().eos_token_id
-    configured = _json(model.path / "generation_config.json").get("eos_token_id")
-    ids = [found, *(configured if isinstance(configured, list) else [configured])]
-    return tuple(sorted({int(token) for token in ids if token is not None}))
-
-
-def _declared_eos(folder: Path) -> int | None:
-    """Id of the EOS token that a tokenizer's JSON files name."""
-    config, tokenizer = _json(folder / "tokenizer_config.json"), _json(folder / "tokenizer.json")
-    named = config.get("eos_token") or _json(folder / "special_tokens_map.json").get("eos_token")
-    token = named["content"] if isinstance(named, dict) else named
-    for added in tokenizer.get("added_tokens", []):
-        if added["content"] == token:
-            return int(added["id"])
-    vocabulary = tokenizer.get("model", {}).get("vocab")
-    return vocabulary.get(token) if isinstance(vocabulary, dict) else None  # Unigram lists pairs: left to the tokenizer
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
 
 
 def check_context(selection: pa.Table, model: Model, new_tokens: int, field: str) -> int:

@@ -1,6 +1,8 @@
 """Judges that run a model here, against transformers' own logits and loss on tiny models."""
 
 import importlib.util
+import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,24 @@ def test_likelihood_is_minus_transformers_loss(bench: Bench) -> None:
     assert bench.scored == [3], "of case 0 and what stands twice one group"
 
 
+def test_any_of_the_models_end_tokens_ends_an_output(tmp_path: Path, new_model: Callable[..., Path]) -> None:
+    folder = new_model()
+    plain = Bench(tmp_path / "one", folder).likelihood()
+    assert "end_tokens" not in plain.spec()
+    alone = plain.spec()
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
+    judge = Bench(tmp_path / "two", folder).likelihood()
+    assert judge.spec() == {**alone, "end_tokens": [0, 7]}
+    network, tokenizer = (kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    for output, score in zip(OUTPUTS[:2], judge.scores([case(0)] * 2, OUTPUTS[:2]), strict=True):
+        prompt, written = tokenizer.encode(case(0).rendered), tokenizer.encode(output)
+        with torch.no_grad():
+            logprobs = network(torch.tensor([prompt + written])).logits[0, len(prompt) - 1 :].log_softmax(-1)
+        of_tokens = sum(float(logprobs[place, token]) for place, token in enumerate(written))
+        of_end = math.log(sum(math.exp(float(logprobs[-1, end])) for end in (0, 7)))
+        assert score == pytest.approx((of_tokens + of_end) / (len(written) + 1), rel=1e-5)
+
+
 def test_the_likelier_output_wins(bench: Bench) -> None:
     judge = bench.likelihood()
     pairs = [Pair(case(k), a, b) for k in range(3) for a, b in [(OUTPUTS[0], OUTPUTS[2]), (OUTPUTS[2], OUTPUTS[1])]]
@@ -107,6 +127,9 @@ def test_likelihood_needs_an_end(tmp_path: Path, new_model: Callable[..., Path])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(folder)
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, "eos_token_id": None}))
     with pytest.raises(InputError, match=r"^evaluate.judges.likelihood.model .*: it has no EOS token"):
         Bench(tmp_path, folder).likelihood().scores([case(0)], ["x"])
 

@@ -647,8 +647,9 @@ class TestVllm:
     def test_completions_are_those_of_the_engine_here(
         self, vllm_server: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        from cpo_pipe.data.end_tokens import end_tokens
         from cpo_pipe.data.models import locate_model
-        from cpo_pipe.pipeline.engines.base import LazyEngine, Sampled, stop_ids
+        from cpo_pipe.pipeline.engines.base import LazyEngine, Sampled
 
         folder, url = vllm_server
         tokenizer, table = TokenizerFiles(folder, "tiny"), examples(8)
@@ -657,7 +658,7 @@ class TestVllm:
         assert run.make(table, 5) == 40
         model = locate_model(str(folder), Store(tmp_path / "models"))
         here = Store(tmp_path / "here").rows("negatives", {})
-        ends = replace(sampling, stop_ids=stop_ids(model, tokenizer))
+        ends = replace(sampling, stop_ids=end_tokens(model.path, tokenizer))
         work = Sampled(here, LazyEngine("vllm", model), ends, 3, tokenizer, run.work.columns)
         make_missing(Wanted(here, 5), table, work, LocalExecutor(), batch_size=64, label="here")
         rows, theirs = run.made(table), here.read(table["example_id"].to_pylist()).to_pylist()

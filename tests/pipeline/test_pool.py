@@ -14,13 +14,14 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from cpo_pipe.data.end_tokens import end_tokens
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.examples import Examples
 from cpo_pipe.data.executor import LocalExecutor
 from cpo_pipe.data.models import TokenizerFiles, locate_model, locate_tokenizer
 from cpo_pipe.data.recipe import Data, Pool, PoolColumns
 from cpo_pipe.data.store import Store
-from cpo_pipe.pipeline.engines.base import LazyEngine, Sampling, stop_ids
+from cpo_pipe.pipeline.engines.base import LazyEngine, Sampling
 from cpo_pipe.pipeline.missing import Wanted, make_missing
 from cpo_pipe.pipeline.negatives.pool import (
     FromFile,
@@ -431,7 +432,7 @@ def with_tokenizer(folder: Path, tokenizer: Tokenizer, **options: Any) -> Path:
 
 
 def sampling(folder: Path, store: Store, tokens: int = 8, top_k: int = 1) -> Sampling:
-    ends = stop_ids(locate_model(str(folder), store), locate_tokenizer(str(folder), store))
+    ends = end_tokens(folder, locate_tokenizer(str(folder), store))
     return Sampling(temperature=1.0, top_k=top_k, max_new_tokens=tokens, stop_ids=ends)
 
 

@@ -32,7 +32,7 @@ def model(folder: Path) -> Model:
 
 def merged(folder: Path, *parts: Path, weights: Sequence[float] = (ALPHA, 1 - ALPHA), **settings: Any) -> Path:
     folder.mkdir()
-    write_merged("mix", list(zip(map(model, parts), weights, strict=True)), folder, **settings)
+    write_merged("mix", list(zip(map(model, parts), weights, strict=True)), folder, (0,), **settings)
     return folder
 
 
@@ -172,13 +172,20 @@ def test_damaged_weights_are_not_merged(tmp_path: Path, new_model: NewModel) -> 
     assert not list(root.glob("checkpoints/*/model*"))
 
 
-def test_the_tokenizer_and_the_generation_config_come_along(tmp_path: Path, new_model: NewModel) -> None:
+def test_the_tokenizer_comes_along_and_all_end_tokens_are_named(tmp_path: Path, new_model: NewModel) -> None:
     store = Store(tmp_path / "store")
     one, two = (shutil.copytree(new_model(seed=seed), tmp_path / str(seed)) for seed in (1, 2))
-    (one / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
+    (one / "generation_config.json").write_text('{"eos_token_id": [0, 5], "temperature": 0.9, "min_length": 3}')
+    (two / "generation_config.json").write_text('{"eos_token_id": [4]}')
     parts = [(locate_model(str(one), store), 0.5), (locate_model(str(two), store), 0.5)]
     product = merge("mix", store, parts, locate_tokenizer(str(one), store))
-    assert json.loads((product.path / "generation_config.json").read_text()) == {"eos_token_id": [0, 5]}
+    written = json.loads((product.path / "generation_config.json").read_text())
+    assert {**written, "transformers_version": ""} == {
+        "eos_token_id": [0, 4, 5], "pad_token_id": 0, "transformers_version": "",
+    }  # fmt: skip
+    assert json.loads((product.path / "config.json").read_text())["eos_token_id"] == [0, 4, 5]
+    (two / "generation_config.json").write_text('{"eos_token_id": [3]}')
+    assert merge("mix", store, parts, locate_tokenizer(str(one), store)).path != product.path
     assert (product.path / "tokenizer.json").read_bytes() == (one / "tokenizer.json").read_bytes()
     assert product.manifest["fingerprint"] == locate_model(str(product.path), store).fingerprint
 

@@ -478,6 +478,7 @@ def test_a_failed_export_loses_no_step_and_leftovers_go(
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
+        patch.setattr("cpo_pipe.trainer.train._Checkpoint.rehearse", lambda *_: None)
         patch.setattr("cpo_pipe.trainer.train.copy_tokenizer", full)
         with pytest.raises(OSError, match="No space left"):
             bench.train("cpo")
@@ -530,3 +531,74 @@ def test_an_ensemble_is_the_weighted_mean_of_weights(
     stranger = locate_model(str(new_model(hidden_size=32)), bench.store)
     with pytest.raises(InputError, match="not of one architecture"):
         merge("e", bench.store, [(bench.model, 0.5), (stranger, 0.5)], bench.tokenizer)
+
+
+# ── what is written at the end ───────────────────────────────────────────────────────────────────────────────────────
+
+AUTHORS = {"temperature": 0.9, "top_p": 0.6, "repetition_penalty": 5.0, "min_length": 40, "eos_token_id": 7}
+"""Contradictory, as Vicuna's and Llama 2's are, and no greedy decoding of the model itself."""
+
+
+def with_generation_config(source: Path, folder: Path, **content: Any) -> Path:
+    shutil.copytree(source, folder)
+    (folder / "generation_config.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_the_authors_generation_config_changes_nothing_and_is_not_passed_on(tmp_path: Path, tiny_model: Path) -> None:
+    authors = with_generation_config(tiny_model, tmp_path / "authors", **AUTHORS)
+    plain = with_generation_config(tiny_model, tmp_path / "plain", eos_token_id=7)
+    made = [Bench(tmp_path / f"store {folder.name}", folder).train("mle", eval_every=1) for folder in (authors, plain)]
+    assert [row["repetition"] for row in metrics(made[0])] == [row["repetition"] for row in metrics(made[1])]
+    written = [(product.path / "generation_config.json").read_bytes() for product in made]
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "targets": ["q_proj"]}])
+def test_a_checkpoint_names_what_its_targets_end_with_first(
+    tmp_path: Path, tiny_model: Path, lora: dict[str, Any] | None
+) -> None:
+    if lora is not None:
+        pytest.importorskip("peft")
+    base = with_generation_config(tiny_model, tmp_path / "base", eos_token_id=[9, 7])
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "eos_token_id": 8}))
+    product = Bench(tmp_path, base).train("mle", lora=lora)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((product.path / name).read_text())["eos_token_id"] == [0, 7, 8, 9], name
+    model = AutoModelForCausalLM.from_pretrained(product.path)
+    assert model.generation_config.eos_token_id == [0, 7, 8, 9]
+
+
+def test_end_tokens_are_identity_of_a_checkpoint_that_names_them(tmp_path: Path, tiny_model: Path) -> None:
+    store = Store(tmp_path / "store")
+    names = ({"eos_token_id": 0}, {"eos_token_id": [0]}, {"eos_token_id": [5, 0]})
+    addresses = []
+    for number, content in enumerate(names):
+        bench = Bench(tmp_path, with_generation_config(tiny_model, tmp_path / str(number), **content))
+        config = Training.model_validate({"init": "m", "objective": "mle", "steps": 2, "batch_size": 4, "lr": 1e-3})
+        addresses.append(store.product("checkpoints", training_spec(config, bench.inputs("mle"))).name)
+    assert addresses[0] == addresses[1] != addresses[2]
+
+
+def test_what_cannot_be_written_is_found_before_the_first_step(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("these settings contradict each other\nand more")
+
+    monkeypatch.setattr("cpo_pipe.trainer.loop.Loop.run", lambda _: pytest.fail("it trained"))
+    for written in ("transformers.PreTrainedModel.save_pretrained", "cpo_pipe.trainer.card.write_card",
+                    "cpo_pipe.trainer.interim.metrics_table", "cpo_pipe.trainer.train.copy_tokenizer"):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(written, refuse)
+            with pytest.raises(InputError) as error:
+                bench.train("mle")
+        assert str(error.value).startswith("train.t: its checkpoint could not be written after the last step (these")
+        assert "\n" not in str(error.value)
+    assert not [*bench.store.local.glob("checkpoints/.tmp-*")], "what was written on trial is removed"
+
+
+def test_the_trial_before_the_first_step_leaves_nothing(bench: Bench) -> None:
+    product = bench.train("mle")
+    assert {path.name for path in (bench.store.local / "checkpoints").iterdir()} <= {
+        product.path.name, ".locks", ".in-progress",
+    }  # fmt: skip

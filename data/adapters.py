@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpo_pipe.data.end_tokens import end_tokens, name_end_tokens
-from cpo_pipe.data.errors import InputError, MissingInput
+from cpo_pipe.data.errors import InputError, MissingInput, cause
 from cpo_pipe.data.fingerprint import (
     TOKENIZER_FILES,
     check_unchanged,
@@ -117,8 +117,7 @@ def _with_adapter(name: str, folder: Path, base: "Model") -> "PeftModel":
     try:
         model: PeftModel = PeftModel.from_pretrained(base.load(torch.float32), folder)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"model {name}: the adapter does not fit its base {base.name} ({reason[:200]})") from error
+        raise InputError(f"model {name}: the adapter does not fit its base {base.name} ({cause(error)})") from error
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         given = set(file.keys())
     taken = set(get_peft_model_state_dict(model, save_embedding_layers=False))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.errors import InputError, cause
 from cpo_pipe.data.fingerprint import check_unchanged, digest
 from cpo_pipe.data.models import fetch_folder
 from cpo_pipe.data.progress import track
@@ -75,7 +75,10 @@ class Embedder:
 
             for name, recorded in self.files.items():  # the fingerprint must be that of what is loaded
                 check_unchanged(self.path / name, recorded)
-            model = SentenceTransformer(str(self.path), local_files_only=True, trust_remote_code=False)
+            try:
+                model = SentenceTransformer(str(self.path), local_files_only=True, trust_remote_code=False)
+            except Exception as error:  # the libraries' failures have no common type
+                raise InputError(f"embedding model {self.name}: cannot be loaded ({cause(error)})") from error
             self._loaded.append(model)
         return self._loaded[0]
 

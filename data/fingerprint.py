@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cpo_pipe.data.errors import InputError, RunError
+from cpo_pipe.data.errors import InputError, RunError, cause
 
 log = logging.getLogger(__name__)
 
@@ -227,7 +227,7 @@ def read_json(path: Path, remedy: str = "download or save the model again") -> d
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); {remedy}") from error
+        raise InputError(f"{path}: not valid JSON ({cause(error)}); {remedy}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a JSON object; {remedy}")
     return content

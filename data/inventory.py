@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.errors import InputError, cause
 from cpo_pipe.data.fingerprint import Spec, address, canonical_json, distrust, sha256_file
 from cpo_pipe.data.recipe import nearest
 from cpo_pipe.data.records import (
@@ -290,7 +290,7 @@ def _shard_fault(artifact: Artifact, name: str, manifest: Record, table: Table) 
                 return fault
             keys = parquet.read(columns=list(table.key))
     except pa.ArrowException as error:
-        return f"it cannot be read ({error})"
+        return f"it cannot be read ({cause(error)})"
     distinct = keys.group_by(list(table.key)).aggregate([]).num_rows
     return f"{keys.num_rows - distinct} row keys stand twice in it" if distinct != keys.num_rows else None
 
@@ -310,7 +310,7 @@ def _file_fault(artifact: Artifact, name: str) -> str | None:
         with file.open("rb") as opened, pq.ParquetFile(opened) as parquet:
             return _table_fault(parquet, schema, artifact.rows if name == "examples.parquet" else None)
     except pa.ArrowException as error:
-        return f"it cannot be read ({error})"
+        return f"it cannot be read ({cause(error)})"
 
 
 def run_faults(run: Registration) -> Iterator[str]:

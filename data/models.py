@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpo_pipe.data import adapters, remote_code
-from cpo_pipe.data.errors import InputError, MissingInput
+from cpo_pipe.data.errors import InputError, MissingInput, cause
 from cpo_pipe.data.fingerprint import (
     TOKENIZER_FILES,
     check_unchanged,
@@ -71,9 +71,11 @@ class Model:
         """The network itself, on the CPU.
 
         Raises:
-            InputError: transformers does not know the architecture, or the weights lack some of its tensors.
+            InputError: transformers does not know the architecture, the weights lack some of its tensors, or are
+                quantized in a way for which a package is missing.
             RunError: the weights are damaged.
         """
+        import torch
         from transformers import AutoModelForCausalLM
 
         self.check_weights()
@@ -90,8 +92,10 @@ class Model:
                 attn_implementation="eager" if capped else None,
                 trust_remote_code=False,
             )
-        except (ValueError, KeyError) as error:
-            raise InputError(f"model {self.name}: cannot be loaded ({_first_sentence(error)})") from error
+        except (ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise InputError(f"model {self.name}: cannot be loaded ({cause(error)}){self._quantized()}") from error
         network: PreTrainedModel = pair[0]
         lacking = sorted(pair[1]["missing_keys"])
         if lacking:  # transformers would fill them with random numbers
@@ -99,6 +103,17 @@ class Model:
                 f"model {self.name}: its weights lack {len(lacking)} tensors of its architecture, such as {lacking[0]}"
             )
         return network
+
+    def _quantized(self) -> str:
+        """Return what helps where the weights are quantized, for a message; nothing where they are not."""
+        settings = read_json(self.path / "config.json").get("quantization_config")
+        if not isinstance(settings, dict):
+            return ""
+        method = settings.get("quant_method", "unknown method")
+        return (
+            f"; its weights are quantized ({method}): install the package that transformers needs for them, or name a "
+            "model whose weights are not quantized"
+        )
 
     def skeleton(self) -> "PreTrainedModel":
         """The network without weights: the names and shapes of its tensors, and which of them are one.
@@ -116,7 +131,7 @@ class Model:
                     config, dtype=torch.float32, trust_remote_code=False
                 )
         except Exception as error:  # a config's faults show in any of an architecture's ways
-            raise InputError(f"model {self.name}: config.json makes no model ({_first_sentence(error)})") from error
+            raise InputError(f"model {self.name}: config.json makes no model ({cause(error)})") from error
         return network
 
 
@@ -159,7 +174,7 @@ def fetch_folder(
         if not make:
             raise MissingInput(f"{what} {name}: no such folder or training, and not downloaded from the hub") from error
         raise InputError(
-            f"{what} {name}: no such folder or training, and the hub did not give it ({_first_sentence(error)})"
+            f"{what} {name}: no such folder or training, and the hub did not give it ({cause(error)})"
         ) from error
 
 
@@ -269,7 +284,7 @@ class TokenizerFiles:
         except Exception as error:  # the libraries' failures have no common type
             if "trust_remote_code" in str(error):
                 raise remote_code.code_error(f"tokenizer {self.path}", "tokenizer_config.json") from error
-            raise InputError(f"tokenizer {self.path}: cannot be loaded ({_first_sentence(error)})") from error
+            raise InputError(f"tokenizer {self.path}: cannot be loaded ({cause(error)})") from error
         return tokenizer
 
 
@@ -335,8 +350,3 @@ def _tokens(file: Path) -> dict[int, str]:
         return tokens | {token["id"]: token["content"] for token in content.get("added_tokens", [])}
     except (AttributeError, TypeError, ValueError, KeyError) as error:
         raise InputError(f"{file}: has another form than a tokenizer.json; download or save the model again") from error
-
-
-def _first_sentence(error: Exception) -> str:
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return line.split(". ")[0].rstrip(".")

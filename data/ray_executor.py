@@ -19,10 +19,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cpo_pipe.data.errors import InputError, RunError
+from cpo_pipe.data.errors import InputError, RunError, cause
 from cpo_pipe.data.executor import Work, do_batch
 from cpo_pipe.data.progress import track
 from cpo_pipe.data.roots import AnyPath
+from cpo_pipe.data.text import one_line
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +69,8 @@ class RayExecutor:
                         raise (InputError if row["trouble"] == InputError.__name__ else RunError)(row["message"])
                     meter.advance(row["units"])
             except ray.exceptions.RayError as error:
-                reason = " ".join(str(error).split())[:300]
-                raise RunError(f"{label}: Ray's workers failed ({reason}); what was made is kept") from error
+                said = one_line(str(error), 300)  # several lines, of which the last ones say what happened
+                raise RunError(f"{label}: Ray's workers failed ({said}); what was made is kept") from error
 
     def _resources(self) -> tuple[int, float]:
         """How many workers, and how many GPUs each."""
@@ -103,7 +104,7 @@ class _Worker:
                 row["units"] += sum(do_batch(self._work, self._make, table))
         except Exception as error:
             ours = isinstance(error, InputError | RunError)
-            message = str(error) if ours else f"{type(error).__name__}: {error}"
+            message = str(error) if ours else f"{type(error).__name__}: {cause(error)}"
             row |= {"trouble": type(error).__name__, "message": message, "trace": traceback.format_exc()}
         return {name: [value] for name, value in row.items()}
 

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.errors import InputError, cause
 from cpo_pipe.data.fingerprint import Spec, check_unchanged, digest, sha256_once
 
 TEXT_COLUMN = "text"
@@ -141,15 +141,19 @@ class Source:
             return _csv(Path(self.name), required)
         if self.kind == ".parquet":
             parquet = _parquet(self.name)
-            _require(self.name, required, parquet.schema_arrow.names)
-            there = [name for name in parquet.schema_arrow.names if name in wanted]
-            return _numbered(Path(self.name).name, parquet.iter_batches(batch_size=1024, columns=there))
+            schema = parquet.schema_arrow
+            _require(self.name, required, schema.names)
+            there = [name for name in schema.names if name in wanted]
+            if twice := duplicate(there):
+                raise InputError(f"data.source {self.name}: has two columns named {twice!r}; rename or remove one")
+            batches = parquet.iter_batches(batch_size=1024, columns=there)
+            return _numbered(Path(self.name).name, batches, _class_names(schema))
         if self.kind in ("folder", "hub"):
             data_set = self._data_set
             _require(self.name, required, data_set.column_names)
             there = [name for name in data_set.column_names if name in wanted]
             batches = data_set.select_columns(there).with_format("arrow").iter(batch_size=1024)
-            return _numbered(f"{self.name}/{self.split}", batches)
+            return _numbered(f"{self.name}/{self.split}", batches, _class_names(data_set.features.arrow_schema))
         _require(self.name, required, [TEXT_COLUMN])
         return _articles(Path(self.name)) if self.kind == ".txt" else _python_docs()
 
@@ -165,7 +169,7 @@ class Source:
                 self.name, self.subset, split=self.split, revision=self.commit, cache_dir=cache
             )
         except Exception as error:  # the library's failures have no common type: no such subset, split, unreadable, …
-            raise InputError(f"data.source {self.name}: not readable as a data set ({_first_line(error)})") from error
+            raise InputError(f"data.source {self.name}: not readable as a data set ({cause(error)})") from error
 
 
 def locate_source(name: str, subset: str | None = None, split: str = "train", revision: str | None = None) -> Source:
@@ -176,6 +180,7 @@ def locate_source(name: str, subset: str | None = None, split: str = "train", re
     """
     path = Path(name)
     if path.is_dir():
+        _refuse_saved(path, split)
         return Source(name, "folder", subset, split)
     if path.suffix.lower() in _FILES:
         if not path.is_file():
@@ -186,6 +191,36 @@ def locate_source(name: str, subset: str | None = None, split: str = "train", re
     if not _HUB_NAME.fullmatch(name):
         raise InputError(f"data.source {name}: no such file or folder, and not the name of a Hugging Face data set")
     return Source(name, "hub", subset, split, _hub_commit(name, revision))
+
+
+def _refuse_saved(folder: Path, split: str) -> None:
+    """Refuse a folder that `save_to_disk` of the `datasets` library wrote: its files are no Parquet.
+
+    Raises:
+        InputError: it is one.
+    """
+    splits = (folder / "dataset_dict.json").is_file()
+    if splits or ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()):
+        one = f"[{split!r}]" if splits else ""
+        raise InputError(
+            f"data.source {folder}: is a folder that save_to_disk wrote, which is not read; write a Parquet file with "
+            f"datasets.load_from_disk({str(folder)!r}){one}.to_parquet('{folder.name}.parquet') and name that file"
+        )
+
+
+def duplicate(names: Sequence[str]) -> str | None:
+    """Return the first name that is in a list more than once, or None."""
+    return next((name for place, name in enumerate(names) if name in names[:place]), None)
+
+
+def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """Return the names of the classes in columns of type ClassLabel, by column, as `datasets` records them."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        kinds = {name: feature for name, feature in features.items() if feature.get("_type") == "ClassLabel"}
+        return {name: list(map(str, feature["names"])) for name, feature in kinds.items()}
+    except (KeyError, ValueError, TypeError, AttributeError):  # of another version, or none
+        return {}
 
 
 def _hub_commit(name: str, revision: str | None) -> str:
@@ -202,7 +237,7 @@ def _hub_commit(name: str, revision: str | None) -> str:
         if cached.is_file():
             return cached.read_text().strip()
         raise InputError(
-            f"data.source {name}: no such file or folder, and the hub gave no such data set ({_first_line(error)})"
+            f"data.source {name}: no such file or folder, and the hub gave no such data set ({cause(error)})"
         ) from error
 
 
@@ -268,14 +303,16 @@ def _parquet(name: str) -> Any:
     try:
         return pq.ParquetFile(name)
     except pa.ArrowInvalid as error:
-        raise InputError(f"data.source {name}: not a Parquet file ({_first_line(error)})") from error
+        raise InputError(f"data.source {name}: not a Parquet file ({cause(error)})") from error
 
 
-def _numbered(name: str, batches: Iterable[Any]) -> Stream:
-    """Rows of Arrow record batches or tables."""
+def _numbered(name: str, batches: Iterable[Any], classes: Mapping[str, Sequence[str]]) -> Stream:
+    """Rows of Arrow record batches or tables; `classes` are the names that numbers in a column stand for."""
     number = 0
     for batch in batches:
         columns = {column: _values(batch.column(column)) for column in batch.schema.names}
+        for column in classes.keys() & columns.keys():
+            columns[column] = [_class_name(value, classes[column]) for value in columns[column]]
         for index in range(batch.num_rows):
             number += 1
             yield Row(f"{name}:{number}", {column: values[index] for column, values in columns.items()})
@@ -288,6 +325,13 @@ def _values(column: Any) -> list[Any]:
         raw = column.cast(pa.large_binary()).to_pylist()
         values = [value if value is None else value.decode(errors="surrogateescape") for value in raw]
     return values
+
+
+def _class_name(value: Any, names: Sequence[str]) -> Any:
+    """Return the name of a class; None of -1, which stands for no class."""
+    if not isinstance(value, int):
+        return value
+    return names[value] if 0 <= value < len(names) else None
 
 
 def _articles(path: Path) -> Stream:
@@ -326,7 +370,3 @@ def _python_docs() -> Stream:
 
 def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

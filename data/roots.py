@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.errors import LONGEST_REASON, InputError, cause
+from cpo_pipe.data.text import one_line
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -75,11 +76,11 @@ def reported(path: AnyPath) -> Iterator[None]:
         raise
     except PermissionError as error:
         raise InputError(
-            f"--store: no permission for {shown(path)} ({_first_line(error)}); check the credentials in the environment"
+            f"--store: no permission for {shown(path)} ({_said(error)}); check the credentials in the environment"
         ) from error
     except Exception as error:  # of the libraries below fsspec; not all are OSErrors
         raise InputError(
-            f"--store: {shown(path)} cannot be reached ({_first_line(error)}); "
+            f"--store: {shown(path)} cannot be reached ({_said(error)}); "
             "check the network, the endpoint (for S3 AWS_ENDPOINT_URL) and the credentials in the environment"
         ) from error
 
@@ -93,8 +94,8 @@ def _without_credentials(text: str) -> str:
     return re.sub(r"//[^/@\s]*:[^/@\s]*@", "//", text)
 
 
-def _first_line(error: Exception) -> str:
-    return _without_credentials(f"{error}".partition("\n")[0]) or type(error).__name__
+def _said(error: Exception) -> str:
+    return one_line(_without_credentials(cause(error, None)), LONGEST_REASON)
 
 
 def local_folder(root: AnyPath) -> Path:

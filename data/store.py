@@ -35,7 +35,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from cpo_pipe.data import atomic
-from cpo_pipe.data.errors import InputError, RunError
+from cpo_pipe.data.errors import InputError, RunError, cause
 from cpo_pipe.data.fingerprint import FileHashes, Spec, address, digest, sha256_file, sha256_once
 from cpo_pipe.data.index import Index, Keys
 from cpo_pipe.data.records import product_manifest, read_record, registration, shard_manifest, with_checksum
@@ -219,7 +219,7 @@ class Rows:
         try:
             table = table.select(self.schema.names).cast(self.schema)
         except (KeyError, ValueError, pa.ArrowException) as error:
-            raise RunError(f"{self.name}: rows do not fit the schema ({error})") from error
+            raise RunError(f"{self.name}: rows do not fit the schema ({cause(error)})") from error
         if _first_of_each(table, self.key).num_rows != table.num_rows:
             raise RunError(f"{self.name}: the same row key stands twice in one shard")
         if not self._is_described:  # once in each process, whether it is there or not

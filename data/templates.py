@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.errors import InputError, cause
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +43,7 @@ def render(template: str, prompt: str, context: str = "", tokenizer: "PreTrained
         tokenizer: needed for `chat` only.
 
     Raises:
-        InputError: `chat`, and the tokenizer has no chat template.
+        InputError: `chat`, and the tokenizer has no chat template, or one that fails.
     """
     if template == DOLLY:
         template = _DOLLY_WITH_CONTEXT if context.strip() else _DOLLY
@@ -65,7 +65,13 @@ def _render_chat(content: str, tokenizer: "PreTrainedTokenizerBase | None") -> s
             "use plain, dolly or a text with {prompt}, or give the tokenizer of a chat model"
         )
     messages = [{"role": "user", "content": content}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template fails in its own words, or in any of Python's ways
+        raise InputError(
+            f"data.template is chat, but the tokenizer's chat template fails on the message of a user: {cause(error)}; "
+            "set data.template to plain, dolly or a text with {prompt}, or correct the chat template"
+        ) from error
 
 
 def encode_prompts(template: str, rendered: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:

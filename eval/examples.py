@@ -6,7 +6,6 @@ gzip in base64, so that thousands of examples fit into one file.
 
 import base64
 import json
-import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -15,17 +14,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from cpo_pipe.data.text import visible
+
 MAX_PACKED = 10_000_000
 """Bytes of gzip after which no example is added: in base64 a third more, so that a page stays below 15 MB."""
 
 _GZIP = 16 + zlib.MAX_WBITS
 _COMPARISON = ("judge", "system", "decoding", "opponent")
-
-# What has no shape of its own, or changes the direction of what follows it: shown by name instead of done.
-_INVISIBLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
-    "\U000e0000-\U000e007f\ud800-\udfff]"
-)
 
 
 @dataclass(frozen=True)
@@ -54,12 +49,6 @@ def pack(examples: pa.Table, outputs: pa.Table, verdicts: pa.Table) -> Packed:
             break
     chunks.append(gzip.flush())
     return Packed(base64.b64encode(b"".join(chunks)).decode(), count)
-
-
-def visible(text: str) -> str:
-    r"""Text with its control and direction characters shown as `\x1b`, and lines ended as HTML ends them."""
-    lines = text.replace("\r\n", "\n")
-    return _INVISIBLE.sub(lambda match: match[0].encode("unicode_escape").decode(), lines)
 
 
 def _lines(examples: pa.Table, outputs: pa.Table, verdicts: pa.Table) -> Iterator[Mapping[str, Any]]:

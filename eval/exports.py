@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cpo_pipe.data import atomic
 from cpo_pipe.data.recipe import GROUND_TRUTH
+from cpo_pipe.data.text import markdown
 from cpo_pipe.eval.report import PUBLISHED_NOTE, SHARED_NOTE, ReportData, agreement_rows, marked_grids, published_tables
 
 _TARGETS = (GROUND_TRUTH, "targets")
@@ -67,24 +68,29 @@ def _markdown(data: ReportData) -> Iterator[str]:
     for grid in marked_grids(data):
         yield f"\nDecoding: {grid.decoding}\n"
         yield _line(["metric", *grid.systems])
-        yield _line(["---", *["---:"] * len(grid.systems)])
+        yield _rule(len(grid.systems))
         yield from (_line([metric, *cells]) for metric, cells in grid.rows)
     for table in published_tables(data):
-        yield f"\n{table.title}\n"
+        yield f"\n{markdown(table.title)}\n"
         yield _line(["system", "published", "this run"])
-        yield _line(["---", "---:", "---:"])
+        yield _rule(2)
         yield from (_line([name, *cells]) for name, cells in table.rows)
     if data.published:
         yield f"\n{PUBLISHED_NOTE}"
     if agreements := agreement_rows(data):
         yield "\nAgreement of judges\n"
         yield _line(["judges", "agreement", "kappa", "pairs"])
-        yield _line(["---", "---:", "---:", "---:"])
+        yield _rule(3)
         yield from (_line([name, *cells]) for name, cells in agreements)
     shared = [SHARED_NOTE] if not data.shared_metrics.isdisjoint(data.metrics["metric"].to_pylist()) else []
-    yield from (f"\n{note}" for note in [*data.notes, *shared])
+    yield from (f"\n{markdown(note)}" for note in [*data.notes, *shared])
     yield ""
 
 
 def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(map(markdown, cells))} |"
+
+
+def _rule(figures: int) -> str:
+    """Return the line between the head of a table and its rows: a name, and figures set to the right."""
+    return f"| --- |{' ---: |' * figures}"

@@ -11,7 +11,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.errors import InputError, cause
 from cpo_pipe.eval.judges.base import OTHER, Pair, Winner
 
 FORMATS = (".jsonl", ".csv", ".parquet")
@@ -97,8 +97,7 @@ def _read(path: Path) -> pa.Table:
             raise _error(path, f"there is no column {absent[0]}: there must be {', '.join(COLUMNS)}")
         return table.select(COLUMNS).cast(_SCHEMA)
     except (pa.ArrowException, OSError, KeyError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise _error(path, f"cannot be read ({reason})") from error
+        raise _error(path, f"cannot be read ({cause(error)})") from error
 
 
 def _error(path: Path, fault: str) -> InputError:

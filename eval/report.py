@@ -22,8 +22,9 @@ from rich.table import Table
 
 from cpo_pipe.data import atomic
 from cpo_pipe.data.recipe import Published
+from cpo_pipe.data.text import say, visible
 from cpo_pipe.eval.charts import Bar, Chart, Point, alpha_curves, quality_charts, training_curves, win_rates
-from cpo_pipe.eval.examples import pack, visible
+from cpo_pipe.eval.examples import pack
 from cpo_pipe.eval.measure import ANY_DECODING, NOTICEABLE
 
 DAGGER = " †"
@@ -216,9 +217,9 @@ class Card:
 def write_report(path: Path, data: ReportData) -> None:
     """Write the report as one HTML file, complete or absent."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_visible
     )
-    environment.filters |= {"visible": visible, "duration": _duration}
+    environment.filters |= {"duration": _duration}
     folder = files("cpo_pipe.eval")
     source, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("report.html.j2", "report.js"))
     html = environment.from_string(source).render(
@@ -242,6 +243,11 @@ def write_report(path: Path, data: ReportData) -> None:
     atomic.write_bytes(path, html.encode())
 
 
+def _visible(value: Any) -> Any:
+    """Return what a place of the page shows: visible text; what is markup already, which is ours, stays as it is."""
+    return visible(value) if type(value) is str else value
+
+
 def _duration(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
     if hours:
@@ -263,7 +269,7 @@ def print_table(metrics: pa.Table, baseline: str, shared_metrics: AbstractSet[st
             table.add_row(system, *(cells[row] for cells in columns.values()))
         _print(console, table)
     for note in [*notes, *([SHARED_NOTE] if _shared_here(metrics, shared_metrics) else [])]:
-        console.print(note, markup=False, highlight=False)
+        say(note)
 
 
 def print_quality(table: pa.Table, notes: Sequence[str] = ()) -> None:
@@ -279,7 +285,7 @@ def print_quality(table: pa.Table, notes: Sequence[str] = ()) -> None:
         grid.add_row(figure, *cells)
     _print(console, grid)
     for note in notes:
-        console.print(note)
+        say(note)
 
 
 def _print(console: Console, table: Table) -> None:

@@ -16,6 +16,7 @@ from cpo_pipe.data.recipe import builtin_recipes, load_recipe, nearest
 from cpo_pipe.data.recipe_text import recipe_text
 from cpo_pipe.data.roots import shown
 from cpo_pipe.data.store import Store
+from cpo_pipe.data.text import one_line, say
 from cpo_pipe.pipeline.convert import convert as convert_model
 from cpo_pipe.pipeline.run import Run
 from cpo_pipe.pipeline.store_commands import store_app
@@ -78,7 +79,7 @@ def init(name: Annotated[str, typer.Argument(help="Name of a built-in recipe.")]
         if name not in builtin_recipes():
             hint = nearest(name, builtin_recipes()) or f"there are {', '.join(builtin_recipes())}"
             raise InputError(f"recipe {name}: not built in; {hint}")
-        print(recipe_text(load_recipe(name), named=False), end="")
+        say(recipe_text(load_recipe(name), named=False).removesuffix("\n"))
 
 
 @app.command()
@@ -157,7 +158,7 @@ def train(
     """Train the named models, or all whose inputs exist, in order of dependency."""
     blocked = run.train(names or [])
     for name, reason in blocked.items() if processes.is_main() else ():
-        print(f"{name} is waiting: {reason}")
+        say(one_line(f"{name} is waiting: {reason}"))
 
 
 def evaluate(
@@ -252,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = app(arguments or ["--help"], prog_name="cpo-pipe", standalone_mode=False)
     except _UsageError as error:
-        print(f"error: {' '.join(error.format_message().split())} (--help shows how)", file=sys.stderr)
+        say(f"error: {one_line(error.format_message())} (--help shows how)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before a command has begun
         return 130

@@ -19,13 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jinja2 import TemplateError
 
-from cpo_pipe.data.errors import InputError, RunError
+from cpo_pipe.data.errors import InputError, RunError, cause
 from cpo_pipe.data.models import TokenizerFiles
 from cpo_pipe.data.progress import track
 from cpo_pipe.data.recipe import Negatives, Recipe, nearest
 from cpo_pipe.data.recipe_text import recipe_text
 from cpo_pipe.data.store import Rows
 from cpo_pipe.data.templates import control_tokens, eos_token_id
+from cpo_pipe.data.text import fenced, markdown, one_line, visible
 from cpo_pipe.pipeline.folders import check_new, new_folder
 from cpo_pipe.pipeline.negatives.pool import text_behind
 
@@ -76,8 +77,7 @@ DPOTrainer("model", args=DPOConfig(max_length=None), train_dataset=pairs).train(
 
 The recipe, with the source of prompts and ground truth:
 
-````yaml
-{recipe}````
+{recipe}
 
 No licence is named: it follows from those of the prompts and the ground truth, and of the models that wrote negatives.
 """
@@ -406,9 +406,9 @@ def _card(recipe: Recipe, negatives: Negatives, writer: _Writer, tally: _Tally, 
         otherwise=tally.otherwise,
         ends=ends,
         prompts=prompts,
-        recipe=recipe_text(recipe),
+        recipe=fenced(recipe_text(recipe), "yaml"),
     )
-    return f"---\n{facts.to_yaml()}\n---\n{text}"
+    return f"---\n{visible(facts.to_yaml())}\n---\n{text}"
 
 
 def _strategies(negatives: Negatives, pairs: Counter[Pair]) -> str:
@@ -419,11 +419,11 @@ def _strategies(negatives: Negatives, pairs: Counter[Pair]) -> str:
     for name, pool in negatives.pools.items():
         writers[f"pool:{name}"] = f"the file {pool.file}" if pool.file is not None else f"sampled from {pool.model}"
     for name, instruction in negatives.instructed.items():
-        writers[f"instructed:{name}"] = f"asked of {instruction.model} ({instruction.template.splitlines()[0]})"
+        writers[f"instructed:{name}"] = f"asked of {instruction.model} ({one_line(instruction.template, 100)})"
     labels = dict.fromkeys(label for pair in pairs for label in pair)
     lines = ["| chosen | rejected | pairs |", "| --- | --- | ---: |"]
-    lines += [f"| {chosen} | {rejected} | {count:,} |" for (chosen, rejected), count in sorted(pairs.items())]
-    return "\n".join([*lines, "", *(f"- `{label}`: {writers[label]}" for label in labels)])
+    lines += [f"| {' | '.join(map(markdown, pair))} | {count:,} |" for pair, count in sorted(pairs.items())]
+    return "\n".join([*lines, "", *(f"- `{label}`: {markdown(writers[label])}" for label in labels)])
 
 
 def _size(rows: int) -> str:
@@ -480,8 +480,7 @@ def upload(out: Path, repo: str, public: bool) -> None:
             if private and public:  # only once it is whole
                 api.update_repo_settings(made.repo_id, private=False, repo_type="dataset")
     except Exception as error:  # the hub client's failures have no common type: offline, no token, no rights, …
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise RunError(f"--push {repo}: the hub did not take it ({line}); {later}") from error
+        raise RunError(f"--push {repo}: the hub did not take it ({cause(error)}); {later}") from error
     if not private and not public:
         raise InputError(f"--push {repo}: the data set is there and public; add --public if that is meant; {later}")
     log.info("export: uploaded to %s", made)

@@ -5,6 +5,7 @@ import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +23,7 @@ from cpo_pipe.data.readers import PYTHON_DOCS, TEXT_COLUMN, Refusal, Row, Source
 from cpo_pipe.data.recipe import Data, TrainedTokenizer
 from cpo_pipe.data.schemas import EXAMPLES, REJECTED
 from cpo_pipe.data.store import Store
+from cpo_pipe.data.text import one_line
 from cpo_pipe.data.tokenizers import TrainedBPE
 
 if TYPE_CHECKING:
@@ -30,10 +32,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
-DEFINITIONS = 1
+DEFINITIONS = 2
 """Raise when the same rows come to mean other examples: what was prepared in the old way is then made again."""
 BATCH = 1024
 """Rows that are tokenized together, and rows of a written row group."""
+NAMED_REASONS = 3
+"""Reasons of which a row is shown when too many rows are rejected."""
 ARTICLE_BATCH = 64
 """Articles that are tokenized together."""
 
@@ -79,8 +83,13 @@ class _Pair:
         return templates.with_context(self.prompt, self.context)
 
 
-def prepare(config: Data, store: Store) -> Examples:
+def prepare(config: Data, store: Store, run_dir: Path | None = None) -> Examples:
     """Make the examples that a recipe's `data` section describes, or find them in the store.
+
+    Args:
+        config: the section.
+        store: where the examples are kept.
+        run_dir: where `rejected.parquet` is left to look at when no examples are made; None: nowhere.
 
     Raises:
         InputError: a setting or the source breaks a rule, or more than `max_rejected` of the rows do.
@@ -96,7 +105,7 @@ def prepare(config: Data, store: Store) -> Examples:
         if examples.product.complete():  # another process made them while we waited
             plan.check(examples)
         else:
-            _make(examples, plan.config, plan.rows)
+            _make(examples, plan.config, plan.rows, run_dir)
     log.info("%s", _summary(examples.product.manifest))
     return examples
 
@@ -143,9 +152,10 @@ class _Plan:
         facts = examples.product.manifest
         if not facts["rejected"]:
             return
-        first = pq.read_table(examples.product.path / "rejected.parquet", columns=["source", "reason"]).slice(0, 2)
+        file = examples.product.path / "rejected.parquet"
+        rejected = pq.read_table(file, columns=["source", "reason", "detail"]).to_pylist()
         kept = sum(facts["examples"].values()) + facts["left_over"]
-        _check_rejected(self.config.max_rejected, self.rows.source.name, facts["rejected"], kept, first.to_pylist())
+        _check_rejected(self.config.max_rejected, self.rows.source.name, facts["rejected"], kept, rejected, file)
 
     def tokenizer(self) -> TokenizerFiles:
         """The tokenizer, trained where it has to be."""
@@ -250,18 +260,25 @@ class _Rows:
         for field in fields:
             value = row.values.get(getattr(columns, field))
             if value is None and field in ("prompt", "target"):
-                return Refusal(row.source, "missing field", f"{getattr(columns, field)} (data.columns.{field})")
+                return Refusal(row.source, "missing field", self._column(field))
+            if field == "category" and isinstance(value, int | float | Decimal):
+                value = str(value)
             if value is not None and not isinstance(value, str):
-                return Refusal(row.source, "not text", f"{field}: {value!r}")
+                detail = f"{self._column(field)} has type {type(value).__name__}: {value!r}"
+                return Refusal(row.source, "not text", detail)
             if value is not None and not _is_utf8(value):
-                return Refusal(row.source, "not UTF-8", f"{field}: {value}")
+                return Refusal(row.source, "not UTF-8", f"{self._column(field)} is {value}")
             if value is not None:
                 texts[field] = value
         for field in ("prompt", "target"):
             if field in texts and not texts[field].strip():
-                return Refusal(row.source, f"empty {field}", texts[field])
+                return Refusal(row.source, f"empty {field}", f"{self._column(field)} is {texts[field]!r}")
         category = texts.get("category") or None
         return _Pair(row.source, texts.get("prompt", ""), texts.get("context", ""), texts["target"], category)
+
+    def _column(self, field: str) -> str:
+        """Return a column as messages name it: by its name, and the key of the recipe that names it."""
+        return f"column {getattr(self.config.columns, field)} (data.columns.{field})"
 
 
 def _is_utf8(text: str) -> bool:
@@ -273,7 +290,7 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _make(examples: Examples, config: Data, rows: _Rows) -> None:
+def _make(examples: Examples, config: Data, rows: _Rows, run_dir: Path | None) -> None:
     tokenizer = examples.tokenizer.load()
     templates.eos_token_id(tokenizer)  # an error now, not after the work
     with examples.product.create() as writer:
@@ -282,7 +299,7 @@ def _make(examples: Examples, config: Data, rows: _Rows) -> None:
             make = _cut_articles if config.preset in _CUT else _encode_pairs
             for made in make(rows, tokenizer, meter):
                 collected.add(made)
-        collected.check(config.max_rejected)
+        collected.check(config.max_rejected, run_dir)
         ends = split_ends(collected.prompt_hashes(), config.train, config.validation, config.test)
         collected.write(writer.path, ends)
         _warn_of_short_splits(config, ends)
@@ -331,7 +348,8 @@ def _encoded(
     limits = {"prompt": config.max_prompt_tokens, "target": config.max_target_tokens}
     for (part, limit), ids in zip(limits.items(), (prompt_ids, target_ids), strict=True):
         if len(ids) > limit:
-            return Refusal(pair.source, f"{part} too long", f"{len(ids)} tokens, at most {limit}", pair.example_id)
+            detail = f"{len(ids)} tokens, more than data.max_{part}_tokens {limit}"
+            return Refusal(pair.source, f"{part} too long", detail, pair.example_id)
     example: dict[str, Any] = {
         "example_id": pair.example_id, "prompt": pair.full_prompt, "rendered": rendered, "target": pair.target,
         "prompt_ids": prompt_ids, "target_ids": target_ids, "ends": True, "category": pair.category,
@@ -440,14 +458,22 @@ class _Collected:
         if len(self._pending) == BATCH:
             self._flush()
 
-    def check(self, max_rejected: float) -> None:
-        """Refuse to go on when too many rows were refused, or none is left."""
-        _check_rejected(max_rejected, self._source, self.reasons, len(self.keys), self._rejected[:2])
-        if not self.keys:
-            why = "all articles are shorter than half a piece; lower data.piece_tokens"
-            if self._rejected:
-                why = f"all rows were rejected; see {_places(self._rejected[:2])}"
-            raise InputError(f"data.source {self._source}: no examples are left: {why}")
+    def check(self, max_rejected: float, run_dir: Path | None) -> None:
+        """Refuse to go on when too many rows were refused, or none is left; the refused are then left in `run_dir`."""
+        file = run_dir / "rejected.parquet" if run_dir is not None else None
+        if file is not None:
+            file.unlink(missing_ok=True)  # of an earlier attempt
+        try:
+            _check_rejected(max_rejected, self._source, self.reasons, len(self.keys), self._rejected, file)
+            if not self.keys:
+                why = "all articles are shorter than half a piece; lower data.piece_tokens"
+                if self._rejected:
+                    why = f"all rows were rejected; {_places(self._rejected, file)}"
+                raise InputError(f"data.source {self._source}: no examples are left: {why}")
+        except InputError:
+            if file is not None and self._rejected:
+                self._write_rejected(file)
+            raise
 
     def prompt_hashes(self) -> list[str]:
         """Of the examples in their order."""
@@ -465,7 +491,10 @@ class _Collected:
                         writer.write_table(rows.select(EXAMPLES.names).cast(EXAMPLES))
         self._scratch.unlink()
         if self._rejected:  # `datasets` reads no table of no rows
-            pq.write_table(pa.Table.from_pylist(self._rejected, schema=REJECTED), folder / "rejected.parquet")
+            self._write_rejected(folder / "rejected.parquet")
+
+    def _write_rejected(self, file: Path) -> None:
+        pq.write_table(pa.Table.from_pylist(self._rejected, schema=REJECTED), file)
 
     def _flush(self) -> None:
         if self._pending:
@@ -474,19 +503,28 @@ class _Collected:
 
 
 def _check_rejected(
-    limit: float, source: str, reasons: Mapping[str, int], kept: int, first: Sequence[Mapping[str, Any]]
+    limit: float,
+    source: str,
+    reasons: Mapping[str, int],
+    kept: int,
+    rejected: Sequence[Mapping[str, Any]],
+    file: Path | None,
 ) -> None:
-    """Refuse when of all rows, `kept` and rejected, too many were rejected; `first` of these are named."""
-    rejected = sum(reasons.values())
-    if rejected > limit * (kept + rejected):
+    """Refuse when of all rows, `kept` and `rejected`, too many were rejected; `file` has these rows."""
+    count = sum(reasons.values())
+    if count > limit * (kept + count):
         raise InputError(
-            f"data.source {source}: {rejected:,} of {kept + rejected:,} rows were rejected ({_counts(reasons)}), "
-            f"more than data.max_rejected {limit:g} allows; see {_places(first)}; mend them or raise the limit"
+            f"data.source {source}: {count:,} of {kept + count:,} rows were rejected ({_counts(reasons)}), more than "
+            f"data.max_rejected {limit:g} allows; {_places(rejected, file)}; correct them or raise the limit"
         )
 
 
-def _places(rejected: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join(f"{row['source']} ({row['reason']})" for row in rejected)
+def _places(rejected: Sequence[Mapping[str, Any]], file: Path | None) -> str:
+    """Return where to look: the first row of each of the most frequent reasons, and the file that has all of them."""
+    first = {row["reason"]: row for row in reversed(rejected)}
+    frequent = [reason for reason, _ in Counter(row["reason"] for row in rejected).most_common(NAMED_REASONS)]
+    rows = [f"{first[reason]['source']} ({reason}: {one_line(first[reason]['detail'], 120)})" for reason in frequent]
+    return f"see {', '.join(rows)}{f'; all of them are in {file}' if file is not None else ''}"
 
 
 def split_ends(

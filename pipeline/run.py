@@ -38,6 +38,7 @@ from cpo_pipe.data.recipe import Evaluate, Negatives, Rank, Recipe, System, Trai
 from cpo_pipe.data.recipe_text import recipe_text
 from cpo_pipe.data.records import Record, changed_files, run_record, with_checksum
 from cpo_pipe.data.store import Rows, Store
+from cpo_pipe.data.text import one_line, say
 from cpo_pipe.pipeline.engines.openai import ApiModel, Tokens
 from cpo_pipe.pipeline.export import check_repo, export, parse_pairs, upload
 from cpo_pipe.pipeline.folders import check_new, new_folder
@@ -165,7 +166,7 @@ class Run:
     def prepare(self) -> None:
         """Stage `prepare`."""
         with self._stage("prepare") as record:
-            record["artifact"] = prepare(self.recipe.data, self.store).product.name
+            record["artifact"] = prepare(self.recipe.data, self.store, self.run_dir).product.name
 
     def generate_negatives(self) -> None:
         """Stage `generate-negatives`, of all whose generator is there."""
@@ -263,7 +264,7 @@ class Run:
         shutil.copyfile(evaluation.product.path / "metrics.parquet", self.run_dir / "metrics.parquet")
         report = self._report(evaluation, systems)
         print_table(evaluation.metrics(), config.baseline, evaluation.shared_metrics, evaluation.notes)
-        print(f"report: {report}")
+        say(one_line(f"report: {report}"))
         return report
 
     def evaluation_costs(self) -> None:
@@ -289,16 +290,16 @@ class Run:
         for what, api, cost in costs:
             price = api.price(cost.tokens)
             dollars = f": about {price:.4g} US dollars" if price is not None else ""
-            print(
+            say(
                 f"{what} (apis.{api.name}): {cost.calls:,} calls to be made, about "
                 f"{cost.tokens.prompt:,} prompt tokens, at most {cost.tokens.written:,} written{dollars}"
             )
         if not costs:
-            print("nothing that this recipe evaluates costs anything")
+            say("nothing that this recipe evaluates costs anything")
             return
-        print(f"prompt tokens are estimated: one for every {TOKEN_BYTES} bytes of UTF-8")
+        say(f"prompt tokens are estimated: one for every {TOKEN_BYTES} bytes of UTF-8")
         for (name, decoding), count in missing.items():
-            print(f"{name}, {decoding}: {count:,} outputs are not there yet; to judges each counts as {max_new_tokens} "
+            say(f"{name}, {decoding}: {count:,} outputs are not there yet; to judges each counts as {max_new_tokens} "
                   "tokens, the most that it can have")  # fmt: skip
 
     def _system_there(self, name: str, system: System) -> Model | ApiModel | None:
@@ -336,7 +337,7 @@ class Run:
                     shutil.copyfile(file, scratch / file.name)
             copy_tokenizer(self.examples().tokenizer.path, scratch)
             write_end_tokens(scratch, end_tokens(scratch, self.examples().tokenizer))
-        print(f"system {name}: written to {out}")
+        say(one_line(f"system {name}: written to {out}"))
 
     def export(
         self,

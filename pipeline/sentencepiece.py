@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.errors import InputError, cause
 from cpo_pipe.data.models import TokenizerFiles
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def write_tokenizer(folder: Path) -> None:
         truth = SentencePieceProcessor(model_file=str(file))
         proto = pieces.ModelProto.FromString(file.read_bytes())
     except Exception as error:  # its failures have no common type
-        raise InputError(f"{MODEL_FILE}: no SentencePiece model ({error}); download it again") from error
+        raise InputError(f"{MODEL_FILE}: no SentencePiece model ({cause(error)}); download it again") from error
     symbols = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
     texts = [*TEXTS, *(f"a{symbol}b" for symbol in symbols)]
     theirs = TokenizerFiles(folder, "").load()

@@ -20,13 +20,14 @@ from rich.table import Table
 from rich.text import Text
 
 from cpo_pipe.data import checksums
-from cpo_pipe.data.errors import InputError, RunError
+from cpo_pipe.data.errors import InputError, RunError, cause
 from cpo_pipe.data.fingerprint import Spec, address
 from cpo_pipe.data.inventory import ABSENT, Artifact, Garbage, Inventory, differences, faults, run_faults
 from cpo_pipe.data.progress import track
 from cpo_pipe.data.recipe import nearest
 from cpo_pipe.data.records import CHECKSUM, Registration
 from cpo_pipe.data.roots import shown
+from cpo_pipe.data.text import one_line, say
 from cpo_pipe.pipeline.terminal import DEFAULT_STORE, DebugOption, StoreOption, reported
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ LISTED = 20
 def store(context: typer.Context) -> None:
     """Look at the artifact store, check it, free space."""
     if context.invoked_subcommand is None:
-        print(context.get_help())
+        say(context.get_help())
 
 
 @store_app.command()
@@ -62,12 +63,12 @@ def ls(
         inventory = Inventory(store)
         artifacts, words, runs = inventory.artifacts(kind), Words(inventory), _runs(inventory)
         if as_json:
-            print(json.dumps([_record(a, words, runs[a.name]) for a in artifacts], indent=2, ensure_ascii=False))
+            say(json.dumps([_record(a, words, runs[a.name]) for a in artifacts], indent=2))
             return
         columns = ("artifact", ">rows", ">files", ">size", "written", "runs", "what")
         _print_table(columns, [_line(artifact, words, runs[artifact.name]) for artifact in artifacts])
         total, kinds = sum(artifact.size for artifact in artifacts), len({artifact.kind for artifact in artifacts})
-        print(f"{_count(len(artifacts), 'artifact')} of {_count(kinds, 'kind')}, {_bytes(total)}")
+        say(f"{_count(len(artifacts), 'artifact')} of {_count(kinds, 'kind')}, {_bytes(total)}")
 
 
 @store_app.command()
@@ -81,9 +82,8 @@ def show(
     with reported(debug):
         inventory = Inventory(store)
         artifact, words = inventory.find(name), Words(inventory)
-        heading = Text(artifact.name, style="bold")
-        Console(soft_wrap=True).print(heading)
-        print(words.summary(artifact))
+        Console(soft_wrap=True).print(Text(one_line(artifact.name), style="bold"))
+        say(words.summary(artifact))
         _print_block("", dict(_facts(artifact, words, _runs(inventory)[artifact.name])))
         _print_block("spec", artifact.spec or "gone or unreadable")
         noted = {key: value for key, value in artifact.manifest.items() if key not in ("artifact", "files", CHECKSUM)}
@@ -115,17 +115,17 @@ def verify(
             for artifact in artifacts:
                 found = list(faults(artifact, lambda size: meter.advance(_megabytes(size))))
                 lines = [f"{'DAMAGED' if found else 'sound'} {artifact.name} {_bytes(artifact.size)}", *found]
-                print("\n        ".join(map(_line_of, lines)), file=out, flush=True)
+                say("\n        ".join(map(one_line, lines)), file=out)
                 damaged += [artifact.name] if found else []
         for name, found in [] if names else _others(inventory):
-            print("\n        ".join(map(_line_of, [f"{'DAMAGED' if found else 'sound'} {name}", *found])))
+            say("\n        ".join(map(one_line, [f"{'DAMAGED' if found else 'sound'} {name}", *found])))
             damaged += [name] if found else []
         if damaged:
             raise RunError(
-                f"{len(damaged)} damaged: {', '.join(map(_line_of, damaged))}; the next run that needs them makes them "
+                f"{len(damaged)} damaged: {', '.join(map(one_line, damaged))}; the next run that needs them makes them "
                 "again, or names the file that it cannot make again"
             )
-        print(f"{_count(len(artifacts), 'artifact')}, all sound")
+        say(f"{_count(len(artifacts), 'artifact')}, all sound")
 
 
 @store_app.command()
@@ -165,26 +165,26 @@ def gc(
         _print_table(("garbage", ">size", "why"), lines)
         for run in runs:
             if run.name in forgotten:
-                print(_line_of(f"forgotten: {run.name}"))
+                say(one_line(f"forgotten: {run.name}"))
                 if delete:
                     run.file.unlink(missing_ok=True)
             elif run.missing:
-                print(
-                    _line_of(
+                say(
+                    one_line(
                         f"kept: what {run.name} uses, which is missing; if it was deleted, add --forget {run.name}"
                     )
                 )
             elif run.remote:
-                print(_line_of(f"kept: what {run.run_dir} of {run.host} uses, which cannot be seen from here"))
+                say(one_line(f"kept: what {run.run_dir} of {run.host} uses, which cannot be seen from here"))
         for name, size in costly:
-            print(f"kept: {name} ({_bytes(size)}), which no run uses: its answers cost money; add --paid to include it")
+            say(f"kept: {name} ({_bytes(size)}), which no run uses: its answers cost money; add --paid to include it")
         for name in busy:
-            print(f"skipped: {name}, which a process is at work on")
+            say(f"skipped: {name}, which a process is at work on")
         if not kept:
-            print("no run folder is known that uses the store: run your recipes again before --delete")
+            say("no run folder is known that uses the store: run your recipes again before --delete")
         total = _bytes(sum(size for _, size in found))
         done = f"{total} freed" if delete else f"{total} would be freed by --delete"
-        print(done if found else "nothing to delete")
+        say(done if found else "nothing to delete")
 
 
 @store_app.command()
@@ -206,9 +206,9 @@ def diff(
         words = Words(inventory)
         places = list(differences(one.spec, other.spec))
         for path, before, after in places:
-            print(_line_of(f"{path}: {_cut(words.value(before), 100)} -> {_cut(words.value(after), 100)}"))
+            say(one_line(f"{path}: {_cut(words.value(before), 100)} -> {_cut(words.value(after), 100)}"))
         if not places:
-            print(f"{one.name} and {other.name}: the specs are equal")
+            say(f"{one.name} and {other.name}: the specs are equal")
 
 
 # ── in words ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -229,9 +229,9 @@ class Words:
         if artifact.spec is None:
             return "its spec.json is gone or unreadable"
         try:
-            return _line_of(", ".join(_SUMMARIES.get(artifact.kind, Words._other)(self, artifact.spec)))
+            return one_line(", ".join(_SUMMARIES.get(artifact.kind, Words._other)(self, artifact.spec)))
         except (KeyError, TypeError, AttributeError, ValueError, IndexError):  # made by another version
-            return _line_of(", ".join(self._other(artifact.spec)))
+            return one_line(", ".join(self._other(artifact.spec)))
 
     def value(self, value: Any) -> str:
         """A value of a spec, hashes cut."""
@@ -440,7 +440,7 @@ def _first_rows(artifact: Artifact, count: int) -> Iterator[tuple[str, Any]]:
             with (artifact.path / name).open("rb") as file, pq.ParquetFile(file) as parquet:
                 batch = next(parquet.iter_batches(batch_size=count), None)
         except (OSError, ValueError) as error:  # ValueError: Arrow's
-            yield name, f"unreadable ({error}); `cpo-pipe store verify {artifact.name}` says more"
+            yield name, f"unreadable ({cause(error)}); `cpo-pipe store verify {artifact.name}` says more"
             continue
         if batch is not None:
             yield name, [_abridged(row) for row in batch.to_pylist()]
@@ -495,6 +495,7 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """
     if not rows:
         return
+    rows = [["\n".join(map(one_line, cell.split("\n"))) for cell in row] for row in rows]
     names, right = [column.removeprefix(">") for column in columns], [column.startswith(">") for column in columns]
     console = Console()
     if console.is_terminal:
@@ -506,7 +507,7 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             cell.rjust(width) if is_right else cell.ljust(width)
             for cell, width, is_right in zip(row, widths, right, strict=True)
         ]
-        print("  ".join(cells).rstrip())
+        say("  ".join(cells).rstrip())
 
 
 def _print_rich(console: Console, names: Sequence[str], right: Sequence[bool], rows: Sequence[Sequence[str]]) -> None:
@@ -524,12 +525,12 @@ def _print_rich(console: Console, names: Sequence[str], right: Sequence[bool], r
 def _print_block(title: str, content: Any) -> None:
     """Show JSON values under a title as YAML, in which nothing that could control a terminal stands as it is."""
     if title:
-        print()
-        Console(soft_wrap=True).print(Text(title, style="bold"))
+        say()
+        Console(soft_wrap=True).print(Text(one_line(title), style="bold"))
     text = yaml.dump(
         content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=float("inf")
     )
-    print(text.removesuffix("...\n"), end="")
+    say(text.removesuffix("...\n").removesuffix("\n"))
 
 
 class _Dumper(yaml.SafeDumper):
@@ -537,11 +538,6 @@ class _Dumper(yaml.SafeDumper):
 
     def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
         return super().represent_sequence(tag, sequence, not any(isinstance(part, dict | list) for part in sequence))
-
-
-def _line_of(text: str) -> str:
-    """One printable line."""
-    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in " ".join(text.split()))
 
 
 def _cut(text: str, length: int) -> str:

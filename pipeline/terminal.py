@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.logging import RichHandler
@@ -16,6 +16,7 @@ from rich.logging import RichHandler
 from cpo_pipe.data import processes
 from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.progress import console
+from cpo_pipe.data.text import one_line, say, visible
 
 StoreOption = Annotated[
     str,
@@ -32,22 +33,52 @@ _PATH_TROUBLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENO
 _DISK_FULL = ("No space left on device", "Disk quota exceeded")
 
 
+class _Record(logging.LogRecord):
+    """A log record, also of a library with a handler of its own, whose text can do nothing to a terminal."""
+
+    def getMessage(self) -> str:
+        text = super().getMessage()
+        return one_line(text) if self.name.startswith("cpo_pipe") else visible(text)
+
+
+class _Formatter(logging.Formatter):
+    """Shows a traceback, too, as text that can do nothing to a terminal."""
+
+    def formatException(self, ei: Any) -> str:
+        return visible(super().formatException(ei))
+
+
+@contextmanager
+def _visible_logs(handler: logging.Handler) -> Iterator[None]:
+    """Send the log, and the warnings of Python's libraries, to a handler as text that can do nothing to a terminal."""
+    handler.setFormatter(_Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    before = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(_Record)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        logging.setLogRecordFactory(before)
+
+
 @contextmanager
 def reported(debug: bool) -> Iterator[None]:
     """Log to the terminal; show a failure as one line: exit 2 for the user's mistake, 1 for the run's."""
     terminal = RichHandler(console=console, show_path=False, show_level=False, markup=False, highlighter=None,
                            log_time_format="%H:%M:%S")  # fmt: skip
     handler = terminal if console.is_terminal else logging.StreamHandler(sys.stderr)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("cpo_pipe").setLevel(
         logging.ERROR if not processes.is_main() else logging.DEBUG if debug else logging.INFO
     )
     signal.signal(signal.SIGTERM, _stop)
     try:
-        yield
+        with _visible_logs(handler):
+            yield
     except KeyboardInterrupt as error:
         if processes.is_main():
-            print(f"stopped{error}; what was made is kept: run the same command again to go on", file=sys.stderr)
+            say(f"stopped{error}; what was made is kept: run the same command again to go on", file=sys.stderr)
         raise typer.Exit(130) from error
     except typer.Exit:
         raise
@@ -56,9 +87,9 @@ def reported(debug: bool) -> Iterator[None]:
         raise typer.Exit(141) from error
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            say(traceback.format_exc(), file=sys.stderr)
         status, text = _failure(error)
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        say(f"error: {one_line(text)}", file=sys.stderr)
         raise typer.Exit(status) from error
 
 

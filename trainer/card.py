@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from cpo_pipe.data.fingerprint import Spec
 from cpo_pipe.data.models import Model
 from cpo_pipe.data.recipe import ScratchModel, Training
+from cpo_pipe.data.text import fenced, visible
 
 CARD_FILE = "README.md"
 
@@ -44,8 +45,7 @@ tokenizer = AutoTokenizer.from_pretrained("this-folder")
 
 The settings that decide the weights; `spec.json` has them with the hashes of data and initial model:
 
-```yaml
-{settings}```
+{settings}
 
 No licence is named: it follows from those of the initial model and of the data.
 """
@@ -77,9 +77,9 @@ def write_card(
         loss=_LOSSES[config.objective],
         groups=groups,
         loss_at_end=loss,
-        settings=yaml.safe_dump(settings, sort_keys=False),
+        settings=fenced(yaml.safe_dump(settings, sort_keys=False), "yaml"),
     )
-    (folder / CARD_FILE).write_text(f"---\n{facts.to_yaml()}\n---\n{text}", encoding="utf-8")
+    (folder / CARD_FILE).write_text(f"---\n{visible(facts.to_yaml())}\n---\n{text}", encoding="utf-8")
 
 
 def _base_model(init: Model | ScratchModel) -> str | None:

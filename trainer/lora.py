@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.errors import InputError, cause
 from cpo_pipe.data.recipe import Lora, nearest
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def add_adapters(name: str, model: PreTrainedModel, lora: Lora, seed: int) -> "P
             torch.manual_seed(seed)
             adapted: PeftModel = get_peft_model(model, settings)
     except ValueError as error:
-        raise InputError(f"train.{name}.lora.targets: {str(error).splitlines()[0][:200]}") from error
+        raise InputError(f"train.{name}.lora.targets: {cause(error)}") from error
     tied = len({end.weight.data_ptr() for end in ends if end is not None}) == 1
     if tied and any(now is not before for now, before in zip(_embeddings(model), ends, strict=True)):
         raise InputError(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from cpo_pipe.data.errors import InputError, RunError
+from cpo_pipe.data.errors import InputError, RunError, cause
 from cpo_pipe.trainer.attention import CASCADE, FLEX, SEQUENCES, SPLIT, Unsupported, dense_mask
 from cpo_pipe.trainer.head import Head, draw
 from cpo_pipe.trainer.trees import Labels, Packed, Texts, pack_rows, pack_sequences, pack_trees
@@ -344,8 +344,7 @@ def _compare(
         raise  # says nothing of the model; the choice must not depend on what else is in memory
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
         # Models refuse what they don't know in many ways; whatever it is, this way of computing is not theirs.
-        said = next(iter(str(error).strip().splitlines()), "no reason given")
-        return f"{type(error).__name__}: {said[:100]}", (math.nan, math.nan)
+        return f"{type(error).__name__}: {cause(error)[:100]}", (math.nan, math.nan)
     scale = max(float(values.abs().max()) for values in truth[0])
     wrong = max(float((a - b).abs().max()) for a, b in zip(logprobs, truth[0], strict=True)) / scale
     wrong_gradient = 0.0

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from cpo_pipe.data import atomic, processes
 from cpo_pipe.data.end_tokens import end_tokens, name_end_tokens
-from cpo_pipe.data.errors import InputError, RunError
+from cpo_pipe.data.errors import InputError, RunError, cause
 from cpo_pipe.data.examples import selection_hash
 from cpo_pipe.data.executor import Executor
 from cpo_pipe.data.fingerprint import Spec, model_fingerprint, sha256_file
@@ -435,7 +435,6 @@ def scratch_model(config: ScratchModel, tokenizer: TokenizerFiles) -> "PreTraine
                 settings, dtype=torch.float32, trust_remote_code=False
             )
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         made = f"a {config.architecture} model cannot be made from config {config.config}"
-        raise InputError(f"init: {made} ({reason})") from error
+        raise InputError(f"init: {made} ({cause(error)})") from error
     return model

@@ -139,9 +139,12 @@ def check_context(selection: pa.Table, model: Model, new_tokens: int, field: str
     context = model.context()
     longest = pc.max(pc.list_value_length(selection["prompt_ids"])).as_py() or 0
     if context is not None and longest + new_tokens > context:
+        room = {field: context - longest, "data.max_prompt_tokens": context - new_tokens}
+        fixes = [f"{limit} to {tokens} or less" for limit, tokens in room.items() if tokens > 0]
+        both = f"both {field} and data.max_prompt_tokens, to {context} together"
         raise InputError(
             f"{field} is {new_tokens} and the longest prompt has {longest} tokens, but the context of {model.name} is "
-            f"{context} tokens: lower {field}, or data.max_prompt_tokens to {max(context - new_tokens, 0)} at most"
+            f"{context} tokens: lower {', or '.join(fixes) or both}"
         )
     return int(longest + new_tokens)
 

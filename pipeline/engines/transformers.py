@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
+from cpo_pipe.data.errors import cause
 from cpo_pipe.data.models import Model
 from cpo_pipe.pipeline.engines.base import Request, Sample, Sampling
 
@@ -118,7 +119,7 @@ class TransformersEngine:
                     break
                 why = f"else log-probs were wrong by {error:.1%}"
             except Exception as refusal:  # whatever a model says whose cache is of another kind
-                why = f"{type(refusal).__name__}: {refusal}".splitlines()[0]
+                why = f"{type(refusal).__name__}: {cause(refusal)}"
         if why:
             log.info("engine transformers: %s (%s)", WAYS[way], why)
         return way

@@ -21,10 +21,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cpo_pipe.data import templates
-from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.errors import InputError, cause
 from cpo_pipe.data.executor import Made, Make
 from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec, digest, distrust, sha256_once
 from cpo_pipe.data.models import Model, TokenizerFiles, tokenizer_in
+from cpo_pipe.data.readers import duplicate
 from cpo_pipe.data.recipe import PoolColumns, nearest
 from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.pipeline.engines.base import LazyEngine, Sampled, Sampling
@@ -138,7 +139,9 @@ class PoolFile:
         """The Parquet files of a folder and its subfolders, such as of a data set of the hub."""
         files = sorted(self.path.rglob("*.parquet"))
         if not files:
-            raise self.error("there are no *.parquet files in this folder")
+            saved = (self.path / "state.json").is_file() or (self.path / "dataset_dict.json").is_file()
+            fix = "; save_to_disk wrote it: write it again with to_parquet" if saved else ""
+            raise self.error(f"there are no *.parquet files in this folder{fix}")
         return files
 
     def error(self, fault: str) -> InputError:
@@ -214,7 +217,7 @@ class PoolFile:
                     raise self.error(f"{place} is {_shown(row)}: must be an object")
                 yield place, row
         except (ValueError, RecursionError, OSError, pa.ArrowException) as error:
-            raise self.error(f"cannot be read ({_first_line(error)})") from error
+            raise self.error(f"cannot be read ({cause(error)})") from error
 
     def _jsonl(self) -> Iterator[tuple[str, Any]]:
         with self.path.open("rb") as file:
@@ -223,7 +226,7 @@ class PoolFile:
                     try:
                         row = json.loads(line)
                     except (ValueError, RecursionError) as error:
-                        raise self.error(f"line {number} is not JSON ({_first_line(error)})") from error
+                        raise self.error(f"line {number} is not JSON ({cause(error)})") from error
                     yield f"line {number}", row
 
     def _parquets(self) -> Iterator[tuple[str, Any]]:
@@ -234,6 +237,8 @@ class PoolFile:
         with pq.ParquetFile(path or self.path) as file:
             wanted = ("example_id", self.columns.prompt, self.columns.context, self.columns.text)
             there = [name for name in file.schema_arrow.names if name in wanted]
+            if twice := duplicate(there):
+                raise self.error(f"has two columns named {twice!r}; rename or remove one")
             # Of a file that lacks one all are read: the message then says which there are.
             batches = file.iter_batches(READ_AT_ONCE, columns=there if len(there) > 1 else None)
             rows = chain.from_iterable(batch.to_pylist() for batch in batches)
@@ -491,7 +496,3 @@ def _shown(value: object) -> str:
 def _short(key: str) -> bytes:
     """A hash that takes the place of a prompt."""
     return hashlib.blake2b(key.encode(), digest_size=16).digest()
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

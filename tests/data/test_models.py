@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,24 @@ def test_a_process_hashes_weights_once_and_the_next_one_not_before_it_loads_them
         for model in found:
             model.load(torch.float32)
         assert read.count("model.safetensors") == sum(expected)
+
+
+@pytest.mark.parametrize(("method", "package"), [("gptq", "optimum"), ("awq", "gptqmodel"), ("hqq", "HQQ")])
+def test_quantized_weights_whose_package_is_missing(method: str, package: str, new_model: Callable[..., Path]) -> None:
+    import torch
+
+    folder = new_model()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": method, "bits": 4}})
+    )
+    with pytest.raises(InputError) as error:
+        Model("big", folder, "f").load(torch.float32)
+    said = str(error.value)
+    assert said.startswith("model big: cannot be loaded (")
+    assert package in said
+    assert said.endswith(
+        f"; its weights are quantized ({method}): install the package that transformers needs for them, or name a "
+        "model whose weights are not quantized"
+    )
+    assert "\n" not in said

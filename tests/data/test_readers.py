@@ -210,6 +210,64 @@ def test_folder_is_read_as_a_hugging_face_data_set(tmp_path, monkeypatch):
     assert source.identity(sha256_file)["files"] == {"train.parquet": sha256_file(folder / "train.parquet")}
 
 
+def test_what_the_library_says_first_of_a_broken_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"q": "1", "a": "x"}\n{"q": oops}\n')
+    with pytest.raises(InputError) as error:
+        locate_source(str(folder)).count()
+    assert "An error occurred while generating the dataset" in str(error.value)
+    assert "JSON parse error" in str(error.value), "the cause"
+    assert "\n" not in str(error.value)
+
+
+def test_names_of_classes(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"q": Value("string"), "kind": ClassLabel(names=["good", "bad"]), "number": Value("int64")})
+    rows = {"q": ["1", "2", "3", "4"], "kind": [0, 1, -1, None], "number": [0, 1, 0, 1]}
+    (tmp_path / "set").mkdir()
+    file = tmp_path / "set" / "train.parquet"
+    Dataset.from_dict(rows, features).to_parquet(file)
+    for source in (locate_source(str(file)), locate_source(str(tmp_path / "set"))):
+        found = [row.values for row in source.read({"prompt": "q"}, ["kind", "number"])]
+        assert [values["kind"] for values in found] == ["good", "bad", None, None]
+        assert [values["number"] for values in found] == [0, 1, 0, 1]
+
+
+def test_a_folder_of_save_to_disk_is_refused(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    rows = Dataset.from_dict({"q": ["1"], "a": ["x"]})
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": rows}).save_to_disk(tmp_path / "two")
+    for name, part in (("one", ""), ("two", "['train']")):
+        folder = str(tmp_path / name)
+        with pytest.raises(InputError) as error:
+            locate_source(folder)
+        code = f"datasets.load_from_disk({folder!r}){part}.to_parquet('{name}.parquet')"
+        assert str(error.value) == (
+            f"data.source {folder}: is a folder that save_to_disk wrote, which is not read; write a Parquet file with "
+            f"{code} and name that file"
+        )
+        monkey = {"datasets": __import__("datasets")}
+        eval(code.replace(f"'{name}.parquet'", repr(str(tmp_path / f"{name}.parquet"))), monkey)
+        assert [row.values for row in read(tmp_path / f"{name}.parquet")] == [{"q": "1", "a": "x"}]
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    table = pa.table([["1"], ["x"], ["y"], ["z"]], names=["q", "a", "b", "b"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet")[0].values == {"q": "1", "a": "x"}, "two that are not read do no harm"
+    with pytest.raises(InputError) as error:
+        read(tmp_path / "a.parquet", {"prompt": "q", "target": "b"})
+    assert str(error.value) == (
+        f"data.source {tmp_path / 'a.parquet'}: has two columns named 'b'; rename or remove one"
+    )
+
+
 def test_identity_is_the_content_not_the_name(tmp_path):
     one, same, other = (write(tmp_path / f"{n}.jsonl", c) for n, c in (("1", b"{}"), ("2", b"{}"), ("3", b"[]")))
     identities = [locate_source(str(path)).identity(sha256_file) for path in (one, same, other)]

@@ -13,13 +13,14 @@ import pytest
 
 from cpo_pipe.data.recipe import Published
 from cpo_pipe.data.schemas import EXAMPLES, METRICS
+from cpo_pipe.data.text import visible
 from cpo_pipe.eval.agreement import AGREEMENT
 from cpo_pipe.eval.charts import alpha_curves
-from cpo_pipe.eval.examples import visible
 from cpo_pipe.eval.exports import write_exports
 from cpo_pipe.eval.measure import COMPARISONS, VERDICTS
 from cpo_pipe.eval.report import ReportData, StageRecord, print_quality, print_table, write_report
 from tests.eval.report_data import HOSTILE, example, figure, make_data, quality_table, said, strategy, verdict
+from tests.support import hostile as control
 
 
 class Page(HTMLParser):
@@ -146,6 +147,22 @@ def test_how_far_judges_agree_is_shown_and_written(tmp_path: Path) -> None:
     )
     _, page = render(tmp_path, make_data())
     assert "Agreement of judges" not in page.text
+
+
+def test_foreign_text_in_the_figures_to_paste(tmp_path: Path) -> None:
+    hostile = f"{control.HOSTILE} | <b>x</b> [y](http://z) `c`"
+    published = Published(source=hostile, metric="chrF", decoding="greedy", values={hostile: 0.5})
+    data = make_data(published=[published], notes=[f"# {hostile}\n\n| --- |"])
+    write_exports(tmp_path, data)
+    text = (tmp_path / "metrics.md").read_text()
+    assert not control.RAW.search(text)
+    shown = control.SHOWN.replace(r"\re", " e").replace("\\", r"\\")
+    cell = rf"{shown} \| &lt;b>x&lt;/b> [y\](http://z) \`c\`"
+    assert f"\n{cell}: chrF, greedy\n" in text
+    assert f"\n| {cell} | 0.500 | – |\n" in text
+    assert rf"{chr(10)}\# {cell} \| --- \|{chr(10)}" in text
+    html, _ = render(tmp_path, data)
+    assert not control.RAW.search(html)
 
 
 def test_published_figures_stand_beside_the_runs(tmp_path: Path) -> None:

@@ -4,14 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.models import Model, locate_model
 from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline.engines import transformers
-from cpo_pipe.pipeline.engines.base import Request, Sample, Sampling
+from cpo_pipe.pipeline.engines.base import Request, Sample, Sampling, check_context
 from cpo_pipe.pipeline.engines.transformers import PLAIN, TransformersEngine, Way
 from tests.pipeline.answers import answers
 from tests.trainer.architectures import VOCABULARY, each, make
@@ -126,3 +128,23 @@ def test_rows_side_by_side_are_bounded_and_change_nothing(llama: Model, monkeypa
     assert_same(answers(engine, REQUESTS, SAMPLING), at_once)
     assert sizes[:2] == [1, 100 // (25 + 20)], "the longest come first"
     assert max(sizes) == 100 // (7 + 20), "and the shortest beside others"
+
+
+@pytest.mark.parametrize(
+    ("longest", "new_tokens", "fix"),
+    [
+        (100, 50, "lower evaluate.max_new_tokens to 28 or less, or data.max_prompt_tokens to 78 or less"),
+        (100, 128, "lower evaluate.max_new_tokens to 28 or less"),
+        (128, 100, "lower data.max_prompt_tokens to 28 or less"),
+        (130, 128, "lower both evaluate.max_new_tokens and data.max_prompt_tokens, to 128 together"),
+    ],
+)
+def test_limits_that_are_advised_can_be_kept(llama: Model, longest: int, new_tokens: int, fix: str) -> None:
+    selection = pa.table({"prompt_ids": [[1] * longest, [2]]})
+    with pytest.raises(InputError) as error:
+        check_context(selection, llama, new_tokens, "evaluate.max_new_tokens")
+    assert str(error.value) == (
+        f"evaluate.max_new_tokens is {new_tokens} and the longest prompt has {longest} tokens, but the context of "
+        f"{llama.name} is 128 tokens: {fix}"
+    )
+    assert check_context(selection.slice(1), llama, 127, "evaluate.max_new_tokens") == 128

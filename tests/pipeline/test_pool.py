@@ -674,3 +674,17 @@ def test_only_a_space_that_would_be_doubled_is_taken_off(kind: str, doubled: boo
     assert plain == [1, 3, 0]
     assert ids == [1, 1, 3, 0], "two spaces, of which one is the tokenizer's own"
     assert text == (" b" if doubled else "  b")
+
+
+def test_columns_of_one_name_and_folders_of_save_to_disk_are_refused(tmp_path: Path, tiny_model: Path) -> None:
+    bench = Bench(tmp_path, tiny_model)
+    table = pa.table([["say 0"], ["one"], ["two"]], names=["prompt", "text", "text"])
+    pq.write_table(table, tmp_path / "twice.parquet")
+    with pytest.raises(InputError, match=r"twice\.parquet: has two columns named 'text'; rename or remove one"):
+        bench.from_file(tmp_path / "twice.parquet")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    with pytest.raises(
+        InputError, match=r"no .*parquet files in this folder; save_to_disk wrote it: write it again with"
+    ):
+        bench.from_file(tmp_path / "saved")

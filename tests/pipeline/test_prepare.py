@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,15 +93,16 @@ def test_refused_rows_carry_their_reason_and_are_counted(tmp_path, store, byte_t
     assert rejected.schema.equals(REJECTED)
     rows = sorted(rejected.to_pylist(), key=lambda row: int(row["source"].split(":")[1]))
     assert [(row["source"], row["reason"], row["detail"]) for row in rows] == [
-        ("a.jsonl:9", "empty prompt", "  "),
-        ("a.jsonl:10", "empty target", ""),
-        ("a.jsonl:11", "missing field", "target (data.columns.target)"),
-        ("a.jsonl:12", "missing field", "target (data.columns.target)"),
-        ("a.jsonl:13", "not text", "target: 7"),
-        ("a.jsonl:14", "not UTF-8", "target: \\ud800"),
+        ("a.jsonl:9", "empty prompt", "column prompt (data.columns.prompt) is '  '"),
+        ("a.jsonl:10", "empty target", "column target (data.columns.target) is ''"),
+        ("a.jsonl:11", "missing field", "column target (data.columns.target)"),
+        ("a.jsonl:12", "missing field", "column target (data.columns.target)"),
+        ("a.jsonl:13", "not text", "column target (data.columns.target) has type int: 7"),
+        ("a.jsonl:14", "not UTF-8", "column target (data.columns.target) is \\ud800"),
         ("a.jsonl:15", "not JSON", "nonsense\n"),
-        ("a.jsonl:16", "prompt too long", "21 tokens, at most 20"),
-        ("a.jsonl:17", "target too long", "21 tokens, at most 20"),  # 20 bytes and the EOS token
+        ("a.jsonl:16", "prompt too long", "21 tokens, more than data.max_prompt_tokens 20"),
+        # 20 bytes and the EOS token
+        ("a.jsonl:17", "target too long", "21 tokens, more than data.max_target_tokens 20"),
         ("a.jsonl:19", "duplicate", "question 0"),
     ]
     assert rows[-1]["example_id"] == example_id("question 0", "answer 0")
@@ -121,8 +123,8 @@ def test_too_many_refused_rows_are_an_error_and_leave_nothing(tmp_path, store, b
         prepare(Data(source=source, tokenizer=byte_tokenizer, train=5, max_rejected=0.19), store)
     assert str(error.value) == (
         f"data.source {source}: 2 of 10 rows were rejected (1 empty prompt, 1 empty target), more than "
-        "data.max_rejected 0.19 allows; see a.jsonl:9 (empty prompt), a.jsonl:10 (empty target); "
-        "mend them or raise the limit"
+        "data.max_rejected 0.19 allows; see a.jsonl:9 (empty prompt: column prompt (data.columns.prompt) is ''), "
+        "a.jsonl:10 (empty target: column target (data.columns.target) is ''); correct them or raise the limit"
     )
     assert [path.name for path in (store.root / "examples").iterdir()] == [".locks"]
     assert prepare(Data(source=source, tokenizer=byte_tokenizer, train=5, max_rejected=0.2), store).count("test") == 3
@@ -390,6 +392,60 @@ def test_address_depends_on_what_decides_the_values_only(tmp_path, store, byte_t
         assert prepare(Data(**(shared | other)), store).product.path != path
 
 
+def test_a_category_may_be_a_number(tmp_path, store, byte_tokenizer):
+    categories = [0, 2.5, "c", None, "", ["x"]]
+    rows = [{**pair, "kind": kind} for pair, kind in zip(pairs(6), categories, strict=True)]
+    columns = {"category": "kind"}
+    source = jsonl(tmp_path / "a.jsonl", rows)
+    made = prepare(Data(source=source, columns=columns, tokenizer=byte_tokenizer, train=5, max_rejected=0.2), store)
+    table = made.read("train")
+    found = dict(zip(table["prompt"].to_pylist(), table["category"].to_pylist(), strict=True))
+    assert found == {f"question {n}": kind for n, kind in enumerate(["0", "2.5", "c", None, None])}
+    (rejected,) = pq.read_table(made.product.path / "rejected.parquet").to_pylist()
+    assert rejected["detail"] == "column kind (data.columns.category) has type list: ['x']"
+
+
+def test_rejected_rows_are_left_to_look_at(tmp_path, store, byte_tokenizer):
+    rows = [*({**pair, "prompt": [pair["prompt"]]} for pair in pairs(3)), {"prompt": "p"}, *pairs(2)]
+    source, run_dir = jsonl(tmp_path / "a.jsonl", rows), tmp_path / "run"
+    run_dir.mkdir()
+    with pytest.raises(InputError) as error:
+        prepare(Data(source=source, tokenizer=byte_tokenizer, train=2), store, run_dir)
+    assert str(error.value) == (
+        f"data.source {source}: 4 of 6 rows were rejected (3 not text, 1 missing field), more than data.max_rejected "
+        "0.1 allows; see a.jsonl:1 (not text: column prompt (data.columns.prompt) has type list: ['question 0']), "
+        "a.jsonl:4 (missing field: column target (data.columns.target)); all of them are in "
+        f"{run_dir / 'rejected.parquet'}; correct them or raise the limit"
+    )
+    left = pq.read_table(run_dir / "rejected.parquet")
+    assert left.schema.equals(REJECTED)
+    assert left["source"].to_pylist() == [f"a.jsonl:{n}" for n in range(1, 5)]
+    prepare(Data(source=source, tokenizer=byte_tokenizer, train=2, max_rejected=0.7), store, run_dir)
+    assert not (run_dir / "rejected.parquet").exists(), "it is beside the examples now"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('Conversation roles must alternate') }}", "Conversation roles must alternate"),
+        ("{% if %}", "Expected an expression, got 'end of statement block'"),
+        ("{{ messages[1].content }}", "list object has no element 1"),
+        ("{{ 1 / 0 }}", "division by zero"),
+    ],
+)
+def test_a_chat_template_that_fails(tmp_path, store, byte_tokenizer, template, said):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(byte_tokenizer, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    source = jsonl(tmp_path / "a.jsonl", pairs(3))
+    with pytest.raises(InputError) as error:
+        prepare(Data(source=source, tokenizer=str(folder), template="chat", train=2), store)
+    assert str(error.value) == (
+        f"data.template is chat, but the tokenizer's chat template fails on the message of a user: {said}; "
+        "set data.template to plain, dolly or a text with {prompt}, or correct the chat template"
+    )
+
+
 def test_examples_found_again_are_held_to_the_limit_on_rejected_rows(tmp_path, store, byte_tokenizer):
     source = jsonl(tmp_path / "a.jsonl", [*pairs(4), {"prompt": "", "target": "a"}])
     shared = {"source": source, "tokenizer": byte_tokenizer, "train": 2, "test": 1}
@@ -399,7 +455,8 @@ def test_examples_found_again_are_held_to_the_limit_on_rejected_rows(tmp_path, s
             again(Data(**shared), store)
         assert str(error.value) == (
             f"data.source {source}: 1 of 5 rows were rejected (1 empty prompt), more than data.max_rejected 0.1 "
-            "allows; see a.jsonl:5 (empty prompt); mend them or raise the limit"
+            "allows; see a.jsonl:5 (empty prompt: column prompt (data.columns.prompt) is ''); all of them are in "
+            f"{made.product.path / 'rejected.parquet'}; correct them or raise the limit"
         )
     found = find_examples(Data(**shared, max_rejected=0.2), store)
     assert found is not None

@@ -183,7 +183,7 @@ SPECS = [
         {"strategy": "instructed", "generator": "cd" * 16, "instruction": "Make it worse. " * 9},
         "instructed from model cdcdcdcd, instruction Make it worse. Make it worse. Make it worse. Make it worse.…",
     ),
-    ("verdicts", {"judge": "exact", "pattern": "a\x1b[2J\nb"}, "judge exact, pattern a\N{REPLACEMENT CHARACTER}[2J b"),
+    ("verdicts", {"judge": "exact", "pattern": "a\x1b[2J\nb"}, r"judge exact, pattern a\x1b[2J b"),
 ]
 
 

@@ -1,0 +1,53 @@
+r"""Text that others wrote, made safe to show on a terminal, in a log line and in Markdown.
+
+Control characters can move the cursor, set the window's title or overwrite a line; direction characters reorder what
+stands around them. All text for people goes through `say` or the log (see `pipeline/terminal.py`), or through
+`markdown` and `fenced` into files.
+"""
+
+import re
+from typing import TextIO
+
+# What has no shape of its own, or changes the direction of what follows it: shown by name instead of done.
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\U000e0000-\U000e007f\ud800-\udfff]"
+)
+_MARKUP = re.compile(
+    r"""([\\`*|]             # escapes, code, emphasis, table cells
+    | (?<!\w)_ | _(?!\w)    # emphasis; inside a word it is none
+    | \](?=[(\[:])          # links and their definitions
+    | ~(?=~) | ^[#>+=-])     # what is struck out; headings, quotations, lists, rules
+    """,
+    re.VERBOSE,
+)
+_NUMBERED = re.compile(r"^(\d+)([.)])(?=\s|$)")
+
+
+def visible(text: str) -> str:
+    r"""Return a text with its control and direction characters shown as `\x1b`, and `\r\n` as a line break."""
+    lines = text.replace("\r\n", "\n")
+    return _INVISIBLE.sub(lambda match: match[0].encode("unicode_escape").decode(), lines)
+
+
+def one_line(text: str, length: int | None = None) -> str:
+    """Return a text as one visible line without runs of spaces, cut to `length` characters where one is given."""
+    line = visible(re.sub(r"[ \t\r\n]+", " ", text.strip(" \t\r\n")))
+    return line if length is None or len(line) <= length else f"{line[: length - 1]}…"
+
+
+def markdown(text: str) -> str:
+    """Return a text as one line of Markdown that shows it as it is: a paragraph, or a cell of a table."""
+    escaped = _NUMBERED.sub(r"\1\\\2", _MARKUP.sub(r"\\\1", one_line(text)))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def fenced(text: str, language: str) -> str:
+    """Return a text as a block of code in Markdown, between fences that are longer than any run of backticks in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{visible(text)}{'' if text.endswith(chr(10)) else chr(10)}{fence}"
+
+
+def say(text: str = "", file: TextIO | None = None) -> None:
+    """Print a text for the user, on the standard output unless another file is given."""
+    print(visible(text), file=file, flush=True)

@@ -169,7 +169,8 @@ def gc(
                 if delete:
                     run.file.unlink(missing_ok=True)
             elif run.missing:
-                say(
+                hint = f"if it was deleted, add --forget {run.name}"
+                say(one_line(f"kept: what {run.name} uses, which is missing; {hint}"))
                     one_line(
                         f"kept: what {run.name} uses, which is missing; if it was deleted, add --forget {run.name}"
                     )

@@ -61,6 +61,6 @@ class OpenAiJudge:
         if choice.refusal is not None:
             return place, unparseable(choice.refusal.reason, detail=choice.refusal.detail[:KEPT], model=served)
         written = choice.written or ""
-        if choice.finish_reason == "length" and "think>" in written:
+        if choice.cut and ("think>" in written or (choice.reasoned and not written)):
             return place, unparseable("cut in its thoughts", answer=written[:KEPT], model=served)
         return place, verdict_of(written, model=served)

@@ -6,6 +6,7 @@ and `Asked` is the work that turns answers into rows.
 
 import asyncio
 import importlib.util
+import json
 import logging
 import math
 import os
@@ -20,21 +21,23 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from cpo_pipe.data.end_tokens import without_end
 from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.executor import Made, Make
 from cpo_pipe.data.fingerprint import Spec, digest
 from cpo_pipe.data.models import TokenizerFiles
+from cpo_pipe.data.progress import LOG_SECONDS
 from cpo_pipe.data.recipe import Api
 from cpo_pipe.data.store import Rows
 from cpo_pipe.data.templates import encode_texts, eos_token_id
+from cpo_pipe.data.text import one_line
 from cpo_pipe.pipeline.engines.base import Request, Sampling, requests
 from cpo_pipe.pipeline.missing import refused_source
 
 if TYPE_CHECKING:
-    from openai import APIStatusError
+    from httpx2 import Response
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
@@ -60,6 +63,19 @@ _AGAIN = (408, 409, 425, 429)
 """Statuses below 500 after which the same request may succeed."""
 _FILTERED = ("content_filter", "content_policy_violation", "invalid_prompt")
 """Codes of a request that was refused for what it says."""
+_LIMITS = ("length", "max_tokens", "model_length", "model_context_window_exceeded")
+"""Values of `finish_reason` where a limit of tokens cut the text."""
+_FILTERS = ("content_filter", "refusal", "safety", "recitation", "sensitive")
+"""Values of `finish_reason` where the server withholds the text."""
+_FAILURES = ("error", "abort", "aborted", "cancelled", "network_error", "insufficient_system_resource")
+"""Values of `finish_reason` where the server failed in the middle of the text. Any other value is a normal end."""
+_STATUSES = {
+    "invalid_request_error": 400, "authentication_error": 401, "invalid_api_key": 401, "insufficient_quota": 402,
+    "permission_error": 403, "model_not_found": 404, "not_found_error": 404, "rate_limit_error": 429,
+    "rate_limit_exceeded": 429, "too_many_requests": 429, "resource_exhausted": 429, "server_error": 500,
+    "overloaded_error": 503,
+}  # fmt: skip
+"""HTTP statuses of the named errors that servers put into an answer of status 200."""
 _TOO_LONG = re.compile(r"context (length|window)|maximum context|max_model_len|prompt is too long", re.IGNORECASE)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -210,15 +226,38 @@ class ApiModel:
 # ── what a server says ───────────────────────────────────────────────────────────────────────────────────────────
 
 
+class _Part(BaseModel):
+    """A part of a message's content, where a server gives it as a list."""
+
+    type: str
+    text: str | None = None
+
+
 class _Message(BaseModel):
-    content: str | None = None
+    content: str | list[_Part] | None = None
     refusal: str | None = None
+    reasoning_content: Any = None
+    reasoning: Any = None
+
+    @property
+    def text(self) -> str | None:
+        """The text, without reasoning."""
+        if not isinstance(self.content, list):
+            return self.content
+        texts = [part.text for part in self.content if part.type == "text" and part.text is not None]
+        return "".join(texts) if texts else None
+
+    @property
+    def reasoned(self) -> bool:
+        """Whether the model wrote reasoning that the server keeps apart from the text."""
+        parts = self.content if isinstance(self.content, list) else []
+        return bool(self.reasoning_content or self.reasoning or any(part.type != "text" for part in parts))
 
 
 class Choice(BaseModel):
     """One of the texts in an answer."""
 
-    index: int = 0
+    index: int | None = None
     finish_reason: str | None = None
     text: str | None = None
     """Of a completion."""
@@ -227,19 +266,42 @@ class Choice(BaseModel):
     token_ids: list[int] | None = None
     """Where vLLM was asked for them."""
     logprobs: Any = None
+    error: Any = None
+    """Of a text that the server began and could not finish."""
 
     @property
     def written(self) -> str | None:
         """The text."""
-        return self.message.content if self.message is not None else self.text
+        return self.message.text if self.message is not None else self.text
+
+    @property
+    def _end(self) -> str:
+        return (self.finish_reason or "").lower()
+
+    @property
+    def cut(self) -> bool:
+        """Whether a limit of tokens cut the text; any other text ended by itself."""
+        return self._end in _LIMITS
+
+    @property
+    def failed(self) -> bool:
+        """Whether the server failed in the middle of the text."""
+        return self._end in _FAILURES
+
+    @property
+    def reasoned(self) -> bool:
+        """Whether there is reasoning beside the text."""
+        return self.message is not None and self.message.reasoned
 
     @property
     def refusal(self) -> "Refused | None":
         """Why there is no text, where asking again would not help."""
-        if self.finish_reason == "content_filter":
+        if self._end in _FILTERS:
             return Refused("content filter", self.written or "")
         if self.message is not None and self.message.refusal:
             return Refused("refusal", self.message.refusal)
+        if self.written is None and self.reasoned and not self.cut:
+            return Refused("empty", "the answer has reasoning, but no text after it")
         return None
 
 
@@ -250,6 +312,12 @@ class Answer(BaseModel):
     usage: Any = None
     model: str | None = None
     system_fingerprint: str | None = None
+    model_config = ConfigDict(extra="allow")  # an error may be in any field
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _null_is_none(cls, choices: Any) -> Any:
+        return [] if choices is None else choices
 
     @property
     def used(self) -> Tokens | None:
@@ -257,6 +325,72 @@ class Answer(BaseModel):
         usage = self.usage if isinstance(self.usage, dict) else {}
         prompt, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
         return Tokens(prompt, written) if isinstance(prompt, int) and isinstance(written, int) else None
+
+    @property
+    def error(self) -> "ServerError | None":
+        """The error that it reports although its HTTP status is 200."""
+        body = self.model_extra or {}
+        begun = next((choice.error for choice in self.choices if choice.error), None)
+        if begun or body.get("error"):
+            return ServerError.read({"error": begun} if begun else body)
+        if not self.choices and any(body.get(name) for name in _MESSAGES):
+            return ServerError.read(body)
+        return None
+
+
+@dataclass(frozen=True)
+class ServerError:
+    """An error as a server reports it."""
+
+    status: int | None
+    """HTTP status, or the one in the body of an answer of status 200; None where neither says one."""
+    code: str
+    message: str
+    text: str
+    """The body."""
+    where: str = "error"
+    """What a message calls it."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Headers of the server behind this one."""
+
+    @classmethod
+    def read(cls, body: Any, status: int | None = None, text: str = "") -> "ServerError":
+        """Return the error in a JSON body.
+
+        Args:
+            body: what the server sent; any JSON value.
+            status: the HTTP status, where that is an error.
+            text: the body as text, which is shown where it has no message.
+        """
+        body = body[0] if isinstance(body, list) and body else body  # Google puts it into a list
+        around = body if isinstance(body, dict) else {}
+        said = around.get("error")
+        fields = around | (said if isinstance(said, dict) else {"message": said} if said else {})
+        codes = [value for name in ("code", "status", "status_code", "type") if isinstance(value := fields.get(name),
+                 str | int)]  # fmt: skip
+        metadata = fields["metadata"] if isinstance(fields.get("metadata"), dict) else {}
+        headers = metadata["headers"] if isinstance(metadata.get("headers"), dict) else {}
+        # What a server in between says, and then the one behind it, which knows the reason.
+        messages = [next((fields[name] for name in _MESSAGES if fields.get(name)), None), metadata.get("raw")]
+        text = text or json.dumps(body)
+        found = next((code for code in map(_status, codes) if code is not None), None)
+        return cls(
+            status=found if status is None else status,
+            code=str(fields.get("code") or fields.get("type") or ""),
+            message=": ".join(message for message in messages if isinstance(message, str) and message) or text,
+            text=text,
+            where=f"HTTP {status}" if status is not None else f"error {codes[0]}" if codes else "error",
+            headers={str(name).lower(): str(value) for name, value in headers.items()},
+        )
+
+
+_MESSAGES = ("message", "detail", "msg", "error_msg")
+"""Fields in which servers put the message of an error."""
+
+
+def _status(code: str | int) -> int | None:
+    """Return the HTTP status that a code in a body is, or stands for."""
+    return int(code) if re.fullmatch("[45][0-9]{2}", str(code)) else _STATUSES.get(str(code).lower())
 
 
 class Refused(Exception):
@@ -297,6 +431,7 @@ class ApiClient:
         self._settled = asyncio.Condition()
         self._halted = asyncio.Event()
         self._resume_at = 0.0
+        self._told_at = -math.inf
         self._names: dict[str, str] = {}
 
     async def chat(
@@ -375,19 +510,25 @@ class ApiClient:
             await self._turn()
             answer = await self._exchange(path, body)
             # Of a server that does not say what was used the most is counted, so that the caps hold.
-            used = answer.used or most
+            error = answer.error
+            used = answer.used or (Tokens() if error is not None and not answer.choices else most)
+            if error is not None:
+                raise self._verdict(error)
             _check(answer, body["n"])
         except Refused:
             ledger.in_vain = 0
             raise
-        except _Again as error:
-            rounds = max(self._config.attempts, _ROUNDS) if error.counts else _SLOW_ROUNDS
+        except _Again as trouble:
+            rounds = max(self._config.attempts, _ROUNDS) if trouble.counts else _SLOW_ROUNDS
             ledger.in_vain += 1 / (rounds * self._config.concurrency)
             if ledger.in_vain >= 1:
                 raise RunError(
-                    f"apis.{self._api.name}: the server answers nothing any more (the last: {error}); what was made is "
-                    "kept: see to it and run the same command again"
+                    f"apis.{self._api.name}: the server answers nothing any more (the last: {trouble}); what was made "
+                    "is kept: see to it and run the same command again"
                 ) from None
+            if time.monotonic() >= self._told_at + LOG_SECONDS:
+                self._told_at = time.monotonic()
+                log.info("apis.%s: %s; asking again%s", self._api.name, trouble, "" if trouble.counts else ", slower")
             raise
         finally:
             await self._settle(most, used)
@@ -404,22 +545,38 @@ class ApiClient:
             try:
                 async with asyncio.timeout(self._config.timeout):
                     response = await self._client.post(path, cast_to=Response, body=sent)
-                break
             # None of these is chained: what a server says may repeat the key.
             except TimeoutError:
                 raise _Again(f"no answer within {self._config.timeout:g} s") from None
             except APIConnectionError as error:
                 raise _Again(f"no connection: {self._clean(str(error.__cause__ or error))}") from None
-            except APIStatusError as error:
-                if self._adapts(error, sent):
+            except APIStatusError as raised:
+                response = raised.response
+                refusal = ServerError.read(_json(response), raised.status_code, _title(response))
+                if self._adapts(refusal, sent):
                     continue
-                self._heed(error.response.headers)
-                raise self._verdict(error) from None
-        self._heed(response.headers)
+                self._heed(response.headers)
+                raise self._verdict(refusal) from None
+            self._heed(response.headers)
+            answer = self._read(response)
+            if answer.error is None or not self._adapts(answer.error, sent):
+                return answer
+
+    def _read(self, response: "Response") -> Answer:
+        """Return the answer in a response of status 200.
+
+        Raises:
+            _Again: there is none.
+        """
         try:
             return Answer.model_validate_json(response.content)
-        except ValidationError as error:
-            raise _Again(f"the answer is none: {error.errors()[0]['msg']}") from None
+        except ValidationError as invalid:
+            fault = invalid.errors()[0]
+        if fault["type"] == "json_invalid":
+            said = self._clean(_title(response)) or "nothing"
+            raise _Again(f"the answer is not JSON but {said}")
+        place = ".".join(map(str, fault["loc"]))
+        raise _Again(f"the answer is not one of the API: {place}{': ' if place else ''}{fault['msg']}")
 
     # ── what the server takes ────────────────────────────────────────────────────────────────────────────────────
 
@@ -431,10 +588,10 @@ class ApiClient:
         sent.pop("", None)
         return sent
 
-    def _adapts(self, error: "APIStatusError", sent: Mapping[str, Any]) -> bool:
+    def _adapts(self, error: ServerError, sent: Mapping[str, Any]) -> bool:
         """Whether a request was refused for a parameter of which the client now knows that the server has no such."""
-        text = error.response.text
-        if error.status_code not in (400, 422) or self._config.server == "vllm":
+        text = error.text
+        if error.status not in (400, 422) or self._config.server == "vllm":
             return False
         if "max_tokens" in sent and "max_completion_tokens" in text:  # OpenAI's own, for its newer models
             self._names["max_tokens"] = "max_completion_tokens"
@@ -445,20 +602,20 @@ class ApiClient:
             return True
         return False
 
-    def _verdict(self, error: "APIStatusError") -> Exception:
-        """What an HTTP error means."""
-        status, config, api = error.status_code, self._config, f"apis.{self._api.name}"
-        body = error.body if isinstance(error.body, dict) else {}
-        text = self._clean(str(body.get("message") or error.response.text or error.response.reason_phrase))
+    def _verdict(self, error: ServerError) -> Exception:
+        """What an error means."""
+        status, config, api = error.status, self._config, f"apis.{self._api.name}"
+        where, text = self._clean(error.where), self._clean(error.message)
+        self._heed(error.headers)
         if error.code in _FILTERED:
             return Refused("content filter", text)
-        if status in (400, 413, 422) and (error.code == "context_length_exceeded" or _TOO_LONG.search(text)):
+        if status in (None, 400, 413, 422) and (error.code == "context_length_exceeded" or _TOO_LONG.search(text)):
             return Refused("too long", text)
         if status == 402 or error.code == "insufficient_quota":
             return RunError(f"{api}: the account has no credit left ({text}); what was made is kept: add some and run "
                             "the same command again")  # fmt: skip
-        if status in _AGAIN or status >= 500:
-            return _Again(f"HTTP {status}: {text}", counts=status != 429)
+        if status is None or status in _AGAIN or status >= 500:
+            return _Again(f"{where}: {text}", counts=status != 429)
         if status == 401 and self._key is None:
             return InputError(f"{api}.key: the server wants a key, and the environment variable {config.key} is not "
                               "set: export it")  # fmt: skip
@@ -467,11 +624,11 @@ class ApiClient:
         if status == 404:
             return InputError(f"{api}: there is no model {config.model} at {config.url} ({text}): correct model, or "
                               "url, which often ends in /v1")  # fmt: skip
-        return InputError(f"{api}: the server refuses the request (HTTP {status}: {text}): change what it names")
+        return InputError(f"{api}: the server refuses the request ({where}: {text}): change what it names")
 
     def _clean(self, text: str) -> str:
         """A server's text for people: one line, cut, and without the key, should it repeat that."""
-        return " ".join((text.replace(self._key, "…") if self._key else text).split())[:_DETAIL]
+        return one_line(text.replace(self._key, "…") if self._key else text, _DETAIL)
 
     # ── how fast, and how much ───────────────────────────────────────────────────────────────────────────────────
 
@@ -527,13 +684,29 @@ class ApiClient:
 
 def _check(answer: Answer, n: int) -> None:
     """Refuse an answer that is none, in which case another one may be."""
-    answer.choices.sort(key=lambda choice: choice.index)
+    answer.choices.sort(key=lambda choice: choice.index or 0)
     if len(answer.choices) != n:
         raise _Again(f"the answer has {len(answer.choices)} choices, not {n}")
     for choice in answer.choices:
-        lacking = choice.written is None and choice.finish_reason != "length"  # a limit may come before any text
-        if choice.refusal is None and (lacking or choice.finish_reason not in ("stop", "length")):
-            raise _Again(f"a choice without text, or that ends for the reason {choice.finish_reason}")
+        ended = f"finish_reason {one_line(str(choice.finish_reason), _DETAIL)}"
+        if choice.failed:
+            raise _Again(f"the server failed in the middle of a text ({ended})")
+        if choice.refusal is None and choice.written is None and not choice.cut:  # a limit may come before any text
+            raise _Again(f"a choice without text ({ended})")
+
+
+def _json(response: "Response") -> Any:
+    """Return the JSON in a response; None where there is none."""
+    try:
+        return response.json()
+    except ValueError:
+        return None
+
+
+def _title(response: "Response") -> str:
+    """Return the text of a response; of a web page, as proxies send, its title."""
+    title = re.search(r"<title[^>]*>(.*?)</title>", response.text, re.IGNORECASE | re.DOTALL)
+    return title[1] if title else response.text or response.reason_phrase
 
 
 def _most_tokens(text: str) -> int:
@@ -784,7 +957,7 @@ class _Asking:
         A chat model does not write where the prompt stops, so its text gets the white space with which the target
         begins, and ends without any; a completion stays as it is.
         """
-        ends = choice.finish_reason == "stop"
+        ends = not choice.cut
         if self._by_ids:
             return self._decoded(choice), choice.token_ids or [], ends
         text = choice.written or ""
@@ -806,9 +979,7 @@ class _Asking:
         ids, api = choice.token_ids, f"apis.{self._asked.api.name}"
         if ids is None:
             raise InputError(f"{api}.server is vllm, but the server gives no token ids: set it to openai")
-        written = str(
-            self._tokenizer.decode(without_end(ids, choice.finish_reason == "stop"), skip_special_tokens=True)
-        )
+        written = str(self._tokenizer.decode(without_end(ids, not choice.cut), skip_special_tokens=True))
         if _bare(written) != _bare(choice.text or ""):
             raise InputError(
                 f"{api}: the server's tokenizer is not that of the examples: serve a model that has it, or set "

@@ -101,6 +101,31 @@ def test_a_planted_preference_is_found_in_both_orders_and_asked_for_once(tmp_pat
         assert max(server.prompts().values()) == 1
 
 
+def test_ends_errors_and_reasoning(tmp_path: Path) -> None:
+    def script(seen: Seen) -> Reply:
+        what = int(shown(seen)[0].split()[1])
+        if what == 0 and not seen.attempt:
+            return Reply({"error": {"message": "slow", "code": 429}, "choices": None})
+        message, reason = {
+            0: ({"content": "A"}, None),
+            1: ({"content": [{"type": "text", "text": "A"}], "reasoning": "hm"}, "eos"),
+            2: ({"content": None, "reasoning_content": "hm"}, "max_tokens"),
+            3: ({"content": None, "reasoning_content": "hm"}, "stop"),
+            4: ({"content": "A", "reasoning_content": "hm"}, "length"),
+        }[what]
+        reply = written(seen)
+        reply.body["choices"][0] |= {"message": message, "finish_reason": reason}
+        return reply
+
+    with serve(script) as server:
+        found = Bench(tmp_path, server.url, both_orders=False, attempts=1)(pairs(5))
+        verdicts = [next(iter(judgement.by_order.values())) for judgement in found]
+        reasons = [verdict.raw.get("unparseable") for verdict in verdicts]
+        assert reasons == [None, None, "cut in its thoughts", "empty", None]
+        assert all(verdict.winner != "tie" for verdict in (*verdicts[:2], verdicts[4]))
+        assert len(server.seen) == 6, "only what was told to slow down is asked again"
+
+
 def test_a_judge_that_takes_the_first(tmp_path: Path) -> None:
     with serve(lambda seen: written(seen, "A")) as server:
         found = Bench(tmp_path, server.url)(pairs(10))

@@ -43,7 +43,9 @@ class Reply:
     """Close the connection in the middle of it."""
 
 
-def written(seen: Seen, text: str = "", finish_reason: str = "stop", used: tuple[int, int] | None = (10, 5)) -> Reply:
+def written(
+    seen: Seen, text: str = "", finish_reason: str | None = "stop", used: tuple[int, int] | None = (10, 5)
+) -> Reply:
     """A proper answer; `used` are its tokens, of the prompt and written."""
     body = seen.body
     text = text or f"re {seen.prompt} {body.get('seed', '')}".rstrip()

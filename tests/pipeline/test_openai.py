@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -219,6 +220,76 @@ def test_top_p_is_sent_where_it_is_on(tmp_path: Path, tokenizer: TokenizerFiles,
     assert body(1.0, "off").get("top_p") == (1.0 if server == "vllm" else None)
 
 
+ENDS = ["stop", None, "", "eos", "eos_token", "end_turn", "stop_sequence", "tool_calls", "STOP", "<|im_end|>", "done"]
+LIMITS = ["length", "max_tokens", "MAX_TOKENS", "model_length"]
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "completions"])
+def test_a_text_ends_unless_a_limit_cut_it(endpoint: str, tmp_path: Path, tokenizer: TokenizerFiles) -> None:
+    reasons: list[Any] = [*ENDS, *LIMITS]
+    texts = {"p": "chat", "<": "completions"}
+
+    def script(seen: Seen) -> Reply:
+        assert texts[seen.prompt[0]] == endpoint
+        return written(seen, "the fox", reasons[int(seen.prompt.strip("p<>"))])
+
+    table, loaded = examples(len(reasons)), tokenizer.load()
+    with serve(script) as server:
+        run = Run(tmp_path, tokenizer, server.url, endpoint=endpoint)
+        run.make(table)
+        assert set(server.prompts().values()) == {1}, "a complete answer is paid for, and is not asked for again"
+        ids = loaded("the fox")["input_ids"]
+        assert [(row["text"], row["finish_reason"], row["token_ids"]) for row in run.made(table)] == [
+            *[("the fox", "stop", [*ids, 0])] * len(ENDS),
+            *[("the fox", "length", ids)] * len(LIMITS),
+        ]
+
+
+def test_token_ids_end_unless_a_limit_cut_them(tmp_path: Path, tokenizer: TokenizerFiles) -> None:
+    ids = tokenizer.load()("the fox")["input_ids"]
+
+    def script(seen: Seen) -> Reply:
+        cut = seen.body["prompt"][0] == 2  # of the second example
+        reply = written(seen, "the fox", "length" if cut else None)
+        reply.body["choices"][0] |= {"token_ids": ids if cut else [*ids, 0], "logprobs": {"token_logprobs": None}}
+        return reply
+
+    table = examples(2)
+    with serve(script) as server:
+        run = Run(tmp_path, tokenizer, server.url, server="vllm", endpoint="completions")
+        run.make(table)
+        found = [(row["text"], row["finish_reason"], row["token_ids"], row["logprob"]) for row in run.made(table)]
+        assert found == [("the fox", "stop", [*ids, 0], None), ("the fox", "length", ids, None)]
+        assert len(server.seen) == 2
+
+
+def test_texts_in_parts_and_beside_reasoning(tmp_path: Path, tokenizer: TokenizerFiles) -> None:
+    def script(seen: Seen) -> Reply:
+        message, reason = {
+            "p0": ({"content": [{"type": "thinking", "thinking": []}, {"type": "text", "text": "the"},
+                                {"type": "text", "text": " fox"}]}, "stop"),
+            "p1": ({"content": "the dog", "reasoning_content": "hm"}, "stop"),
+            "p2": ({"content": None, "reasoning_content": "hm"}, "stop"),
+            "p3": ({"content": None, "reasoning": "hm"}, "length"),
+            "p4": ({"content": [{"type": "thinking", "thinking": []}]}, "stop"),
+        }[seen.prompt]  # fmt: skip
+        reply = written(seen, finish_reason=str(reason))
+        reply.body["choices"][0] |= {"message": message, "index": None}
+        return reply
+
+    table = examples(5)
+    with serve(script) as server:
+        run = Run(tmp_path, tokenizer, server.url)
+        run.make(table)
+        assert [row["text"] for row in run.made(table)] == ["the fox", "the dog"]
+        nothing = "the answer has reasoning, but no text after it"
+        assert [(row["reason"], row["detail"]) for row in run.refusals(table)] == [
+            ("empty", nothing), ("empty", "the limit of tokens was reached before any text was written"),
+            ("empty", nothing),
+        ]  # fmt: skip
+        assert len(server.seen) == 5
+
+
 # ── trouble that passes ──────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -238,8 +309,8 @@ def test_trouble_that_passes_costs_nothing(tmp_path: Path, tokenizer: TokenizerF
         "p6": lambda seen: Reply({"choices": []}),
         "p7": lambda seen: Reply({"error": "none"}),
         "p8": lambda seen: lacking(seen, message={"content": None}),
-        "p9": lambda seen: lacking(seen, finish_reason=None),
-        "p10": lambda seen: lacking(seen, finish_reason="tool_calls"),
+        "p9": lambda seen: lacking(seen, finish_reason="error"),
+        "p10": lambda seen: lacking(seen, finish_reason="tool_calls", message={"content": None, "tool_calls": []}),
         "p11": lambda seen: Reply(b"<html>maintenance</html>", headers={"Content-Type": "text/html"}),
         "p12": lambda seen: lacking(seen, message={"content": ["parts"]}),
         "p13": lambda seen: Reply(b'{"choices": [{"finish_reason": "stop", "message": {"content": "\\ud800"}}]}'),
@@ -247,6 +318,11 @@ def test_trouble_that_passes_costs_nothing(tmp_path: Path, tokenizer: TokenizerF
         "p15": lambda seen: Reply(b"", status=502),
         "p16": lambda seen: Reply(b"null"),
         "p17": lambda seen: Reply(b"\xff\xfe"),
+        "p18": lambda seen: Reply({"choices": None}),
+        "p19": lambda seen: Reply({"error": {"message": "Provider returned error", "code": 502}}),
+        "p20": lambda seen: Reply({"error": {"message": "Rate limit exceeded", "code": 429}, "choices": None}),
+        "p21": lambda seen: lacking(seen, error={"message": "cut off", "code": 504}),
+        "p22": lambda seen: lacking(seen, finish_reason="insufficient_system_resource"),
     }
     table = examples(40)
     with serve(lambda seen: troubles[seen.prompt](seen) if seen.prompt in troubles and seen.attempt < 2 else
@@ -289,6 +365,79 @@ def test_being_told_to_slow_down_is_no_failure(
         with pytest.raises(RunError, match=r"answers nothing any more \(the last: HTTP 429: slow\)"):
             run.make(table)
         assert len(server.seen) in (40, 41)
+
+
+RATE_LIMITS: list[dict[str, Any]] = [
+    {"error": {"message": "slow", "code": 429}},
+    {"error": {"message": "slow", "code": "429"}, "choices": None},
+    {"error": {"message": "slow", "type": "rate_limit_error", "code": None}, "choices": []},
+    {"error": "slow", "code": 429},
+    {"choices": [{"index": 0, "message": None, "error": {"message": "slow", "code": 429}}]},
+    {"object": "error", "message": "slow", "code": 429},
+]
+
+
+@pytest.mark.parametrize("body", RATE_LIMITS, ids=map(str, range(len(RATE_LIMITS))))
+def test_being_told_to_slow_down_inside_an_answer(
+    body: dict[str, Any], tmp_path: Path, tokenizer: TokenizerFiles, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(openai, "_LONGEST_BACKOFF", 0.02)
+    monkeypatch.setattr(openai, "_SLOW_ROUNDS", 8)
+    table = examples(3)
+    with serve(lambda seen: Reply(body) if seen.attempt < 4 else written(seen)) as server:
+        # Such answers cost nothing: each would be 322 tokens else, the most that a request may use.
+        free = {} if body.get("choices") else {"max_tokens": 400}
+        run = Run(tmp_path, tokenizer, server.url, attempts=1, concurrency=1, **free)
+        run.make(table)
+        assert run.texts(table) == expected(3)
+        assert re.search(r"apis.gpt: error (429|rate_limit_error): slow; asking again, slower", caplog.text)
+    with serve(lambda seen: Reply(body)) as server:
+        run = Run(tmp_path / "other", tokenizer, server.url, attempts=1, concurrency=2)
+        with pytest.raises(
+            RunError, match=r"answers nothing any more \(the last: error (429|rate_limit_error): slow\)"
+        ):
+            run.make(table)
+        assert len(server.seen) in (16, 17)
+
+
+def test_what_the_server_behind_a_server_says(tmp_path: Path, tokenizer: TokenizerFiles) -> None:
+    metadata = {"raw": "free-models-per-day", "headers": {"Retry-After": "1"}}
+    body = {"error": {"message": "Provider returned error", "code": 429, "metadata": metadata}}
+    with serve(lambda seen: written(seen) if seen.attempt else Reply(body)) as server:
+        run = Run(tmp_path, tokenizer, server.url)
+        run.make(examples(1))
+        first, second = server.seen
+        assert 1 < second.at - first.at < 10
+    with serve(lambda seen: Reply({"error": body["error"] | {"metadata": {"raw": "too\x1b[2J hot\x9b"}}})) as server:
+        run = Run(tmp_path / "other", tokenizer, server.url, concurrency=1)
+        with pytest.raises(RunError) as caught:
+            run.make(examples(1))
+        assert r"(the last: error 429: Provider returned error: too\x1b[2J hot\x9b)" in str(caught.value)
+
+
+ANSWERS_THAT_ARE_NONE = [
+    (b"<html><head><title>502\n Bad gateway</title></head><body>x</body></html>", "the answer is not JSON but 502 Bad "
+     "gateway"),
+    (b'{"choices": [{"message"', 'the answer is not JSON but {"choices": [{"message"'),
+    (b"", "the answer is not JSON but OK"),
+    (b'{"choices": "none"}', "the answer is not one of the API: choices: Input should be a valid array"),
+    (b'{"choices": null}', "the answer has 0 choices, not 1"),
+    (b'{"detail": "Not\\u001b[2J ready"}', r"error: Not\x1b[2J ready"),
+    (b'{"error": {"code": 502}}', 'error 502: {"error": {"code": 502}}'),
+    (b'[{"error": {"code": 502}}]', "the answer is not one of the API: Input should be an object"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "said"), ANSWERS_THAT_ARE_NONE, ids=map(str, range(len(ANSWERS_THAT_ARE_NONE))))
+def test_what_an_answer_says_that_is_none(body: bytes, said: str, tmp_path: Path, tokenizer: TokenizerFiles) -> None:
+    with serve(lambda seen: Reply(body) if seen.prompt == "p0" else written(seen)) as server:
+        run = Run(tmp_path, tokenizer, server.url, attempts=2)
+        run.make(examples(6))
+        assert server.prompts()["p0"] == 2
+        with pytest.raises(RunError) as caught:
+            run.work.check()
+        assert f"(the last: {said})" in str(caught.value)
 
 
 PAUSES = [
@@ -385,6 +534,53 @@ def test_what_no_repetition_helps_ends_the_run_at_once(
         assert str(caught.value).replace(server.url, "URL") == line
         assert len(server.seen) == 4
         assert run.texts(table) == ["re p0", "re p1", "re p3"], "what was under way is kept"
+
+
+def inside(status: int, message: str, code: str | None) -> Reply:
+    """The same error inside an answer of status 200."""
+    return Reply({"error": {"message": message, "code": code or status}})
+
+
+@pytest.mark.parametrize(("status", "message", "code", "kind", "line"), FATAL, ids=[str(case[0]) for case in FATAL])
+def test_what_no_repetition_helps_inside_an_answer(
+    status: int, message: str, code: str | None, kind: type[Exception], line: str, tmp_path: Path,
+    tokenizer: TokenizerFiles, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("MY_KEY", SECRET)
+    with serve(lambda seen: inside(status, message, code)) as server:
+        run = Run(tmp_path, tokenizer, server.url, key="MY_KEY", concurrency=1)
+        with pytest.raises(kind) as caught:
+            run.make(examples(3))
+        assert str(caught.value).replace(server.url, "URL") == line.replace("HTTP", "error")
+        assert len(server.seen) == 1
+
+
+def test_no_credit_left_inside_an_answer(tmp_path: Path, tokenizer: TokenizerFiles) -> None:
+    with serve(lambda seen: inside(402, "pay", None)) as server:
+        with pytest.raises(RunError, match=r"the account has no credit left \(pay\)"):
+            Run(tmp_path, tokenizer, server.url, concurrency=1).make(examples(3))
+        assert len(server.seen) == 1
+
+
+def test_refusals_inside_an_answer(tmp_path: Path, tokenizer: TokenizerFiles) -> None:
+    troubles: Mapping[str, Any] = {
+        "p0": lambda seen: Reply({"error": {"message": "no", "code": "content_filter"}}),
+        "p1": lambda seen: Reply({"error": "This model's maximum context length is 8 tokens"}),
+        "p2": lambda seen: written(seen, "cut off", "SAFETY"),
+    }
+    table = examples(4)
+    with serve(lambda seen: troubles.get(seen.prompt, written)(seen)) as server:
+        run = Run(tmp_path, tokenizer, server.url)
+        run.make(table)
+        assert [row["reason"] for row in run.refusals(table)] == ["content filter", "too long", "content filter"]
+        assert len(server.seen) == 4
+
+
+def test_parameters_that_a_server_refuses_inside_an_answer(tmp_path: Path, tokenizer: TokenizerFiles) -> None:
+    said = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+    with serve(lambda seen: inside(400, said, None) if "max_tokens" in seen.body else written(seen)) as server:
+        Run(tmp_path, tokenizer, server.url).make(examples(1))
+        assert [("max_tokens" in seen.body) for seen in server.seen] == [True, False]
 
 
 def test_keys(tmp_path: Path, tokenizer: TokenizerFiles, monkeypatch: pytest.MonkeyPatch) -> None:

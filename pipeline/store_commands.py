@@ -171,10 +171,6 @@ def gc(
             elif run.missing:
                 hint = f"if it was deleted, add --forget {run.name}"
                 say(one_line(f"kept: what {run.name} uses, which is missing; {hint}"))
-                    one_line(
-                        f"kept: what {run.name} uses, which is missing; if it was deleted, add --forget {run.name}"
-                    )
-                )
             elif run.remote:
                 say(one_line(f"kept: what {run.run_dir} of {run.host} uses, which cannot be seen from here"))
         for name, size in costly:

@@ -3,16 +3,17 @@
 import importlib.util
 import os
 import unicodedata
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cpo_pipe.data.errors import InputError, cause
-from cpo_pipe.data.fingerprint import check_unchanged, digest
+from cpo_pipe.data.fingerprint import check_unchanged, digest, read_json
 from cpo_pipe.data.models import fetch_folder
 from cpo_pipe.data.progress import track
 from cpo_pipe.data.store import Store
@@ -31,8 +32,37 @@ _IDENTITY = ("*.safetensors", "*.json", "*.txt", "*.model")
 _PROVENANCE = ("README.md", "data_config.json", "train_script.py")
 
 
+EQUAL = 1e-6
+"""Cosines nearer to each other than this are equal: so much depends on what a text was batched with."""
+
+
+class Embedded(NamedTuple):
+    """Vectors of n texts."""
+
+    vectors: NDArray[np.float32]
+    """Shape (n, d)."""
+    truncated: NDArray[np.bool_]
+    """Which texts are longer than the model's window, so that their vector ignores how they go on; shape (n,)."""
+
+
+class Encoder(ABC):
+    """Something that makes vectors of texts."""
+
+    @abstractmethod
+    def embed(self, texts: Sequence[str]) -> Embedded:
+        """Return the vectors of the texts, in their order, and which texts were truncated."""
+
+    @abstractmethod
+    def window(self) -> int | None:
+        """Return how many tokens of a text the model reads, or None where nothing says it; loads no model."""
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return the vectors of the texts, in their order, (n, d)."""
+        return self.embed(texts).vectors
+
+
 @dataclass(frozen=True)
-class Embedder:
+class Embedder(Encoder):
     """A sentence-embedding model on disk, loaded at the first text."""
 
     name: str
@@ -47,8 +77,8 @@ class Embedder:
     def __reduce__(self) -> tuple[type["Embedder"], tuple[str, Path, str, Mapping[str, str]]]:
         return Embedder, (self.name, self.path, self.fingerprint, self.files)  # another process loads its own
 
-    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Unit vectors of the texts, in their order, (n, d). Texts are read in NFC; equal ones are computed once.
+    def embed(self, texts: Sequence[str]) -> Embedded:
+        """Return unit vectors of the texts, read in NFC; equal texts are computed once.
 
         Texts of like length, in tokens, share a batch, so that little is computed for padding.
         """
@@ -59,7 +89,9 @@ class Embedder:
         distinct = list(position)
         vectors = np.zeros((len(distinct), int(model.get_embedding_dimension() or 0)), np.float32)
         lengths = _token_lengths(model, distinct)
-        for batch in batches_by_length(lengths, CPU_TOKENS if model.device.type == "cpu" else GPU_TOKENS):
+        window = model.max_seq_length or lengths.max(initial=0)
+        budget = CPU_TOKENS if model.device.type == "cpu" else GPU_TOKENS
+        for batch in batches_by_length(np.minimum(lengths, window), budget):
             vectors[batch] = model.encode(
                 [distinct[number] for number in batch],
                 batch_size=len(batch),
@@ -67,7 +99,13 @@ class Embedder:
                 normalize_embeddings=True,
                 show_progress_bar=False,
             )
-        return vectors[[position[text] for text in texts]]
+        places = [position[text] for text in texts]
+        return Embedded(vectors[places], (lengths > window)[places])
+
+    def window(self) -> int | None:
+        """Return how many tokens of a text the model reads, as far as its configuration says."""
+        file = self.path / "sentence_bert_config.json"
+        return read_json(file).get("max_seq_length") if file.is_file() else None
 
     def _model(self) -> "SentenceTransformer":
         if not self._loaded:
@@ -107,10 +145,38 @@ def _packaged_folder() -> Path:
     return Path(os.path.dirname(spec.origin)) / "model"
 
 
+def tied(cosines: NDArray[Any], groups: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return which cosines equal another one of the same group; NaN equals none. Both arrays are (n,)."""
+    order = np.lexsort((cosines, groups))
+    equal = (np.diff(groups[order]) == 0) & (np.diff(cosines[order]) <= EQUAL)
+    found = np.zeros(len(order), bool)
+    found[order[1:]] |= equal
+    found[order[:-1]] |= equal
+    return found
+
+
+def truncation(count: int, total: int, model: str, window: int | None, remedy: str) -> str:
+    """Return what to tell the user about texts that a model does not read to their end, and what to do.
+
+    Args:
+        count: texts that are truncated.
+        total: all texts.
+        model: what the user calls the model.
+        window: how many tokens it reads, if that is known.
+        remedy: what to do, besides shortening the texts.
+    """
+    reads = f"{model} reads" if window is None else f"the {window:,} tokens that {model} reads"
+    return (
+        f"{count:,} of {total:,} texts ({count / total:.1%}) are longer than {reads}: differences after these are not "
+        f"seen; {remedy}, or shorten the texts"
+    )
+
+
 def _token_lengths(model: "SentenceTransformer", texts: Sequence[str]) -> NDArray[np.int64]:
+    """Return the lengths of whole texts in tokens, whatever the window."""
     if not texts:
         return np.zeros(0, np.int64)
-    encoded = model.tokenizer(list(texts), padding=False, truncation=True, max_length=model.max_seq_length)
+    encoded = model.tokenizer(list(texts), padding=False, truncation=False, verbose=False)
     return np.array([len(ids) for ids in encoded["input_ids"]], np.int64)
 
 
@@ -128,20 +194,13 @@ CHUNK = 256
 """Texts embedded between two steps of the progress bar."""
 
 
-class Encoder(Protocol):
-    """Something that makes vectors of texts."""
-
-    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Of the texts, in their order, (n, d)."""
-        ...
-
-
 class EmbeddingMemo:
     """An encoder that keeps what it has seen: evaluation compares the same targets with one system after another."""
 
     def __init__(self, encoder: Encoder):
         self._encoder = encoder
         self._seen: dict[str, NDArray[np.float32]] = {}
+        self._truncated: set[str] = set()
 
     def add(self, texts: Iterable[str], label: str) -> None:
         """Encode the texts that are new, under a progress bar called `label`."""
@@ -159,8 +218,18 @@ class EmbeddingMemo:
             self._embed(new)
         return np.stack([self._seen[text] for text in texts])
 
+    def truncated(self, texts: Iterable[str]) -> int:
+        """Return how many of the texts, which are encoded already, are longer than the window."""
+        return sum(text in self._truncated for text in texts)
+
+    def window(self) -> int | None:
+        """Return how many tokens of a text the encoder reads, if that is known."""
+        return self._encoder.window()
+
     def _new(self, texts: Iterable[str]) -> list[str]:
         return [text for text in dict.fromkeys(texts) if text not in self._seen]
 
     def _embed(self, texts: Sequence[str]) -> None:
-        self._seen.update(zip(texts, self._encoder.encode(texts), strict=True))
+        vectors, truncated = self._encoder.embed(texts)
+        self._seen.update(zip(texts, vectors, strict=True))
+        self._truncated.update(text for text, cut in zip(texts, truncated, strict=True) if cut)

@@ -67,6 +67,12 @@ CANDIDATE = pa.struct(
         _column("token_ids", _IDS, "token ids as trained on"),
         _column("strategy", pa.string(), "`target`, or the negative's strategy; `pool:NAME` and `instructed:NAME`"),
         _column("similarity", pa.float32(), "cosine to the target's embedding, −1 to 1", nullable=True),
+        _column(
+            "truncated",
+            pa.bool_(),
+            "whether the text is longer than the embedding model's window, which `similarity` then ignores",
+            nullable=True,
+        ),
         _column("rank", pa.int32(), "position in the preference order; 0 is the target", nullable=True),
     ]
 )

@@ -13,7 +13,7 @@ Generations and verdicts are rows and are reused; the figures are one product:
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cpo_pipe.data.embedding import Embedder, EmbeddingMemo, locate_embedder
+from cpo_pipe.data.embedding import Embedder, EmbeddingMemo, locate_embedder, truncation
 from cpo_pipe.data.end_tokens import end_tokens
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.examples import Examples, draw, selection_hash
@@ -456,7 +456,8 @@ def _write(product: Product, wanted: Comparison, store: Store, target_nll: Targe
     example_ids = wanted.selection["example_id"].to_pylist()
     outputs = {(g.system, g.decoding): read_outputs(g.rows, example_ids) for g in wanted.generations}
     measured = _measure(wanted, outputs, store, target_nll)
-    notes = _notes(wanted, measured)
+    texts = [text for of in (read_targets(wanted.selection), *outputs.values()) for text in of.texts]
+    notes = [*_notes(wanted, measured), *_truncation_notes(wanted, texts)]
     for note in notes:
         log.info("evaluate: %s", note)
     with product.create() as writer:
@@ -634,6 +635,23 @@ def _notes(wanted: Comparison, measured: Measurement) -> list[str]:
                 "####\\s*([-$€£¥]*[0-9,.]*[0-9])"
             )
     return notes
+
+
+def _truncation_notes(wanted: Comparison, texts: Sequence[str]) -> Iterator[str]:
+    """Say which figures ignore the ends of texts, of the outputs and targets that were embedded for them."""
+    by_memo: list[tuple[EmbeddingMemo, str, str, str]] = []
+    config = wanted.config
+    if wanted.memo is not None and (judges := _similarity(wanted.judges)):
+        by_memo.append((wanted.memo, ", ".join(judges), config.embedder, "evaluate.embedder"))
+    if wanted.mauve is not None and wanted.with_mauve():
+        model, setting = config.embedder, "evaluate.embedder"
+        if config.mauve_model is not None:
+            model, setting = config.mauve_model, "evaluate.mauve_model"
+        by_memo.append((wanted.mauve, "MAUVE", model, setting))
+    for memo, names, model, setting in by_memo:
+        if count := memo.truncated(texts):
+            remedy = f"set {setting} to a model that reads more"
+            yield f"{names}: {truncation(count, len(texts), model, memo.window(), remedy)}"
 
 
 def _output_table(example_ids: Sequence[str], all_outputs: Mapping[tuple[str, str], Outputs]) -> pa.Table:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpo_pipe.data import templates
-from cpo_pipe.data.embedding import batches_by_length
+from cpo_pipe.data.embedding import Embedded, Encoder, batches_by_length
 from cpo_pipe.data.fingerprint import Spec
 from cpo_pipe.data.models import Model, TokenizerFiles
 
@@ -88,7 +88,7 @@ def causal_features(network: "PreTrainedModel", token_ids: Sequence[Sequence[int
     return features
 
 
-class CausalEncoder:
+class CausalEncoder(Encoder):
     """Features of texts by a causal model, which is loaded at the first of them; float32.
 
     A text is cut to the model's context, and an empty one is the token that ends texts.
@@ -103,8 +103,12 @@ class CausalEncoder:
         """What decides its features."""
         return {"model": self._model.fingerprint, "tokenizer": self._tokenizer.fingerprint}
 
-    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Features of the texts, in their order, (n, d).
+    def window(self) -> int | None:
+        """Return the model's context."""
+        return self._model.context()
+
+    def embed(self, texts: Sequence[str]) -> Embedded:
+        """Return the features of the texts.
 
         Raises:
             InputError: the tokenizer has no token that ends texts, or the model cannot be loaded.
@@ -117,7 +121,9 @@ class CausalEncoder:
         network, tokenizer = self._loaded
         end = templates.eos_token_id(tokenizer, "evaluate.mauve_model")
         encoded = templates.encode_as_text(texts, tokenizer)
-        return causal_features(network, [ids[: self._model.context()] or [end] for ids in encoded])
+        context = self._model.context()
+        features = causal_features(network, [ids[:context] or [end] for ids in encoded])
+        return Embedded(features, np.array([context is not None and len(ids) > context for ids in encoded], bool))
 
 
 def divergence_area(p: Histogram, q: Histogram) -> float:

@@ -86,6 +86,8 @@ _QUALITY = {
     "reference log-prob, nats per token": ("{reference_logprob:.2f}",),
     "sampler log-prob, nats per token": ("{sampler_logprob:.2f}",),
     "cosine to the target, mean": ("{similarity:.2f}",),
+    "longer than the embedding model reads": ("{truncated:.1%}",),
+    "tied in the order": ("{tied:.1%}",),
     "cosine, quantiles 10/50/90%": ("{similarity_p10:.2f}/{similarity_p50:.2f}/{similarity_p90:.2f}",),
     **{
         f"distinct-{n} (the targets')": (f"{{distinct_{n}:.2f}} ({{target_distinct_{n}:.2f}})", f"{{distinct_{n}:.2f}}")

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from cpo_pipe.data.embedding import tied
 from cpo_pipe.data.progress import track
 from cpo_pipe.data.store import Rows
 
@@ -45,6 +46,8 @@ RATIO = (0.5, 2.0)
 """Half the negatives are of another order of length than the target: rewards, which are sums over tokens, are too."""
 UNENDED = 0.5
 """For most negatives the absence of the end token alone says that they are no target."""
+TIED = 0.1
+"""One negative in ten has no place of its own in the order."""
 POOR = 0.5
 """Distinct 2-grams by the targets' own: half of the variety is gone."""
 
@@ -90,6 +93,8 @@ QUALITY = pa.schema(
                 "similarity_p10": "cosine to the target that a tenth stay below",
                 "similarity_p50": "cosine to the target, median",
                 "similarity_p90": "cosine to the target that a tenth are above",
+                "truncated": "share of those kept that are longer than the embedding model's window",
+                "tied": "share of those kept whose cosine equals that of another negative of their group",
             },
         ),
         *(
@@ -207,7 +212,7 @@ class _Tally:
         sizes = self._sizes[name]
         ratios, cosines = self._all_values("length_ratio", name), self._all_values("similarity", name)
         means = ("copies", "duplicates", "unended", "tokens", "longer", "longest", "likelier", "likeliest",
-                 "likelier_per_token", "likeliest_per_token", "chance", "similarity")  # fmt: skip
+                 "likelier_per_token", "likeliest_per_token", "chance", "similarity", "truncated", "tied")  # fmt: skip
         deciles = np.quantile(cosines, [0.1, 0.5, 0.9]).tolist() if len(cosines) else [None] * 3
         return {
             "strategy": name,
@@ -291,14 +296,17 @@ def _measure_kept(tally: _Tally, found: _Candidates, logprobs: pa.Table | None) 
     length = pc.list_value_length(found.column("token_ids")).to_numpy().astype(np.float64)
     ratio = length / np.maximum(length[found.target_C], 1)
     similarity = _numbers(found.column("similarity"))
+    truncated, ties = _numbers(found.column("truncated")), _ties(similarity, found)
     nats = _reference(found, logprobs)
     for name, mask in found.masks.items():
         tally.add("tokens", name, length[mask])
         tally.add("reference_nats", name, nats[mask])
         tally.add("reference_tokens", name, np.where(np.isnan(nats), np.nan, length)[mask])
+        tally.add("truncated", name, truncated[mask])
         if name == TARGET:
             continue
         tally.add("similarity", name, similarity[mask])
+        tally.add("tied", name, ties[mask])
         sizes = np.bincount(found.group_C[mask], minlength=found.groups)
         tally.add_sizes(name, sizes)
         tally.add("chance", name, 1 / (1 + sizes[sizes > 0]))
@@ -313,6 +321,14 @@ def _measure_kept(tally: _Tally, found: _Candidates, logprobs: pa.Table | None) 
     for label in tally.labels:
         tally.keep("length_ratio", label, ratio[found.masks[label]])
         tally.keep("similarity", label, similarity[found.masks[label]])
+
+
+def _ties(similarity: NDArray[np.float64], found: _Candidates) -> NDArray[np.float64]:
+    """Return 1 for each negative whose cosine equals that of another one of its group, else 0; NaN if unknown: (C,)."""
+    negative = found.masks[ALL]
+    ties = np.full(len(similarity), np.nan)
+    ties[negative] = tied(similarity[negative], found.group_C[negative])
+    return np.where(np.isnan(similarity), np.nan, ties)
 
 
 def _chosen(lead: NDArray[Any], group: NDArray[Any], groups: int) -> NDArray[np.float64]:
@@ -396,7 +412,7 @@ def degeneracies(table: pa.Table) -> Iterator[str]:
     rows = {row["strategy"]: row for row in table.to_pylist()}
     target, together = rows.pop(TARGET), rows.pop(ALL)
     for name, row in rows.items():
-        for sentence in (_wasted(row), _length(row, target), _likelihood(row), _poverty(row)):
+        for sentence in (_wasted(row), _length(row, target), _likelihood(row), _poverty(row), _order(row, target)):
             yield from (f"{name}: {text}" for text in sentence)
     if (together["alone"] or 0) > ALONE:
         yield (
@@ -478,4 +494,20 @@ def _poverty(row: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"distinct-2 is {own:.2f}, the targets' is {targets:.2f}: the negatives say the same everywhere, and "
             "training can win by avoiding a few phrases; raise negatives.temperature or top_k, or mix strategies."
+        )
+
+
+def _order(row: Mapping[str, Any], target: Mapping[str, Any]) -> Iterator[str]:
+    own, targets = row["truncated"] or 0, target["truncated"] or 0
+    if own or targets:
+        yield (
+            f"{own:.1%} of the negatives and {targets:.1%} of the targets are longer than the embedding model reads: "
+            "similarity and rank ignore how they go on; set rank.model to a model that reads more, or shorten the "
+            "texts."
+        )
+    if (row["tied"] or 0) > TIED:
+        yield (
+            f"{row['tied']:.0%} of the negatives have the cosine of another one of their group: the order among these "
+            "is arbitrary, and cpo-ranked learns it; set rank.model to a model that tells them apart, or train with "
+            "cpo."
         )

@@ -3,13 +3,14 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cpo_pipe.data.embedding import Embedder, locate_embedder
+from cpo_pipe.data.embedding import Embedder, locate_embedder, tied, truncation
 from cpo_pipe.data.end_tokens import without_end
 from cpo_pipe.data.errors import MissingInput
 from cpo_pipe.data.executor import Executor, Made, Make
@@ -25,8 +26,8 @@ DUPLICATE = "duplicate of another negative"
 
 SLICE = 512
 """Examples whose negatives are read together."""
-COMPARED = "without end tokens"
-"""Change when other candidates count as equal: groups made in the old way are then made again."""
+RULES = 2
+"""Raise when the same negatives come to make other groups, or candidates get other columns: groups are then made again."""
 
 
 def plan_groups(config: Rank, ranked: bool, store: Store, sources: Sources) -> tuple[Rows, Rows, Embedder | None]:
@@ -36,7 +37,7 @@ def plan_groups(config: Rank, ranked: bool, store: Store, sources: Sources) -> t
         "candidates": sources.spec(),
         "embedder": embedder.fingerprint if embedder else None,
         "drop_duplicates": config.drop_duplicates,
-        **({"compared": COMPARED} if config.drop_duplicates else {}),
+        "rules": RULES,
     }
     return store.rows("groups", spec), store.rows("rejected", {"of": spec}), embedder
 
@@ -93,15 +94,19 @@ def rank(config: Rank, ranked: bool, store: Store, sources: Sources, executor: E
             batches = (examples.slice(start, SLICE) for start in range(0, examples.num_rows, SLICE))
             work = Grouped(dropped, groups, sources.pools, embedder, config.drop_duplicates, config.batch_size)
             executor.run(work, batches, "rank", examples.num_rows)
-    sizes = _sizes(groups, example_ids)
+    kept = _count_kept(groups, example_ids)
     made = sum(int(source.rows.has_samples(example_ids, source.count).sum()) for source in sources.pools)
     reasons = dropped_reasons(dropped, example_ids)
-    lost = len(example_ids) + made - sum(size * count for size, count in sizes.items())
+    lost = len(example_ids) + made - kept.candidates
     if reasons.total() < lost:  # a shard of the reasons was damaged
         with dropped.lock():
             _explain_again(config, sources, dropped)
         reasons = dropped_reasons(dropped, example_ids)
-    _summarize(groups, sizes, reasons)
+    _summarize(groups, kept, reasons)
+    if embedder is not None and kept.truncated:
+        remedy = "set rank.model to a model that reads more"
+        cut = truncation(kept.truncated, kept.candidates, embedder.name, embedder.window(), remedy)
+        log.warning("rank: %s", cut)
     return groups
 
 
@@ -146,14 +151,16 @@ def collect_candidates(
 
 
 def add_ranks(groups: Sequence[list[dict[str, Any]]], embedder: Embedder) -> None:
-    """Set `similarity` and `rank` in place: the target is rank 0, then by falling cosine, ties by candidate id."""
-    vectors = embedder.encode([candidate["text"] for group in groups for candidate in group])
+    """Set `similarity`, `truncated` and `rank` in place: target first, then by falling cosine, ties by candidate id."""
+    vectors, truncated = embedder.embed([candidate["text"] for group in groups for candidate in group])
     start = 0
     for group in groups:
-        cosines = vectors[start : start + len(group)] @ vectors[start]
+        here = slice(start, start + len(group))
+        cosines = vectors[here] @ vectors[start]
         start += len(group)
-        for candidate, cosine in zip(group, cosines, strict=True):
+        for candidate, cosine, cut in zip(group, cosines, truncated[here], strict=True):
             candidate["similarity"] = min(1.0, max(-1.0, float(cosine)))
+            candidate["truncated"] = bool(cut)
         order = sorted(group[1:], key=lambda candidate: (-candidate["similarity"], candidate["candidate_id"]))
         for position, candidate in enumerate([group[0], *order]):
             candidate["rank"] = position
@@ -162,7 +169,7 @@ def add_ranks(groups: Sequence[list[dict[str, Any]]], embedder: Embedder) -> Non
 def _candidate(prompt_ids: list[int], text: str, token_ids: list[int], strategy: str) -> dict[str, Any]:
     identity = candidate_id(prompt_ids, token_ids)
     return {"candidate_id": identity, "text": text, "token_ids": token_ids, "strategy": strategy,
-            "similarity": None, "rank": None}  # fmt: skip
+            "similarity": None, "truncated": None, "rank": None}  # fmt: skip
 
 
 def _refusal(row: dict[str, Any], reason: str) -> dict[str, Any]:
@@ -178,18 +185,40 @@ def dropped_reasons(dropped: Rows, example_ids: Sequence[str]) -> Counter[str]:
     return reasons
 
 
-def _sizes(groups: Rows, example_ids: list[str]) -> Counter[int]:
+@dataclass
+class _Kept:
+    """What is in groups."""
+
+    sizes: Counter[int] = field(default_factory=Counter)
     """How many groups have K candidates, by K."""
-    return Counter(
-        size
-        for table in groups.batches(example_ids, columns=["candidates"])
-        for size in pc.list_value_length(table["candidates"]).to_pylist()
-    )
+    truncated: int = 0
+    """Candidates that are longer than the embedding model's window."""
+    tied: int = 0
+    """Negatives whose cosine equals that of another one of their group."""
+
+    @property
+    def candidates(self) -> int:
+        """Candidates of all groups, targets counted."""
+        return sum(size * count for size, count in self.sizes.items())
 
 
-def _summarize(groups: Rows, sizes: Counter[int], dropped: Counter[str]) -> None:
-    total = sum(sizes.values())
-    mean = sum(size * count for size, count in sizes.items()) / max(total, 1)
+def _count_kept(groups: Rows, example_ids: list[str]) -> _Kept:
+    kept = _Kept()
+    for table in groups.batches(example_ids, columns=["candidates"]):
+        lists = table["candidates"].combine_chunks()
+        rows, group = lists.flatten(), pc.list_parent_indices(lists).to_numpy()
+        negative = np.diff(group, prepend=-1) == 0  # the target is the first of each group
+        cosines = np.asarray(rows.field("similarity").to_numpy(zero_copy_only=False), np.float64)
+        kept.sizes.update(pc.list_value_length(lists).to_pylist())
+        kept.truncated += pc.sum(rows.field("truncated")).as_py() or 0
+        kept.tied += int(tied(cosines[negative], group[negative]).sum())
+    return kept
+
+
+def _summarize(groups: Rows, kept: _Kept, dropped: Counter[str]) -> None:
+    total = sum(kept.sizes.values())
     reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items()))
-    alone = f"; {sizes[1]} groups have no negative left and leave the listwise loss" if sizes[1] else ""
-    log.info("groups: %d in %s, K %.2f on average; dropped: %s%s", total, groups.name, mean, reasons or "none", alone)
+    alone = f"; {kept.sizes[1]} groups have no negative left and leave the listwise loss" if kept.sizes[1] else ""
+    ties = f"; {kept.tied} negatives have the cosine of another one of their group" if kept.tied else ""
+    log.info("groups: %d in %s, K %.2f on average; dropped: %s%s%s",
+             total, groups.name, kept.candidates / max(total, 1), reasons or "none", alone, ties)  # fmt: skip

@@ -1,5 +1,6 @@
 """Batch negatives (BN): the continuations of other training prompts (§3)."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,12 +9,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cpo_pipe.data.embedding import Embedder, EmbeddingMemo
+from cpo_pipe.data.embedding import Embedder, EmbeddingMemo, truncation
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.executor import Make
 from cpo_pipe.data.fingerprint import Spec, row_seed
 from cpo_pipe.data.store import Rows
 from cpo_pipe.pipeline.negatives.rows import negative, per_example
+
+log = logging.getLogger(__name__)
 
 STRATEGY = "batch"
 DRAWN_AT_ONCE = 32
@@ -106,7 +109,12 @@ class Borrowed:
         if memo is not None:
             # All in one order: a vector's last digits depend on what is computed beside it, and with them the order of
             # targets that are equal to the embedding model, such as those unlike in case only.
-            memo.add(sorted(set(targets)), "targets embedded")
+            distinct = sorted(set(targets))
+            memo.add(distinct, "targets embedded")
+            if self.embedder is not None and (count := memo.truncated(distinct)):
+                remedy = "set negatives.embedder to a model that reads more"
+                cut = truncation(count, len(distinct), self.embedder.name, self.embedder.window(), remedy)
+                log.warning("hardest: %s", cut)
 
         def negatives_of(example: dict[str, Any], indices: list[int]) -> list[dict[str, Any]]:
             row = place[example["example_id"]]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cpo_pipe.data import embedding
-from cpo_pipe.data.embedding import EmbeddingMemo, locate_embedder
+from cpo_pipe.data.embedding import EQUAL, EmbeddingMemo, locate_embedder, tied, truncation
 from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.progress import Meter
 from cpo_pipe.data.store import Store
@@ -46,6 +46,50 @@ def test_damaged_weights_embed_nothing(store: Store, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"embedder/model\.safetensors: damaged"):
         pickle.loads(pickle.dumps(embedder)).encode(["cat"])
     assert locate_embedder(str(folder), Store(tmp_path / "store")).fingerprint != embedder.fingerprint
+
+
+def test_texts_longer_than_the_window_are_flagged(store: Store) -> None:
+    embedder = locate_embedder("minilm", store)
+    assert embedder.window() == 256
+    words = ["fox " * 254, "fox " * 255, "fox " * 254 + "cow", "fox " * 254 + "dog", "cat", "fox " * 255]
+    vectors, truncated = embedder.embed(words)  # a token at each end leaves room for 254 words
+    assert truncated.tolist() == [False, True, True, True, False, True]
+    np.testing.assert_allclose(vectors[2], vectors[3], atol=1e-6)  # what differs is not seen
+    memo = EmbeddingMemo(embedder)
+    memo.encode(words)
+    assert (memo.truncated(words), memo.truncated(["cat", words[0]]), memo.window()) == (4, 0, 256)
+
+
+def test_a_copy_with_a_larger_window_is_another_model_that_reads_more(store: Store, tmp_path: Path) -> None:
+    packaged = locate_embedder("minilm", store)
+    shutil.copytree(packaged.path, tmp_path / "wide")
+    (tmp_path / "wide" / "sentence_bert_config.json").write_text('{"max_seq_length": 512, "do_lower_case": false}')
+    wide = locate_embedder(str(tmp_path / "wide"), store)
+    vectors, truncated = wide.embed(["fox " * 254 + "cow", "fox " * 254 + "dog", "fox " * 511])
+    assert (wide.window(), truncated.tolist()) == (512, [False, False, True])
+    assert vectors[0] @ vectors[1] < 0.9999
+    assert wide.fingerprint != packaged.fingerprint
+
+
+def test_tied_cosines_are_those_of_one_group_that_are_equal() -> None:
+    random = np.random.default_rng(0)
+    cosines, groups = random.integers(0, 4, 60) / 4 + random.normal(0, 1e-8, 60), random.integers(0, 12, 60)
+    cosines[:5] = np.nan
+    expected = [
+        any(abs(cosines[i] - cosines[j]) <= EQUAL and groups[i] == groups[j] for j in range(60) if j != i)
+        for i in range(60)
+    ]
+    assert 10 < sum(expected) < 50
+    assert tied(cosines, groups).tolist() == expected
+    assert tied(np.zeros(0), np.zeros(0)).tolist() == []
+
+
+def test_what_is_told_about_truncated_texts() -> None:
+    assert truncation(3, 2000, "minilm", 256, "do this") == (
+        "3 of 2,000 texts (0.1%) are longer than the 256 tokens that minilm reads: differences after these are not "
+        "seen; do this, or shorten the texts"
+    )
+    assert "are longer than minilm reads:" in truncation(3, 2000, "minilm", None, "do this")
 
 
 def test_no_texts_give_no_vectors(store: Store) -> None:

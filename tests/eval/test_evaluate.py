@@ -298,9 +298,9 @@ def test_all_texts_are_embedded_once_under_one_bar(bench: Bench, monkeypatch: py
     monkeypatch.setattr(
         EmbeddingMemo, "add", lambda memo, texts, label: [labels.append(label), add(memo, list(texts), label)]
     )
-    encode, batches = Embedder.encode, []
+    embed, batches = Embedder.embed, []
     monkeypatch.setattr(
-        Embedder, "encode", lambda embedder, texts: [batches.append(list(texts)), encode(embedder, texts)][1]
+        Embedder, "embed", lambda embedder, texts: [batches.append(list(texts)), embed(embedder, texts)][1]
     )
     result = bench.run(judges=["similarity", "exact"], decodings=DECODINGS)
     written = {*result.outputs()["text"].to_pylist(), *result.examples["target"].to_pylist()}
@@ -312,7 +312,7 @@ def test_all_texts_are_embedded_once_under_one_bar(bench: Bench, monkeypatch: py
 def test_nothing_is_embedded_where_no_figure_needs_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     from cpo_pipe.data.embedding import Embedder
 
-    monkeypatch.setattr(Embedder, "encode", no_engine)
+    monkeypatch.setattr(Embedder, "embed", no_engine)
     assert bench.run(mauve_seeds=2).product.complete()  # too few examples for MAUVE
 
 
@@ -445,6 +445,33 @@ def test_mauve_on_the_features_of_a_causal_model(tmp_path: Path, models: dict[st
 
     embedded = bench.run(mauve_seeds=2)
     assert figures(embedded)["one", "greedy", "MAUVE"]["value"] != pytest.approx(expected.mean, abs=1e-3)
+
+
+def test_texts_longer_than_a_window_are_noted(
+    tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path / "store", {"one": models["one"]}, MIN_TEXTS)
+    means = Means({}, lambda name: bench.models[name], no_engine)
+    plain = bench.run(judges=["similarity"], mauve_seeds=1)
+    assert not [note for note in plain.notes if "longer than" in note]
+
+    rows = pq.read_table(bench.examples.product.path / "examples.parquet").to_pylist()
+    long = [row | {"target": "the quick brown fox " * 200} for row in rows[1:4]]
+    selection = pa.Table.from_pylist([*long, *rows[4:]], schema=EXAMPLES)
+    monkeypatch.setattr(Examples, "read", lambda *_: selection)
+    result = bench.run(judges={"near": {"kind": "similarity"}}, mauve_seeds=1, seed=1)
+    texts = 2 * selection.num_rows  # outputs and targets
+    said = (
+        f"3 of {texts} texts (1.5%) are longer than the 256 tokens that minilm reads: differences after these are not "
+        "seen; set evaluate.embedder to a model that reads more, or shorten the texts"
+    )
+    assert [note for note in result.notes if "longer than" in note] == [f"near: {said}", f"MAUVE: {said}"]
+
+    context = bench.models["one"].context()
+    causal = bench.run(judges=["exact"], mauve_seeds=1, mauve_model="one", means=means, seed=1)
+    (note,) = [note for note in causal.notes if "longer than" in note]
+    assert note.startswith(f"MAUVE: 3 of {texts} texts (1.5%) are longer than the {context:,} tokens that one reads")
+    assert "set evaluate.mauve_model to a model that reads more" in note
 
 
 def test_causal_features_of_a_text_that_is_empty_or_too_long(models: dict[str, Path], tmp_path: Path) -> None:

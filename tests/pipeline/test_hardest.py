@@ -37,7 +37,8 @@ class Bench:
         root.mkdir(exist_ok=True)
         self.store = Store(root / "store")
         source = str(write_jsonl(root / "rows.jsonl", rows))
-        examples = prepare(Data(source=source, tokenizer=str(tokenizer), train=len(rows)), self.store)
+        data = Data(source=source, tokenizer=str(tokenizer), train=len(rows), max_target_tokens=4000)
+        examples = prepare(data, self.store)
         self.selection, self.rendering = examples.read("train"), examples.rendering
         self.embedder = locate_embedder("minilm", self.store)
 
@@ -64,6 +65,17 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path: Path, tiny_model: Path) -> Bench:
     return Bench(tmp_path, tiny_model, [*ROWS, *EQUAL_PROMPTS, *EQUAL_TARGETS])
+
+
+def test_targets_that_the_embedding_model_does_not_read_to_the_end_are_counted(
+    tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [*ROWS[:10], *({"prompt": f"long {n}", "target": "a red fox and " * 300 + str(n)} for n in range(2))]
+    Bench(tmp_path, tiny_model, rows).borrowed(2, hardest=4)
+    targets = len({row["target"] for row in rows})
+    assert f"hardest: 2 of {targets} texts" in caplog.text
+    assert "longer than the 256 tokens that minilm reads" in caplog.text
+    assert "set negatives.embedder to a model that reads more" in caplog.text
 
 
 @pytest.mark.parametrize("hardest", [6, 20])

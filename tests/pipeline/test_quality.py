@@ -28,6 +28,7 @@ class Made(NamedTuple):
     reference: float | None = None
     """Log π_ref."""
     finish_reason: str = "stop"
+    truncated: bool | None = None
 
 
 # Targets: a of 3 tokens, b and c of 2. The fourth sample of a is more than a group takes.
@@ -88,7 +89,7 @@ class Bench:
     def _group(self, name: str) -> dict[str, Any]:
         candidates = [
             {"candidate_id": f"{name}{number}", "text": "t", "token_ids": one.token_ids, "strategy": label,
-             "similarity": one.similarity, "rank": None}
+             "similarity": one.similarity, "truncated": one.truncated, "rank": None}
             for number, (label, one) in enumerate(self._kept(name))
         ]  # fmt: skip
         return {"example_id": name, "prompt_ids": [1], "candidates": candidates}
@@ -134,6 +135,22 @@ def test_copies_and_duplicates_are_what_they_are_whatever_ends_them(tmp_path: Pa
     made = [Made([5, 6, 3]), Made([5, 6], finish_reason="length"), Made([5, 0]), Made([5, 3]), Made([6, 0])]
     _, rows = Bench(tmp_path, {"a": target}, {"s": ({"a": made}, 5)}).measure()
     assert shares(rows["s"], "copies", "duplicates") == pytest.approx([2 / 5, 1 / 5])
+
+
+def test_truncated_texts_and_ties_are_counted_and_not_passed_over(tmp_path: Path) -> None:
+    targets = {name: [5, 6, 0] for name in "abcd"}
+    made = [
+        [Made([9, k, 0], True, similarity, truncated=similarity == 1) for k, similarity in enumerate([1, 1, 0.2], 1)],
+        [Made([9, 4, 0], True, 0.9), Made([9, 5, 0], True, 0.5), Made([9, 6, 0], True, 0.5)],
+        [Made([9, 7, 0], True, 0.5), Made([9, 8, 0], True, 0.4), Made([1, 9, 0], True, 0.3)],
+        [Made([2, 9, 0], True, 0.5), Made([3, 9, 0], True, 0.4), Made([4, 9, 0], True, 0.3)],
+    ]
+    found, rows = Bench(tmp_path, targets, {"s": (dict(zip(targets, made, strict=True)), 3)}).measure()
+    assert shares(rows["s"], "truncated", "tied") == pytest.approx([2 / 3, 4 / 12])  # of three lengths known
+    assert shares(rows[TARGET], "truncated", "tied") == [None, None]
+    assert any("66.7% of the negatives and 0.0% of the targets are longer than" in note for note in found.notes)
+    assert any("33% of the negatives have the cosine of another one of their group" in note for note in found.notes)
+    assert not any("Nothing degenerate" in note for note in found.notes)
 
 
 def test_group_sizes_after_dropping(bench: Bench) -> None:

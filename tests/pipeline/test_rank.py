@@ -1,5 +1,6 @@
 """Groups: what is dropped and why, the order, and that ragged groups are kept as they are."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from cpo_pipe.data.embedding import Embedded, Embedder
 from cpo_pipe.data.errors import MissingInput
 from cpo_pipe.data.executor import LocalExecutor
 from cpo_pipe.data.fingerprint import candidate_id
@@ -120,10 +122,50 @@ def test_the_order_is_falling_similarity_to_the_target(tmp_path: Path) -> None:
     assert similarities[-1] < 0.3 < similarities[2]
 
 
+LONG = "first we add up the apples of each basket and then take away those that were eaten " * 20
+"""More than the packaged model reads."""
+
+
+def test_texts_that_the_embedding_model_does_not_read_to_the_end_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    store = Store(tmp_path)
+    samples = [
+        negative("x", 0, [9, 0], LONG + "so it is 5"),
+        negative("x", 1, [9, 9, 0], LONG + "so it is 7"),
+        negative("x", 2, [9, 9, 9, 0], "a brown fox"),
+    ]
+    wanted = sources(store, samples, 3)
+    for _ in range(2):  # the second time nothing is made, and no model is loaded
+        caplog.clear()
+        (group,) = rank(Rank(), True, store, wanted, LocalExecutor()).read(["x"]).to_pylist()
+        assert [candidate["truncated"] for candidate in group["candidates"]] == [False, True, True, False]
+        (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert warning == (
+            "rank: 2 of 4 texts (50.0%) are longer than the 256 tokens that minilm reads: differences after these are "
+            "not seen; set rank.model to a model that reads more, or shorten the texts"
+        )
+        assert "; 2 negatives have the cosine of another one of their group" in caplog.text
+        monkeypatch.setattr(Embedder, "embed", None)
+
+
+def test_nothing_is_said_where_all_texts_are_read_and_no_cosines_are_equal(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    store = Store(tmp_path)
+    for ranked in (True, False):
+        (group,) = rank(Rank(), ranked, store, sources(store, SAMPLES, 5), LocalExecutor()).read(["x"]).to_pylist()
+        assert {candidate["truncated"] for candidate in group["candidates"]} == {False if ranked else None}
+    assert "longer than" not in caplog.text
+    assert "cosine" not in caplog.text
+
+
 def test_ties_go_by_candidate_id() -> None:
     class Same:
-        def encode(self, texts: list[str]) -> np.ndarray[Any, Any]:
-            return np.tile(np.array([1.0, 0.0], np.float32), (len(texts), 1))
+        def embed(self, texts: list[str]) -> Embedded:
+            return Embedded(np.tile(np.array([1.0, 0.0], np.float32), (len(texts), 1)), np.zeros(len(texts), bool))
 
     group = [{"candidate_id": name, "text": "t"} for name in ("zz", "m", "b", "q")]
     add_ranks([group], Same())  # type: ignore[arg-type]

@@ -64,7 +64,7 @@ def test_ls_says_what_everything_is(used) -> None:
     assert what["checkpoints"] == f"cpo, β 0.1, lr 0.01, 2 steps, batch 4, from checkpoint {start}, seed 0"
     assert what["generations"] in (f"by checkpoint {name}, greedy, at most 8 tokens" for name in (start, cpo))
     assert what["reference-logprobs"] in (f"under checkpoint {name}, float32" for name in (start, cpo))
-    assert what["verdicts"] == "judge exact"
+    assert what["verdicts"] == "judge exact, rules 2"
     assert what["metrics"] == "cpo against start, greedy, judged by exact"
     assert re.fullmatch(rf"{len(lines)} artifacts of 8 kinds, [\d.]+kB", total)
 

@@ -27,7 +27,7 @@ DUPLICATE = "duplicate of another negative"
 SLICE = 512
 """Examples whose negatives are read together."""
 RULES = 2
-"""Raise when the same negatives come to make other groups, or candidates get other columns: groups are then made again."""
+"""Raise when the same negatives come to make other groups, or candidates get other columns."""
 
 
 def plan_groups(config: Rank, ranked: bool, store: Store, sources: Sources) -> tuple[Rows, Rows, Embedder | None]:

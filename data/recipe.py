@@ -222,14 +222,21 @@ class Training(Section):
     sequences: Positive = Field(3, description="pss: mixed sequences per target and step")
     replace: float = Field(0.5, ge=0, le=1, description="pss: the chance that a token of these is the policy's own")
     weight_decay: float = Field(0.05, ge=0, description="AdamW's decoupled weight decay")
+    decay_biases_and_norms: bool = Field(
+        False, description="apply weight_decay to biases and norms, too (transformers' Trainer and TRL do not)"
+    )
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's ε")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="learning rate after the warm-up")
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    warmup_steps: int = Field(
+        0, ge=0, description="steps of linear warm-up from 0, as in transformers: the learning rate of the first is 0"
+    )
     max_grad_norm: float | None = Field(None, gt=0, description="clip gradients to this norm (default: no clipping)")
     seed: Seed = Field(0, description="seed of the data order")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of weights and arithmetic")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="precision of the arithmetic; bfloat16 is autocast, and the weights stay float32"
+    )
     gradient_checkpointing: bool = Field(
         False, description="compute each layer twice instead of keeping it for the backward pass; changes no value"
     )
@@ -240,10 +247,14 @@ class Training(Section):
         description="groups (for mle and pss: examples) that are not trained on, and measured every eval_every steps",
     )
     eval_every: Positive = Field(
-        100, description="steps between two measurements of held-out groups and of sampled text's repetition"
+        100,
+        description="steps between two measurements of held-out groups and of sampled text's repetition; the first is "
+        "before any step, the last after all",
     )
     keep: Literal["last", "best"] = Field(
-        "last", description="the weights after the last step, or those with the lowest held-out loss"
+        "last",
+        description="`last`: the weights after the last step; `best`: of all that are measured, the initial ones too, "
+        "those with the lowest held-out loss",
     )
     attention: Literal["auto", "cascade", "split", "flex", "dense", "packed", "padded"] = Field(
         "auto",

@@ -42,6 +42,7 @@ tokenizer = AutoTokenizer.from_pretrained("this-folder")
 
 - groups trained on: {groups}
 - loss of the last step: {loss_at_end:.4g}
+- weights: float32; arithmetic while training: {dtype}
 
 The settings that decide the weights; `spec.json` has them with the hashes of data and initial model:
 
@@ -77,6 +78,7 @@ def write_card(
         loss=_LOSSES[config.objective],
         groups=groups,
         loss_at_end=loss,
+        dtype=config.dtype,
         settings=fenced(yaml.safe_dump(settings, sort_keys=False), "yaml"),
     )
     (folder / CARD_FILE).write_text(f"---\n{visible(facts.to_yaml())}\n---\n{text}", encoding="utf-8")

@@ -8,15 +8,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.recipe import Training
 from cpo_pipe.trainer.groups import Groups
 from cpo_pipe.trainer.tables import PAIR, Flags, Lengths
 
 log = logging.getLogger(__name__)
 
 DROP = 0.5
-"""Nats per token that the target's log-prob may fall below the reference's; said again at every doubling."""
+"""Nats per token that the target's log-prob may fall, below the reference's and since the first step, before a warning;
+repeats when the value doubles."""
 DROP_STEPS = 10
 """Steps that this is averaged over."""
+CHANGE = 0.1
+"""Share of the first step's loss by which the median of the last ten must differ to count as risen or fallen."""
 ALREADY_RIGHT = 0.8
 """Share of groups whose target the reference prefers, per token, from which there is little to learn."""
 ALONE = 0.2
@@ -39,8 +43,9 @@ def check_groups(name: str, groups: Groups, total: int) -> None:
         log.info("train %s: %d of %d groups have K = 1 and have nothing to prefer", name, alone, total)
     if alone > ALONE * total:
         log.warning(
-            "train %s: %.0f%% of the groups have no negative left (K = 1), and only an MLE loss sees them: "
-            "the generator's samples equal the target or each other; a higher temperature makes others",
+            "train %s: %.0f%% of the groups have no negative left (K = 1), and only an MLE loss uses them: their "
+            "negatives were rejected, or equal the target; add negatives of another strategy, or sample at a higher "
+            "temperature",
             name, 100 * alone / total,
         )  # fmt: skip
     if groups.reference_C is None:
@@ -48,8 +53,8 @@ def check_groups(name: str, groups: Groups, total: int) -> None:
     right = _already_right(groups)[several_G].sum() / max(total - alone, 1)
     if right > ALREADY_RIGHT:
         log.warning(
-            "train %s: by log-prob per token the reference already puts the target first in %.0f%% of the groups: "
-            "little to learn; negatives of a better generator are harder",
+            "train %s: by log-prob per token the reference already puts the target first in %.0f%% of the groups (of "
+            "pairs, the chosen text): there is little to learn; negatives that the reference finds likelier are harder",
             name, 100 * right,
         )  # fmt: skip
 
@@ -99,11 +104,13 @@ def _already_right(groups: Groups) -> Flags:
 class Watch:
     """Looks at the metrics of each step."""
 
-    def __init__(self, name: str, metrics: Sequence[dict[str, float]]):
+    def __init__(self, name: str, config: Training, metrics: Sequence[dict[str, float]]):
         """`metrics` are those of the steps already done; what they show was said when they were."""
-        self._name = name
+        self._name, self._config = name, config
         self._silent = True
+        self._losses: list[float] = []
         self._drops: list[float] = []
+        self._first_loss = self._first_drop = 0.0
         self._next_drop = DROP
         self._first_repetition: float | None = None
         self._said_repetition = False
@@ -117,32 +124,51 @@ class Watch:
 
     def step(self, row: dict[str, float]) -> None:
         """Warn of what the metrics of one more step show."""
-        if row.get("target_drop_per_token") is not None:
-            self._drop(row["step"], row["target_drop_per_token"])
+        # Lowering the target's log-prob is what apo-down is for.
+        if row.get("target_drop_per_token") is not None and self._config.objective != "apo-down":
+            self._drop(row["step"], row["target_drop_per_token"], row["loss"])
         if row.get("repetition") is not None:
             self._repetition(row["step"], row["repetition"])
 
-    def _drop(self, step: float, drop: float) -> None:
+    def _drop(self, step: float, drop: float, loss: float) -> None:
+        if not self._drops:
+            self._first_drop, self._first_loss = drop, loss
         self._drops = [*self._drops[-DROP_STEPS + 1 :], drop]
+        self._losses = [*self._losses[-DROP_STEPS + 1 :], loss]
         mean = sum(self._drops) / len(self._drops)
-        if len(self._drops) == DROP_STEPS and mean > self._next_drop:
+        # A policy that does not start as its reference may be below it from the start, and rise.
+        fall = mean - max(self._first_drop, 0.0)
+        if len(self._drops) == DROP_STEPS and fall > self._next_drop:
             self._warn(
-                "train %s, step %d: the target's own log-prob is %.2f nats per token below the reference's: the loss "
-                "falls by making negatives less likely still; a smaller lr or beta, or mle_weight, holds it",
-                self._name, step, mean,
+                "train %s, step %d: the target's own log-prob is %.2f nats per token below the reference's, and at the "
+                "first step it was %.2f: %s",
+                self._name, step, mean, self._first_drop, self._advice(float(np.median(self._losses))),
             )  # fmt: skip
-            while self._next_drop < mean:
+            while self._next_drop < fall:
                 self._next_drop *= 2
+
+    def _advice(self, loss: float) -> str:
+        """Return what the loss says of a target that gets less likely, and what to do."""
+        change = f"from {self._first_loss:.4g} to {loss:.4g}"
+        if loss > self._first_loss * (1 + CHANGE):
+            return f"the loss rose {change}, the training diverges; lower lr, raise beta or set max_grad_norm"
+        if loss < self._first_loss * (1 - CHANGE):
+            return (f"the loss fell {change}: it rewards the order of the candidates, not a likely target; lower lr, "
+                    "or raise beta or mle_weight, to keep the target likely")  # fmt: skip
+        return f"the loss went {change}, so this gained nothing; lower lr, or raise beta or mle_weight"
 
     def _repetition(self, step: float, repetition: float) -> None:
         if self._first_repetition is None:
             self._first_repetition = repetition
         elif repetition > self._first_repetition + REPETITION and not self._said_repetition:
             self._said_repetition = True
+            # The MLE loss is a setting of objectives on negatives, and against what apo-down is for.
+            has_mle = self._config.contrasts and self._config.objective != "apo-down"
             self._warn(
                 "train %s, step %d: %.0f%% of the 4-grams in greedy samples are repetitions, at first it was %.0f%%: "
-                "the model begins to loop; a smaller lr or fewer steps, or mle_weight, holds it",
+                "the model begins to loop; lower lr or train for fewer steps%s",
                 self._name, step, 100 * repetition, 100 * self._first_repetition,
+                ", or raise mle_weight" if has_mle else "",
             )  # fmt: skip
 
 

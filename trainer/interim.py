@@ -225,7 +225,7 @@ def metrics_table(metrics: Metrics) -> pa.Table:
 def best_step(metrics: Metrics) -> int:
     """After how many steps the held-out loss was lowest; of equals the first."""
     measured = [row for row in metrics if row.get("held_out_loss") is not None]
-    return int(min(measured, key=lambda row: row["held_out_loss"])["step"]) + 1
+    return int(min(measured, key=lambda row: row["held_out_loss"])["step"])
 
 
 def _shared_scratch(target: Path) -> Path:

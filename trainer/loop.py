@@ -34,6 +34,7 @@ from cpo_pipe.trainer.groups import Data, Group
 from cpo_pipe.trainer.health import Watch, repetition
 from cpo_pipe.trainer.interim import Interim, Metrics, best_step
 from cpo_pipe.trainer.objective import GroupFigures, Normalizers
+from cpo_pipe.trainer.optimizer import lr_factor, parameter_groups
 from cpo_pipe.trainer.parallel import join, wants_fsdp
 from cpo_pipe.trainer.scheduled_sampling import Draws
 from cpo_pipe.trainer.scorer import Scorer, choose
@@ -130,11 +131,10 @@ class Loop:
         except ValueError as error:
             raise InputError(f"train.{name}.gradient_checkpointing: {error}") from error
         optimizer = torch.optim.AdamW(
-            [parameter for parameter in self.scorer.parameters() if parameter.requires_grad],
+            parameter_groups(self.scorer.model, config),
             lr=config.lr,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
         )
         module, prepared = accelerator.prepare(self.scorer, optimizer)
         self._module: nn.Module = module
@@ -150,7 +150,10 @@ class Loop:
         """What decides the order of floating-point sums, and how the model is computed; kept over a resume."""
 
     def run(self) -> Metrics:
-        """All steps, or those that are left of a training that was stopped; returns the metrics of each.
+        """All steps, or those that are left of a training that was stopped; returns their metrics.
+
+        Row n is about the weights after n steps: the loss of the batch that step n learns from and, where they are due,
+        measurements of held-out groups and samples. The last row has only the measurements after the last step.
 
         Raises:
             RunError: a loss is not finite (the last good state is kept), or the first one shows that policy and
@@ -160,30 +163,45 @@ class Loop:
         """
         metrics, facts = self._interim.restore()
         self._start(facts)
-        watch = Watch(self.name, metrics)
+        watch = Watch(self.name, self.config, metrics)
         done = len(metrics)
         order = self._order()
         main = self._accelerator.is_main_process
         with _StopRequests() as stop, track(f"train {self.name}", self.config.steps - done, shown=main) as meter:
             for step, chosen in islice(enumerate(order), done, None):
                 start = time.monotonic()
-                row = self._step(step, [self.data.groups[index] for index in chosen], metrics, stop)
-                row |= self._measurements(step)
+                measured = self._measurements(step)
+                if self._is_best(metrics, measured):
+                    self._interim.save_best(step)
+                row = self._step(step, [self.data.groups[index] for index in chosen], metrics, stop) | measured
                 row["seconds"] = time.monotonic() - start
                 metrics.append(row)
-                if main:
-                    watch.step(row)
-                if self.config.trackers:
-                    self._accelerator.log({key: value for key, value in row.items() if key != "step"}, step=step)
+                self._report(row, watch)
                 meter.advance(1, note=_note(row))
-                if self.config.keep == "best" and "held_out_loss" in row and best_step(metrics) == step + 1:
-                    self._interim.save_best(step + 1)
                 self._interim.save_now_and_then(metrics, self.facts)
+            self._interim.save(metrics, self.facts)  # whatever may happen to the checkpoint
+            start = time.monotonic()
+            last = self._measurements(self.config.steps)
             self._leave_if_asked(stop, metrics, between_steps=True)
-        self._interim.save(metrics, self.facts)  # whatever may happen to the checkpoint
+        if len(last) > 1:
+            metrics.append({**last, "seconds": time.monotonic() - start})
+            self._report(metrics[-1], watch)
         if self.config.keep == "best":
             self._keep_best(metrics)
         return metrics
+
+    def _report(self, row: dict[str, float], watch: Watch) -> None:
+        """Give a row to the warnings and the trackers."""
+        if self._accelerator.is_main_process:
+            watch.step(row)
+        if self.config.trackers:
+            values = {key: value for key, value in row.items() if key != "step"}
+            self._accelerator.log(values, step=int(row["step"]))
+
+    def _is_best(self, metrics: Metrics, measured: dict[str, float]) -> bool:
+        """Whether the weights just measured are the best so far, and the recipe asks for the best."""
+        asked = self.config.keep == "best" and "held_out_loss" in measured
+        return asked and best_step([*metrics, measured]) == measured["step"]
 
     def _order(self) -> Iterator[list[int]]:
         """Which groups each step takes, the same after a resume."""
@@ -373,10 +391,10 @@ class Loop:
     # ── looking at it now and then ───────────────────────────────────────────────────────────────────────────────
 
     def _measurements(self, step: int) -> dict[str, float]:
-        """Of held-out groups and samples, where they are due: before all others, at the first step, as a baseline."""
-        if step and (step + 1) % self.config.eval_every and step + 1 != self.config.steps:
-            return {}
-        row: dict[str, float] = {}
+        """Of held-out groups and samples after `step` steps, where they are due: also before the first step."""
+        row: dict[str, float] = {"step": step}
+        if step % self.config.eval_every and step != self.config.steps:
+            return row
         if self.data.held_out:
             row |= {f"held_out_{key}": value for key, value in self._held_out(step).items()}
         if not self.sharded:  # generating needs the weights whole
@@ -391,9 +409,10 @@ class Loop:
         row = objective.metrics(self.config, self._sums(figures), normalizers, self.data.held_out)
         if not math.isfinite(row["loss"]):  # the steps since the last save are lost: their weights may be no good
             broken = _broken(self.data.held_out, figures) or self.data.held_out
+            lower = f", or lower train.{self.name}.lr" if step else ""
             raise RunError(
-                f"train.{self.name}: the held-out loss is {row['loss']} after step {step}, because of {_ids(broken)}; "
-                f"look at these groups, or lower train.{self.name}.lr"
+                f"train.{self.name}: the held-out loss is {row['loss']} after {step} steps, because of {_ids(broken)}; "
+                f"look at these groups{lower}"
             )
         return row
 
@@ -423,8 +442,16 @@ class Loop:
 
     def _keep_best(self, metrics: Metrics) -> None:
         best = best_step(metrics)
-        self._interim.restore_best(best)
-        loss = metrics[best - 1]["held_out_loss"]
+        loss = next(row["held_out_loss"] for row in metrics if row["step"] == best)
+        if best < self.config.steps:
+            self._interim.restore_best(best)
+        if best == 0:
+            log.warning(
+                "train %s: no step lowered the held-out loss below the %.4f of the initial weights; keeps the initial "
+                "weights; lower lr, or measure more often (eval_every)",
+                self.name, loss,
+            )  # fmt: skip
+            return
         log.info(
             "train %s: keeps the weights after %d steps, whose held-out loss %.4f is the lowest", self.name, best, loss
         )
@@ -475,16 +502,6 @@ def check_start(name: str, dtype: str, reward: float) -> None:
             f"train.{name}: step 0: the policy starts from its reference, but its candidates' rewards are off 0 by "
             f"{reward:.4f} on average: dropout is on, or the two are computed in another way"
         )
-
-
-def lr_factor(config: Training, step: int) -> float:
-    """Share of the peak learning rate at a step (from 0)."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return 1.0
-    done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
-    return 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _broken(batch: Sequence[Group], figures: Sequence[tuple[list[int], GroupFigures]]) -> list[Group]:

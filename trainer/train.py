@@ -210,6 +210,7 @@ def _make(
     )
     loop = Loop(name, config, model, data, product, accelerator, starts_as_reference=_starts_as_reference(inputs))
     metrics = loop.run()
+    loss = metrics[config.steps - 1]["loss"]
     state = loop.whole_state() if loop.sharded else None
     if accelerator.is_main_process:
         if state is not None:  # into a network that is whole
@@ -223,7 +224,7 @@ def _make(
         if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
             raise RunError(f"train.{name}: weights are not finite after the last step; lower train.{name}.lr")
         with product.create() as folder:
-            checkpoint.write(folder.path, model, metrics)
+            checkpoint.write(folder.path, model, metrics, loss)
             folder.facts["fingerprint"] = model_fingerprint(folder.path, sha256_file)
             folder.facts["seconds"] = sum(row["seconds"] for row in metrics)
             folder.facts["groups"] = len(trained)
@@ -232,7 +233,7 @@ def _make(
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:  # end_training would also part the processes, which may train again
         tracker.finish()
-    log.info("train %s: %d steps in %s, loss %.4f", name, config.steps, product.name, metrics[-1]["loss"])
+    log.info("train %s: %d steps in %s, loss %.4f", name, config.steps, product.name, loss)
 
 
 @dataclass(frozen=True)
@@ -247,15 +248,14 @@ class _Checkpoint:
     groups: int
     """How many it is trained on."""
 
-    def write(self, folder: Path, model: "PreTrainedModel", metrics: "Metrics") -> None:
-        """Write weights, configs, tokenizer, metrics and model card."""
+    def write(self, folder: Path, model: "PreTrainedModel", metrics: "Metrics", loss: float) -> None:
+        """Write weights, configs, tokenizer, metrics and model card; `loss` is that of the last step."""
         from cpo_pipe.trainer.card import write_card
         from cpo_pipe.trainer.interim import metrics_table
 
         model.save_pretrained(folder)
         copy_tokenizer(self.inputs.tokenizer.path, folder)
         pq.write_table(metrics_table(metrics), folder / METRICS_FILE)
-        loss = metrics[-1]["loss"]
         write_card(folder, self.name, self.config, self.inputs.init, self.settings, self.groups, loss)
 
     def rehearse(self, product: Product, model: "PreTrainedModel") -> None:
@@ -267,13 +267,12 @@ class _Checkpoint:
         folder = atomic.temporary(product.path)
         try:
             folder.mkdir(parents=True)
-            self.write(folder, model, [{"step": 0, "loss": math.nan}])
+            self.write(folder, model, [{"step": 0, "loss": math.nan}], math.nan)
         except (OSError, InputError):
             raise
         except Exception as error:  # the libraries' refusals have no common type
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise InputError(
-                f"train.{self.name}: its checkpoint could not be written after the last step ({reason}); nothing was "
+                f"train.{self.name}: its checkpoint could not be written after the last step ({cause(error)}); nothing was "
                 "trained; correct the files of the initial model, or start from another one"
             ) from error
         finally:

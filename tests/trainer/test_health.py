@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from cpo_pipe.data.models import checkpoint_model
+from cpo_pipe.data.recipe import Training
 from cpo_pipe.trainer.groups import Groups
 from cpo_pipe.trainer.health import ALONE, ALREADY_RIGHT, DROP, DROP_STEPS, REPETITION, Watch, check_groups, repetition
 from tests.trainer.architectures import table
@@ -88,8 +89,19 @@ def test_the_reference_is_right_by_log_prob_per_token_and_against_every_negative
 # ── while it trains ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def drops(*values: float, first: int = 0) -> list[dict[str, float]]:
-    return [{"step": first + number, "target_drop_per_token": value} for number, value in enumerate(values)]
+def config(objective: str = "cpo", **settings: Any) -> Training:
+    reference = {} if objective in ("mle", "pss", "slic") else {"reference": "m"}
+    return Training.model_validate({"init": "m", "objective": objective, **reference, **settings})
+
+
+def watching(metrics: Sequence[dict[str, Any]] = (), objective: str = "cpo") -> Watch:
+    return Watch("t", config(objective), metrics)
+
+
+def drops(*values: float, first: int = 0, loss: float = 1.0) -> list[dict[str, float]]:
+    return [
+        {"step": first + number, "target_drop_per_token": value, "loss": loss} for number, value in enumerate(values)
+    ]
 
 
 def repetitions(*values: float | None) -> list[dict[str, Any]]:
@@ -103,13 +115,13 @@ def look(watch: Watch, rows: Sequence[dict[str, Any]]) -> None:
 
 def test_a_falling_target_is_said_on_average_over_ten_steps(caplog: pytest.LogCaptureFixture) -> None:
     assert (DROP, DROP_STEPS) == (0.5, 10)
-    look(Watch("t", []), drops(*[0.5] * 30))
+    look(watching(), drops(0.0, *[0.5] * 30))
     assert said(caplog) == [], "not more than the threshold"
-    look(Watch("t", []), drops(*[9.0] * 9))
+    look(watching(), drops(0.0, *[9.0] * 8))
     assert said(caplog) == [], "not yet ten steps"
-    look(Watch("t", []), drops(*[-0.5, 1.5] * 20))
+    look(watching(), drops(*[-0.5, 1.5] * 20))
     assert said(caplog) == [], "ups and downs around it"
-    watch = Watch("t", [])
+    watch = watching()
     look(watch, drops(*[0.0] * 5, *[1.0] * 5))
     assert said(caplog) == []
     look(watch, drops(1.0, first=10))
@@ -118,10 +130,10 @@ def test_a_falling_target_is_said_on_average_over_ten_steps(caplog: pytest.LogCa
 
 
 def test_a_falling_target_is_said_again_at_every_doubling_only(caplog: pytest.LogCaptureFixture) -> None:
-    watch = Watch("t", [])
+    watch = watching()
     heard = []
     for step in range(4000):
-        watch.step({"step": step, "target_drop_per_token": 0.001 * step})
+        watch.step({"step": step, "target_drop_per_token": 0.001 * step, "loss": 1.0})
         heard += [(step, message) for message in said(caplog)]
     # The mean over the last ten steps is that of four and a half steps ago.
     assert [step for step, _ in heard] == [505, 1005, 2005]
@@ -130,25 +142,25 @@ def test_a_falling_target_is_said_again_at_every_doubling_only(caplog: pytest.Lo
 
 
 def test_a_fall_by_several_doublings_at_once_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    watch = Watch("t", [])
-    look(watch, drops(*[30.0] * 40))
+    watch = watching()
+    look(watch, drops(0.0, *[30.0] * 40))
     assert len(said(caplog)) == 1
     look(watch, drops(*[math.inf] * 20))
     assert len(said(caplog)) == 1, "even what is beyond all doublings is said, and said once"
 
 
 def test_a_rising_target_is_no_trouble(caplog: pytest.LogCaptureFixture) -> None:
-    look(Watch("t", []), drops(*[-5.0] * 50))
+    look(watching(), drops(*[-5.0] * 50))
     assert said(caplog) == []
 
 
 def test_rising_repetition_is_said_once_and_against_the_first_measurement(caplog: pytest.LogCaptureFixture) -> None:
     assert REPETITION == 0.2
-    look(Watch("t", []), repetitions(0.25, None, 0.45, 0.1, 0.45))
+    look(watching(), repetitions(0.25, None, 0.45, 0.1, 0.45))
     assert said(caplog) == [], "not by more than the threshold"
-    look(Watch("t", []), repetitions(0.9, 0.95, 1.0))
+    look(watching(), repetitions(0.9, 0.95, 1.0))
     assert said(caplog) == [], "it did not begin with the training"
-    watch = Watch("t", [])
+    watch = watching()
     look(watch, repetitions(0.25, None, None, 0.46))
     (message,) = said(caplog)
     assert "step 3: 46% of the 4-grams in greedy samples are repetitions, at first it was 25%" in message
@@ -158,22 +170,99 @@ def test_rising_repetition_is_said_once_and_against_the_first_measurement(caplog
 
 def test_a_resumed_training_does_not_repeat_what_was_said_and_forgets_nothing(caplog: pytest.LogCaptureFixture) -> None:
     told: list[dict[str, Any]] = [
-        {**drop, **rep} for drop, rep in zip(drops(*[0.7] * 12), repetitions(0.0, *[None] * 10, 0.5), strict=True)
+        {**drop, **rep} for drop, rep in zip(drops(0.0, *[0.7] * 11), repetitions(0.0, *[None] * 10, 0.5), strict=True)
     ]
-    look(Watch("t", []), told)
+    look(watching(), told)
     assert len(said(caplog)) == 2
-    again = Watch("t", told)
+    again = watching(told)
     assert said(caplog) == [], "what the steps before the stop showed was said then"
-    look(again, [{"step": 12, "target_drop_per_token": 0.7, "repetition": 0.9}])
+    look(again, [{"step": 12, "target_drop_per_token": 0.7, "loss": 1.0, "repetition": 0.9}])
     assert said(caplog) == []
     look(again, drops(*[1.5] * 9, first=13))
     (message,) = said(caplog)
     assert "nats per token below" in message, "the next doubling is news"
     # The mean goes over the stop, and so does the baseline of repetition.
-    before = [{**row, "repetition": 0.0} if row["step"] == 0 else row for row in drops(*[0.7] * 9)]
-    cut = Watch("t", before)
-    look(cut, [{"step": 9, "target_drop_per_token": 0.7, "repetition": 0.3}])
+    before = [{**row, "repetition": 0.0} if row["step"] == 0 else row for row in drops(0.0, *[0.7] * 8)]
+    cut = watching(before)
+    look(cut, [{"step": 9, "target_drop_per_token": 0.7, "loss": 1.0, "repetition": 0.3}])
     assert len(said(caplog)) == 2
+
+
+ROSE = "the training diverges; lower lr, raise beta or set max_grad_norm"
+FLAT = "so this gained nothing; lower lr, or raise beta or mle_weight"
+FELL = ("it rewards the order of the candidates, not a likely target; lower lr, or raise beta or mle_weight, to keep "
+        "the target likely")  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", ["cpo", "cpo-ranked", "dpo", "apo-zero"])
+@pytest.mark.parametrize(
+    ("losses", "advice"),
+    [
+        ((0.5, 4829.0), f"the loss rose from 0.5 to 4829, {ROSE}"),
+        ((2.0, 2.21), f"the loss rose from 2 to 2.21, {ROSE}"),
+        ((2.0, 2.19), f"the loss went from 2 to 2.19, {FLAT}"),
+        ((2.0, 2.0), f"the loss went from 2 to 2, {FLAT}"),
+        ((2.0, 1.81), f"the loss went from 2 to 1.81, {FLAT}"),
+        ((2.0, 1.79), f"the loss fell from 2 to 1.79: {FELL}"),
+    ],
+)
+def test_the_advice_on_a_falling_target_is_true_of_the_loss(
+    caplog: pytest.LogCaptureFixture, objective: str, losses: tuple[float, float], advice: str
+) -> None:
+    watch = watching(objective=objective)
+    look(watch, [*drops(0.0, loss=losses[0]), *drops(*[0.1] * 10, *[3.0] * 2, first=1, loss=losses[1])])
+    (message,) = said(caplog)
+    assert "step 12: the target's own log-prob is 0.68 nats per token below the reference's" in message
+    assert message.endswith(f"and at the first step it was 0.00: {advice}")
+
+
+@pytest.mark.parametrize("objective", ["apo-down", "slic", "mle", "pss"])
+def test_what_lowers_the_target_on_purpose_or_has_no_reference_is_not_warned_of(
+    caplog: pytest.LogCaptureFixture, objective: str
+) -> None:
+    rows = drops(0.0, *[9.0] * 30, loss=1.0)
+    if objective != "apo-down":  # these have no such figure
+        rows = [{"step": row["step"], "loss": row["loss"]} for row in rows]
+    look(watching(objective=objective), rows)
+    assert said(caplog) == []
+
+
+def test_a_target_that_is_below_the_reference_from_the_start_is_no_fall(caplog: pytest.LogCaptureFixture) -> None:
+    # As where the policy starts from another model.
+    look(watching(), drops(*[2.0] * 5, *[1.0] * 30))
+    look(watching(), drops(*[2.0] * 5, *[2.4] * 30))
+    assert said(caplog) == []
+    look(watching(), drops(2.0, *[2.4] * 9, *[2.7] * 4))
+    (message,) = said(caplog)
+    assert "is 2.52 nats per token below the reference's, and at the first step it was 2.00: " in message
+    # One that starts above the reference has fallen only once it is below.
+    look(watching(), drops(-2.0, *[0.4] * 30))
+    assert said(caplog) == []
+
+
+@pytest.mark.parametrize("objective", ["cpo", "cpo-ranked", "dpo", "slic", "apo-zero", "apo-down", "mle", "pss"])
+def test_the_advice_on_repetition_names_settings_of_the_objective(
+    caplog: pytest.LogCaptureFixture, objective: str
+) -> None:
+    look(watching(objective=objective), repetitions(0.0, 0.9))
+    (message,) = said(caplog)
+    assert "the model begins to loop; lower lr or train for fewer steps" in message
+    has_it = "mle_weight" not in config(objective).without_meaning()
+    assert ("mle_weight" in message) == (has_it and objective != "apo-down")
+
+
+def test_a_training_that_diverges_is_told_so(
+    tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # What one group prefers the other rejects: each step makes the next one's loss larger.
+    both = {"a": ([5, 6], [[7, 9, 0], [8, 4, 0]], [0, 1]), "b": ([5, 6], [[8, 4, 0], [7, 9, 0]], [0, 1])}
+    rows = metrics(Bench(tmp_path, tiny_model, both).train("dpo", steps=10, batch_size=1, lr=0.3, beta=1.0))
+    loss = [row["loss"] for row in rows]
+    assert np.median(loss) > 3 * loss[0], loss
+    messages = [message for message in said(caplog) if "nats per token below the reference's" in message]
+    assert messages
+    assert all("the loss rose from 0.6931 to " in message for message in messages)
+    assert not any("fell" in message for message in messages)
 
 
 def test_a_training_warns_in_its_log(tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -183,6 +272,7 @@ def test_a_training_warns_in_its_log(tmp_path: Path, tiny_model: Path, caplog: p
     said(caplog)
     rows = metrics(bench.train("cpo", steps=25, lr=0.03, beta=0.1))
     drop = [row["target_drop_per_token"] for row in rows]
+    assert drop[0] == pytest.approx(0, abs=1e-5)
     # By hand, over each ten steps, what Watch should have said.
     expected, limit = 0, DROP
     for end in range(DROP_STEPS, len(drop) + 1):

@@ -30,11 +30,12 @@ from cpo_pipe.data.store import Product, Rows, Store
 from cpo_pipe.trainer.batches import batches
 from cpo_pipe.trainer.health import repetition
 from cpo_pipe.trainer.interim import Interim
-from cpo_pipe.trainer.loop import SAMPLE_TOKENS, SAMPLES, lr_factor, new_accelerator
+from cpo_pipe.trainer.loop import SAMPLE_TOKENS, SAMPLES, new_accelerator
+from cpo_pipe.trainer.optimizer import lr_factor
 from cpo_pipe.trainer.train import METRICS_FILE, _held_out, train
 from tests.conftest import pairs, write_jsonl
 from tests.trainer.architectures import table
-from tests.trainer.test_train import CANDIDATES, Bench, metrics, naive_logprob, weights
+from tests.trainer.test_train import CANDIDATES, Bench, measured, metrics, naive_logprob, weights
 
 # ── stopped by signals: real processes ───────────────────────────────────────────────────────────────────────────────
 
@@ -178,6 +179,7 @@ def project(commands: Commands, tmp_path_factory: pytest.TempPathFactory, tiny_m
     calm = commands(command_of("train", recipe, root / "calm"))
     assert calm.status == 0, calm.said
     losses = pq.read_table(checkpoint_of(root / "calm", "best") / METRICS_FILE)["held_out_loss"].to_pylist()
+    losses = [loss for loss in losses if loss is not None]
     # Else keep = best would be tried on what is kept anyway.
     assert losses.index(min(losses)) not in (0, len(losses) - 1), losses
     return root
@@ -300,12 +302,14 @@ class Small:
         self.rows, self.facts = self.interim.restore()
 
     def step(self) -> None:
+        # Measured after one step, which is the best, until three are.
+        measured: Any = {1: 1.0, 3: 0.5}.get(len(self.rows))
+        if measured is not None:
+            self.interim.save_best(len(self.rows))
         self.optimizer.zero_grad()
         loss = self.module(torch.arange(3.0) * len(self.rows)).square().sum()
         loss.backward()
         self.optimizer.step()
-        # The first of the steps that are measured is the best, until the third is.
-        measured: Any = {0: 1.0, 2: 0.5}.get(len(self.rows))
         self.rows.append({"step": len(self.rows), "loss": float(loss.detach()), "held_out_loss": measured})
 
     def save(self) -> None:
@@ -320,15 +324,14 @@ def up_to_the_save(root: Path) -> Small:
     """Two steps that are saved, the first of them the best so far, and a third that is not."""
     small = Small(root)
     small.step()
-    small.interim.save_best(1)
     small.step()
     small.save()
     small.step()
     return small
 
 
-def save_the_third(small: Small) -> None:
-    small.interim.save_best(3)
+def save_the_fourth(small: Small) -> None:
+    small.step()
     small.save()
 
 
@@ -336,7 +339,7 @@ def operations_of_a_save(root: Path) -> int:
     small = up_to_the_save(root)
     with pytest.MonkeyPatch.context() as patch:
         faults = Faults(patch)
-        save_the_third(small)
+        save_the_fourth(small)
     return faults.count
 
 
@@ -350,30 +353,29 @@ def test_a_crash_at_any_operation_of_a_save_leaves_the_old_state_or_the_new(
     calm = up_to_the_save(tmp_path / "calm")
     third = [parameter.detach().clone() for parameter in calm.module.parameters()]
     calm.step()
+    calm.step()
     found = set()
     for nth in range(1, operations + 1):
         small = up_to_the_save(tmp_path / str(nth))
         with pytest.MonkeyPatch.context() as patch:
             Faults(patch, nth, when, dies)
             with pytest.raises(Crash):
-                save_the_third(small)
+                save_the_fourth(small)
         again = Small(tmp_path / str(nth))
         found.add(len(again.rows))
         assert again.facts["note"] == "kept"
-        best_so_far = 3 if len(again.rows) == 3 else 1
+        best_so_far = 3 if len(again.rows) == 4 else 1
         assert (again.product.in_progress / f"best-{best_so_far}").is_dir()
-        while len(again.rows) < 4:
+        while len(again.rows) < 5:
             again.step()
-            if len(again.rows) == 3:
-                again.interim.save_best(3)
         again.save()
         assert again.rows == calm.rows
         assert all(map(torch.equal, again.state(), calm.state()))
         # Over what the crash left behind, later saves work; and nothing else stays.
-        assert sorted(path.name for path in again.product.in_progress.iterdir()) == ["4", "best-3"]
+        assert sorted(path.name for path in again.product.in_progress.iterdir()) == ["5", "best-3"]
         again.interim.restore_best(3)
         assert all(map(torch.equal, again.module.parameters(), third))
-    assert found == {2, 3}
+    assert found == {2, 4}
 
 
 def test_a_training_whose_save_failed_goes_on_bit_for_bit(
@@ -398,7 +400,8 @@ def test_a_training_whose_save_failed_goes_on_bit_for_bit(
     assert_same_training(rough.train("cpo-ranked", **settings).path, calm.path)
 
 
-KEPT_BEST: dict[str, Any] = {"steps": 5, "batch_size": 2, "held_out": 1, "eval_every": 1, "keep": "best"}
+KEPT_BEST: dict[str, Any] = {"steps": 9, "batch_size": 2, "held_out": 2, "eval_every": 1, "lr": 0.003, "beta": 0.1,
+                             "keep": "best"}  # fmt: skip
 
 
 def flip(file: Path) -> None:
@@ -614,7 +617,7 @@ def test_held_out_groups_leave_no_trace_in_the_weights(tmp_path: Path, tiny_mode
               for name, group in CANDIDATES.items()}  # fmt: skip
     again = Bench(tmp_path / "b", tiny_model, others).train("cpo", **settings)
     assert all(torch.equal(weights(again)[name], tensor) for name, tensor in weights(product).items())
-    assert metrics(again)[0]["held_out_loss"] != metrics(product)[0]["held_out_loss"]
+    assert measured(again, "held_out_loss")[0] != measured(product, "held_out_loss")[0]
     # Without them in the selection at all, it is the same training.
     left = {name: group for name, group in CANDIDATES.items() if name not in names}
     alone = Bench(tmp_path / "c", tiny_model, left).train("cpo", **settings | {"held_out": 0})
@@ -624,11 +627,14 @@ def test_held_out_groups_leave_no_trace_in_the_weights(tmp_path: Path, tiny_mode
 def test_held_out_measurements_are_those_of_the_weights_after_the_step(tmp_path: Path, tiny_model: Path) -> None:
     bench = Bench(tmp_path, tiny_model)
     settings: dict[str, Any] = {"held_out": 2, "batch_size": 2, "eval_every": 2, "beta": 0.5, "mle_weight": 0.25}
-    rows = metrics(bench.train("cpo", steps=6, **settings))
-    assert [row["step"] for row in rows if row["held_out_loss"] is not None] == [0, 1, 3, 5]
+    rows = pq.read_table(bench.train("cpo", steps=6, **settings).path / METRICS_FILE).to_pylist()
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if row["held_out_loss"] is not None] == [0, 2, 4, 6]
+    assert [row["step"] for row in rows if row["loss"] is not None] == [0, 1, 2, 3, 4, 5]
     frozen = AutoModelForCausalLM.from_pretrained(bench.model.path)
-    for steps in (1, 4):
-        model = AutoModelForCausalLM.from_pretrained(bench.train("cpo", steps=steps, **settings).path)
+    for steps in (0, 4, 6):
+        made = bench.train("cpo", steps=steps, **settings).path if steps else bench.model.path
+        model = AutoModelForCausalLM.from_pretrained(made)
         listwise, drop, nll, tokens, won = [], 0.0, 0.0, 0, 0
         for name in held_out_ids(bench, 2):
             prompt, candidates, _ = CANDIDATES[name]
@@ -641,7 +647,7 @@ def test_held_out_measurements_are_those_of_the_weights_after_the_step(tmp_path:
             drop += float(reference[0] - policy[0])
             nll -= float(policy[0])
             tokens += len(candidates[0])
-        row = rows[steps - 1]
+        row = rows[steps]
         assert row["held_out_contrast"] == pytest.approx(sum(listwise) / 2, rel=1e-4)
         assert row["held_out_loss"] == pytest.approx(sum(listwise) / 2 + 0.25 * nll / tokens, rel=1e-4)
         assert row["held_out_target_logprob"] == pytest.approx(-nll / 2, rel=1e-4)
@@ -656,7 +662,7 @@ def test_of_mle_the_examples_held_out_are_measured_too(tmp_path: Path, tiny_mode
     prompt, (target, *_), _ = CANDIDATES[held_out_ids(bench, 1).pop()]
     with torch.no_grad():
         nll = -float(naive_logprob(model, prompt, target)) / len(target)
-    assert metrics(product)[-1]["held_out_loss"] == pytest.approx(nll, rel=1e-4)
+    assert measured(product, "held_out_loss")[2] == pytest.approx(nll, rel=1e-4)
 
 
 BEST: dict[str, Any] = {"batch_size": 2, "held_out": 2, "eval_every": 2, "lr": 0.003, "beta": 0.1}
@@ -667,10 +673,10 @@ def test_keep_best_exports_the_weights_of_the_lowest_held_out_loss(
 ) -> None:
     bench = Bench(tmp_path / "a", tiny_model)
     product = bench.train("cpo", steps=9, keep="best", **BEST)
-    losses = {row["step"]: row["held_out_loss"] for row in metrics(product) if row["held_out_loss"] is not None}
-    best = int(min(losses, key=lambda step: losses[step]))
-    assert 0 < best < 8, "neither the first nor the last"
-    then = bench.train("cpo", steps=best + 1, **BEST)
+    losses = measured(product, "held_out_loss")
+    best = min(losses, key=lambda step: losses[step])
+    assert 0 < best < 9, "neither the first nor the last"
+    then = bench.train("cpo", steps=best, **BEST)
     assert all(torch.equal(weights(product)[name], tensor) for name, tensor in weights(then).items())
     # Stopped right after every step, the best one too, it keeps the same.
     rough = Bench(tmp_path / "b", tiny_model)
@@ -700,8 +706,38 @@ def test_of_equally_good_weights_those_that_came_first_are_kept(
     save_often(monkeypatch)
     bench = Bench(tmp_path, tiny_model)
     product = bench.train("cpo", steps=4, keep="best", **BEST | {"lr": 1e-30, "eval_every": 1})
-    assert len({row["held_out_loss"] for row in metrics(product)}) == 1
+    losses = measured(product, "held_out_loss")
+    assert list(losses) == [0, 1, 2, 3, 4]
+    assert len({*losses.values()}) == 1
     assert all(torch.equal(weights(product)[name], tensor) for name, tensor in weights_at(tiny_model).items())
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_where_no_step_is_better_the_initial_weights_are_kept_and_that_is_said(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lora: Any
+) -> None:
+    # From a model that knows the targets by heart, so large a learning rate leads only away.
+    settings: dict[str, Any] = {"steps": 4, "held_out": 1, "batch_size": 3, "eval_every": 1, "lr": 1.0, "lora": lora}
+    learnt = Bench(tmp_path / "learnt", tiny_model).train("mle", steps=30, lr=0.01).path
+    caplog.clear()
+    bench = Bench(tmp_path / "a", learnt)
+    product = bench.train("mle", keep="best", **settings)
+    losses = measured(product, "held_out_loss")
+    assert min(losses.values()) == losses[0] < min(losses[step] for step in (1, 2, 3, 4))
+    before = weights_at(learnt)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(product).items())
+    said = [record.getMessage() for record in caplog.records if "keeps the initial weights" in record.getMessage()]
+    assert said == [
+        f"train t: no step lowered the held-out loss below the {losses[0]:.4f} of the initial weights; keeps the "
+        "initial weights; lower lr, or measure more often (eval_every)"
+    ]
+    # Stopped and resumed, too.
+    rough = Bench(tmp_path / "b", learnt)
+    with monkeypatch.context() as patch:
+        patch.setattr("cpo_pipe.trainer.loop.lr_factor", interrupted_at(2))
+        with pytest.raises(KeyboardInterrupt):
+            rough.train("mle", keep="best", **settings)
+    assert_same_training(rough.train("mle", keep="best", **settings).path, product.path)
 
 
 def weights_at(folder: Path) -> dict[str, torch.Tensor]:
@@ -781,7 +817,8 @@ def test_samples_taken_together_are_those_taken_alone(tmp_path: Path, new_model:
 def test_sampling_changes_nothing_of_the_training(tmp_path: Path, tiny_model: Path) -> None:
     often = Bench(tmp_path / "a", tiny_model).train("cpo", steps=4, eval_every=1, gradient_checkpointing=True)
     seldom = Bench(tmp_path / "b", tiny_model).train("cpo", steps=4, eval_every=100)
-    assert [row["repetition"] is None for row in metrics(seldom)] == [False, True, True, False]
+    assert list(measured(seldom, "repetition")) == [0, 4]
+    assert list(measured(often, "repetition")) == [0, 1, 2, 3, 4]
     assert all(torch.equal(weights(often)[name], tensor) for name, tensor in weights(seldom).items())
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.recipe import Training
 from cpo_pipe.data.store import Product
-from tests.trainer.test_train import CANDIDATES, Bench, metrics, naive_logprob, weights
+from tests.trainer.test_train import CANDIDATES, Bench, measured, metrics, naive_logprob, weights
 
 pytest.importorskip("peft")
 
@@ -76,9 +76,9 @@ def test_the_exported_model_is_as_good_as_the_adapted_one_was(tmp_path: Path, ti
     # The held-out loss of the last step was measured with the adapters beside the weights.
     with torch.no_grad():
         losses = [-float(naive_logprob(model, prompt, ids[0])) / len(ids[0]) for prompt, ids, _ in CANDIDATES.values()]
-    measured = metrics(product)[-1]["held_out_loss"]
-    assert any(loss == pytest.approx(measured, rel=1e-4) for loss in losses)
-    assert metrics(product)[0]["held_out_loss"] != pytest.approx(measured, rel=1e-2), "it moved"
+    found = measured(product, "held_out_loss")
+    assert any(loss == pytest.approx(found[3], rel=1e-4) for loss in losses)
+    assert found[0] != pytest.approx(found[3], rel=1e-2), "it moved"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

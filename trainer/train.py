@@ -272,8 +272,8 @@ class _Checkpoint:
             raise
         except Exception as error:  # the libraries' refusals have no common type
             raise InputError(
-                f"train.{self.name}: its checkpoint could not be written after the last step ({cause(error)}); nothing was "
-                "trained; correct the files of the initial model, or start from another one"
+                f"train.{self.name}: its checkpoint could not be written after the last step ({cause(error)}); nothing "
+                "was trained; correct the files of the initial model, or start from another one"
             ) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)

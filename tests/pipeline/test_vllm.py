@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.executor import LocalExecutor
 from cpo_pipe.data.models import Model, locate_model
 from cpo_pipe.data.recipe import Data, Negatives
@@ -24,7 +24,7 @@ from cpo_pipe.pipeline.engines.base import LazyEngine, Request, Sampled, Samplin
 from cpo_pipe.pipeline.generate import generate_negatives, plan_negatives
 from cpo_pipe.pipeline.missing import Wanted, make_missing
 from cpo_pipe.pipeline.prepare import prepare
-from tests.conftest import make_model, pairs, write_jsonl
+from tests.conftest import make_model, pairs, rot, write_jsonl
 from tests.eval.test_judges_models import Bench, case
 from tests.pipeline.answers import answers
 
@@ -40,6 +40,15 @@ REQUESTS = [Request([5, 6, 7], 11, 1 << 40), Request(LONG, 3, (1 << 61) - 2), Re
 
 Tokens = list[list[list[int]]]
 """Of each request its samples."""
+
+
+def test_damaged_weights_are_not_loaded(tmp_path: Path) -> None:
+    from cpo_pipe.pipeline.engines.vllm import VllmEngine
+
+    folder = make_model(tmp_path / "model")
+    rot(folder / "model.safetensors", tmp_path / "store")
+    with pytest.raises(RunError, match=r"model\.safetensors: damaged"):
+        VllmEngine(locate_model(str(folder), Store(tmp_path / "store")), 64)
 
 
 @pytest.fixture(scope="module")

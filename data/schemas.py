@@ -51,7 +51,8 @@ NEGATIVES = pa.schema(
         _column(
             "logprob",
             pa.float64(),
-            "log-prob under the raw model (before top-k), summed over the tokens, in nats; null where none wrote it",
+            "log-prob under the raw model (before top-k), summed over the tokens, in nats, to float32 precision; null "
+            "where none wrote it",
             nullable=True,
         ),
         _SEED,

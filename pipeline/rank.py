@@ -66,6 +66,7 @@ class Grouped:
     def _make(self, batch: pa.Table) -> Iterator[Made]:
         examples = batch.to_pylist()
         kept, refused = collect_candidates(examples, self.sources, self.drop_duplicates)
+        refused = _unrecorded(refused, self.dropped)
         for first in range(0, len(examples), self.batch_size):
             part = slice(first, first + self.batch_size)
             if self.embedder is not None:
@@ -115,9 +116,13 @@ def _explain_again(config: Rank, sources: Sources, dropped: Rows) -> None:
     for start in range(0, sources.selection.num_rows, SLICE):
         examples = sources.selection.slice(start, SLICE).to_pylist()
         _, refused = collect_candidates(examples, sources.pools, config.drop_duplicates)
-        rows = pa.Table.from_pylist(refused, schema=dropped.schema)
-        missing = dropped.missing(rows.select(list(dropped.key)))
-        dropped.append(rows.join(missing, keys=list(dropped.key), join_type="inner"))
+        dropped.append(pa.Table.from_pylist(_unrecorded(refused, dropped), schema=dropped.schema))
+
+
+def _unrecorded(refused: Sequence[dict[str, Any]], dropped: Rows) -> list[dict[str, Any]]:
+    """Return the rows that are not in `dropped`; a run that was killed may have recorded some without their groups."""
+    recorded = dropped.contains(pa.Table.from_pylist(list(refused), schema=dropped.schema))
+    return [row for row, is_there in zip(refused, recorded, strict=True) if not is_there]
 
 
 def collect_candidates(

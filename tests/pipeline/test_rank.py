@@ -1,11 +1,13 @@
 """Groups: what is dropped and why, the order, and that ragged groups are kept as they are."""
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cpo_pipe.data.embedding import Embedded, Embedder
@@ -210,3 +212,16 @@ def test_reasons_whose_shard_was_damaged_are_found_again(tmp_path: Path) -> None
     dropped.files()[0].write_bytes(b"damaged")
     rank(Rank(), True, Store(tmp_path), wanted, LocalExecutor())
     assert plan_groups(Rank(), True, Store(tmp_path), wanted)[1].read(["x"]) == before
+
+
+def test_a_kill_before_the_groups_are_recorded_leaves_no_reason_twice(tmp_path: Path) -> None:
+    wanted = sources(Store(tmp_path), SAMPLES, 5)
+    groups = rank(Rank(), True, Store(tmp_path), wanted, LocalExecutor())
+    for folder in ("shards", "manifests"):
+        shutil.rmtree(tmp_path / groups.name / folder)
+    rank(Rank(), True, Store(tmp_path), wanted, LocalExecutor())
+    recorded = [
+        row["source"] for file in tmp_path.glob("rejected/*/shards/*") for row in pq.read_table(file).to_pylist()
+    ]
+    assert sorted(recorded) == ["autoregressive:0", "autoregressive:2"]
+    assert groups.read(["x"]).num_rows == 1

@@ -1,7 +1,7 @@
 """How a prompt is put before the model: templates, and the token ids of prompts and targets."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from cpo_pipe.data.errors import InputError, cause
@@ -75,11 +75,39 @@ def _render_chat(content: str, tokenizer: "PreTrainedTokenizerBase | None") -> s
 
 
 def encode_prompts(template: str, rendered: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """Token ids of rendered prompts: with the BOS token that the tokenizer puts there, never with an EOS it appends."""
+    """Return token ids of rendered prompts: with the BOS token that the tokenizer or the template puts there, once.
+
+    An EOS token that the tokenizer appends is left out.
+    """
     # A chat template writes its special tokens, BOS included, into the text itself.
     ids = _encode(rendered, tokenizer, add_special_tokens=template != CHAT)
     appended = 0 if template == CHAT else _appended_tokens(tokenizer)
-    return [row[: len(row) - appended] for row in ids]
+    twice = [tokenizer.bos_token_id] * 2  # the tokenizer's, and one that a text of the recipe's begins with
+    return [row[int(row[:2] == twice) : len(row) - appended] for row in ids]
+
+
+def encode_prompts_again(
+    template: str, prompts: Sequence[str], rendered: Sequence[str], tokenizer: "PreTrainedTokenizerBase"
+) -> list[list[int]]:
+    """Return token ids of prompts for another tokenizer than that of the examples; its control tokens in them are text.
+
+    Unless the template itself writes any of them: then all in what it rendered are meant.
+
+    Args:
+        template: Of the examples.
+        prompts: As they are before the template, which the tokenizer's own chat template renders for `chat`.
+        rendered: As the examples have them.
+        tokenizer: The other one.
+
+    Raises:
+        InputError: `chat`, and the tokenizer has no chat template.
+    """
+    broken = breaker(tokenizer)
+    if template == CHAT:
+        rendered = [render(CHAT, broken(prompt), tokenizer=tokenizer) for prompt in prompts]
+    elif broken(template) == template:
+        rendered = list(map(broken, rendered))
+    return encode_prompts(template, rendered, tokenizer)
 
 
 def encode_texts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
@@ -87,17 +115,55 @@ def encode_texts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> 
     return _encode(texts, tokenizer, add_special_tokens=False)
 
 
+def encode_targets(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Return token ids of continuations without their end; special tokens written in them are text.
+
+    Tokens that are not declared special stay tokens: a model's answers may have them, such as `<think>`.
+    """
+    return _encode_as_text(texts, tokenizer, special_tokens(tokenizer))
+
+
 def encode_as_text(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     """As `encode_texts`, of texts that anyone may have written: what looks like a control token in them is text."""
-    ids = _encode(texts, tokenizer, add_special_tokens=False, split_special_tokens=True)
-    control = set(control_tokens(tokenizer).values())
+    return _encode_as_text(texts, tokenizer, control_tokens(tokenizer))
+
+
+def _encode_as_text(
+    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", tokens: Mapping[str, int]
+) -> list[list[int]]:
+    # The unknown token stands for characters, too, unless it is one of the others.
+    unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    control = set(tokens.values()) - unknown
+    ids = _encode(texts, tokenizer, add_special_tokens=False)
+    # Most texts have none: those are encoded as they are.
+    held = [
+        place
+        for place, (text, row) in enumerate(zip(texts, ids, strict=True))
+        if not control.isdisjoint(row) or (not unknown.isdisjoint(row) and str(tokenizer.unk_token) in text)
+    ]
+    split = _encode([texts[place] for place in held], tokenizer, False, split_special_tokens=True)
+    for place, row in zip(held, split, strict=True):
+        ids[place] = row
     # Some vocabularies hold the strings themselves (Unigram, word-level), and control tokens need not be special.
-    left = [place for place, row in enumerate(ids) if not control.isdisjoint(row)]
-    broken = _encode(list(map(breaker(tokenizer), (texts[place] for place in left))), tokenizer, False)
+    left = [place for place in held if not control.isdisjoint(ids[place])]
+    broken = _encode(list(map(_breaker(tokens), (texts[place] for place in left))), tokenizer, False)
     for place, row in zip(left, broken, strict=True):
         # A normalizer may make one again of characters like its own; then it is left out.
         ids[place] = [token for token in row if token not in control]
     return ids
+
+
+def without_eos(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return a text without EOS tokens written at its end: what encodes it puts one there."""
+    end = tokenizer.eos_token
+    return re.sub(rf"(?:{re.escape(str(end))}\s*)+\Z", "", text) if end and str(end) in text else text
+
+
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """Return ids by text of the tokens that are declared special."""
+    found = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    found |= {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {text: token_id for text, token_id in found.items() if text.strip()}
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
@@ -106,11 +172,18 @@ def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     Not all marks of a conversation are declared special: DeepSeek's `<｜User｜>` is not.
     """
     written = str(tokenizer.chat_template or "")
-    found = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    for token_id, token in tokenizer.added_tokens_decoder.items():
-        if token.special or (token.content in written and not token.content.isalnum()):
-            found[token.content] = token_id
-    return {text: token_id for text, token_id in found.items() if text.strip()}
+    marks = {
+        token.content: token_id
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.content.strip() and token.content in written and not token.content.isalnum()
+    }
+    return special_tokens(tokenizer) | marks
+
+
+def finder(tokens: Iterable[str]) -> Callable[[str], bool]:
+    """Return what tells whether any of the tokens is written in a text."""
+    pattern = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+    return lambda text: pattern.search(text) is not None
 
 
 def breaker(tokenizer: "PreTrainedTokenizerBase") -> Callable[[str], str]:
@@ -118,7 +191,10 @@ def breaker(tokenizer: "PreTrainedTokenizerBase") -> Callable[[str], str]:
 
     For texts that stand among control tokens which are meant. A control token of one character becomes a space.
     """
-    tokens = control_tokens(tokenizer)
+    return _breaker(control_tokens(tokenizer))
+
+
+def _breaker(tokens: Mapping[str, int]) -> Callable[[str], str]:
     # What follows the first character is looked at and not taken, since tokens may overlap.
     pattern = re.compile("|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in tokens) or r"(?!)")
     return lambda text: pattern.sub(lambda first: " " if first[0] in tokens else f"{first[0]} ", text)

@@ -4,7 +4,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
@@ -97,7 +97,7 @@ def prepare(config: Data, store: Store, run_dir: Path | None = None) -> Examples
     plan = _Plan(config, store)
     examples = plan.found()
     if examples is not None:
-        log.info("%s (found in %s)", _summary(examples.product.manifest), examples.product.name)
+        _report(examples.product.manifest, f" (found in {examples.product.name})")
         return examples
     plan.check_source()
     examples = plan.examples(plan.tokenizer())
@@ -106,7 +106,7 @@ def prepare(config: Data, store: Store, run_dir: Path | None = None) -> Examples
             plan.check(examples)
         else:
             _make(examples, plan.config, plan.rows, run_dir)
-    log.info("%s", _summary(examples.product.manifest))
+    _report(examples.product.manifest)
     return examples
 
 
@@ -165,7 +165,9 @@ class _Plan:
 
     def examples(self, tokenizer: TokenizerFiles) -> Examples:
         """The examples, made or not."""
-        rendering: Spec = {"template": self.config.template, "tokenizer": tokenizer.fingerprint}
+        rendering: Spec = {
+            "template": self.config.template, "tokenizer": tokenizer.fingerprint, "special_tokens": "as text",
+        }  # fmt: skip
         split = {"seed": self.config.split_seed, **{name: getattr(self.config, name) for name in SPLITS}}
         spec: Spec = {**self._content, "definitions": DEFINITIONS, "rendering": rendering, "split": split}
         if self.config.preset in _CUT:
@@ -309,6 +311,8 @@ def _make(examples: Examples, config: Data, rows: _Rows, run_dir: Path | None) -
         writer.facts["left_over"] = len(collected.keys) - ends[-1]
         writer.facts["rejected"] = dict(collected.reasons.most_common())
         writer.facts["short_ends"] = collected.short_ends
+        writer.facts["control_tokens"] = collected.control_tokens
+        writer.facts["written_ends"] = collected.written_ends
 
 
 @dataclass(frozen=True)
@@ -318,6 +322,10 @@ class _Made:
     source: str
     example: dict[str, Any]
     """A row of `examples`, but for its split."""
+    control_tokens: bool
+    """Whether control tokens are written in its texts."""
+    written_end: bool = False
+    """Whether an EOS token was written at the end of its target."""
 
 
 @dataclass(frozen=True)
@@ -326,15 +334,24 @@ class _ShortEnd:
 
 
 def _encode_pairs(rows: _Rows, tokenizer: "PreTrainedTokenizerBase", meter: Meter) -> Iterator[_Made | Refusal]:
+    template, eos = rows.config.template, templates.eos_token_id(tokenizer)
+    as_text = templates.breaker(tokenizer)  # what is written in the data; the template's own control tokens are meant
+    in_target = templates.finder(templates.special_tokens(tokenizer))
     for batch in _batches(rows.checked(), BATCH):
         yield from (row for row in batch if isinstance(row, Refusal))
-        pairs = [row for row in batch if isinstance(row, _Pair)]
-        template, eos = rows.config.template, templates.eos_token_id(tokenizer)
-        rendered = [templates.render(template, pair.prompt, pair.context, tokenizer) for pair in pairs]
-        prompts = templates.encode_prompts(template, rendered, tokenizer)
-        targets = templates.encode_texts([pair.target for pair in pairs], tokenizer)
-        for pair, text, prompt_ids, target_ids in zip(pairs, rendered, prompts, targets, strict=True):
-            yield _encoded(pair, text, prompt_ids, target_ids, eos, rows.config)
+        given = [row for row in batch if isinstance(row, _Pair)]
+        pairs = [replace(pair, target=templates.without_eos(pair.target, tokenizer)) for pair in given]
+        prompts = [(as_text(pair.prompt), as_text(pair.context)) for pair in pairs]
+        rendered = [templates.render(template, prompt, context, tokenizer) for prompt, context in prompts]
+        all_prompt_ids = templates.encode_prompts(template, rendered, tokenizer)
+        all_target_ids = templates.encode_targets([pair.target for pair in pairs], tokenizer)
+        columns = zip(given, pairs, prompts, rendered, all_prompt_ids, all_target_ids, strict=True)
+        for source, pair, prompt, text, prompt_ids, target_ids in columns:
+            made = _encoded(pair, text, prompt_ids, target_ids, eos, rows.config)
+            if isinstance(made, _Made):
+                control = prompt != (pair.prompt, pair.context) or in_target(pair.target)
+                made = replace(made, control_tokens=control, written_end=pair.target != source.target)
+            yield made
         meter.advance(len(batch))
 
 
@@ -354,7 +371,7 @@ def _encoded(
         "example_id": pair.example_id, "prompt": pair.full_prompt, "rendered": rendered, "target": pair.target,
         "prompt_ids": prompt_ids, "target_ids": target_ids, "ends": True, "category": pair.category,
     }  # fmt: skip
-    return _Made(pair.source, example)
+    return _Made(pair.source, example, control_tokens=False)
 
 
 def _cut_articles(
@@ -363,7 +380,7 @@ def _cut_articles(
     for batch in _batches(rows.checked(), ARTICLE_BATCH):
         yield from (row for row in batch if isinstance(row, Refusal))
         articles = [row for row in batch if isinstance(row, _Pair)]
-        encoded = templates.encode_texts([article.target for article in articles], tokenizer)
+        encoded = templates.encode_targets([article.target for article in articles], tokenizer)
         for article, ids in zip(articles, encoded, strict=True):
             pieces = list(cut(ids, rows.config.piece_tokens, rows.config.prompt_share))
             yield from _decoded(article.source, pieces, tokenizer)
@@ -373,7 +390,7 @@ def _cut_articles(
 
 
 def _decoded(source: str, pieces: Sequence["Piece"], tokenizer: "PreTrainedTokenizerBase") -> Iterator[_Made]:
-    eos = templates.eos_token_id(tokenizer)
+    eos, is_control = templates.eos_token_id(tokenizer), templates.finder(templates.special_tokens(tokenizer))
     for piece in pieces:
         sides = (piece.prompt_ids, piece.target_ids)
         prompt, target = (str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in sides)
@@ -383,7 +400,7 @@ def _decoded(source: str, pieces: Sequence["Piece"], tokenizer: "PreTrainedToken
             "target": target, "prompt_ids": piece.prompt_ids, "target_ids": target_ids, "ends": piece.ends,
             "category": None,
         }  # fmt: skip
-        yield _Made(source, example)
+        yield _Made(source, example, control_tokens=is_control(prompt) or is_control(target))
 
 
 @dataclass(frozen=True)
@@ -425,7 +442,7 @@ class _Collected:
         self.keys: list[tuple[str, str]] = []
         """Hash of the prompt, which orders them, and id."""
         self.reasons: Counter[str] = Counter()
-        self.short_ends = 0
+        self.short_ends = self.control_tokens = self.written_ends = 0
         self._rejected: list[dict[str, Any]] = []
         self._pending: list[dict[str, Any]] = []
         self._seen: set[str] = set()
@@ -451,6 +468,8 @@ class _Collected:
             self._rejected.append({**asdict(made), "detail": detail})
             self.reasons[made.reason] += 1
             return
+        self.control_tokens += made.control_tokens
+        self.written_ends += made.written_end
         example = made.example
         self._seen.add(example["example_id"])
         self.keys.append((digest([self._split_seed, example["prompt"]]), example["example_id"]))
@@ -579,6 +598,19 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
     for name in (*TOKENIZER_FILES, "config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def _report(facts: dict[str, Any], found: str = "") -> None:
+    """Say how many examples there are, and what of their texts was taken otherwise than it is written."""
+    log.info("%s%s", _summary(facts), found)
+    if count := facts["control_tokens"]:
+        log.warning(
+            "examples: %s have control tokens in their texts; they are text to the model; write those that are meant "
+            "into data.template", f"{count:,}",
+        )  # fmt: skip
+    if count := facts["written_ends"]:
+        log.warning("examples: %s targets end in an EOS token that is written out; it is taken as their end",
+                    f"{count:,}")  # fmt: skip
 
 
 def _summary(facts: dict[str, Any]) -> str:

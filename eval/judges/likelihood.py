@@ -44,13 +44,8 @@ class LikelihoodJudge(ScoreJudge):
         """
         tokenizer = self._tokenizer.load()
         ends = self._ends() or (templates.eos_token_id(tokenizer, f"evaluate.judges.{self.name}.model"),)
-        broken = templates.breaker(tokenizer)
-        rendered = [case.rendered for case in cases]
-        if self._template == templates.CHAT:
-            rendered = [templates.render(templates.CHAT, broken(case.prompt), tokenizer=tokenizer) for case in cases]
-        elif broken(self._template) == self._template:
-            rendered = list(map(broken, rendered))
-        prompts = templates.encode_prompts(self._template, rendered, tokenizer)
+        texts, rendered = [case.prompt for case in cases], [case.rendered for case in cases]
+        prompts = templates.encode_prompts_again(self._template, texts, rendered, tokenizer)
         written = templates.encode_as_text(outputs, tokenizer)
         self._check_context(max((len(x) + len(y) + 1 for x, y in zip(prompts, written, strict=True)), default=0))
         wanted = [

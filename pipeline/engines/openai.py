@@ -31,7 +31,7 @@ from cpo_pipe.data.models import TokenizerFiles
 from cpo_pipe.data.progress import LOG_SECONDS
 from cpo_pipe.data.recipe import Api
 from cpo_pipe.data.store import Rows
-from cpo_pipe.data.templates import encode_texts, eos_token_id
+from cpo_pipe.data.templates import encode_targets, eos_token_id, finder, special_tokens, without_eos
 from cpo_pipe.data.text import one_line
 from cpo_pipe.pipeline.engines.base import Request, Sampling, requests
 from cpo_pipe.pipeline.missing import refused_source
@@ -866,6 +866,7 @@ class _Asking:
         self._tokenizer: PreTrainedTokenizerBase = asked.tokenizer.load()
         self._eos = eos_token_id(self._tokenizer)
         self._by_ids = self._config.server == "vllm" and self._config.endpoint == "completions"
+        self._is_control, self._control = finder(special_tokens(self._tokenizer)), 0
 
     def __call__(self, batch: pa.Table) -> Iterator[Made]:
         api = self._asked.api
@@ -876,6 +877,10 @@ class _Asking:
                     yield made
         finally:
             log.info("apis.%s: %s by this command so far", api.name, api.spent())
+            if self._control:
+                log.warning("apis.%s: %d answers have special tokens in their text; they are text", api.name,
+                            self._control)  # fmt: skip
+                self._control = 0
 
     def _wishes(self, batch: pa.Table) -> Iterator[_Wish]:
         examples = {example["example_id"]: example for example in batch.to_pylist()}
@@ -964,7 +969,9 @@ class _Asking:
         if self._config.endpoint == "chat":
             target, text = example["target"], text.strip()
             text = target[: len(target) - len(target.lstrip())] + text if text else ""
-        token_ids = encode_texts([text], self._tokenizer)[0] + ([self._eos] if ends else [])
+        text = without_eos(text, self._tokenizer)
+        self._control += self._is_control(text)
+        token_ids = encode_targets([text], self._tokenizer)[0] + ([self._eos] if ends else [])
         limit = self._asked.sampling.max_new_tokens
         if len(token_ids) <= limit:
             return text, token_ids, ends

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STRATEGY = "pool"
-ENCODING = 2
+ENCODING = 3
 """Raise when the same texts come to be other token ids."""
 FORMATS = (".jsonl", ".parquet", ".json")
 _ROLES = {"prompt": "user", "text": "assistant"}
@@ -79,9 +79,10 @@ def as_targets(
         max_tokens: longer ones, the EOS token counted, are cut to so many and do not end.
     """
     end = templates.eos_token_id(tokenizer)
+    texts = [templates.without_eos(text, tokenizer) for text in texts]
     if _doubles_space(tokenizer):
         texts = [text.removeprefix(" ") for text in texts]
-    for text, whole, ids in zip(texts, ends, templates.encode_texts(texts, tokenizer), strict=True):
+    for text, whole, ids in zip(texts, ends, templates.encode_targets(texts, tokenizer), strict=True):
         if len(ids) > max_tokens:
             yield str(tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)), ids[:max_tokens], False
         elif whole and len(ids) < max_tokens:
@@ -258,18 +259,23 @@ class _Continuations:
     keys' hashes and where each text stands.
     """
 
-    def __init__(self, keys: Iterable[str], limit: int, found: Iterable[tuple[str, str]]):
+    def __init__(
+        self, keys: Iterable[str], limit: int, found: Iterable[tuple[str, str]], is_control: Callable[[str], bool]
+    ):
         """Of the texts `found`, each after its key, the first `limit` of each of the `keys` are kept."""
         self._number = {key: number for number, key in enumerate(dict.fromkeys(map(_short, keys)))}
         self._scratch = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this lives
         weakref.finalize(self, self._scratch.close)
         self._end = array("q", [0])
         owners, counts = array("i"), array("i", bytes(4 * len(self._number)))
+        self.control_tokens = 0
+        """How many of those kept have control tokens in their text."""
         for key, text in found:
             number = self._number.get(_short(key))
             if number is not None and counts[number] < limit:
                 counts[number] += 1
                 owners.append(number)
+                self.control_tokens += is_control(text)
                 self._end.append(self._end[-1] + self._scratch.write(text.encode()))
         self.counts = np.array(counts, np.int64)
         """How many were kept, by key."""
@@ -320,9 +326,15 @@ class FromFile:
         key = self.file.key()
         log.info("negatives.pools.%s.file %s: reading it", self.file.pool, self.file.path)
         keys = (value.as_py() for value in self.selection[key])
-        found = _Continuations(keys, self.count, self.file.continuations(key))
-        self._report(key, found.counts)
         tokenizer = self.tokenizer.load()
+        is_control = templates.finder(templates.special_tokens(tokenizer))
+        found = _Continuations(keys, self.count, self.file.continuations(key), is_control)
+        self._report(key, found.counts)
+        if found.control_tokens:
+            log.warning(
+                "negatives.pools.%s.file %s: %d continuations have special tokens in their text; they are text to the "
+                "model, but for an EOS token at the end", self.file.pool, self.file.path, found.control_tokens,
+            )  # fmt: skip
 
         def make(batch: pa.Table) -> Iterator[Made]:
             refused, taken, texts = [], [], []
@@ -448,10 +460,8 @@ class FromModel:
 
     def _prompts(self, batch: pa.Table, own: "PreTrainedTokenizerBase") -> list[list[int]]:
         """The examples' prompts in the model's own tokens."""
-        rendered = batch["rendered"].to_pylist()
-        if self.template == templates.CHAT:
-            rendered = [templates.render(templates.CHAT, text, tokenizer=own) for text in batch["prompt"].to_pylist()]
-        return templates.encode_prompts(self.template, rendered, own)
+        prompts, rendered = (batch[name].to_pylist() for name in ("prompt", "rendered"))
+        return templates.encode_prompts_again(self.template, prompts, rendered, own)
 
 
 def text_behind(prompt_ids: Sequence[int], token_ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> str:

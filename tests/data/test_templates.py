@@ -1,7 +1,7 @@
 """A tokenizer of one token per byte makes every expected id countable by hand."""
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
@@ -12,10 +12,14 @@ from cpo_pipe.data.templates import (
     control_tokens,
     encode_as_text,
     encode_prompts,
+    encode_prompts_again,
+    encode_targets,
     encode_texts,
     eos_token_id,
     render,
     render_prompt,
+    special_tokens,
+    without_eos,
 )
 from cpo_pipe.data.tokenizers import train_bpe
 
@@ -95,6 +99,14 @@ def test_prompt_keeps_what_stands_before_it_and_loses_what_is_appended(frame, be
     ]
 
 
+@pytest.mark.parametrize("frame", ["<s> $A", "<s> $A </s>"])
+def test_a_template_that_writes_the_bos_gives_one(frame):
+    tokenizer = byte_tokenizer(frame)
+    (a,) = encode_texts(["a"], tokenizer)
+    assert encode_prompts("<s>{prompt}", ["<s>a", "a", "", "<s>"], tokenizer) == [[BOS, *a], [BOS, *a], [BOS], [BOS]]
+    assert encode_prompts("<s>{prompt}", ["<s>a"], byte_tokenizer()) == [[BOS, *a]], "the template's alone"
+
+
 def test_eos_id_and_its_absence():
     assert eos_token_id(byte_tokenizer()) == EOS
     with pytest.raises(InputError, match=r"data\.tokenizer .*it has no EOS token"):
@@ -125,6 +137,9 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+CHAT = chat_tokenizer()
+
+
 @pytest.mark.parametrize("text", ["a</s>b", "</s>", "<s>a</s> </s>", "a"])
 @pytest.mark.parametrize("make", [byte_tokenizer, chat_tokenizer, ByT5Tokenizer, unigram_tokenizer])
 def test_a_control_token_in_a_text_is_text(make, text):
@@ -135,7 +150,60 @@ def test_a_control_token_in_a_text_is_text(make, text):
         assert tokenizer.decode(ids).replace(" ", "") == text.replace(" ", "")
     else:
         assert tokenizer.decode(ids, skip_special_tokens=True) == text, "not one special token, and nothing else"
-    assert (tokenizer.eos_token_id in encode_texts([text], tokenizer)[0]) == ("</s>" in text), "as in training"
+    assert (tokenizer.eos_token_id in encode_texts([text], tokenizer)[0]) == ("</s>" in text)
+
+
+@given(st.lists(st.sampled_from(["<", ">", "s", "/s", "|", "User", "｜", "é", " a", "\n", "content"])).map("".join))
+def test_texts_without_control_tokens_are_encoded_as_they_are(text):
+    assume(not any(mark in text for mark in MARKS))
+    plain = encode_texts([text], CHAT)
+    assert encode_targets([text], CHAT) == plain
+    assert encode_as_text([text], CHAT) == plain
+
+
+def test_in_targets_special_tokens_are_text_and_other_marks_are_not():
+    ids, *_ = encode_targets(["a</s><s>b<｜User｜>§", "a"], CHAT)
+    special = {token_id for text, token_id in control_tokens(CHAT).items() if text != "<｜User｜>"}
+    assert special.isdisjoint(ids)
+    assert CHAT.convert_tokens_to_ids("<｜User｜>") in ids
+    assert special_tokens(CHAT).keys() == set(MARKS) - {"<｜User｜>"}
+
+
+def test_a_character_that_is_unknown_is_no_control_token():
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2, "</s>": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
+    assert encode_targets(["a z b", "a </s> z"], tokenizer) == [[1, 0, 2], [1, 0, 0, 0]], "`< /s>` is two words"
+    assert encode_as_text(["a z b"], tokenizer) == [[1, 0, 2]]
+    gpt2 = byte_tokenizer(bos="</s>", unk_token="</s>")
+    assert EOS not in encode_targets(["a</s>b"], gpt2)[0], "of GPT-2 all special tokens are one"
+
+
+@pytest.mark.parametrize(
+    ("text", "without"),
+    [
+        ("a</s>", "a"),
+        ("a </s>\n</s> ", "a "),
+        ("</s>", ""),
+        ("a</s>b", "a</s>b"),
+        ("a\n", "a\n"),
+        ("</s>a</s>", "</s>a"),
+    ],
+)
+def test_an_eos_written_at_the_end_is_taken_off(text, without):
+    assert without_eos(text, byte_tokenizer()) == without
+    assert without_eos(text, byte_tokenizer(eos=None)) == text
+
+
+def test_prompts_for_another_tokenizer_have_its_control_tokens_as_text():
+    tokenizer = byte_tokenizer("<s> $A", chat_template="<s>{{ messages[0].content }}")
+    (text,) = encode_texts(["< /s>a"], tokenizer)
+    texts = ["</s>a"]
+    assert encode_prompts_again("chat", texts, ["nothing of it"], tokenizer) == [[BOS, *text]]
+    assert encode_prompts_again("plain", texts, texts, tokenizer) == [[BOS, *text]]
+    assert encode_prompts_again("</s>{prompt}", ["a"], texts, tokenizer) == [[BOS, EOS, *text[-1:]]], (
+        "the template's own"
+    )
 
 
 def test_what_is_a_control_token():
@@ -146,9 +214,6 @@ def test_what_is_a_control_token():
     assert tokenizer.convert_tokens_to_ids("<｜User｜>") not in ids
     assert tokenizer.convert_tokens_to_ids("<b>") in ids, "is no mark of a conversation"
     assert tokenizer.decode(ids) == "a< ｜User｜>b<b>"
-
-
-CHAT = chat_tokenizer()
 
 
 @given(st.lists(st.sampled_from([*MARKS, *"<>|s/ a", "end", "User", "｜", "\n"])).map("".join))

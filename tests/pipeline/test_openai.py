@@ -135,6 +135,22 @@ def test_a_chat_becomes_rows(tmp_path: Path, tokenizer: TokenizerFiles, caplog: 
         assert (run.make(table, 4), len(server.seen)) == (0, 12)
 
 
+def test_special_tokens_in_answers_are_text_but_for_an_eos_at_the_end(
+    tmp_path: Path, tokenizer: TokenizerFiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    table, loaded = examples(2), tokenizer.load()
+    answers = {"p0": "a<|endoftext|>b", "p1": "a<|endoftext|>"}
+    with serve(lambda seen: written(seen, answers[seen.prompt])) as server:
+        run = Run(tmp_path, tokenizer, server.url)
+        run.make(table)
+        inside, ended = run.made(table)
+    assert inside["text"] == "a<|endoftext|>b"
+    assert inside["token_ids"] == [*loaded(inside["text"], split_special_tokens=True)["input_ids"], 0]
+    assert inside["token_ids"].count(0) == 1
+    assert (ended["text"], ended["token_ids"]) == ("a", [*loaded("a")["input_ids"], 0])
+    assert "apis.gpt: 1 answers have special tokens in their text; they are text" in caplog.text
+
+
 def test_completions_continue_the_rendered_prompt(tmp_path: Path, tokenizer: TokenizerFiles) -> None:
     table = examples(2)
     with serve(lambda seen: written(seen, " fox  ")) as server:
@@ -711,7 +727,8 @@ from cpo_pipe.data.models import TokenizerFiles
 from tests.pipeline.test_openai import Run, examples
 
 class Plain:  # the real one takes seconds to import
-    eos_token_id = 0
+    eos_token, eos_token_id, bos_token_id, unk_token_id = "</s>", 0, None, None
+    all_special_tokens, all_special_ids, added_tokens_decoder = ["</s>"], [0], {}
 
     def __call__(self, texts, **options):
         return {"input_ids": [[1, 2]] * len(texts)}

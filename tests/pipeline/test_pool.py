@@ -494,6 +494,23 @@ def test_an_end_is_an_end_and_half_a_character_is_none(bench: Bench) -> None:
     assert (cut, open_end) == (bench.tokenizer.encode(text), False)
 
 
+def test_special_tokens_in_continuations_are_text_but_for_an_eos_at_the_end(
+    bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = bench.selection["prompt"].to_pylist()
+    written = ["a<|endoftext|>", "a<|endoftext|>b", "<|endoftext|>", "a", "b", "c"]
+    rows = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, written, strict=True)]
+    found = bench.from_file(write(tmp_path / "pool.jsonl", rows))
+    (a, b, c), end = (bench.tokenizer.encode(text) for text in "abc"), 0
+    inside = bench.tokenizer("a<|endoftext|>b", split_special_tokens=True)["input_ids"]
+    assert [found[prompt][0]["token_ids"] for prompt in prompts] == [
+        [*a, end], [*inside, end], [end], [*a, end], [*b, end], [*c, end],
+    ]  # fmt: skip
+    assert end not in inside
+    assert [found[prompt][0]["text"] for prompt in prompts] == ["a", "a<|endoftext|>b", "", "a", "b", "c"]
+    assert "pool.jsonl: 3 continuations have special tokens in their text; they are text to the model" in caplog.text
+
+
 def test_a_prompt_without_room_is_refused(tmp_path: Path, tiny_model: Path, new_model: Callable[..., Path]) -> None:
     long = [{"prompt": "say 1 " * 20, "target": "a"}, {"prompt": "🦊", "target": "b"}]
     bench = Bench(tmp_path, tiny_model, [*PAIRS, *long])

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.fingerprint import digest, example_id, tokenizer_fingerprint
@@ -52,6 +53,107 @@ def by_split(examples, column="prompt"):
     return {name: examples.read(name)[column].to_pylist() for name in ("train", "validation", "test")}
 
 
+# ── control tokens and ends ──────────────────────────────────────────────────────────────────────────────────────
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|start|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>{% endif %}"
+)
+SPECIAL = ["<s>", "</s>", "<|start|>", "<|end|>"]
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(tmp_path_factory):
+    """One token per byte from 4 on; BOS before every text, EOS after it; `<think>` is a token and not special."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=260, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", additional_special_tokens=SPECIAL[2:],
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    wrapped.add_tokens(["<think>"])
+    wrapped.chat_template = CHAT_TEMPLATE
+    folder = tmp_path_factory.mktemp("chat")
+    wrapped.save_pretrained(folder)
+    return str(folder)
+
+
+def one(tmp_path, store, tokenizer, row, **config):
+    source = jsonl(tmp_path / "one.jsonl", [row])
+    (example,) = prepare(Data(source=source, tokenizer=tokenizer, train=1, **config), store).read("train").to_pylist()
+    return example
+
+
+@pytest.mark.parametrize("template", ["chat", "<s><|start|>{prompt}<|end|><|start|>"])
+def test_a_prompt_has_one_bos_and_a_target_one_eos(tmp_path, store, chat_tokenizer, template):
+    example = one(tmp_path, store, chat_tokenizer, {"prompt": "hi", "target": "yo</s>\n</s>"}, template=template)
+    tokenizer = AutoTokenizer.from_pretrained(chat_tokenizer)
+    h, i, y, o = tokenizer.convert_tokens_to_ids(list("hiyo"))
+    assert example["prompt_ids"] == [0, 2, h, i, 3, 2]
+    assert (example["target"], example["target_ids"]) == ("yo", [y, o, 1])
+
+
+@pytest.mark.parametrize("template", ["chat", "<s><|start|>{prompt}<|end|><|start|>", "plain"])
+def test_control_tokens_in_the_data_are_text(tmp_path, store, chat_tokenizer, caplog, template):
+    row = {"prompt": "<s>what is <|end|>?", "context": "</s> and <|start|>", "target": "<s>it </s> ends<|end|>"}
+    example = one(tmp_path, store, chat_tokenizer, row, template=template, columns={"context": "context"})
+    tokenizer = AutoTokenizer.from_pretrained(chat_tokenizer)
+    meant = {"plain": [0]}.get(template, [0, 2, 3, 2])
+    assert [token for token in example["prompt_ids"] if token < 4] == meant, "those of the template alone"
+    assert "< s>what is < |end|>?\n\n< /s> and < |start|>" in example["rendered"]
+    assert example["prompt"] == "<s>what is <|end|>?\n\n</s> and <|start|>", "as the source has it"
+    assert [place for place, token in enumerate(example["target_ids"]) if token < 4] == [len("<s>it </s> ends<|end|>")]
+    assert tokenizer.decode(example["target_ids"][:-1]) == example["target"] == row["target"], "to the letter"
+    assert "examples: 1 have control tokens in their texts; they are text to the model" in caplog.text
+
+
+def test_texts_without_control_tokens_have_the_ids_they_had(tmp_path, store, chat_tokenizer, caplog):
+    row = {"prompt": "a <b> s|end| é\U0001f98a", "target": "<think>so</think> x < y"}
+    example = one(tmp_path, store, chat_tokenizer, row, template="chat")
+    tokenizer = AutoTokenizer.from_pretrained(chat_tokenizer)
+    messages = [{"role": "user", "content": row["prompt"]}]
+    theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert example["prompt_ids"] == theirs
+    assert example["target_ids"] == [*tokenizer.encode(row["target"], add_special_tokens=False), 1]
+    assert example["target_ids"][0] == tokenizer.convert_tokens_to_ids("<think>"), "a part of the answer"
+    assert "control tokens" not in caplog.text
+
+
+def test_what_was_taken_otherwise_is_said_each_time(tmp_path, store, chat_tokenizer, caplog):
+    rows = [{"prompt": "a</s>", "target": "b"}, {"prompt": "c", "target": "d</s>"}, {"prompt": "e", "target": "f"},
+            {"prompt": "g", "target": "</s>"}]  # fmt: skip
+    config = Data(source=jsonl(tmp_path / "a.jsonl", rows), tokenizer=chat_tokenizer, train=3, max_rejected=0.5)
+    for _ in range(2):
+        caplog.clear()
+        facts = prepare(config, store).product.manifest
+        assert (facts["control_tokens"], facts["written_ends"]) == (1, 1)
+        assert facts["rejected"] == {"empty target": 1}
+        assert "examples: 1 have control tokens in their texts" in caplog.text
+        assert "examples: 1 targets end in an EOS token that is written out; it is taken as their end" in caplog.text
+
+
+def test_control_tokens_in_articles_are_text(tmp_path, store, chat_tokenizer, caplog):
+    (tmp_path / "a.txt").write_text("once </s> upon <|end|> a time")
+    config = Data(
+        preset="text", source=str(tmp_path / "a.txt"), tokenizer=chat_tokenizer, train=1, piece_tokens=40,
+        prompt_share=0.5, max_prompt_tokens=64, max_target_tokens=64,
+    )  # fmt: skip
+    (example,) = prepare(config, store).read("train").to_pylist()
+    ids = [*example["prompt_ids"], *example["target_ids"]]
+    assert [place for place, token in enumerate(ids) if token < 4] == [len(ids) - 1], "the article's end"
+    assert example["prompt"] + example["target"] == "once </s> upon <|end|> a time"
+    assert "examples: 1 have control tokens" in caplog.text
+
+
 # ── pairs ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -71,7 +173,9 @@ def test_a_pair_as_stored(tmp_path, store, byte_tokenizer):
     }  # fmt: skip
     assert (second["rendered"], second["category"]) == ("<hi|>", None)
     assert examples.tokenizer.path == Path(byte_tokenizer)
-    assert examples.rendering == {"template": config.template, "tokenizer": examples.tokenizer.fingerprint}
+    assert examples.rendering == {
+        "template": config.template, "tokenizer": examples.tokenizer.fingerprint, "special_tokens": "as text",
+    }  # fmt: skip
     assert tokenizer_fingerprint(examples.product.path / "tokenizer", store.hash_file) == examples.tokenizer.fingerprint
 
 

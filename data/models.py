@@ -21,7 +21,7 @@ from cpo_pipe.data.store import Product, Rows, Store
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 _SAFETENSORS = ("*.safetensors",)
@@ -76,20 +76,19 @@ class Model:
             RunError: the weights are damaged.
         """
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         self.check_weights()
 
         try:
-            # transformers' sdpa leaves soft-capping of attention scores out (Gemma 2), without a word.
-            capped = read_json(self.path / "config.json").get("attn_logit_softcapping")
+            config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
             # With the loading info comes a pair, which transformers' types do not say.
             pair: Any = AutoModelForCausalLM.from_pretrained(
                 self.path,
                 dtype=dtype,
                 use_safetensors=True,
                 output_loading_info=True,
-                attn_implementation="eager" if capped else None,
+                attn_implementation=own_attention(config),
                 trust_remote_code=False,
             )
         except (ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
@@ -122,17 +121,34 @@ class Model:
             InputError: transformers does not know the architecture, or not these settings.
         """
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         try:
             config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
             with torch.device("meta"):
-                network: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                    config, dtype=torch.float32, trust_remote_code=False
-                )
+                network = new_network(config)
         except Exception as error:  # a config's faults show in any of an architecture's ways
             raise InputError(f"model {self.name}: config.json makes no model ({cause(error)})") from error
         return network
+
+
+def new_network(config: "PreTrainedConfig") -> "PreTrainedModel":
+    """Return a network of this architecture, in float32, that computes as `Model.load` will compute its checkpoint."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    network: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        config, dtype=torch.float32, attn_implementation=own_attention(config), trust_remote_code=False
+    )
+    return network
+
+
+def own_attention(config: "PreTrainedConfig") -> str | None:
+    """Return the attention that computes all of this architecture; None means transformers' default.
+
+    The default, sdpa, silently ignores the soft-cap of attention scores (Gemma 2, VaultGemma).
+    """
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 def fetch_folder(

@@ -12,7 +12,7 @@ W channels.
 
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
 from cpo_pipe.trainer.trees import Tree
+
+Attention = Literal["cascade", "split", "flex", "dense", "packed", "padded", "plain"]
+"""`packed` puts every candidate behind the one before in one row, `padded` in a row of its own; `plain` does that one
+by one by the model's own forward pass."""
 
 CASCADE, SPLIT, FLEX, SEQUENCES = "cpo_cascade", "cpo_split", "cpo_flex", "cpo_sequences"
 """Names in transformers' AttentionInterface."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from cpo_pipe.trainer.scorer import Attention
+from cpo_pipe.trainer.attention import Attention
 from cpo_pipe.trainer.trees import Texts
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 CHUNK_BYTES = 1 << 23
 """Float32 logits turned into log-probs or gradients at once: what stays near the processor."""
@@ -25,13 +25,18 @@ class Head:
 
     @staticmethod
     def of(model: PreTrainedModel) -> "Head":
-        """By what the model's config says; whether that is all there is, the self-check finds out."""
+        """Return the head that the model's config describes.
+
+        The self-check finds out whether the model has another one, and then leaves its logits to `plain`.
+        """
         config = model.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
-        if getattr(config, "logits_scaling", None):
-            scale = scale / config.logits_scaling
-        cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
-        return Head(float(scale), cap)
+        scale = _number(config, "logit_scale", "lm_head_multiplier") or 1.0
+        scaling = _number(config, "logits_scaling")
+        if config.model_type == "mpt":  # transformers ignores its logit_scale, a number or `inv_sqrt_d_model`
+            scale = 1.0
+        if scaling is not None:  # HyperCLOVA X multiplies by what Granite divides by
+            scale = scale * scaling if config.model_type.startswith("hyperclovax") else scale / scaling
+        return Head(scale, _number(config, "final_logit_softcapping", "logits_soft_cap"))
 
     def logprobs(
         self,
@@ -78,6 +83,12 @@ class Head:
                 logits = _finish(torch.mm(scaled_SH[rows], weight.t()), bias_V, self.cap)
                 drawn.append(draw(logits, uniform_SM[rows]))
         return torch.cat(drawn)
+
+
+def _number(config: PreTrainedConfig, *names: str) -> float | None:
+    """Return the first of these settings that is a number other than 0."""
+    values = [getattr(config, name, None) for name in names]
+    return next((float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v), None)
 
 
 def draw(logits_SV: Tensor, uniform_SM: Tensor) -> Tensor:

@@ -18,9 +18,11 @@ from cpo_pipe.data.errors import RunError
 from cpo_pipe.data.executor import Executor, LocalExecutor, Made, Make
 from cpo_pipe.data.models import Model, logprob_rows
 from cpo_pipe.data.store import Rows, Store
+from cpo_pipe.trainer.attention import Attention
 from cpo_pipe.trainer.batches import micro_batches
+from cpo_pipe.trainer.dropout import remove_dropout
 from cpo_pipe.trainer.parallel import join, share, wait
-from cpo_pipe.trainer.scorer import Attention, Probes, Scorer, choose
+from cpo_pipe.trainer.scorer import Probes, Scorer, choose
 from cpo_pipe.trainer.tables import Flags, Ints, Lengths, candidate_keys, probes, restricted, targets
 
 LOOKED_UP = 4096
@@ -40,6 +42,7 @@ class LogProbs:
     micro_batch_tokens: int
     probes: Probes
     """Of all that is missing, so that every process computes in the same way."""
+    logits_mb: int = 1024
     at_once: bool = False
 
     @property
@@ -50,8 +53,10 @@ class LogProbs:
     def open(self) -> Make:
         """Load the model, and choose how it is computed."""
         network = self.model.load(torch.float32).to(join().device)
-        scorer = Scorer(network, self.dtype).eval()
-        choose(f"log-probs of {self.model.name}", scorer, self.probes, self.attention, gradients=False)
+        remove_dropout(network)
+        scorer = Scorer(network, self.dtype, self.logits_mb).eval()
+        name = f"log-probs of {self.model.name}"
+        choose(name, scorer, self.probes, self.attention, self.micro_batch_tokens, gradients=False)
         return partial(self._make, scorer)
 
     def _make(self, scorer: Scorer, batch: pa.Table) -> Iterator[Made]:
@@ -83,6 +88,7 @@ def cached_logprobs(
     executor: Executor,
     attention: Attention | Literal["auto"] = "auto",
     micro_batch_tokens: int = 8192,
+    logits_mb: int = 1024,
 ) -> Rows:
     """The artifact with log π(candidate | prompt) of every candidate, made where missing.
 
@@ -94,6 +100,7 @@ def cached_logprobs(
         executor: does what is missing; where several processes train, they do it themselves, each its share.
         attention: as in training; no identity.
         micro_batch_tokens: tokens per forward pass; no identity.
+        logits_mb: memory for logits, in MiB; no identity.
 
     Raises:
         RunError: a log-prob is not finite.
@@ -106,7 +113,7 @@ def cached_logprobs(
         missing_C = _missing(rows, groups)
         wait()  # no process writes before all have looked
         if missing_C.any():
-            work = LogProbs(rows, model, dtype, attention, micro_batch_tokens, probes(groups, missing_C))
+            work = LogProbs(rows, model, dtype, attention, micro_batch_tokens, probes(groups, missing_C), logits_mb)
             _compute(work, groups, missing_C, executor)
         wait()
     return rows

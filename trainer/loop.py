@@ -16,9 +16,11 @@ from types import FrameType
 from typing import Any
 
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -42,8 +44,12 @@ from cpo_pipe.trainer.trees import Packed
 
 log = logging.getLogger(__name__)
 
-START_TOLERANCE = {"float32": 0.05, "bfloat16": 1.5}
-"""In nats, at the paper's β = 5 and log-probs of a thousand nats; what is really wrong shows as whole nats."""
+START_TOLERANCE = 2e-3
+"""How far policy and reference may be apart at step 0, in nats per square root of a token; what is really wrong shows
+as a share of a nat per token."""
+START_NOISE = 2.0
+"""What is added to it for rounding, as a multiple of what the self-check measured: both models are rounded, and the
+reference's log-probs may have been computed in another way."""
 SAMPLES = 8
 SAMPLE_TOKENS = 64
 """How many greedy samples are looked at for repetition, and their length."""
@@ -93,6 +99,11 @@ def new_accelerator(name: str, config: Training, log_dir: Path | None) -> Accele
         raise InputError("accelerate is configured for FSDP, but runs without: start it with accelerate launch")
     if kind == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise InputError("accelerate is configured for FSDP version 1; set fsdp_version: 2")
+    if kind == DistributedType.FSDP and isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+        raise InputError(
+            "accelerate is configured for FSDP with CPU offload, which train does not support; set "
+            "fsdp_offload_params: false"
+        )
     return accelerator
 
 
@@ -225,14 +236,15 @@ class Loop:
         if self.config.trackers:
             named = {"wandb": {"name": self.name}, "mlflow": {"run_name": self.name}}
             self._accelerator.init_trackers("cpo-pipe", config=_flat(self.config), init_kwargs=named)
-        now = {"processes": self._accelerator.num_processes, "device": self._accelerator.device.type}
+        now = {
+            "processes": self._accelerator.num_processes,
+            "device": self._accelerator.device.type,
+            "gradient_checkpointing": self.config.gradient_checkpointing,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        requested = self.config.attention
         if facts:
-            if {key: facts[key] for key in now} != now:
-                log.warning(
-                    "train %s: was stopped in %d processes on %s and goes on in %d on %s: equal up to "
-                    "rounding, not bitwise",
-                    self.name, facts["processes"], facts["device"], now["processes"], now["device"],
-                )  # fmt: skip
             kept = {key: facts[key] for key in ("attention", "logits_mb", "micro_batch_tokens")}
             asked = {key: getattr(self.config, key) for key in kept}
             ignored = [f"{key} {asked[key]}" for key in kept if asked[key] not in (kept[key], "auto")]
@@ -246,17 +258,27 @@ class Loop:
                 torch.set_num_threads(facts["threads"])
             self.scorer.logits_bytes = facts["logits_mb"] << 20
             self.facts = facts | now
-            if facts["device"] == now["device"]:
+            changed = [f"{key} {facts.get(key)} → {value}" for key, value in now.items() if facts.get(key) != value]
+            if not changed:
                 self.scorer.set_attention(facts["attention"])
                 return
-        name, probes = f"train {self.name}", self.data.probes
-        choice = choose(name, self.scorer, probes, self.config.attention, module=self._module)
+            log.warning(
+                "train %s: goes on otherwise than before it was stopped (%s): it checks anew how to compute the model; "
+                "the result is equal up to rounding, not bitwise",
+                self.name, ", ".join(changed),
+            )  # fmt: skip
+            if requested != "auto" and facts["device"] == now["device"]:
+                requested = facts["attention"]
         self.facts = {
             "threads": torch.get_num_threads(),
             "logits_mb": self.config.logits_mb,
             "micro_batch_tokens": self.config.micro_batch_tokens,
-            **self.facts, **now, **asdict(choice),
+            **self.facts, **now,
         }  # fmt: skip
+        budget = self.facts["micro_batch_tokens"]
+        name, probes = f"train {self.name}", self.data.probes
+        choice = choose(name, self.scorer, probes, requested, budget, module=self._module)
+        self.facts |= asdict(choice)
 
     # ── one step ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -280,7 +302,7 @@ class Loop:
         self._check_finite(step, batch, row, figures, metrics)
         # With an MLE term a batch may be all K = 1.
         if self._starts_as_reference and step == 0 and normalizers.contrasted:
-            check_start(self.name, config.dtype, float(sums.start_G) / normalizers.contrasted)
+            check_start(self.name, float(sums.start_G) / normalizers.contrasted, self.facts["noise"])
         norm = self._clip()
         if not math.isfinite(norm):
             self._keep_last_good(metrics)
@@ -483,24 +505,26 @@ class _StopRequests:
         self._before = {}
 
 
-def check_start(name: str, dtype: str, reward: float) -> None:
+def check_start(name: str, apart: float, noise: float) -> None:
     """Refuse a run that starts from its reference and does not compute it as the reference's log-probs were.
 
     Of equal models all rewards are 0 at step 0, and the loss of a group is log K (eq. 1), log K! (eq. 2), log 2 (DPO),
-    1 (APO). The rewards themselves are looked at: in a loss those that are too large and too small may cancel.
+    1 (APO). The log-probs themselves are compared: in a loss those that are too large and too small may cancel.
 
     Args:
         name: of the training, for messages.
-        dtype: its precision.
-        reward: mean |reward| of the first batch's candidates, in nats.
+        apart: largest |log π_θ − log π_ref| of a candidate, mean over the first batch's groups, in nats per square root
+            of a token.
+        noise: rounding that the self-check measured, in the same unit.
 
     Raises:
-        RunError: it is not 0, within rounding.
+        RunError: they differ by more than rounding.
     """
-    if not reward <= START_TOLERANCE[dtype]:
+    allowed = START_TOLERANCE + START_NOISE * noise
+    if not apart <= allowed:
         raise RunError(
-            f"train.{name}: step 0: the policy starts from its reference, but its candidates' rewards are off 0 by "
-            f"{reward:.4f} on average: dropout is on, or the two are computed in another way"
+            f"train.{name}: step 0: the policy starts from its reference, but their log-probs differ by {apart:.4f} "
+            f"nats per square root of a token, where rounding explains {allowed:.4f}: the two are not computed alike"
         )
 
 

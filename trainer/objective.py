@@ -29,10 +29,6 @@ ROUNDING = 1e-5
 """Relative difference that a log-prob may have from itself when it is summed in another batch."""
 
 
-START_BETA = 5.0
-"""The paper's β: with a smaller one a wrong start would hardly show."""
-
-
 class GroupFigures(NamedTuple):
     """Of each group; what has no meaning for a group of K = 1 is 0 there."""
 
@@ -45,8 +41,8 @@ class GroupFigures(NamedTuple):
     drop_G: Tensor
     """log π_ref(target) − log π_θ(target), summed over its tokens; 0 without a reference."""
     start_G: Tensor
-    """What shows whether policy and reference are one model: the mean of its candidates' |reward|, at a β of START_BETA
-    or more; 0 without a reference. Not differentiable."""
+    """What shows whether policy and reference are one model: the largest |log π_θ − log π_ref| of a candidate, in nats
+    per square root of a token, as rounding errors grow; 0 without a reference. Not differentiable."""
 
 
 class Normalizers(NamedTuple):
@@ -85,6 +81,7 @@ def figures(config: Training, groups: Sequence[Group], logprobs: Sequence[Tensor
     batch = collate(groups, nll_G.device)
     policy_GK, reference_GK = pad_sequence(list(logprobs), batch_first=True), batch.reference_GK
     drop_G = reference_GK[:, 0] + nll_G.detach() if config.reference is not None else zero_G
+    start_G = _start(policy_GK.detach(), batch) if config.reference is not None else zero_G
     if config.length_normalize:
         policy_GK, reference_GK = policy_GK / batch.tokens_GK, reference_GK / batch.tokens_GK
     losses = _contrast(config, policy_GK, reference_GK, batch)
@@ -94,9 +91,6 @@ def figures(config: Training, groups: Sequence[Group], logprobs: Sequence[Tensor
     # Policy and reference may have been computed in other batches: equal sums of floats differ by about this much.
     noise_G = ROUNDING * (config.beta * reference_GK if config.reference is not None else rewards).abs().amax(-1)
     several_G = batch.mask_GK[:, 1]
-    start_G = (
-        _start(config, policy_GK.detach(), reference_GK, batch.mask_GK) if config.reference is not None else zero_G
-    )
     won_G = won(rewards, batch.mask_GK, noise_G).to(nll_G.dtype)
     return GroupFigures(
         nll_G,
@@ -108,10 +102,9 @@ def figures(config: Training, groups: Sequence[Group], logprobs: Sequence[Tensor
     )
 
 
-def _start(config: Training, policy_GK: Tensor, reference_GK: Tensor, mask_GK: Tensor) -> Tensor:
-    # In bfloat16 rounding alone shows at a large β, so there it is the recipe's.
-    beta = max(config.beta, START_BETA) if config.dtype == "float32" else config.beta
-    return (beta * (policy_GK - reference_GK)).abs().masked_fill(~mask_GK, 0).sum(-1) / mask_GK.sum(-1)
+def _start(policy_GK: Tensor, batch: Batch) -> Tensor:
+    off_GK = (policy_GK - batch.reference_GK).abs() / batch.tokens_GK.sqrt()
+    return off_GK.masked_fill(~batch.mask_GK, 0).amax(-1)
 
 
 def _contrast(config: Training, policy_GK: Tensor, reference_GK: Tensor, batch: Batch) -> GroupLosses:

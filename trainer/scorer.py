@@ -4,28 +4,30 @@
 way of computing is exact for a model, before anything depends on it.
 """
 
+import inspect
 import logging
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cpo_pipe.data.errors import InputError, RunError, cause
-from cpo_pipe.trainer.attention import CASCADE, FLEX, SEQUENCES, SPLIT, Unsupported, dense_mask
+from cpo_pipe.trainer.attention import CASCADE, FLEX, SEQUENCES, SPLIT, Attention, Unsupported, dense_mask
+from cpo_pipe.trainer.batches import micro_batches
 from cpo_pipe.trainer.head import Head, draw
 from cpo_pipe.trainer.trees import Labels, Packed, Texts, pack_rows, pack_sequences, pack_trees
 
 log = logging.getLogger(__name__)
-
-Attention = Literal["cascade", "split", "flex", "dense", "packed", "padded", "plain"]
-"""`packed` puts every candidate behind the one before in one row, `padded` in a row of its own; `plain` does that one
-by one by the model's own forward pass."""
 
 ORDER: dict[str, tuple[Attention, ...]] = {
     "cpu": ("cascade", "split", "dense", "padded", "plain"),
@@ -39,11 +41,17 @@ ORDER_ALONE: dict[str, tuple[Attention, ...]] = {
 }
 """The same where no group has more than one candidate, so that nothing is shared."""
 
+PLAIN_BYTES = 16
+"""Memory per logit of the model's own forward pass: the logit, its soft-cap, its log-prob, its gradient."""
+
 TOLERANCE = 2e-5
 """Relative error, in float32, up to which two ways of computing are the same. What is wrong shows as 1e-3 and more."""
 
 GRADIENT_TOLERANCE = 1e-4
 """The same for gradients."""
+
+KEPT_TOKENS = 8
+"""Of a prompt and of a candidate: enough to see whether logits of chosen positions are those of all."""
 
 CAUSAL_TOLERANCE = 1e-3
 """Relative difference that a log-prob may have from itself when the row goes on behind it."""
@@ -64,6 +72,8 @@ class Scorer(nn.Module):
         self.dtype = dtype
         self.attention: Attention = "padded"
         self.logits_bytes = logits_mb << 20
+        self.keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        """Whether the model's own forward pass makes logits of chosen positions only."""
         self._head = Head.of(model)
         self._own_attention = model.config._attn_implementation
         # What accelerate shards by (FSDP).
@@ -161,21 +171,41 @@ class Scorer(nn.Module):
         return hidden
 
     def _plain(self, packed: Packed, uniform_SM: Tensor | None) -> Tensor:
-        """Row by row, as anyone would: logits of all positions, log-softmax."""
-        rows = packed.source_S // packed.ids.shape[1]
-        places = packed.source_S % packed.ids.shape[1]
+        """Row by row by the model's own forward pass; of each distinct pair, or drawn.
+
+        Logits that do not fit into `logits_mb` are made in parts, each by a forward pass of its row that is repeated in
+        the backward pass.
+        """
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]  # type: ignore[no-untyped-call]
+        part_size = max(self.logits_bytes // (PLAIN_BYTES * vocabulary), 1)
+        fits = len(packed.source_S) <= part_size or not torch.is_grad_enabled()
+        width = packed.ids.shape[1]
+        row_S, place_S = packed.source_S // width, packed.source_S % width
         found = []
         for number, ids in enumerate(packed.ids):
-            # What stands behind the last scored position is padding.
-            mine = rows == number
-            length = int(places[mine].max()) + 1
-            logits = self.model(input_ids=ids[None, :length], use_cache=False).logits[0].float()
-            if uniform_SM is not None:
-                found.append(draw(logits[places[mine]], uniform_SM[mine]))
-                continue
-            pairs = mine[packed.row_E]
-            found.append(logits.log_softmax(-1)[places[packed.row_E[pairs]], packed.label_E[pairs]])
+            mine = (row_S == number).nonzero().flatten()
+            row = ids[: int(place_S[mine].max()) + 1]  # behind the last scored position is padding
+            for part in torch.split(mine, part_size):
+                if uniform_SM is not None:
+                    found.append(draw(self._own_logits(row, place_S[part]), uniform_SM[part]))
+                    continue
+                # In rows without sharing each position predicts one token: pair e is that of hidden state e.
+                inputs = row, place_S[part], packed.label_E[part]
+                found.append(
+                    self._own_logprobs(*inputs)
+                    if fits
+                    else checkpoint(self._own_logprobs, *inputs, use_reentrant=False, preserve_rng_state=False)
+                )
         return torch.cat(found)
+
+    def _own_logprobs(self, row: Tensor, places: Tensor, labels: Tensor) -> Tensor:
+        return -cross_entropy(self._own_logits(row, places), labels, reduction="none")
+
+    def _own_logits(self, row: Tensor, places: Tensor) -> Tensor:
+        """Return the logits that the model's own forward pass gives at these places of a row, in float32."""
+        chosen = {"logits_to_keep": places} if self.keeps else {}
+        logits: Tensor = self.model(input_ids=row[None], use_cache=False, **chosen).logits[0]
+        return (logits if self.keeps else logits[places]).float()
 
 
 def _body(model: PreTrainedModel) -> nn.Module:
@@ -191,7 +221,7 @@ class Probes:
     """Of the groups that will be computed, however many, what decides how. Small, and can be pickled."""
 
     groups: Sequence[Texts]
-    """The longest, the middle and the shortest, by their longest row."""
+    """The longest, the middle and the shortest, by their longest row; and the one with the largest tree."""
     rows: tuple[int, int]
     """Input tokens of the shortest and of the longest of all rows."""
     candidates: int
@@ -209,6 +239,9 @@ class Choice:
     """Largest difference of a token's log-prob from the plain way's, relative to the largest log-prob."""
     gradient_error: float
     """Largest difference of a parameter's gradient, relative to its norm."""
+    noise: float
+    """Rounding of the scorer's dtype: how far the log-probs of the probes are off those of the plain way in float32,
+    in nats per square root of a token. Rounding errors are independent, so that of a sum grows with its root."""
     refused: dict[str, str]
     """Ways that were tried before, with the reason why not."""
 
@@ -218,6 +251,7 @@ def choose(
     scorer: Scorer,
     probes: Probes,
     requested: Attention | Literal["auto"] = "auto",
+    micro_batch_tokens: int = 8192,
     *,
     module: nn.Module | None = None,
     gradients: bool = True,
@@ -229,40 +263,52 @@ def choose(
         scorer: gets the choice set.
         probes: of what will be computed; one with a fork is tried, too.
         requested: `auto`, or the one to take.
+        micro_batch_tokens: tokens per forward pass, as in what follows: then this needs no more memory.
         module: the scorer as wrapped for several processes.
         gradients: whether gradients will be wanted, too.
 
     Raises:
         InputError: the requested one is not exact for this model, or not for this device; or the model is not causal.
-        RunError: the model's log-probs are not finite.
+        RunError: the model's log-probs are not finite, or not the same each time.
     """
+    start = time.monotonic()
     device = next(scorer.parameters()).device.type
     order = _order(name, scorer.model, probes, requested, device)
-    tried = [*probes.groups, _fork(scorer.model, probes.groups[0])]
     precision, scorer.dtype = scorer.dtype, "float32"
     try:
-        truth = _probe(scorer, module or scorer, "plain", tried, gradients)
-        if not all(bool(values.isfinite().all()) for values in truth[0]):
+        _check_kept(scorer, module or scorer, probes.groups[0])
+        check = _SelfCheck(scorer, module or scorer, probes, micro_batch_tokens, gradients)
+        if not all(bool(values.isfinite().all()) for values in check.truth):
             raise RunError(f"{name}: the model gives log-probs that are not finite; are its weights damaged?")
-        if not _rope_changes_between(scorer.model, probes):  # there a row's length does change its beginning
-            _check_causal(name, scorer, module or scorer, tried[0], truth[0])
+        if not check.repeats():
+            raise RunError(
+                f"{name}: the model gives other log-probs each time: it draws random numbers; train another model"
+            )
+        # A row's length may change its beginning where rotary embeddings do.
+        if not _rope_changes_between(scorer.model, probes) and not check.causal():
+            raise InputError(f"{name}: the model is not causal: a token's log-prob changes with the tokens behind it")
         refused: dict[str, str] = {}
         for attention in order:
             reason, errors = _sees_the_row(scorer.model, attention, probes), (math.nan, math.nan)
             if reason is None:
-                reason, errors = _compare(scorer, module or scorer, attention, tried, truth, gradients)
+                reason, errors = check.compare(attention)
             if reason is None:
-                choice = Choice(attention, *errors, refused)
                 break
             refused[attention] = reason
         else:
             raise InputError(
                 f"{name}: attention {requested} is not exact for this model: {refused[order[-1]]}; use auto"
             )
+        scorer.dtype = precision  # whose rounding is measured
+        choice = Choice(attention, *errors, check.noise(), refused)
     finally:
         scorer.dtype = precision
+        (module or scorer).zero_grad(set_to_none=True)
     said = "; ".join(f"not {attention}: {reason}" for attention, reason in refused.items())
-    log.info("%s: attention %s, exact to %.0e%s", name, choice.attention, max(errors), f" ({said})" if said else "")
+    log.info(
+        "%s: attention %s, exact to %.0e, checked in %.1f s%s",
+        name, choice.attention, max(errors), time.monotonic() - start, f" ({said})" if said else "",
+    )  # fmt: skip
     return choice
 
 
@@ -315,80 +361,145 @@ def _sees_the_row(model: PreTrainedModel, attention: Attention, probes: Probes) 
     return None
 
 
-def _check_causal(name: str, scorer: Scorer, module: nn.Module, probe: Texts, truth: Sequence[Tensor]) -> None:
-    """Refuse a model whose tokens see what comes after them: its log-probs are none of a continuation.
-
-    `truth` begins with the log-probs of the probe's first candidate.
-    """
+def _check_kept(scorer: Scorer, module: nn.Module, probe: Texts) -> None:
+    """Have the model make all logits of a row where those of chosen positions are others."""
     prompt, (candidate, *_) = probe
-    half = candidate[: len(candidate) // 2 + 1]
-    (alone,), _ = _probe(scorer, module, "plain", [(prompt, [half])], gradients=False)
-    whole = truth[0][: len(half)]
-    if float((alone - whole).abs().max()) > CAUSAL_TOLERANCE * float(whole.abs().max()):
-        raise InputError(f"{name}: the model is not causal: a token's log-prob changes with the tokens behind it")
+    short = prompt[-KEPT_TOKENS:], [candidate[:KEPT_TOKENS]]
+    scorer.set_attention("plain")
+    with torch.no_grad():
+        packed = scorer.pack([short])
+        found = module(packed) if scorer.keeps else None
+        scorer.keeps = False
+        if found is not None:
+            whole = module(packed)
+            scorer.keeps = bool((found - whole).abs().max() <= TOLERANCE * whole.abs().max())
 
 
-_Probe = tuple[list[Tensor], dict[str, Tensor]]
-"""Log-probs of each candidate's tokens, probe by probe, and gradients by parameter."""
+class _SelfCheck:
+    """Compares ways of computing with the model's own forward pass, row by row, in float32.
 
+    In memory are, as in a training step, the logits of one forward pass and one gradient of each parameter: the plain
+    way's, negated. Another way adds its own, and what is left is its error.
+    """
 
-def _compare(
-    scorer: Scorer, module: nn.Module, attention: Attention, probes: Sequence[Texts], truth: _Probe, gradients: bool
-) -> tuple[str | None, tuple[float, float]]:
-    """The reason why a way of computing is not exact, if it isn't; and its errors."""
-    try:
-        logprobs, grads = _probe(scorer, module, attention, probes, gradients)
-    except Unsupported as reason:
-        return str(reason), (math.nan, math.nan)
-    except torch.OutOfMemoryError:
-        raise  # says nothing of the model; the choice must not depend on what else is in memory
-    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
-        # Models refuse what they don't know in many ways; whatever it is, this way of computing is not theirs.
-        return f"{type(error).__name__}: {cause(error)[:100]}", (math.nan, math.nan)
-    scale = max(float(values.abs().max()) for values in truth[0])
-    wrong = max(float((a - b).abs().max()) for a, b in zip(logprobs, truth[0], strict=True)) / scale
-    wrong_gradient = 0.0
-    if gradients:
-        total = math.sqrt(sum(_norm(grad) ** 2 for grad in truth[1].values()))
-        for parameter, expected in truth[1].items():
-            if parameter not in grads:
-                return f"no gradient reaches {parameter}", (wrong, math.nan)
-            size = max(_norm(expected), 1e-2 * total)  # some are 0 in theory, such as those of key biases
-            wrong_gradient = max(wrong_gradient, _norm(grads[parameter] - expected) / size)
-    if not wrong <= TOLERANCE:
-        return f"log-probs are off by {wrong:.0e}", (wrong, wrong_gradient)
-    if not wrong_gradient <= GRADIENT_TOLERANCE:
-        return f"gradients are off by {wrong_gradient:.0e}", (wrong, wrong_gradient)
-    return None, (wrong, wrong_gradient)
+    def __init__(self, scorer: Scorer, module: nn.Module, probes: Probes, budget: int, gradients: bool):
+        self._scorer, self._module, self._budget, self._gradients = scorer, module, budget, gradients
+        longest = probes.groups[0]
+        prompt, candidates = longest
+        # The last shares a forward pass with another one wherever any two groups will.
+        small = prompt[-8:], [max(candidates, key=len)[:8]]
+        self._texts = [*probes.groups, _fork(scorer.model, longest), small]
+        bounds = [0, *accumulate(len(candidates) for _, candidates in self._texts)]
+        self._numbers = [range(start, end) for start, end in pairwise(bounds)]
+        """Of each text's candidates, among all."""
+        lengths = [len(candidate) for _, candidates in self._texts for candidate in candidates]
+        self._places = torch.split(torch.arange(sum(lengths)), lengths)
+        self.truth: list[Tensor] = []
+        """The plain way's log-probs of each candidate's tokens."""
+        self._norms: dict[str, float] = {}
+        """Of its gradients, by parameter."""
+        self._negated = False
+        """Whether the parameters' gradients are these, negated."""
+        self._take_truth()
 
+    def _take_truth(self) -> None:
+        self._scorer.set_attention("plain")
+        self._module.zero_grad(set_to_none=True)
+        self.truth = []
+        for prompt, candidates in self._texts:
+            for candidate in candidates:
+                (values,) = self._logprobs([(prompt, [candidate])], self._gradients)
+                if self._gradients:
+                    self._backward([values], [len(self.truth)])
+                self.truth.append(values.detach())
+        self._norms = {name: _norm(p.grad) for name, p in self._module.named_parameters() if p.grad is not None}
+        for parameter in self._module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.neg_()
+        self._negated = True
 
-def _probe(scorer: Scorer, module: nn.Module, attention: Attention, probes: Sequence[Texts], gradients: bool) -> _Probe:
-    scorer.set_attention(attention)
-    module.zero_grad(set_to_none=True)
-    logprobs: list[Tensor] = []
-    with torch.set_grad_enabled(gradients):
-        for together in _passes(attention, probes):
-            packed = scorer.pack(together)
-            rows = packed.per_token(module(packed))
-            lengths = [len(candidate) for _, candidates in together for candidate in candidates]
-            values = [row[:length] for row, length in zip(rows, lengths, strict=True)]
-            if gradients:  # of a sum with weights that let no error cancel another
-                start, flat = sum(map(len, logprobs)), torch.cat(values)
-                places = torch.arange(start, start + len(flat), dtype=flat.dtype, device=flat.device)
-                (flat * (7 * places).sin()).sum().backward()  # type: ignore[no-untyped-call]
-            logprobs += [value.detach() for value in values]
-    grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-    module.zero_grad(set_to_none=True)
-    return logprobs, grads
+    def repeats(self) -> bool:
+        """Whether the model gives the same log-probs again."""
+        return self._same(self._texts[0], TOLERANCE)
 
+    def causal(self) -> bool:
+        """Whether log-probs stay the same where a row ends earlier."""
+        prompt, (candidate, *_) = self._texts[0]
+        return self._same((prompt, [candidate[: len(candidate) // 2 + 1]]), CAUSAL_TOLERANCE)
 
-def _passes(attention: Attention, probes: Sequence[Texts]) -> list[list[Texts]]:
-    """Probes as they are computed: together where training does that, and one row at a time the plain way."""
-    if attention == "plain":
-        return [[(prompt, [candidate])] for prompt, candidates in probes for candidate in candidates]
-    if attention in ("packed", "padded", "flex"):
-        return [[probes[0]], list(probes[1:])]
-    return [[probe] for probe in probes]
+    def compare(self, attention: Attention) -> tuple[str | None, tuple[float, float]]:
+        """The reason why a way of computing is not exact, if it isn't; and its errors."""
+        try:
+            if not self._negated:
+                self._take_truth()
+            self._scorer.set_attention(attention)
+            scale = max(float(values.abs().max()) for values in self.truth)
+            wrong = 0.0
+            for texts, numbers in self._passes():
+                found = self._logprobs(texts, self._gradients)
+                errors = [float((a.detach() - self.truth[n]).abs().max()) for a, n in zip(found, numbers, strict=True)]
+                wrong = max(wrong, *(error / scale for error in errors))
+                if not wrong <= TOLERANCE:
+                    return f"log-probs are off by {wrong:.0e}", (wrong, math.nan)
+                if self._gradients:
+                    self._negated = False
+                    self._backward(found, numbers)
+        except Unsupported as reason:
+            return str(reason), (math.nan, math.nan)
+        except torch.OutOfMemoryError:
+            raise  # says nothing of the model; the choice must not depend on what else is in memory
+        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
+            # Models refuse what they don't know in many ways; whatever it is, this way of computing is not theirs.
+            return f"{type(error).__name__}: {cause(error)[:100]}", (math.nan, math.nan)
+        wrong_gradient = self._gradient_error()
+        if not wrong_gradient <= GRADIENT_TOLERANCE:
+            return f"gradients are off by {wrong_gradient:.0e}", (wrong, wrong_gradient)
+        return None, (wrong, wrong_gradient)
+
+    def noise(self) -> float:
+        """How far the log-probs are off, as they are computed now, in nats per square root of a token."""
+        worst = 0.0
+        for texts, numbers in self._passes():
+            for found, number in zip(self._logprobs(texts, False), numbers, strict=True):
+                errors = found - self.truth[number]
+                worst = max(
+                    worst, float(errors.norm()) / len(errors) ** 0.5, abs(float(errors.sum())) / len(errors) ** 0.5
+                )
+        return worst
+
+    def _passes(self) -> Iterator[tuple[list[Texts], list[int]]]:
+        """The texts of each forward pass, as training makes them, small ones first; and which candidates they are."""
+        (plan,) = micro_batches(self._texts, self._scorer.attention, self._budget)
+        for chosen in plan:
+            yield [self._texts[index] for index in chosen], [n for index in chosen for n in self._numbers[index]]
+
+    def _logprobs(self, texts: Sequence[Texts], gradients: bool) -> list[Tensor]:
+        """Of each candidate's tokens."""
+        with torch.set_grad_enabled(gradients):
+            packed = self._scorer.pack(texts)
+            rows = packed.per_token(self._module(packed))
+            lengths = [len(candidate) for _, candidates in texts for candidate in candidates]
+            return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
+    def _backward(self, logprobs: Sequence[Tensor], numbers: Sequence[int]) -> None:
+        """Of a sum with weights that let no error cancel another."""
+        flat = torch.cat(list(logprobs))
+        places = torch.cat([self._places[number] for number in numbers]).to(flat)
+        (flat * (7 * places).sin()).sum().backward()  # type: ignore[no-untyped-call]
+
+    def _same(self, text: Texts, tolerance: float) -> bool:
+        """Whether the plain way gives a text's first candidate the log-probs that begin those of the first text."""
+        self._scorer.set_attention("plain")
+        (found,) = self._logprobs([(text[0], text[1][:1])], False)
+        expected = self.truth[0][: len(found)]
+        return float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+    def _gradient_error(self) -> float:
+        """The largest error of a parameter's gradient, relative to its norm."""
+        total = math.sqrt(sum(norm**2 for norm in self._norms.values()))
+        found = {name: p.grad for name, p in self._module.named_parameters() if p.grad is not None}
+        # Some are 0 in theory, such as those of key biases.
+        return max((_norm(found[name]) / max(norm, 1e-2 * total) for name, norm in self._norms.items()), default=0.0)
 
 
 def _norm(tensor: Tensor) -> float:

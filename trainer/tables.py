@@ -24,10 +24,14 @@ from cpo_pipe.data.schemas import CANDIDATE, GROUPS
 from cpo_pipe.data.store import Rows
 from cpo_pipe.trainer.parallel import agreed, wait
 from cpo_pipe.trainer.scorer import Probes
+from cpo_pipe.trainer.trees import Texts, pack_trees
 
 FILE = "groups.arrow"
 DIFFICULTY = "difficulty"
 PAIR = "pair"
+
+TREES = 64
+"""How many of the groups with most tokens are packed to find the one with the largest tree."""
 
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -106,14 +110,22 @@ def probes(groups: pa.Table, wanted_C: Flags | None = None) -> Probes:
     row_C = (np.repeat(lengths.prompt_G, lengths.size_G) + lengths.candidate_C)[wanted_C]
     there = np.flatnonzero(count_G)
     by_length = there[np.argsort(longest_G[there], kind="stable")]
-    chosen = []
-    for place in sorted({len(there) - 1, (len(there) - 1) // 2, 0}, reverse=True):
-        group = int(by_length[place])
-        (found,) = restricted(groups.slice(group, 1), wanted_C[bounds[group] : bounds[group + 1]]).to_pylist()
-        chosen.append((found["prompt_ids"], [candidate["token_ids"] for candidate in found["candidates"]]))
     tokens_G = lengths.prompt_G + np.add.reduceat(lengths.candidate_C * wanted_C, bounds[:-1])
+    places = sorted({len(there) - 1, (len(there) - 1) // 2, 0}, reverse=True)
+
+    def texts(group: int) -> Texts:
+        (found,) = restricted(groups.slice(group, 1), wanted_C[bounds[group] : bounds[group + 1]]).to_pylist()
+        return found["prompt_ids"], [candidate["token_ids"] for candidate in found["candidates"]]
+
+    largest, most = -1, 0
+    for group in there[np.argsort(-tokens_G[there], kind="stable")][:TREES].tolist():
+        if tokens_G[group] <= most:  # candidates share tokens: a tree has at most so many
+            break
+        tokens = pack_trees([texts(group)]).tokens()
+        largest, most = (group, tokens) if tokens > most else (largest, most)
+    chosen = [texts(group) for group in dict.fromkeys([*by_length[places].tolist(), largest])]
     rows = int(row_C.min()) - 1, int(row_C.max()) - 1
-    return Probes(tuple(chosen), rows, int(count_G.max()), int(tokens_G.max()))
+    return Probes(tuple(chosen), rows, int(count_G.max()), int(tokens_G[there].max()))
 
 
 def restricted(groups: pa.Table, wanted_C: Flags) -> pa.Table:

@@ -21,7 +21,7 @@ from cpo_pipe.data.errors import InputError, RunError, cause
 from cpo_pipe.data.examples import selection_hash
 from cpo_pipe.data.executor import Executor
 from cpo_pipe.data.fingerprint import Spec, model_fingerprint, sha256_file
-from cpo_pipe.data.models import Model, TokenizerFiles, copy_tokenizer
+from cpo_pipe.data.models import Model, TokenizerFiles, copy_tokenizer, new_network
 from cpo_pipe.data.recipe import ScratchModel, Training
 from cpo_pipe.data.store import Product, Rows, Store
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # torch is imported only when there is something to train
     from accelerate import Accelerator
     from numpy.typing import NDArray
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from cpo_pipe.trainer.interim import Metrics
     from cpo_pipe.trainer.tables import Extremes, Ints
@@ -196,7 +196,7 @@ def _make(
     everything = Groups.of(table, _reference(config, store, inputs, table, executor))
     if config.contrasts:
         check_groups(name, everything, len(everything) if config.pairs else inputs.selection.num_rows)
-    model = _initial_model(name, inputs, extremes)
+    model, model_config = _initial_model(name, inputs, extremes)
     checkpoint = _Checkpoint(name, config, inputs, product.spec["settings"], len(trained))
     if accelerator.is_main_process:
         checkpoint.rehearse(product, model)
@@ -214,7 +214,7 @@ def _make(
     state = loop.whole_state() if loop.sharded else None
     if accelerator.is_main_process:
         if state is not None:  # into a network that is whole
-            model = _initial_model(name, inputs, extremes)
+            model, _ = _initial_model(name, inputs, extremes)
             adapted = _adapters(name, config, model)
             model.load_state_dict(state)
         if adapted is not None:
@@ -223,6 +223,7 @@ def _make(
             model = merged(adapted)
         if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
             raise RunError(f"train.{name}: weights are not finite after the last step; lower train.{name}.lr")
+        model.config = model_config
         with product.create() as folder:
             checkpoint.write(folder.path, model, metrics, loss)
             folder.facts["fingerprint"] = model_fingerprint(folder.path, sha256_file)
@@ -331,7 +332,7 @@ def _reference(
 
     if inputs.reference is None:
         return None
-    how = config.attention, config.micro_batch_tokens
+    how = config.attention, config.micro_batch_tokens, config.logits_mb
     rows = cached_logprobs(store, inputs.reference, config.dtype, groups, executor, *how)
     return read_logprobs(rows, groups)
 
@@ -388,9 +389,15 @@ def _starts_as_reference(inputs: Inputs) -> bool:
     return isinstance(init, Model) and reference is not None and init.fingerprint == reference.fingerprint
 
 
-def _initial_model(name: str, inputs: Inputs, extremes: "Extremes") -> "PreTrainedModel":
-    """Return the network to train, in float32 and with all dropout off; it ends texts as the targets do."""
+def _initial_model(name: str, inputs: Inputs, extremes: "Extremes") -> tuple["PreTrainedModel", "PreTrainedConfig"]:
+    """Make the network to train, in float32 and without dropout; it ends texts as the targets do.
+
+    Returns:
+        The network, and the config for its checkpoint, which keeps the dropout.
+    """
     import torch
+
+    from cpo_pipe.trainer.dropout import remove_dropout
 
     model: PreTrainedModel
     if isinstance(inputs.init, Model):
@@ -402,7 +409,7 @@ def _initial_model(name: str, inputs: Inputs, extremes: "Extremes") -> "PreTrain
         _check_fits(name, extremes, "the scratch model", context, settings.vocab_size)
     model.train(False)
     name_end_tokens(model, inputs.end_tokens())
-    return model
+    return model, remove_dropout(model)
 
 
 def _adapters(name: str, config: Training, model: "PreTrainedModel") -> "PeftModel | None":
@@ -421,7 +428,7 @@ def scratch_model(config: ScratchModel, tokenizer: TokenizerFiles) -> "PreTraine
         InputError: transformers does not know the architecture or its settings.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     vocabulary = tokenizer.load()
     ids = {"eos_token_id": vocabulary.eos_token_id, "bos_token_id": vocabulary.bos_token_id,
@@ -430,9 +437,7 @@ def scratch_model(config: ScratchModel, tokenizer: TokenizerFiles) -> "PreTraine
         settings = AutoConfig.for_model(config.architecture, vocab_size=len(vocabulary), **ids, **config.config)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                settings, dtype=torch.float32, trust_remote_code=False
-            )
+            model = new_network(settings)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         made = f"a {config.architecture} model cannot be made from config {config.config}"
         raise InputError(f"init: {made} ({cause(error)})") from error

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from cpo_pipe.trainer.attention import Attention
 from cpo_pipe.trainer.batches import micro_batches
-from cpo_pipe.trainer.scorer import Attention, Scorer
+from cpo_pipe.trainer.scorer import Scorer
 
 BATCH, ROUNDS, BUDGET = 32, 5, 8192
 MODEL = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4,

@@ -7,15 +7,16 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from cpo_pipe.data.fingerprint import candidate_id
+from cpo_pipe.data.models import new_network
 from cpo_pipe.data.schemas import CANDIDATE, GROUPS
 from cpo_pipe.trainer.trees import Texts
 
 VOCABULARY = 96
 
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3,
     "pad_token_id": 0, "eos_token_id": 0, "bos_token_id": 0,
@@ -51,6 +52,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma 3, window 16 in some layers": (
         "gemma3_text",
         {**_GEMMA, "sliding_window": 16, "sliding_window_pattern": 2, "num_hidden_layers": 4},
+    ),
+    "VaultGemma (soft-caps)": (
+        "vaultgemma",
+        {**_GEMMA, "sliding_window": 64, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
     ),
     "Phi (head bias)": ("phi", {"num_key_value_heads": 4}),
     "Phi-3": ("phi3", {}),
@@ -94,6 +99,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt_neo",
         {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 16},
     ),
+    "XGLM": ("xglm", {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4}),
+    "BioGPT": ("biogpt", {}),
+    "BART (decoder)": (
+        "bart",
+        {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96},
+    ),
+    "Doge": ("doge", {}),
     "Mamba (state space)": ("mamba", {"state_size": 8}),
     "Mamba 2 (state space)": ("mamba2", {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2}),
     "Jamba (attention and state space)": (
@@ -106,25 +118,30 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 _LIKE_OTHERS = {
     "OPT (learned positions)", "Qwen3-MoE (experts)", "Mistral, no window", "Mistral, window longer than all",
-    "Gemma 2 (soft-caps, windows of 64)", "Phi-3", "OLMo 2", "Granite (scaled logits)", "SmolLM 3", "StarCoder 2",
+    "Gemma 2 (soft-caps, windows of 64)", "VaultGemma (soft-caps)", "XGLM", "BioGPT", "BART (decoder)", "Doge", "Phi-3",
+    "OLMo 2", "Granite (scaled logits)", "SmolLM 3", "StarCoder 2",
     "Falcon (rotary)", "Falcon (ALiBi)", "MPT (ALiBi)", "GPT-J", "Mamba 2 (state space)",
 }  # fmt: skip
 """What is particular about them another has, too: these are tested by `just soak` only, and by `just exactness`."""
 
 
-def each() -> list[Any]:
-    """The names, for a test of every architecture."""
-    return [pytest.param(name, marks=[pytest.mark.soak] if name in _LIKE_OTHERS else []) for name in ARCHITECTURES]
+_SLOW = {"Mamba (state space)", "Jamba (attention and state space)"}
+"""Computed token by token in Python, many times slower than the others."""
 
 
-def make(name: str) -> PreTrainedModel:
-    """A model of that name, as Model.load would give it."""
+def each(slow: bool = True) -> list[Any]:
+    """The names, for a test of every architecture; without `slow` those are left to `just soak`, too."""
+    soak = _LIKE_OTHERS if slow else _LIKE_OTHERS | _SLOW
+    return [pytest.param(name, marks=[pytest.mark.soak] if name in soak else []) for name in ARCHITECTURES]
+
+
+def make(name: str, **others: Any) -> PreTrainedModel:
+    """A model of that name, as Model.load would give it, with `others` in its config."""
     kind, settings = ARCHITECTURES[name]
-    config = AutoConfig.for_model(kind, **{**_SIZES, **settings})
-    eager = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+    config = AutoConfig.for_model(kind, **{**SIZES, **settings, **others})
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=eager)
+        model = new_network(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1 and parameter.std() < 0.1:  # some set their own range

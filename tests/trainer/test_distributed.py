@@ -8,16 +8,23 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from torch.distributed.fsdp import OffloadPolicy
 
+from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.recipe import Training
 from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline.cli import main
+from cpo_pipe.trainer.loop import new_accelerator
 from cpo_pipe.trainer.train import METRICS_FILE
 from tests.conftest import make_model, pairs, write_jsonl
 
@@ -202,3 +209,15 @@ def test_other_commands_and_other_ways_of_accelerate_are_refused(
     assert main(["train", *project.arguments("alone"), "cpo", "--set", "train.cpo.lr=0.5"]) == 2
     error = capsys.readouterr().err
     assert "train.cpo.dtype is float32, but accelerate is configured for mixed_precision bf16" in error
+
+
+def test_cpu_offload_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Offloading:
+        num_processes, distributed_type = 1, DistributedType.FSDP
+        state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=True))
+
+    monkeypatch.setattr("cpo_pipe.trainer.loop.Accelerator", lambda **_: Offloading())
+    with pytest.raises(InputError, match="FSDP with CPU offload, which train does not support; set fsdp_offload_par"):
+        new_accelerator("t", Training(init="m", objective="mle", steps=1), None)
+    Offloading.state.fsdp_plugin.cpu_offload = OffloadPolicy()
+    assert new_accelerator("t", Training(init="m", objective="mle", steps=1), None)

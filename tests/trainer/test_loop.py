@@ -240,6 +240,24 @@ def test_a_training_stopped_by_signals_ends_bit_for_bit_as_if_it_was_not(
     assert_same_training(checkpoint_of(store, name), checkpoint_of(project / "calm", name))
 
 
+def test_a_training_that_goes_on_otherwise_is_checked_anew(commands: Commands, project: Path, tmp_path: Path) -> None:
+    store = shutil.copytree(project / "made", tmp_path / "rough")
+    recipe = project / "recipe.yaml"
+    assert commands(command_of("train", recipe, store, "ranked"), step=2, signals=[signal.SIGTERM]).status == 130
+    again = commands(command_of("train", recipe, store, "ranked"), step=3, signals=[signal.SIGTERM])
+    assert "checked in" not in again.said, "nothing changed"
+    changed = command_of("train", recipe, store, "ranked", settings=["train.ranked.gradient_checkpointing=true"])
+    ended = commands(changed)
+    assert ended.status == 0, ended.said
+    assert "goes on otherwise than before it was stopped (gradient_checkpointing False → True)" in ended.said
+    assert ended.said.count("train ranked: attention cascade, exact to") == 1
+    rows, calm = (
+        pq.read_table(checkpoint_of(root, "ranked") / METRICS_FILE)["loss"].to_pylist()
+        for root in (store, project / "calm")
+    )
+    assert rows == pytest.approx(calm, rel=1e-5)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_is_not_waited_for(
     commands: Commands, project: Path, tmp_path: Path, number: signal.Signals

@@ -13,10 +13,11 @@ from scipy import stats
 from transformers import AutoModelForCausalLM
 
 from cpo_pipe.data.fingerprint import digest
+from cpo_pipe.trainer.attention import Attention
 from cpo_pipe.trainer.groups import Group
 from cpo_pipe.trainer.head import Head, draw
 from cpo_pipe.trainer.scheduled_sampling import Draws
-from cpo_pipe.trainer.scorer import Attention, Scorer
+from cpo_pipe.trainer.scorer import Scorer
 from tests.trainer.architectures import make
 from tests.trainer.test_train import CANDIDATES, Bench, measured, metrics, naive_decay, naive_logprob, weights
 

@@ -1,23 +1,27 @@
 """Every way of computing a group is exact for a model, or refused for it: against a loop over single sequences."""
 
+import contextlib
+import functools
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from cpo_pipe.data.errors import InputError, RunError
-from cpo_pipe.data.models import locate_model
+from cpo_pipe.data.models import locate_model, new_network
 from cpo_pipe.data.store import Store
-from cpo_pipe.trainer.attention import Unsupported
+from cpo_pipe.trainer.attention import Attention, Unsupported
+from cpo_pipe.trainer.dropout import remove_dropout
 from cpo_pipe.trainer.head import Head
-from cpo_pipe.trainer.scorer import ORDER, Attention, Scorer, choose
+from cpo_pipe.trainer.scorer import ORDER, Scorer, choose
 from cpo_pipe.trainer.tables import probes
 from cpo_pipe.trainer.trees import Packed, pack_rows, pack_trees
-from tests.trainer.architectures import VOCABULARY, each, group, make, table
+from tests.trainer.architectures import SIZES, VOCABULARY, each, group, make, table
 
 Texts = tuple[list[int], list[list[int]]]
 
@@ -29,6 +33,7 @@ TAKEN = {
     "Gemma 2 (soft-caps, windows of 64)": "dense",
     "Gemma 2, window 16": "dense",
     "Gemma 3, window 16 in some layers": "split",
+    "VaultGemma (soft-caps)": "dense",
     "DeepSeek-V3 (latent attention, experts)": "split",
     "GPT-OSS (sinks, window 16, experts)": "dense",
     "StableLM": "dense",
@@ -38,6 +43,9 @@ TAKEN = {
     "MPT (ALiBi)": "padded",
     "GPT-J": "dense",
     "GPT-Neo (local layers of 16)": "padded",
+    "XGLM": "dense",
+    "BART (decoder)": "padded",
+    "Doge": "dense",
     "Mamba (state space)": "padded",
     "Mamba 2 (state space)": "padded",
     "Jamba (attention and state space)": "padded",
@@ -194,6 +202,136 @@ def test_checkpointing_changes_nothing_and_happens() -> None:
         out = own.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)  # type: ignore[operator]
     assert out.shape[1] <= 7
     assert all(torch.equal(plain[key], value) for key, value in gradients(model, ours(scorer, GROUPS[0])).items())
+
+
+@pytest.mark.parametrize("name", each())
+def test_no_dropout_is_left_whatever_the_flags_of_its_modules(name: str) -> None:
+    model = make(name)
+    expected = float(torch.cat(naive(model, GROUPS[0])).sum())
+
+    def switch_on(owner: nn.Module | PreTrainedConfig) -> None:
+        for key, value in vars(owner).items():
+            if isinstance(value, PreTrainedConfig):
+                switch_on(value)
+            elif ("drop" in key or (key == "p" and isinstance(owner, nn.Dropout))) and isinstance(value, float):
+                setattr(owner, key, 0.5)
+
+    for module in model.modules():
+        switch_on(module)
+    switch_on(model.config)
+    before = model.config.to_dict()
+    kept = remove_dropout(model)
+    assert kept.to_dict() == before
+    scorer = Scorer(model)
+    scorer.set_attention("plain")
+    with contextlib.suppress(ValueError):  # has no such layers
+        scorer.set_checkpointing(True)
+    for whole in (False, True):
+        model.train(whole or model.training)
+        sums = {float(torch.cat(ours(scorer, GROUPS[0])).sum()) for _ in range(5)}
+        assert len(sums) == 1
+        assert sums.pop() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_model_that_draws_random_numbers_is_refused() -> None:
+    model = make("Llama, untied")
+    model.model.layers[0].register_forward_hook(lambda module, given, out: nn.functional.dropout(out, 0.1))
+    with pytest.raises(RunError, match="m: the model gives other log-probs each time"):
+        choose("m", Scorer(model), PROBES)
+
+
+@pytest.mark.parametrize("name", each(slow=False))
+def test_the_self_check_makes_no_more_logits_than_the_memory_allows(name: str) -> None:
+    """Nor does the plain way, which gives the same gradients with its logits in parts."""
+    model = make(name, vocab_size=131)  # as wide as nothing else
+    texts = (list(range(1, 25)), [[*range(3, 18), 0], [5, 6, 0], [9] * 4])
+    most = 0
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal most
+            result = function(*args, **(kwargs or {}))
+            weight = (64, 131)  # transposed
+            if isinstance(result, Tensor) and result.shape[-1:] == (131,) and result.shape != weight:
+                most = max(most, result.numel() // 131)
+            return result
+
+    scorer = Scorer(model)
+    scorer.logits_bytes = 4 * 131 * 20
+    with Count():
+        choose("m", scorer, probes(table([texts])))
+    assert 0 < most <= 20, "of the prompt's 24 positions and the candidates' 23"
+    scorer.set_attention("plain")
+    expected = naive(model, texts)
+    wanted = gradients(model, expected)
+    norm = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
+    most = 0
+    with Count():
+        found = ours(scorer, texts)
+        gradient_of = gradients(model, found)
+    assert 0 < most <= 20
+    assert_equal(found, expected, 1e-6)
+    assert gradient_of.keys() == wanted.keys()
+    for parameter, gradient in gradient_of.items():
+        assert (gradient - wanted[parameter]).norm() < 1e-5 * wanted[parameter].norm() + 1e-6 * norm, parameter
+
+
+def test_logits_of_other_positions_than_asked_for_are_noticed() -> None:
+    model = make("Llama, untied")
+    expected, forward = naive(model, GROUPS[0]), model.forward
+    shifted = lambda *inputs, logits_to_keep=0, **others: forward(  # noqa: E731
+        *inputs, logits_to_keep=logits_to_keep if isinstance(logits_to_keep, int) else logits_to_keep - 1, **others
+    )
+    model.forward = functools.wraps(forward)(shifted)  # type: ignore[method-assign]
+    scorer = Scorer(model)
+    assert scorer.keeps
+    choose("m", scorer, PROBES, "plain")
+    assert not scorer.keeps
+    assert_equal(ours(scorer, GROUPS[0]), expected, 1e-6)
+
+
+@pytest.mark.parametrize("name", each(slow=False))
+def test_the_largest_tree_is_probed(name: str) -> None:
+    """In none of its rows, but with more tokens than the model has positions."""
+    model = make(name, **({"window_size": 128} if "GPT-Neo" in name else {}))
+    largest = group(20, 14, 30)
+    groups = [(list(range(1, 60)), [[7] * 20 + [0]]), largest, group(4, 3, 6), group(3, 2, 5)]
+    assert pack_trees([largest]).tokens() > 128 > 20 + 30
+    assert largest in probes(table(groups)).groups
+    expected = naive(model, largest)
+    scorer = Scorer(model)
+    choose("m", scorer, probes(table(groups)))
+    assert_equal(ours(scorer, largest), expected, 1e-5)
+
+
+def test_the_largest_tree_is_not_the_one_with_most_tokens() -> None:
+    cuts = [7, 8] * 10, [[9] * n + [0] for n in range(1, 30)]  # all on one path
+    largest = group(20, 8, 29)
+    found = probes(table([cuts, largest, group(3, 2, 5), group(2, 2, 5), group(2, 2, 4)])).groups
+    assert largest in found
+    tokens = [pack_trees([texts]).tokens() for texts in found]
+    assert tokens[found.index(largest)] == max(tokens)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "scale"),
+    [
+        ("mpt", {"d_model": 64, "n_layers": 2, "n_heads": 4, "logit_scale": "inv_sqrt_d_model"}, 1.0),
+        ("mpt", {"d_model": 64, "n_layers": 2, "n_heads": 4, "logit_scale": 0.5}, 1.0),
+        ("hyperclovax", {**SIZES, "logits_scaling": 0.25}, 0.25),
+        ("granite", {**SIZES, "logits_scaling": 4.0}, 0.25),
+        ("cohere", {**SIZES, "logit_scale": 0.5}, 0.5),
+    ],
+)
+def test_the_head_is_the_models_whatever_its_config_says(kind: str, settings: dict[str, Any], scale: float) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{"vocab_size": VOCABULARY, **settings})
+    model = new_network(config).eval()
+    assert Head.of(model) == Head(scale, None)
+    expected = naive(model, GROUPS[0])
+    scorer = Scorer(model)
+    assert choose("m", scorer, PROBES).attention != "plain"
+    assert_equal(ours(scorer, GROUPS[0]), expected, 1e-5)
 
 
 def test_a_named_way_for_another_device_is_refused() -> None:

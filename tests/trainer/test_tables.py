@@ -23,7 +23,7 @@ from cpo_pipe.trainer.tables import (
     restricted,
     targets,
 )
-from cpo_pipe.trainer.trees import Texts
+from cpo_pipe.trainer.trees import Texts, pack_trees
 from tests.trainer.architectures import table
 
 
@@ -68,12 +68,14 @@ def test_lengths_and_extremes(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 40])
-def test_the_probes_are_the_longest_the_middle_and_the_shortest(count: int) -> None:
+def test_the_probes_are_the_longest_the_middle_the_shortest_and_the_largest(count: int) -> None:
     groups = some(count, seed=count)
     by_length = sorted(groups, key=lambda group: len(group[0]) + max(map(len, group[1])))
     found = probes(chunked(table(groups), count // 2))
     places = {1: [0], 2: [1, 0], 3: [2, 1, 0], 4: [3, 1, 0], 40: [39, 19, 0]}[count]
-    assert list(found.groups) == [by_length[place] for place in places]
+    largest = max(groups, key=lambda group: pack_trees([group]).tokens())
+    expected = [by_length[place] for place in places]
+    assert list(found.groups) == expected + [largest] * (largest not in expected)
     inputs = [length - 1 for rows in row_lengths(groups) for length in rows]
     assert found.rows == (min(inputs), max(inputs))
     assert found.candidates == max(len(candidates) for _, candidates in groups)

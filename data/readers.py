@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from cpo_pipe.data.errors import InputError, cause
 from cpo_pipe.data.fingerprint import Spec, check_unchanged, digest, sha256_once
+from cpo_pipe.data.recipe import listed
 
 TEXT_COLUMN = "text"
 """The one column of a source of plain articles."""
@@ -52,6 +53,16 @@ class Refusal:
 
 
 Stream = Iterator[Row | Refusal]
+
+_CONTENTS = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+    b"PAR1": "Parquet",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+"""What files begin with that are not text in UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +146,12 @@ class Source:
 
     def _rows(self, required: Mapping[str, str], optional: Iterable[str]) -> Stream:
         wanted = [*required.values(), *optional]
+        if self.kind in (".jsonl", ".csv", ".txt") and (content := other_content(Path(self.name))):
+            raise InputError(f"data.source {self.name}: has {content} in it; make it text in UTF-8")
         if self.kind == ".jsonl":
             return _jsonl(Path(self.name))
         if self.kind == ".csv":
-            return _csv(Path(self.name), required)
+            return _csv(Path(self.name), required, wanted)
         if self.kind == ".parquet":
             parquet = _parquet(self.name)
             schema = parquet.schema_arrow
@@ -147,15 +160,38 @@ class Source:
             if twice := duplicate(there):
                 raise InputError(f"data.source {self.name}: has two columns named {twice!r}; rename or remove one")
             batches = parquet.iter_batches(batch_size=1024, columns=there)
-            return _numbered(Path(self.name).name, batches, _class_names(schema))
+            return self._numbered(Path(self.name).name, batches, _class_names(schema))
         if self.kind in ("folder", "hub"):
             data_set = self._data_set
             _require(self.name, required, data_set.column_names)
             there = [name for name in data_set.column_names if name in wanted]
             batches = data_set.select_columns(there).with_format("arrow").iter(batch_size=1024)
-            return _numbered(f"{self.name}/{self.split}", batches, _class_names(data_set.features.arrow_schema))
+            return self._numbered(f"{self.name}/{self.split}", batches, _class_names(data_set.features.arrow_schema))
         _require(self.name, required, [TEXT_COLUMN])
         return _articles(Path(self.name)) if self.kind == ".txt" else _python_docs()
+
+    def _numbered(self, name: str, batches: Iterable[Any], classes: Mapping[str, Sequence[str]]) -> Stream:
+        """Yield the rows of Arrow record batches or tables; `classes` are the names that numbers in a column stand for.
+
+        Raises:
+            InputError: a part of the file is damaged.
+        """
+        number = 0
+        try:
+            for batch in batches:
+                columns = {column: values(batch.column(column)) for column in batch.schema.names}
+                for column in classes.keys() & columns.keys():
+                    columns[column] = [_class_name(value, classes[column]) for value in columns[column]]
+                for index in range(batch.num_rows):
+                    number += 1
+                    row = {column: found[index] for column, found in columns.items()}
+                    bad = next((column for column, value in row.items() if isinstance(value, Unreadable)), None)
+                    label = f"{name}:{number}"
+                    yield Row(label, row) if bad is None else Refusal(label, row[bad].reason, f"column {bad}")
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(
+                f"data.source {self.name}: damaged after row {number:,} ({cause(error)}); write the file again"
+            ) from error
 
     @cached_property
     def _data_set(self) -> Any:
@@ -249,7 +285,7 @@ def _require(source: str, required: Mapping[str, str], there: Sequence[str]) -> 
         raise InputError(f"data.source {source}: a .txt file holds articles, not pairs; set data.preset: text")
     named = ", ".join(f"{column!r} (data.columns.{field})" for field, column in missing.items())
     raise InputError(
-        f"data.source {source}: no column {named}; the columns there are {', '.join(there)}; "
+        f"data.source {source}: no column {named}; the columns there are {listed(there)}; "
         f"set data.columns.{next(iter(missing))} to the one that is meant"
     )
 
@@ -273,15 +309,20 @@ def _json_row(label: str, line: bytes) -> Row | Refusal:
     return Row(label, values) if isinstance(values, dict) else Refusal(label, "not an object", text)
 
 
-def _csv(path: Path, required: Mapping[str, str]) -> Stream:
+def _csv(path: Path, required: Mapping[str, str], wanted: Sequence[str]) -> Stream:
     csv.field_size_limit(sys.maxsize)  # the module's own limit of 128 KiB is shorter than some articles
     # Bytes that are not UTF-8 stay in the values as surrogates, for the reader of the row to refuse.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True)
-        header = next(reader, None)
+        try:
+            header = next(reader, None)
+        except csv.Error as error:
+            raise InputError(f"data.source {path}: the header is not CSV ({error}); correct line 1") from error
         if header is None:
             return
         _require(str(path), required, header)
+        if twice := duplicate([name for name in header if name in wanted]):
+            raise InputError(f"data.source {path}: has two columns named {twice!r}; rename or remove one")
         while True:
             label = f"{path.name}:{reader.line_num + 1}"
             try:
@@ -301,30 +342,54 @@ def _csv(path: Path, required: Mapping[str, str]) -> Stream:
 
 def _parquet(name: str) -> Any:
     try:
-        return pq.ParquetFile(name)
-    except pa.ArrowInvalid as error:
+        file = pq.ParquetFile(name)
+        file.schema_arrow.names  # noqa: B018 - an error where a name is not UTF-8
+        return file
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise InputError(f"data.source {name}: not a Parquet file ({cause(error)})") from error
 
 
-def _numbered(name: str, batches: Iterable[Any], classes: Mapping[str, Sequence[str]]) -> Stream:
-    """Rows of Arrow record batches or tables; `classes` are the names that numbers in a column stand for."""
-    number = 0
-    for batch in batches:
-        columns = {column: _values(batch.column(column)) for column in batch.schema.names}
-        for column in classes.keys() & columns.keys():
-            columns[column] = [_class_name(value, classes[column]) for value in columns[column]]
-        for index in range(batch.num_rows):
-            number += 1
-            yield Row(f"{name}:{number}", {column: values[index] for column, values in columns.items()})
+@dataclass(frozen=True)
+class Unreadable:
+    """Takes the place of a value that Python cannot hold."""
+
+    reason: str
 
 
-def _values(column: Any) -> list[Any]:
+def values(column: Any) -> list[Any]:
+    """Return the values of an Arrow column; text that is not UTF-8 has surrogates for the bytes, as in CSV."""
     try:
-        values: list[Any] = column.to_pylist()
-    except UnicodeDecodeError:  # as in CSV: surrogates for the bytes that are not UTF-8
-        raw = column.cast(pa.large_binary()).to_pylist()
-        values = [value if value is None else value.decode(errors="surrogateescape") for value in raw]
-    return values
+        return list(column.to_pylist())
+    except (ValueError, OverflowError, pa.ArrowException):  # such as bytes that are not UTF-8, or the year 10,000
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            raw = column.cast(pa.large_binary()).to_pylist()
+            return [value if value is None else value.decode(errors="surrogateescape") for value in raw]
+        return list(map(_value, column))
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return Unreadable("not UTF-8")
+    except (ValueError, OverflowError, pa.ArrowException):
+        return Unreadable("not text")
+
+
+def is_encodable(text: str) -> bool:
+    """Return whether a text has no lone surrogates, which no encoding and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def other_content(path: Path) -> str | None:
+    """Return what is in a file that is not text in UTF-8, where its first bytes say so."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    return next((content for magic, content in _CONTENTS.items() if start.startswith(magic)), None)
 
 
 def _class_name(value: Any, names: Sequence[str]) -> Any:

@@ -795,7 +795,7 @@ class Evaluate(Section):
         for place, name in [("baseline", self.baseline), *compared]:
             if name not in systems and name != GROUND_TRUTH:
                 hint = nearest(name, [*systems, GROUND_TRUTH]) or "name one of them"
-                raise ValueError(f"{place} {name!r} is not among the systems ({_listed(systems)}); {hint}")
+                raise ValueError(f"{place} {name!r} is not among the systems ({listed(systems)}); {hint}")
         for first, second in self.compare:
             if first in (second, GROUND_TRUTH):
                 raise ValueError(f"compare [{first}, {second}]: must be a system, and another one or {GROUND_TRUTH}")
@@ -924,7 +924,7 @@ class Recipe(Section):
                 there = [name for name in trainings if name.partition("@")[0] == base]
                 raise ValueError(
                     f"{place} names {model}, but rounds is {self.rounds} and of the training {base} there is "
-                    f"{_listed(there)}: name what there is, or raise rounds"
+                    f"{listed(there)}: name what there is, or raise rounds"
                 )
 
     def _check_sources(self, name: str, training: Training) -> None:
@@ -935,7 +935,7 @@ class Recipe(Section):
             known = (self.negatives_of(name) or self.negatives).labels()
             for label in (label for pair in training.pairs for label in pair):
                 if label not in known:
-                    hint = nearest(label, known) or f"there are {_listed(known)}"
+                    hint = nearest(label, known) or f"there are {listed(known)}"
                     raise ValueError(f"train.{name}.pairs: no candidate is of {label!r}; {hint}")
         by = training.curriculum.by if training.curriculum is not None else None
         if by == "similarity" and self.rank == "none":
@@ -952,7 +952,7 @@ class Recipe(Section):
         known = [*Counts.model_fields, *(label for label in negatives.labels() if ":" in label)]
         for label in training.negatives or ():
             if label not in known:
-                hint = nearest(label, known) or f"there are {_listed(known)}"
+                hint = nearest(label, known) or f"there are {listed(known)}"
                 raise ValueError(f"train.{name}.negatives: {label!r} is none; {hint}")
         if training.negatives is None:
             return
@@ -1002,7 +1002,7 @@ class Recipe(Section):
 
     def _check_api(self, place: str, name: str) -> None:
         if name not in self.apis:
-            hint = nearest(name, self.apis) or f"there are {_listed(self.apis)}"
+            hint = nearest(name, self.apis) or f"there are {listed(self.apis)}"
             raise ValueError(f"{place} {name!r} is not among `apis`; {hint}")
 
     def trainings(self) -> dict[str, Training]:
@@ -1076,7 +1076,7 @@ def load_recipe(source: str, overrides: list[str] | None = None, scale: str | No
         InputError: the file is missing, is not YAML, or breaks a rule; the message is one line.
     """
     builtin = builtin_recipes()
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     try:
         if not path.is_file() and source in builtin:
             path = builtin[source]
@@ -1132,7 +1132,7 @@ def _scale(content: dict[str, Any], scale: str, source: str) -> None:
     scales = content.get("scales")
     scales = scales if isinstance(scales, dict) else {}
     if not isinstance(scales.get(scale), dict):
-        hint = nearest(scale, scales) or f"there are {_listed(scales)}"
+        hint = nearest(scale, scales) or f"there are {listed(scales)}"
         raise InputError(f"--scale {_cut(scale)}: the recipe {source} has no such scale; {hint}")
     written = 0
     for pattern, value in list(scales[scale].items()):
@@ -1196,7 +1196,7 @@ def _put(content: dict[str, Any], path: Sequence[str], value: Any, where: str) -
     for depth, key in enumerate(parents):
         if isinstance(node, dict) and node and key not in node and _names_are_free(parents[:depth]):
             above = _dotted(parents[:depth])
-            hint = nearest(key, node) or f"there are {_listed(node)}"
+            hint = nearest(key, node) or f"there are {listed(node)}"
             raise InputError(f"{where}: {_cut(key)} is not in {above}; {hint}")
         node = node.setdefault(key, {}) if isinstance(node, dict) else None
     if not isinstance(node, dict):
@@ -1255,7 +1255,7 @@ def _dotted(path: Sequence[str]) -> str:
     return ".".join(map(_cut, path))
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """Return the first names, for messages."""
     first = [_cut(name) for name in islice(names, 21)]
     return ", ".join(first[:20] + ["…"] * (len(first) > 20)) or "none"

@@ -1,5 +1,6 @@
 """Labels of people: which of two outputs for one prompt they found the better. Judges are compared with them."""
 
+import reprlib
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from cpo_pipe.data.errors import InputError, cause
+from cpo_pipe.data.readers import is_encodable, other_content, values
 from cpo_pipe.eval.judges.base import OTHER, Pair, Winner
 
 FORMATS = (".jsonl", ".csv", ".parquet")
@@ -57,11 +59,15 @@ def read_labels(path: Path, hash_file: Callable[[Path], str]) -> Labels:
     if not path.is_file():
         raise _error(path, f"no such file; give the path of a {', '.join(FORMATS)} file")
     votes: dict[Key, Counter[Winner]] = {}
-    for number, row in enumerate(_read(path).to_pylist(), 1):
+    table = _read(path)
+    columns = zip(*(values(table.column(name)) for name in COLUMNS), strict=True)
+    for number, row in enumerate((dict(zip(COLUMNS, row, strict=True)) for row in columns), 1):
         if absent := [name for name in COLUMNS if row[name] is None]:
             raise _error(path, f"row {number} has no {absent[0]}")
+        if bad := [name for name in COLUMNS if not is_encodable(row[name])]:
+            raise _error(path, f"{bad[0]} in row {number} is not UTF-8; save the file as UTF-8")
         if row["winner"] not in OTHER:
-            raise _error(path, f"winner is {row['winner']!r} in row {number}: must be a, b or tie")
+            raise _error(path, f"winner is {reprlib.repr(row['winner'])} in row {number}: must be a, b or tie")
         key, swapped = _key(row["prompt"], row["output_a"], row["output_b"])
         winner: Winner = OTHER[row["winner"]] if swapped else row["winner"]
         votes.setdefault(key, Counter())[winner] += 1
@@ -78,6 +84,8 @@ def _read(path: Path) -> pa.Table:
     """The four columns, as texts."""
     block = path.stat().st_size + 1  # a block that ends within a row is an error to both readers
     try:
+        if path.suffix.lower() != ".parquet" and (content := other_content(path)):
+            raise _error(path, f"has {content} in it; make it text in UTF-8")
         if path.suffix.lower() == ".parquet":
             table = pq.read_table(path)
         elif path.suffix.lower() == ".csv":
@@ -85,7 +93,7 @@ def _read(path: Path) -> pa.Table:
                 path,
                 read_options=pa.csv.ReadOptions(block_size=block),
                 parse_options=pa.csv.ParseOptions(newlines_in_values=True),
-                convert_options=pa.csv.ConvertOptions(column_types=_SCHEMA),
+                convert_options=pa.csv.ConvertOptions(column_types=_SCHEMA, check_utf8=False),
             )
         else:
             table = pa.json.read_json(
@@ -96,7 +104,7 @@ def _read(path: Path) -> pa.Table:
         if absent := [name for name in COLUMNS if name not in table.column_names]:
             raise _error(path, f"there is no column {absent[0]}: there must be {', '.join(COLUMNS)}")
         return table.select(COLUMNS).cast(_SCHEMA)
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError, OverflowError) as error:
         raise _error(path, f"cannot be read ({cause(error)})") from error
 
 

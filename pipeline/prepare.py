@@ -1,6 +1,7 @@
 """prepare: read ground truth, render and tokenize it, refuse what breaks a rule, split it; makes `examples`."""
 
 import logging
+import reprlib
 import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from cpo_pipe.data.examples import Examples
 from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec, digest, example_id
 from cpo_pipe.data.models import TokenizerFiles, locate_tokenizer
 from cpo_pipe.data.progress import Meter, track
-from cpo_pipe.data.readers import PYTHON_DOCS, TEXT_COLUMN, Refusal, Row, Source, locate_source
+from cpo_pipe.data.readers import PYTHON_DOCS, TEXT_COLUMN, Refusal, Row, Source, is_encodable, locate_source
 from cpo_pipe.data.recipe import Data, TrainedTokenizer
 from cpo_pipe.data.schemas import EXAMPLES, REJECTED
 from cpo_pipe.data.store import Store
@@ -266,9 +267,9 @@ class _Rows:
             if field == "category" and isinstance(value, int | float | Decimal):
                 value = str(value)
             if value is not None and not isinstance(value, str):
-                detail = f"{self._column(field)} has type {type(value).__name__}: {value!r}"
+                detail = f"{self._column(field)} has type {type(value).__name__}: {reprlib.repr(value)}"
                 return Refusal(row.source, "not text", detail)
-            if value is not None and not _is_utf8(value):
+            if value is not None and not is_encodable(value):
                 return Refusal(row.source, "not UTF-8", f"{self._column(field)} is {value}")
             if value is not None:
                 texts[field] = value
@@ -281,15 +282,6 @@ class _Rows:
     def _column(self, field: str) -> str:
         """Return a column as messages name it: by its name, and the key of the recipe that names it."""
         return f"column {getattr(self.config.columns, field)} (data.columns.{field})"
-
-
-def _is_utf8(text: str) -> bool:
-    """Whether a text has no lone surrogates, which no encoding and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _make(examples: Examples, config: Data, rows: _Rows, run_dir: Path | None) -> None:

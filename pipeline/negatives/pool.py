@@ -6,6 +6,7 @@ Their token ids mean nothing to the model that is trained: continuations come as
 import hashlib
 import json
 import logging
+import reprlib
 import tempfile
 import weakref
 from array import array
@@ -25,8 +26,8 @@ from cpo_pipe.data.errors import InputError, cause
 from cpo_pipe.data.executor import Made, Make
 from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec, digest, distrust, sha256_once
 from cpo_pipe.data.models import Model, TokenizerFiles, tokenizer_in
-from cpo_pipe.data.readers import duplicate
-from cpo_pipe.data.recipe import PoolColumns, nearest
+from cpo_pipe.data.readers import Unreadable, duplicate, is_encodable, other_content, values
+from cpo_pipe.data.recipe import PoolColumns, listed, nearest
 from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.pipeline.engines.base import LazyEngine, Sampled, Sampling
 from cpo_pipe.pipeline.missing import SAMPLE_INDICES, refused_source
@@ -194,6 +195,8 @@ class PoolFile:
             value = value[0].get("content")
         texts = value if field == "text" and isinstance(value, list) else [value]
         for text in texts:
+            if isinstance(text, Unreadable):
+                raise self.error(f"{place}: {self._column(field)!r} is {text.reason}")
             if not _is_text(text):
                 raise self.error(f"{place}: {self._column(field)!r} is {_shown(text)}: must be text")
         return texts
@@ -201,7 +204,7 @@ class PoolFile:
     def _value(self, place: str, row: Mapping[str, Any], field: str) -> Any:
         column = self._column(field)
         if column not in row:
-            hint = nearest(column, row) or f"there are {', '.join(row) or 'none'}"
+            hint = nearest(column, row) or f"there are {listed(row)}"
             raise self.error(f"{place}: no column {column!r} (negatives.pools.{self.pool}.columns.{field}); {hint}")
         return row[column]
 
@@ -211,6 +214,8 @@ class PoolFile:
     def _rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Where each row stands, and its values."""
         kinds = {".jsonl": self._jsonl, ".parquet": self._parquet, ".json": self._json}
+        if not self.path.is_dir() and self.path.suffix.lower() == ".jsonl" and (content := other_content(self.path)):
+            raise self.error(f"has {content} in it; make it text in UTF-8")
         read = self._parquets if self.path.is_dir() else kinds[self.path.suffix.lower()]
         try:
             for place, row in read():
@@ -242,7 +247,7 @@ class PoolFile:
                 raise self.error(f"has two columns named {twice!r}; rename or remove one")
             # Of a file that lacks one all are read: the message then says which there are.
             batches = file.iter_batches(READ_AT_ONCE, columns=there if len(there) > 1 else None)
-            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+            rows = chain.from_iterable(map(_batch_rows, batches))
             yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
     def _json(self) -> Iterator[tuple[str, Any]]:
@@ -250,6 +255,12 @@ class PoolFile:
         if not isinstance(content, list):
             raise self.error("must be a list of objects; of one object a line make a .jsonl file")
         yield from ((f"row {number}", row) for number, row in enumerate(content, 1))
+
+
+def _batch_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    names = batch.schema.names
+    for row in zip(*map(values, batch.columns), strict=True):
+        yield dict(zip(names, row, strict=True))
 
 
 class _Continuations:
@@ -492,14 +503,11 @@ def _is_conversation(value: object) -> bool:
 
 def _is_text(value: object) -> bool:
     """Whether it is a string that can be encoded: JSON can name halves of characters."""
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False
+    return isinstance(value, str) and is_encodable(value)
 
 
 def _shown(value: object) -> str:
-    text = ascii(value) if not _is_text(value) else repr(value)
+    text = repr(value) if isinstance(value, str) else reprlib.repr(value)  # which looks at no more than it shows
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -3,6 +3,9 @@
 500 inputs in CI, the same in each run; 10,000 new ones in `just soak`.
 """
 
+import csv
+import io
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -11,14 +14,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cpo_pipe.data.errors import InputError
-from cpo_pipe.data.recipe import Recipe, builtin_recipes, load_recipe
+from cpo_pipe.data.fingerprint import sha256_file
+from cpo_pipe.data.readers import locate_source
+from cpo_pipe.data.recipe import Data, PoolColumns, Recipe, builtin_recipes, load_recipe
 from cpo_pipe.data.recipe_text import recipe_text
+from cpo_pipe.eval.labels import COLUMNS, read_labels
+from cpo_pipe.pipeline.negatives.pool import PoolFile
+from cpo_pipe.pipeline.prepare import _Rows
 
 SECONDS = 2.0
 """Of this process: how busy the machine is does not count."""
@@ -223,3 +233,100 @@ def test_set_arguments(tmp_path: Path, count: int) -> None:
         check_recipe(path, overrides, None)
 
     run(property_, count, 100)
+
+
+# ── data files ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+TEXTS = st.sampled_from(
+    ["", " ", "a", "tie", "x" * 300, "\u00e9\u65e5", 'quo"te', "a,b", "new\nline", "\0", "\u2028", "p1", "p2"]
+)
+ODD = st.one_of(
+    TEXTS, st.none(), st.integers(), st.floats(), st.booleans(), st.lists(TEXTS, max_size=2), st.just({"role": "user"}),
+    st.just([{"role": "user", "content": "p1"}]), st.just([{"role": "assistant", "content": ["x"]}]),
+)  # fmt: skip
+NAMES = ("prompt", "target", "text", *COLUMNS[1:])
+ROWS = st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys(NAMES, ODD)), min_size=1, max_size=6)
+PLAIN_ROWS = st.lists(st.fixed_dictionaries(dict.fromkeys(NAMES, TEXTS)), min_size=1, max_size=6)
+TYPES = [
+    pa.string(), pa.large_string(), pa.binary(), pa.string_view(), pa.list_(pa.string()), pa.large_list(pa.string()),
+    pa.dictionary(pa.int32(), pa.string()), pa.struct([("role", pa.string()), ("content", pa.string())]),
+    pa.map_(pa.string(), pa.string()), pa.int64(), pa.float16(), pa.timestamp("ms"), pa.timestamp("ns", "Mars/Base"),
+    pa.date64(), pa.duration("s"), pa.decimal128(5, 2), pa.time64("ns"), pa.null(), pa.bool_(),
+]  # fmt: skip
+BYTES = [
+    b"\xff", b"\x00", b"\n", b"\r", b'"', b",", b"{", b"}", b"[" * 2000, b"]", b"\\ud800", b"\xed\xa0\x80", b"\xc3",
+    b"\xef\xbb\xbf", b"\xff\xfe", b"\x1f\x8b\x08", b"PAR1", b"9" * 5000, b"x" * 200_000, b"NaN", b"=\n = T = \n\n",
+]  # fmt: skip
+
+
+def as_csv(rows: list[dict[str, Any]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, NAMES)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def column(kind: pa.DataType, size: int, content: bytes) -> pa.Array:
+    """Any bytes as a column of any type, bad UTF-8 and years out of range included."""
+    if pa.types.is_string(kind) or pa.types.is_binary(kind):
+        offsets = pa.py_buffer(b"".join((min(n, len(content))).to_bytes(4, "little") for n in range(size + 1)))
+        return pa.Array.from_buffers(kind, size, [None, offsets, pa.py_buffer(content)])
+    if pa.types.is_list(kind):
+        offsets = pa.array(range(size + 1), pa.int32())
+        return pa.ListArray.from_arrays(offsets, column(pa.string(), size, content))
+    if pa.types.is_dictionary(kind):
+        return pa.DictionaryArray.from_arrays(pa.array([0] * size, pa.int32()), column(pa.string(), 1, content))
+    if pa.types.is_primitive(kind) and kind.bit_width == 64:
+        return pa.Array.from_buffers(kind, size, [None, pa.py_buffer((content * (8 * size))[: 8 * size])])
+    return pa.nulls(size, kind)
+
+
+@st.composite
+def data_file(draw: st.DrawFn) -> tuple[str, bytes]:
+    suffix = draw(st.sampled_from([".jsonl", ".csv", ".parquet", ".txt", ".json"]))
+    rows = draw(ROWS if suffix in (".jsonl", ".json") else PLAIN_ROWS)
+    if suffix == ".parquet":
+        size, names = draw(st.integers(1, 4)), draw(st.lists(st.sampled_from(NAMES), max_size=6)) or list(NAMES)
+        kinds = [draw(st.sampled_from(TYPES)) for _ in names]
+        columns = [column(kind, size, draw(st.binary(min_size=4, max_size=9))) for kind in kinds]
+        settings_ = {"compression": draw(st.sampled_from(["none", "zstd", "snappy"])), "row_group_size": 2}
+        pq.write_table(pa.Table.from_arrays(columns, names), sink := io.BytesIO(), **settings_)
+        content = sink.getvalue()
+    elif suffix == ".csv":
+        content = as_csv(rows)
+    elif suffix == ".jsonl":
+        content = b"".join(json.dumps(row, ensure_ascii=draw(st.booleans())).encode() + b"\n" for row in rows)
+    else:
+        content = json.dumps(rows).encode() if suffix == ".json" else b" = A = \n\n x\n" * len(rows)
+    for _ in range(draw(st.integers(0, 3))):
+        start = draw(st.integers(0, len(content)))
+        how = draw(st.sampled_from(["insert", "truncate", "flip", "replace", "recode"]))
+        if how == "insert":
+            content = content[:start] + draw(st.sampled_from(BYTES) | st.binary(max_size=4)) + content[start:]
+        elif how == "truncate":
+            content = content[:start]
+        elif how == "recode":
+            content = content.decode(errors="replace").encode(draw(st.sampled_from(["utf-16", "utf-8-sig", "utf-32"])))
+        else:
+            flipped = bytes([content[start] ^ draw(st.integers(1, 255))]) if start < len(content) else b""
+            content = (
+                content[:start] + (flipped if how == "flip" else draw(st.binary(max_size=9))) + content[start + 1 :]
+            )
+    return suffix, content
+
+
+@many(160)
+def test_data_files(tmp_path: Path, count: int) -> None:
+    @given(data_file())
+    def property_(file: tuple[str, bytes]) -> None:
+        suffix, content = file
+        (path := tmp_path / f"file{suffix}").write_bytes(content)
+        required = {"target": "text"} if suffix == ".txt" else {"prompt": "prompt", "target": "target"}
+        data = Data(preset="text" if suffix == ".txt" else None, source=str(path), tokenizer="t", test=1)
+        outcome(lambda: [*_Rows(locate_source(str(path)), data, required).checked()] if suffix != ".json" else None)
+        outcome(lambda: read_labels(path, sha256_file))
+        pool = PoolFile("p", path, PoolColumns())
+        outcome(lambda: [*pool.continuations(pool.key())] if suffix not in (".csv", ".txt") else None)
+
+    run(property_, count, 160)

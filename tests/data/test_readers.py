@@ -1,5 +1,6 @@
 """Expected labels and reasons are counted by hand from the bytes written in each test."""
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -98,6 +99,81 @@ def test_parquet_reads_mapped_columns_and_bytes_that_are_not_utf8(tmp_path):
 def test_parquet_that_is_none_is_an_error(tmp_path):
     with pytest.raises(InputError, match="not a Parquet file"):
         read(write(tmp_path / "a.parquet", b"nothing of the kind"))
+
+
+def bad_text(size):
+    """A column of `size` texts, the last one not UTF-8."""
+    return pa.Array.from_buffers(pa.string(), size, pa.array([b"x"] * (size - 1) + [b"\xff"]).buffers())
+
+
+def test_parquet_values_that_python_cannot_hold_are_refused_by_row_and_column(tmp_path):
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), bad_text(2))
+    years = pa.Array.from_buffers(pa.timestamp("ms"), 2, pa.array([0, 10**15]).buffers())
+    for column, reason in ((lists, "not UTF-8"), (years, "not text")):
+        pq.write_table(pa.table({"q": ["1", "2"], "a": column}), tmp_path / "a.parquet")
+        good, bad = read(tmp_path / "a.parquet")
+        assert isinstance(good, Row)
+        assert bad == Refusal("a.parquet:2", reason, "a")
+
+
+def test_a_damaged_page_is_named_with_the_rows_before_it(tmp_path):
+    path = tmp_path / "a.parquet"
+    rows = {"q": [f"question {number}" for number in range(4000)], "a": ["x"] * 4000}
+    pq.write_table(pa.table(rows), path, compression="zstd", row_group_size=2000, use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    start = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    content[start + 40 : start + 400] = b"\xff" * 360
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.parquet: damaged after row [12],\d{3} \(.*\); write the file again$"):
+        read(path)
+
+
+def test_a_parquet_column_whose_name_is_not_utf8_is_an_error(tmp_path):
+    pq.write_table(pa.table({"QQQQ": ["1"], "a": ["x"]}), tmp_path / "a.parquet", store_schema=False)
+    path = write(tmp_path / "b.parquet", (tmp_path / "a.parquet").read_bytes().replace(b"QQQQ", b"\xff\xff\xff\xff"))
+    with pytest.raises(InputError, match=r"b\.parquet: not a Parquet file \("):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b'"q', "the header is not CSV (unexpected end of data); correct line 1"),
+        (b'"q"x,a\n', "the header is not CSV ("),
+        (b"q,a,q\n1,2,3\n", "has two columns named 'q'; rename or remove one"),
+        (b",,\n1,2,3\n", "no column 'q' (data.columns.prompt), 'a' (data.columns.target)"),
+        (b"\n1,2\n", "no column 'q' (data.columns.prompt), 'a' (data.columns.target); the columns there are none"),
+    ],
+)
+def test_a_bad_csv_header_is_one_line(tmp_path, header, message):
+    with pytest.raises(InputError) as error:
+        read(write(tmp_path / "a.csv", header))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_csv_field_of_a_megabyte_and_a_nul_are_text(tmp_path):
+    (row,) = read(write(tmp_path / "a.csv", b"q,a\n" + b"x" * (1 << 20) + b",b\0c\n"))
+    assert row.values == {"q": "x" * (1 << 20), "a": "b\0c"}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".txt"])
+def test_other_content_than_text_is_named(tmp_path, suffix):
+    line = '{"q": "1", "a": "x"}\n'
+    contents = {"gzip": gzip.compress(line.encode()), "UTF-16": line.encode("utf-16"), "Parquet": b"PAR1"}
+    for kind, content in contents.items():
+        path = write(tmp_path / f"a{suffix}", content)
+        with pytest.raises(InputError) as error:
+            read(path, {"target": "text"} if suffix == ".txt" else PAIR)
+        assert str(error.value) == f"data.source {path}: has {kind} in it; make it text in UTF-8"
+
+
+def test_pipes_folders_and_dangling_links_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "nothing")
+    for name in ("a.jsonl", "b.jsonl"):
+        with pytest.raises(InputError, match="no such file"):
+            locate_source(str(tmp_path / name))
 
 
 def test_text_file_is_one_article(tmp_path):

@@ -81,13 +81,22 @@ def test_labels_are_found_whatever_the_unicode_form_of_their_texts(tmp_path: Pat
         ("labels.csv", "prompt,output_a,winner\np,x,a\n",
          "there is no column output_b: there must be prompt, output_a, output_b, winner"),
         ("labels.parquet", "no parquet", "cannot be read ("),
+        ("labels.csv", b"prompt,output_a,output_b,winner\np,x,y,a\np,caf\xe9,y,a\n",
+         "output_a in row 2 is not UTF-8; save the file as UTF-8"),
+        ("labels.jsonl", b'{"prompt": "p", "output_a": "caf\xe9", "output_b": "y", "winner": "a"}\n',
+         "output_a in row 1 is not UTF-8; save the file as UTF-8"),
+        ("labels.csv", b"\xff\xfep\0", "has UTF-16 in it; make it text in UTF-8"),
+        ("labels.csv", b"\xe9,output_a,output_b,winner\np,x,y,a\n", "cannot be read ("),
+        ("labels.csv", b"prompt,prompt,output_a,output_b,winner\np,p,x,y,a\n", "cannot be read ("),
+        ("labels.csv", b"prompt,output_a,output_b,winner\np,x,y," + b"9" * 5000, "winner is '999999999999...99999"),
     ],
 )  # fmt: skip
-def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, name: str, content: Any, message: str) -> None:
     path = tmp_path / name
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(InputError) as error:
         read(path)
+    assert len(str(error.value)) < 600
     assert str(error.value).startswith(f"evaluate.labels {path}: {message}")
     assert "\n" not in str(error.value)

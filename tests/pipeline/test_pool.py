@@ -1,5 +1,6 @@
 """Negatives from a file, and from a model with another tokenizer."""
 
+import io
 import json
 import pickle
 import re
@@ -298,6 +299,16 @@ def test_the_identity_is_the_content(bench: Bench, tmp_path: Path) -> None:
 
 
 PARQUET = b"PAR1 and then nothing that is one"
+
+
+def bad_list() -> bytes:
+    """A Parquet file whose second list holds a text that is not UTF-8."""
+    texts = pa.Array.from_buffers(pa.string(), 2, pa.array([b"x", b"\xff"]).buffers())
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), texts)
+    pq.write_table(pa.table({"prompt": ["say 1", "say 2"], "text": lists}), sink := io.BytesIO())
+    return sink.getvalue()
+
+
 BAD = {
     "a prompt column": (
         '{"promt": "say 1", "text": "a"}',
@@ -330,13 +341,20 @@ BAD = {
     ),
     "parts of a message": (
         '{"prompt": [{"role": "user", "content": [{"type": "text", "text": "say 1"}]}], "text": "a"}',
-        "line 1: 'prompt' is [{'type': 'text', 'text': 'say 1'}]: must be text",
+        "line 1: 'prompt' is [{'text': 'say 1', 'type': 'text'}]: must be text",
     ),
     "half a character": (r'{"prompt": "say 1", "text": "\ud83e"}', r"line 1: 'text' is '\ud83e': must be text"),
     "no object": ('["say 1", "a"]', "line 1 is ['say 1', 'a']: must be an object"),
     "cut off": ('{"prompt": "say 1", "text": "a"}\n{"prompt": "say', "line 2 is not JSON (Unterminated string"),
     "deep": ("[" * 100_000, "line 1 is not JSON ("),
     "not UTF-8": (b'{"prompt": "say 1", "text": "caf\xe9"}', "line 1 is not JSON ('utf-8' codec"),
+    "deep text": (
+        f'{{"prompt": "say 1", "text": [{"[" * 900}{"]" * 900}]}}',
+        "line 1: 'text' is [[[[[[[...]]]]]]]: must",
+    ),
+    "compressed": (b"\x1f\x8b\x08\x00", "has gzip in it; make it text in UTF-8"),
+    "UTF-16": ('{"prompt": "say 1", "text": "a"}'.encode("utf-16"), "has UTF-16 in it; make it text in UTF-8"),
+    "a list that is not UTF-8": (bad_list(), "row 2: 'text' is not UTF-8", "pool.parquet"),
     "empty": ("\n", "there are no rows in it"),
     "others": (
         '{"prompt": "Say 1", "text": "a"}',

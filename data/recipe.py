@@ -1173,6 +1173,7 @@ def _override(content: dict[str, Any], override: str) -> None:
         value = read_yaml(text)
     except ValueError as error:
         raise InputError(f"{where}: {error}") from error
+    where = f"--set {_cut(path)}"  # without the value, which may be a secret that belongs elsewhere
     _put(content, _keys(path, where), value, where)
 
 

@@ -1,6 +1,7 @@
 """The command line: parses, calls, and turns failures into one line and an exit status."""
 
 import inspect
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -250,6 +251,8 @@ def _open(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `cpo-pipe`; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # in an ASCII locale escapes take the place of other characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = app(arguments or ["--help"], prog_name="cpo-pipe", standalone_mode=False)
     except _UsageError as error:

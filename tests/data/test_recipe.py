@@ -217,9 +217,9 @@ def test_overrides(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.cop.lr=1", "--set train.cop.lr=1: cop is not in train; did you mean cpo?"),
-        ("train.new.lr=1", "--set train.new.lr=1: new is not in train; there are base, cpo"),
-        ("data.source.x=1", "--set data.source.x=1: data.source is not a section"),
+        ("train.cop.lr=1", "--set train.cop.lr: cop is not in train; did you mean cpo?"),
+        ("train.new.lr=1", "--set train.new.lr: new is not in train; there are base, cpo"),
+        ("data.source.x=1", "--set data.source.x: data.source is not a section"),
         ("data.train", "--set data.train: must be section.key=value"),
         ("data.train=]", "--set data.train=]: not valid YAML (line 1, column 1: "),
         ("data.columns={prompt: a, prompt: b}", ": line 1, column 13: the key prompt stands twice"),
@@ -538,7 +538,7 @@ def test_a_judge_has_the_settings_of_its_kind(judges: Any, message: str) -> None
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.1.lr=1", "--set train.1.lr=1: 1 is not in train; there are base, cpo"),
+        ("train.1.lr=1", "--set train.1.lr: 1 is not in train; there are base, cpo"),
         ("train={1: {init: x}}", "--set train={1: {init: x}}: line 1, column 2: the key 1 is not text; put it in"),
         ("train.cpo.steps=" + "9" * 5000, "...: line 1, column 1: a number of 5,000 characters; put it in quotes"),
         ("data=&a {b: *a}", "line 1, column 8: *a is inside &a; an anchor cannot contain itself"),

@@ -32,7 +32,7 @@ SET_CASES = {
     "train.start.steps=many": ("train", "train.start.steps is 'many': input should be a valid integer"),
     "train.cpo.bta=1": ("train", "train.cpo.bta is not a known key; did you mean beta?"),
     "trian.cpo.beta=1": ("train", "trian is not a known key; did you mean train?"),
-    "train.cop.beta=1": ("train", "--set train.cop.beta=1: cop is not in train; did you mean cpo?"),
+    "train.cop.beta=1": ("train", "--set train.cop.beta: cop is not in train; did you mean cpo?"),
     "train.cpo.beta": ("train", "--set train.cpo.beta: must be section.key=value"),
     "=3": ("train", "--set =3: must be section.key=value"),
     "train.cpo.beta={": ("train", "--set train.cpo.beta={: not valid YAML (line 1"),

@@ -293,9 +293,9 @@ def test_init_prints_the_recipe_itself_with_every_key_commented(cli: Callable, t
 # ── as a process ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def process(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [str(Path(sys.executable).parent / "cpo-pipe"), *arguments]
-    environment = {key: value for key, value in os.environ.items() if key != "CPO_PIPE_STORE"}
+    environment = {key: value for key, value in os.environ.items() if key != "CPO_PIPE_STORE"} | environment
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -306,6 +306,12 @@ def test_the_installed_command(project) -> None:
     failed = process("rank", "tiny.yaml", cwd=project.root)
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr == "error: the training start is not done: run `cpo-pipe train tiny.yaml start`\n"
+
+
+def test_an_ascii_locale_shows_other_characters_as_escapes(tmp_path: Path) -> None:
+    done = process("init", "pairs", cwd=tmp_path, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"Plackett\u2013Luce" in done.stdout
 
 
 @pytest.fixture(params=["SIGTERM", "SIGINT", "SIGTERM, in the background of a script"])

@@ -38,6 +38,7 @@ from cpo_pipe.data.store import foreign
 
 KINDS = (
     "tokenizers",
+    "chat-dates",
     "examples",
     "negatives",
     "groups",

@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
 
 from cpo_pipe.data.errors import InputError, cause
 
@@ -31,7 +32,13 @@ def with_context(prompt: str, context: str) -> str:
     return f"{prompt}\n\n{context}" if context.strip() else prompt
 
 
-def render(template: str, prompt: str, context: str = "", tokenizer: "PreTrainedTokenizerBase | None" = None) -> str:
+def render(
+    template: str,
+    prompt: str,
+    context: str = "",
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    chat_date: str | None = None,
+) -> str:
     """The text that the model is given.
 
     A template without a place for the context (`plain`, `chat`, a text without {context}) has it after the prompt.
@@ -41,6 +48,7 @@ def render(template: str, prompt: str, context: str = "", tokenizer: "PreTrained
         prompt: the prompt as the source has it.
         context: further input; empty where there is none.
         tokenizer: needed for `chat` only.
+        chat_date: the date that a chat template prints (ISO 8601), where it prints one; see `data/chat_date.py`.
 
     Raises:
         InputError: `chat`, and the tokenizer has no chat template, or one that fails.
@@ -50,7 +58,7 @@ def render(template: str, prompt: str, context: str = "", tokenizer: "PreTrained
     if template == PLAIN:
         return with_context(prompt, context)
     if template == CHAT:
-        return _render_chat(with_context(prompt, context), tokenizer)
+        return _render_chat(with_context(prompt, context), tokenizer, chat_date)
     if "{context}" not in template:
         prompt = with_context(prompt, context)
     values = {"{prompt}": prompt, "{context}": context}
@@ -58,15 +66,16 @@ def render(template: str, prompt: str, context: str = "", tokenizer: "PreTrained
     return re.sub(r"\{prompt\}|\{context\}", lambda match: values[match[0]], template)
 
 
-def _render_chat(content: str, tokenizer: "PreTrainedTokenizerBase | None") -> str:
+def _render_chat(content: str, tokenizer: "PreTrainedTokenizerBase | None", chat_date: str | None) -> str:
     if tokenizer is None or not tokenizer.chat_template:
         raise InputError(
             "data.template is chat, but the tokenizer has no chat template; "
             "use plain, dolly or a text with {prompt}, or give the tokenizer of a chat model"
         )
     messages = [{"role": "user", "content": content}]
+    day: Any = {} if chat_date is None else {"strftime_now": datetime.fromisoformat(chat_date).strftime}
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **day))
     except Exception as error:  # a template fails in its own words, or in any of Python's ways
         raise InputError(
             f"data.template is chat, but the tokenizer's chat template fails on the message of a user: {cause(error)}; "
@@ -87,7 +96,11 @@ def encode_prompts(template: str, rendered: Sequence[str], tokenizer: "PreTraine
 
 
 def encode_prompts_again(
-    template: str, prompts: Sequence[str], rendered: Sequence[str], tokenizer: "PreTrainedTokenizerBase"
+    template: str,
+    prompts: Sequence[str],
+    rendered: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    chat_date: str | None = None,
 ) -> list[list[int]]:
     """Return token ids of prompts for another tokenizer than that of the examples; its control tokens in them are text.
 
@@ -98,13 +111,14 @@ def encode_prompts_again(
         prompts: As they are before the template, which the tokenizer's own chat template renders for `chat`.
         rendered: As the examples have them.
         tokenizer: The other one.
+        chat_date: The date that its chat template prints, where it prints one.
 
     Raises:
         InputError: `chat`, and the tokenizer has no chat template.
     """
     broken = breaker(tokenizer)
     if template == CHAT:
-        rendered = [render(CHAT, broken(prompt), tokenizer=tokenizer) for prompt in prompts]
+        rendered = [render(CHAT, broken(prompt), tokenizer=tokenizer, chat_date=chat_date) for prompt in prompts]
     elif broken(template) == template:
         rendered = list(map(broken, rendered))
     return encode_prompts(template, rendered, tokenizer)

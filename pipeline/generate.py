@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
+from cpo_pipe.data.chat_date import chat_date
 from cpo_pipe.data.embedding import locate_embedder
 from cpo_pipe.data.end_tokens import end_tokens
 from cpo_pipe.data.examples import Examples
@@ -17,6 +18,7 @@ from cpo_pipe.data.fingerprint import Spec, hash_keys
 from cpo_pipe.data.models import Model
 from cpo_pipe.data.recipe import Negatives, Pool
 from cpo_pipe.data.store import Rows, Store
+from cpo_pipe.data.templates import CHAT
 from cpo_pipe.pipeline.engines.base import LazyEngine, Sampled, Sampling, check_context
 from cpo_pipe.pipeline.engines.openai import ApiModel, Asked, prompt_of
 from cpo_pipe.pipeline.missing import WINDOW, Wanted, make_missing
@@ -169,12 +171,13 @@ class _Planner:
         if own is None:
             return self._sampled(label, config.model, config.count)
         examples, seed, sampling = self.examples, self.config.seed, self._sampling(end_tokens(model.path, own))
-        spec = pool.pool_model_spec(examples.rendering, model.fingerprint, own.fingerprint, sampling, seed)
+        template = str(examples.rendering["template"])
+        day = chat_date(own, self.store) if template == CHAT else None
+        spec = pool.pool_model_spec(examples.rendering, model.fingerprint, own.fingerprint, sampling, seed, day)
         rows, refused = self._rows(spec), self.store.rows("rejected", {"of": spec})
         engine = LazyEngine(self.config.engine, model)
         columns = {"strategy": pool.STRATEGY, "generator": model.fingerprint}
-        template = str(examples.rendering["template"])
-        work = pool.FromModel(rows, refused, engine, own, template, sampling, seed, examples.tokenizer, columns)
+        work = pool.FromModel(rows, refused, engine, own, template, sampling, seed, examples.tokenizer, columns, day)
         return Job(Source(label, Wanted(rows, config.count, refused)), work, self.config.batch_size)
 
     def instructed(self) -> Iterator[Job]:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cpo_pipe.data import templates
+from cpo_pipe.data.chat_date import chat_date
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.examples import Examples
 from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec, digest, example_id
@@ -169,6 +170,8 @@ class _Plan:
         rendering: Spec = {
             "template": self.config.template, "tokenizer": tokenizer.fingerprint, "special_tokens": "as text",
         }  # fmt: skip
+        if self.config.template == templates.CHAT and (day := chat_date(tokenizer, self.store)):
+            rendering["chat_date"] = day
         split = {"seed": self.config.split_seed, **{name: getattr(self.config, name) for name in SPLITS}}
         spec: Spec = {**self._content, "definitions": DEFINITIONS, "rendering": rendering, "split": split}
         if self.config.preset in _CUT:
@@ -291,7 +294,7 @@ def _make(examples: Examples, config: Data, rows: _Rows, run_dir: Path | None) -
         collected = _Collected(rows.source.name, config.split_seed, writer.path / "unordered.arrow")
         with track("prepare", rows.count()) as meter, collected:
             make = _cut_articles if config.preset in _CUT else _encode_pairs
-            for made in make(rows, tokenizer, meter):
+            for made in make(rows, tokenizer, examples.rendering, meter):
                 collected.add(made)
         collected.check(config.max_rejected, run_dir)
         ends = split_ends(collected.prompt_hashes(), config.train, config.validation, config.test)
@@ -325,7 +328,9 @@ class _ShortEnd:
     """The end of an article, or all of a short one, that makes no piece: counted, but nothing is wrong with it."""
 
 
-def _encode_pairs(rows: _Rows, tokenizer: "PreTrainedTokenizerBase", meter: Meter) -> Iterator[_Made | Refusal]:
+def _encode_pairs(
+    rows: _Rows, tokenizer: "PreTrainedTokenizerBase", rendering: Spec, meter: Meter
+) -> Iterator[_Made | Refusal]:
     template, eos = rows.config.template, templates.eos_token_id(tokenizer)
     as_text = templates.breaker(tokenizer)  # what is written in the data; the template's own control tokens are meant
     in_target = templates.finder(templates.special_tokens(tokenizer))
@@ -334,7 +339,7 @@ def _encode_pairs(rows: _Rows, tokenizer: "PreTrainedTokenizerBase", meter: Mete
         given = [row for row in batch if isinstance(row, _Pair)]
         pairs = [replace(pair, target=templates.without_eos(pair.target, tokenizer)) for pair in given]
         prompts = [(as_text(pair.prompt), as_text(pair.context)) for pair in pairs]
-        rendered = [templates.render(template, prompt, context, tokenizer) for prompt, context in prompts]
+        rendered = [templates.render(template, *texts, tokenizer, rendering.get("chat_date")) for texts in prompts]
         all_prompt_ids = templates.encode_prompts(template, rendered, tokenizer)
         all_target_ids = templates.encode_targets([pair.target for pair in pairs], tokenizer)
         columns = zip(given, pairs, prompts, rendered, all_prompt_ids, all_target_ids, strict=True)
@@ -367,7 +372,7 @@ def _encoded(
 
 
 def _cut_articles(
-    rows: _Rows, tokenizer: "PreTrainedTokenizerBase", meter: Meter
+    rows: _Rows, tokenizer: "PreTrainedTokenizerBase", _: Spec, meter: Meter
 ) -> Iterator[_Made | _ShortEnd | Refusal]:
     for batch in _batches(rows.checked(), ARTICLE_BATCH):
         yield from (row for row in batch if isinstance(row, Refusal))

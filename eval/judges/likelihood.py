@@ -24,9 +24,18 @@ class LikelihoodJudge(ScoreJudge):
 
     noise = NOISE
 
-    def __init__(self, name: str, model: Model, tokenizer: TokenizerFiles, template: str, logprobs: Logprobs):
+    def __init__(
+        self,
+        name: str,
+        model: Model,
+        tokenizer: TokenizerFiles,
+        template: str,
+        logprobs: Logprobs,
+        chat_date: str | None = None,
+    ):
         """`tokenizer` is the model's own; with the `template` chat its chat template renders the prompts."""
         super().__init__(name, f"{name} log-prob")
+        self._chat_date = chat_date if template == templates.CHAT else None
         self._model, self._tokenizer, self._template, self._logprobs = model, tokenizer, template, logprobs
 
     def spec(self) -> Spec:
@@ -34,7 +43,8 @@ class LikelihoodJudge(ScoreJudge):
         ends = self._ends()
         return {"judge": "likelihood", "model": self._model.fingerprint, "tokenizer": self._tokenizer.fingerprint,
                 "template": self._template, "special_tokens": "as text",
-                **({"end_tokens": list(ends)} if len(ends) > 1 else {})}  # fmt: skip
+                **({"end_tokens": list(ends)} if len(ends) > 1 else {}),
+                **({"chat_date": self._chat_date} if self._chat_date else {})}  # fmt: skip
 
     def scores(self, cases: Sequence[Case], outputs: Sequence[str]) -> list[float]:
         """Mean log-prob of each output's tokens, its end included, in nats.
@@ -45,7 +55,7 @@ class LikelihoodJudge(ScoreJudge):
         tokenizer = self._tokenizer.load()
         ends = self._ends() or (templates.eos_token_id(tokenizer, f"evaluate.judges.{self.name}.model"),)
         texts, rendered = [case.prompt for case in cases], [case.rendered for case in cases]
-        prompts = templates.encode_prompts_again(self._template, texts, rendered, tokenizer)
+        prompts = templates.encode_prompts_again(self._template, texts, rendered, tokenizer, self._chat_date)
         written = templates.encode_as_text(outputs, tokenizer)
         self._check_context(max((len(x) + len(y) + 1 for x, y in zip(prompts, written, strict=True)), default=0))
         wanted = [

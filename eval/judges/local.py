@@ -51,16 +51,19 @@ class LocalJudge:
         both_orders: bool,
         engine: str,
         logprobs: Logprobs,
+        chat_date: str | None = None,
     ):
         """`tokenizer` is the model's own; `engine`, which decides no verdict, is `auto`, `vllm` or `transformers`."""
         self.name, self.query = name, query
         self.orders: Sequence[str] = (AB, BA) if both_orders else (AB,)
         self._model, self._tokenizer, self._engine, self._logprobs = model, tokenizer, engine, logprobs
+        self._chat_date = chat_date
 
     def spec(self) -> Spec:
         """What decides its verdicts."""
         return {"judge": "local", "model": self._model.fingerprint, "tokenizer": self._tokenizer.fingerprint,
-                "template": self.query.text, "special_tokens": "as text"}  # fmt: skip
+                "template": self.query.text, "special_tokens": "as text",
+                **({"chat_date": self._chat_date} if self._chat_date else {})}  # fmt: skip
 
     def judge(self, pairs: Sequence[Pair]) -> Iterator[list[tuple[int, Verdict]]]:
         """Verdicts; `raw` holds the log-prob of each letter, in nats, and the engine.
@@ -98,7 +101,7 @@ class LocalJudge:
             InputError: the tokenizer joins a letter, with and without a space, to the end of the query.
         """
         template = templates.CHAT if tokenizer.chat_template else templates.PLAIN
-        text = templates.render(template, query, tokenizer=tokenizer)
+        text = templates.render(template, query, tokenizer=tokenizer, chat_date=self._chat_date)
         texts = [text, *(f"{text}{space}{letter}" for space in SPACES for letter in LETTERS)]
         prompt, *longer = templates.encode_prompts(template, texts, tokenizer)
         behind = [tuple(ids[len(prompt) :]) if ids[: len(prompt)] == prompt else () for ids in longer]

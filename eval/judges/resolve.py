@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from cpo_pipe.data.chat_date import chat_date
 from cpo_pipe.data.embedding import Embedder, EmbeddingMemo
 from cpo_pipe.data.fingerprint import Spec
 from cpo_pipe.data.models import Model, TokenizerFiles, tokenizer_in
@@ -63,9 +64,10 @@ def open_judges(
         assert settings.model is not None
         model = means.model(settings.model)
         tokenizer = own_tokenizer(model, store)
+        day = chat_date(tokenizer, store)
         if settings.kind == "likelihood":
-            return LikelihoodJudge(name, model, tokenizer, template, means.logprobs)
-        return LocalJudge(name, model, tokenizer, query, settings.both_orders, settings.engine, means.logprobs)
+            return LikelihoodJudge(name, model, tokenizer, template, means.logprobs, day)
+        return LocalJudge(name, model, tokenizer, query, settings.both_orders, settings.engine, means.logprobs, day)
 
     return [opened(name, settings) for name, settings in config.judges.items()]
 

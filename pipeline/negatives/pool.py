@@ -54,10 +54,13 @@ def pool_file_spec(rendering: Spec, sha256: str, columns: PoolColumns, max_token
             "max_tokens": max_tokens, "encoding": ENCODING}  # fmt: skip
 
 
-def pool_model_spec(rendering: Spec, generator: str, tokenizer: str, sampling: Sampling, seed: int) -> Spec:
+def pool_model_spec(
+    rendering: Spec, generator: str, tokenizer: str, sampling: Sampling, seed: int, chat_date: str | None = None
+) -> Spec:
     """The model's distribution over texts, of which its tokenizer is a part, and what makes token ids of them."""
     return {"strategy": STRATEGY, "generator": generator, "tokenizer": tokenizer, "prompt": rendering,
-            "sampling": sampling.spec(), "seed": seed, "encoding": ENCODING}  # fmt: skip
+            "sampling": sampling.spec(), "seed": seed, "encoding": ENCODING,
+            **({"chat_date": chat_date} if chat_date else {})}  # fmt: skip
 
 
 def other_tokenizer(model: Model, tokenizer: TokenizerFiles, store: Store) -> TokenizerFiles | None:
@@ -405,6 +408,8 @@ class FromModel:
     """Of the model that is trained."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """What is the same in all rows."""
+    chat_date: str | None = None
+    """That the model's own chat template prints."""
     at_once: bool = False
 
     @property
@@ -472,7 +477,7 @@ class FromModel:
     def _prompts(self, batch: pa.Table, own: "PreTrainedTokenizerBase") -> list[list[int]]:
         """The examples' prompts in the model's own tokens."""
         prompts, rendered = (batch[name].to_pylist() for name in ("prompt", "rendered"))
-        return templates.encode_prompts_again(self.template, prompts, rendered, own)
+        return templates.encode_prompts_again(self.template, prompts, rendered, own, self.chat_date)
 
 
 def text_behind(prompt_ids: Sequence[int], token_ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -114,6 +114,24 @@ def test_the_likelier_output_wins(bench: Bench) -> None:
     assert {judgement.flipped for judgement in found} == {None}, "it sees no order"
 
 
+def test_a_chat_template_that_prints_the_date_is_given_one(tmp_path: Path, new_model: Callable[..., Path]) -> None:
+    folder = new_model()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }} {{ messages[0].content }}"
+    tokenizer.save_pretrained(folder)
+    bench = Bench(tmp_path, folder)
+    parts = bench.model, bench.tokenizer
+    for day in ("2020-01-02", "2021-03-04"):
+        likelihood = LikelihoodJudge("likelihood", *parts, "chat", bench.logprobs, day)
+        local = LocalJudge("local", *parts, Query(TEMPLATE), True, "transformers", bench.logprobs, day)
+        for judge in (likelihood, local):
+            assert judge.spec()["chat_date"] == day
+            bench.groups = []
+            bench.judged(judge, [Pair(case(0), " the dog", " fox")])
+            assert {tokenizer.decode(group["prompt_ids"])[:11] for group in bench.groups} == {f"{day} "}
+    assert "chat_date" not in LikelihoodJudge("likelihood", *parts, "plain", bench.logprobs, day).spec()
+
+
 def test_likelihood_needs_room(tmp_path: Path, new_model: Callable[..., Path]) -> None:
     bench = Bench(tmp_path, new_model(max_position_embeddings=16))
     with pytest.raises(

@@ -15,14 +15,16 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from cpo_pipe.data.chat_date import chat_date
 from cpo_pipe.data.end_tokens import end_tokens
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.examples import Examples
 from cpo_pipe.data.executor import LocalExecutor
 from cpo_pipe.data.models import TokenizerFiles, locate_model, locate_tokenizer
-from cpo_pipe.data.recipe import Data, Pool, PoolColumns
+from cpo_pipe.data.recipe import Data, Negatives, Pool, PoolColumns
 from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline.engines.base import LazyEngine, Sampling
+from cpo_pipe.pipeline.generate import plan_negatives
 from cpo_pipe.pipeline.missing import Wanted, make_missing
 from cpo_pipe.pipeline.negatives.pool import (
     FromFile,
@@ -578,6 +580,24 @@ def test_a_chat_is_rendered_by_the_models_own_template(
         output = network.generate(**inputs, do_sample=False, max_new_tokens=8, eos_token_id=1, pad_token_id=0)[0]
         text = own.decode(output[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert text.startswith(rows[0]["text"]), "an answer begins a text: without the space of its first token"
+
+
+def test_a_date_in_the_models_own_template_is_recorded(
+    tmp_path: Path, new_model: Callable[..., Path], other_model: Path
+) -> None:
+    run_model = new_model(seed=9)
+    templates = {run_model: "{{ messages[0].content }}", other_model: f"{{{{ strftime_now('%Y') }}}}{CHAT}"}
+    for folder, template in templates.items():
+        loaded = PreTrainedTokenizerFast.from_pretrained(folder)
+        loaded.chat_template = template
+        loaded.save_pretrained(folder)
+    bench = Bench(tmp_path, run_model, template="chat")
+    pools = {"other": {"model": "other", "count": 1, "strength": 1}}
+    config = Negatives.model_validate({"counts": {}, "pools": pools})
+    other = locate_model(str(other_model), bench.store)
+    (job,) = plan_negatives(config, bench.store, bench.examples, lambda *_, **__: other, 8).jobs
+    assert isinstance(job.work, FromModel)
+    assert job.work.chat_date == job.source.rows.spec["chat_date"] == chat_date(job.work.own_tokenizer, bench.store)
 
 
 def test_which_tokenizer_is_another(bench: Bench, tmp_path: Path, other_model: Path, tiny_model: Path) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoTokenizer
 
 from cpo_pipe.data.embedding import Embedded, Embedder
 from cpo_pipe.data.errors import MissingInput
@@ -21,6 +23,7 @@ from cpo_pipe.pipeline import rank as rank_module
 from cpo_pipe.pipeline.generate import Source, Sources
 from cpo_pipe.pipeline.missing import Wanted
 from cpo_pipe.pipeline.rank import COPY, DUPLICATE, add_ranks, plan_groups, rank
+from tests.pipeline.conftest import Project
 
 TARGET = [7, 8, 0]
 
@@ -188,6 +191,39 @@ def test_a_group_may_be_left_alone_and_is_counted(tmp_path: Path, caplog: pytest
     groups = rank(Rank(), True, store, sources(store, alone, 1), LocalExecutor())
     assert len(groups.read(["y"])["candidates"].to_pylist()[0]) == 1
     assert "1 groups have no negative left" in caplog.text
+
+
+def test_a_date_in_the_chat_template_stays_on_a_later_day(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shutil.copytree(project.model, project.root / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{{ strftime_now('%d %b') }} {{ messages[0].content }}"
+    tokenizer.save_pretrained(model)
+    recipe = (project.root / "tiny.yaml").read_text().replace(str(project.model), str(model))
+    recipe = recipe.replace("data: {", "data: {template: chat, ").replace(
+        "{model: start, counts", f"{{model: {model}, counts"
+    )
+    (project.root / "tiny.yaml").write_text(recipe)
+
+    def run(day: int, rows: int) -> list[str]:
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz: tzinfo | None = None) -> "Clock":
+                return cls(2026, 11, day, tzinfo=tz)
+
+        for module in ("cpo_pipe.data.chat_date", "transformers.utils.chat_template_utils"):
+            monkeypatch.setattr(f"{module}.datetime", Clock)
+        for stage in ("prepare", "train start", "generate-negatives", "rank", "train cpo"):
+            command, *names = stage.split()
+            result = project.cli(command, "tiny.yaml", *names, "--set", f"data.train={rows}")
+            assert result.status == 0, result.err
+        return [name for name in project.made() if "/shards/" in name and "groups/" in name]
+
+    first, second = run(28, 8), run(29, 12)
+    assert set(first) < set(second)
+    (artifact,) = {name.split("/shards/")[0] for name in second}
+    groups = [row for name in second for row in pq.read_table(project.store / name).to_pylist()]
+    assert len(groups) == 12, artifact
+    assert {tokenizer.decode(group["prompt_ids"])[:7] for group in groups} == {"28 Nov "}
 
 
 def test_missing_negatives_are_not_ranked_around(tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+"""The date that a chat template prints: one for each tokenizer in a store, so that no artifact mixes two."""
+
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+from cpo_pipe.data import templates
+from cpo_pipe.data.models import TokenizerFiles
+from cpo_pipe.data.store import Store
+
+KIND = "chat-dates"
+FILE = "date.txt"
+
+_PRINTS_DATES = b"strftime_now"
+"""The one function of chat templates that knows the time."""
+_UNLIKE = date(2001, 1, 1), date(2022, 12, 30)
+"""Two dates that differ in day, month, year and weekday."""
+
+
+def chat_date(tokenizer: TokenizerFiles, store: Store) -> str | None:
+    """Return the date (ISO 8601) to render a tokenizer's chat template with; None where it prints none.
+
+    It is the day on which the store first needed it, and stays: what is rendered later continues what is there.
+
+    Raises:
+        InputError: the tokenizer cannot be loaded, or has no chat template after all.
+    """
+    if not _may_print_a_date(tokenizer.path):
+        return None
+    product = store.product(KIND, {"tokenizer": tokenizer.fingerprint})
+    if not product.complete():
+        with product.lock():
+            if not product.complete():  # again: another process may have made it while we waited
+                today = datetime.now(UTC).astimezone().date().isoformat() if _prints_a_date(tokenizer) else ""
+                with product.create() as writer:
+                    (writer.path / FILE).write_text(today)
+        product.complete()  # of a remote store: another machine may have been first
+    return (product.path / FILE).read_text() or None
+
+
+def _may_print_a_date(folder: Path) -> bool:
+    """Return whether files of a tokenizer mention the time; nothing is loaded."""
+    files = [folder / name for name in ("chat_template.jinja", "tokenizer_config.json")]
+    return any(_PRINTS_DATES in file.read_bytes() for file in files if file.is_file())
+
+
+def _prints_a_date(tokenizer: TokenizerFiles) -> bool:
+    loaded = tokenizer.load()
+    one, other = (templates.render(templates.CHAT, "a", tokenizer=loaded, chat_date=day.isoformat()) for day in _UNLIKE)
+    return one != other

@@ -277,8 +277,8 @@ def _check_token_ids(name: str, groups: pa.Table, examples: pa.Table) -> None:
     for example_id, prompt, target, prompt_now, target_now in zip(*columns, strict=True):
         if (prompt, target) != (prompt_now, target_now):
             raise RunError(
-                f"{name}: the group of example {example_id} has other token ids than the example: its chat template does "
-                "not render the same text each time; use a template that does"
+                f"{name}: the group of example {example_id} has other token ids than the example: its chat template "
+                "does not render the same text each time; use a template that does"
             )
 
 

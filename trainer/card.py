@@ -8,9 +8,10 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import AutoConfig
 
 from cpo_pipe.data.fingerprint import Spec
-from cpo_pipe.data.models import Model
+from cpo_pipe.data.models import Model, own_attention
 from cpo_pipe.data.recipe import ScratchModel, Training
 from cpo_pipe.data.text import fenced, visible
 
@@ -36,7 +37,7 @@ A causal language model trained by cpo-pipe with the objective `{objective}`: {l
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("this-folder")
+model = AutoModelForCausalLM.from_pretrained("this-folder"{attention})
 tokenizer = AutoTokenizer.from_pretrained("this-folder")
 ```
 
@@ -72,8 +73,10 @@ def write_card(
         tags=["cpo-pipe", config.objective, *(["lora"] if config.lora is not None else [])],
         base_model=_base_model(init),
     )
+    attention = own_attention(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     text = _TEXT.format(
         name=name,
+        attention="" if attention is None else f', attn_implementation="{attention}"',
         objective=config.objective,
         loss=_LOSSES[config.objective],
         groups=groups,

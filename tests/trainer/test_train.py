@@ -373,6 +373,7 @@ def test_a_scratch_model_trains_with_its_soft_cap(bench: Bench, architecture: st
              "attn_logit_softcapping": 5.0}  # fmt: skip
     scratch = ScratchModel(architecture=architecture, config=sizes)
     product = bench.train("mle", scratch, steps=1, lr=1e-12)
+    assert 'from_pretrained("this-folder", attn_implementation="eager")' in (product.path / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(product.path, attn_implementation="eager")
     with torch.no_grad():
         logprobs = [naive_logprob(model, prompt, ids[0]) for prompt, ids, _ in CANDIDATES.values()]

@@ -3,6 +3,7 @@
 500 inputs in CI, the same in each run; 10,000 new ones in `just soak`.
 """
 
+import copy
 import csv
 import io
 import json
@@ -33,6 +34,7 @@ from cpo_pipe.pipeline.prepare import _Rows
 SECONDS = 2.0
 """Of this process: how busy the machine is does not count."""
 RECIPES = {name: path.read_text(encoding="utf-8") for name, path in builtin_recipes().items()}
+TREES = {name: yaml.safe_load(text) for name, text in RECIPES.items()}
 
 
 class TooSlow(BaseException):
@@ -99,6 +101,12 @@ SNIPPETS = [
     "x" * 5000, "~/x", "~nobody/x", "../", "/dev/null", "rounds: 100000\n", "name: " + "n" * 260 + "\n",
     LAUGHS,
 ]  # fmt: skip
+SNIPPET_VALUES = [
+    "&a [*a]", "&a {<<: *a}", "!!map [1]", "!!set x", "!!omap x", "!!timestamp x", "!!binary \u00e9", "!!int x",
+    "!!float x", "!!bool x", "!!null x", "!!str x", "9" * 5000, "0x" + "f" * 5000, "0x_", ".nan", "-.inf", "1.0e+999",
+    "1" + ":1" * 999 + ".", "2024-13-45", "2024-01-01", "{1: 2}", "{null: x}", "{? [a]: b}", "{<<: 3}", "1:1:1.", "<<",
+    "[" * 400, '"\\ud800"', '"\\0"', "x" * 300, "-1", "1e5", "100000", "''", "[]", "{}", "~", "'*'", "[[a, b], [b, a]]",
+]  # fmt: skip
 VALUES = st.recursive(
     st.one_of(
         st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.dates(), st.binary(max_size=5),
@@ -125,8 +133,13 @@ def mutated_text(draw: st.DrawFn) -> str:
     text = RECIPES[draw(st.sampled_from(sorted(RECIPES)))]
     for _ in range(draw(st.integers(1, 4))):
         start = draw(positions(text))
-        how = draw(st.sampled_from(["insert", "delete", "replace", "swap", "lines", "indent"]))
-        if how == "insert":
+        how = draw(st.sampled_from(["value", "value", "insert", "delete", "replace", "swap", "lines", "indent"]))
+        if how == "value":
+            keys = text.split(": ")
+            place = draw(st.integers(1, max(1, len(keys) - 1)))
+            rest = keys[place].partition("\n")[2] if place < len(keys) else ""
+            text = ": ".join([*keys[:place], draw(st.sampled_from(SNIPPET_VALUES)) + "\n" + rest, *keys[place + 1 :]])
+        elif how == "insert":
             text = text[:start] + draw(st.sampled_from(SNIPPETS) | st.text(max_size=5)) + text[start:]
         elif how == "delete":
             text = text[:start] + text[start + draw(st.integers(1, 30)) :]
@@ -159,7 +172,7 @@ def changed(tree: Any, path: list[int], change: Callable[[Any, Any], None]) -> N
 
 @st.composite
 def mutated_tree(draw: st.DrawFn) -> dict[str, Any]:
-    tree = yaml.safe_load(RECIPES[draw(st.sampled_from(sorted(RECIPES)))])
+    tree = copy.deepcopy(TREES[draw(st.sampled_from(sorted(TREES)))])
     for _ in range(draw(st.integers(1, 3))):
         path, value = draw(PATHS), draw(VALUES)
         how = draw(st.sampled_from(["replace", "remove", "add", "grow"]))
@@ -175,7 +188,7 @@ def mutated_tree(draw: st.DrawFn) -> dict[str, Any]:
                 node.extend([node[key]] * 500)
 
         changed(tree, path, change)
-    return tree  # type: ignore[no-any-return]
+    return tree
 
 
 def dotted_paths(tree: Any, above: str = "") -> Iterator[str]:
@@ -184,7 +197,7 @@ def dotted_paths(tree: Any, above: str = "") -> Iterator[str]:
         yield from dotted_paths(value, f"{above}{key}.")
 
 
-KEYS = sorted({path for text in RECIPES.values() for path in dotted_paths(yaml.safe_load(text))})
+KEYS = sorted({path for tree in TREES.values() for path in dotted_paths(tree)})
 OVERRIDES = st.tuples(
     st.sampled_from(KEYS) | st.text(max_size=8) | st.builds("{}.{}".format, st.sampled_from(KEYS), st.text(max_size=5))
     | st.sampled_from(["a" + ".a" * 3000, "train.1.lr", "train..lr", "rounds", "note", "name", "x" * 300]),

@@ -265,11 +265,13 @@ class _Checkpoint:
         Raises:
             InputError: transformers, or what writes the card, refuses it.
         """
+        from safetensors import SafetensorError
+
         folder = atomic.temporary(product.path)
         try:
             folder.mkdir(parents=True)
             self.write(folder, model, [{"step": 0, "loss": math.nan}], math.nan)
-        except (OSError, InputError):
+        except (OSError, SafetensorError, InputError):  # a full disk is no fault of the model's
             raise
         except Exception as error:  # the libraries' refusals have no common type
             raise InputError(

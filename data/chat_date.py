@@ -1,6 +1,6 @@
 """The date that a chat template prints: one for each tokenizer in a store, so that no artifact mixes two."""
 
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from cpo_pipe.data import templates
@@ -12,8 +12,8 @@ FILE = "date.txt"
 
 _PRINTS_DATES = b"strftime_now"
 """The one function of chat templates that knows the time."""
-_UNLIKE = date(2001, 1, 1), date(2022, 12, 30)
-"""Two dates that differ in day, month, year and weekday."""
+_UNLIKE = datetime(2001, 1, 2, 3, 4, 5), datetime(2022, 12, 30, 16, 17, 18)
+"""Two times that differ in all parts."""
 
 
 def chat_date(tokenizer: TokenizerFiles, store: Store) -> str | None:
@@ -45,5 +45,7 @@ def _may_print_a_date(folder: Path) -> bool:
 
 def _prints_a_date(tokenizer: TokenizerFiles) -> bool:
     loaded = tokenizer.load()
-    one, other = (templates.render(templates.CHAT, "a", tokenizer=loaded, chat_date=day.isoformat()) for day in _UNLIKE)
+    one, other = (
+        templates.render(templates.CHAT, "a", tokenizer=loaded, chat_date=time.isoformat()) for time in _UNLIKE
+    )
     return one != other

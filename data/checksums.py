@@ -28,6 +28,8 @@ def fault(folder: Path) -> str | None:
                 return f"the checksum of {name} differs"
     except FileNotFoundError:
         return f"{FILE} is gone"
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return f"{FILE} is unreadable"
+    except OSError as error:  # such as of a failing disk
+        return f"a file cannot be read ({error.strerror})"
     return None

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cpo_pipe.data.models import TokenizerFiles
 
 GENERATION_CONFIG = "generation_config.json"
+_SPECIAL_TOKENS = ("bos_token_id", "pad_token_id")
 
 
 def end_tokens(model: Path | None, tokenizer: "TokenizerFiles | None") -> tuple[int, ...]:
@@ -62,11 +63,15 @@ def name_end_tokens(network: "PreTrainedModel", ids: Sequence[int]) -> None:
     What its authors would sample with (a temperature, a repetition penalty, tokens to suppress) is left out: it would
     change what is sampled from the network, and transformers refuses to save settings that contradict each other.
     """
+    from huggingface_hub.errors import StrictDataclassFieldValidationError
     from transformers import GenerationConfig
 
     before, named = network.generation_config, _value(ids)
     for config in (network.config, network.config.get_text_config()):
-        config.eos_token_id = named
+        try:
+            config.eos_token_id = named
+        except StrictDataclassFieldValidationError:  # takes one token only; the generation config has them all
+            config.eos_token_id = ids[0]
     network.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=getattr(before, "bos_token_id", None),
         eos_token_id=named,
@@ -75,11 +80,10 @@ def name_end_tokens(network: "PreTrainedModel", ids: Sequence[int]) -> None:
 
 
 def write_end_tokens(folder: Path, ids: Sequence[int]) -> None:
-    """Name the end tokens in the config files of a model's folder; files that name these already stay as they are."""
-    if _configured(folder) == set(ids):
-        return
-    for name in ("config.json", GENERATION_CONFIG):
-        content = {**_json(folder / name), "eos_token_id": _value(ids)}
+    """Name the end tokens in the config files of a model's folder; its generation config keeps special tokens alone."""
+    generation = {key: value for key, value in _json(folder / GENERATION_CONFIG).items() if key in _SPECIAL_TOKENS}
+    for name, content in (("config.json", _json(folder / "config.json")), (GENERATION_CONFIG, generation)):
+        content["eos_token_id"] = _value(ids)
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -108,15 +112,19 @@ def _configured(model: Path) -> set[int]:
 
 
 def _declared_eos(folder: Path) -> int | None:
-    """Return the id of the EOS token that a tokenizer's JSON files name."""
+    """Return the id of the EOS token that a tokenizer's JSON files name; None leaves it to the tokenizer to say."""
     config, tokenizer = _json(folder / "tokenizer_config.json"), _json(folder / "tokenizer.json")
     named = config.get("eos_token") or _json(folder / "special_tokens_map.json").get("eos_token")
-    token = named["content"] if isinstance(named, dict) else named
-    for added in tokenizer.get("added_tokens", []):
-        if added["content"] == token:
-            return int(added["id"])
-    vocabulary = tokenizer.get("model", {}).get("vocab")
-    return vocabulary.get(token) if isinstance(vocabulary, dict) else None  # Unigram lists pairs: left to the tokenizer
+    try:
+        token = named["content"] if isinstance(named, dict) else named
+        for added in tokenizer.get("added_tokens", []):
+            if added["content"] == token:
+                return int(added["id"])
+        vocabulary = tokenizer.get("model", {}).get("vocab")
+        found = vocabulary.get(token) if isinstance(vocabulary, dict) else None  # Unigram lists pairs
+    except (AttributeError, KeyError, TypeError, ValueError):  # damaged: loading it says how
+        return None
+    return found if isinstance(found, int) else None
 
 
 def _json(path: Path) -> dict[str, Any]:

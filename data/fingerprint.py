@@ -186,10 +186,7 @@ def check_unchanged(path: Path, recorded: str) -> None:
         remedy = "run the command again to set it aside and make it again"
     else:
         remedy = "restore the file, or run the command again to use the new content as a model or data set of its own"
-    raise RunError(
-        f"{path}: damaged: its size and times are unchanged, but its SHA-256 is {found[:16]}… instead of "
-        f"{recorded[:16]}…; {remedy}"
-    )
+    raise RunError(f"{path}: damaged: its SHA-256 is {found[:16]}…, but {recorded[:16]}… was recorded for it; {remedy}")
 
 
 def hash_weights(folder: Path, hash_file: Callable[[Path], str]) -> dict[str, str]:

@@ -365,4 +365,4 @@ def _tokens(file: Path) -> dict[int, str]:
             tokens = dict(enumerate(token for token, _ in vocabulary))
         return tokens | {token["id"]: token["content"] for token in content.get("added_tokens", [])}
     except (AttributeError, TypeError, ValueError, KeyError) as error:
-        raise InputError(f"{file}: has another form than a tokenizer.json; download or save the model again") from error
+        raise InputError(f"{file}: is not a valid tokenizer.json; download or save the model again") from error

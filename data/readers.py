@@ -147,7 +147,7 @@ class Source:
     def _rows(self, required: Mapping[str, str], optional: Iterable[str]) -> Stream:
         wanted = [*required.values(), *optional]
         if self.kind in (".jsonl", ".csv", ".txt") and (content := other_content(Path(self.name))):
-            raise InputError(f"data.source {self.name}: has {content} in it; make it text in UTF-8")
+            raise InputError(f"data.source {self.name}: contains {content}; save it as text in UTF-8")
         if self.kind == ".jsonl":
             return _jsonl(Path(self.name))
         if self.kind == ".csv":

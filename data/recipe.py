@@ -39,7 +39,7 @@ def _location(text: str) -> str:
     text = os.path.expanduser(text)
     parts = os.fsencode(text).split(b"/")
     if "\0" in text or max(map(len, parts)) > 255 or len(os.fsencode(text)) > 4095:
-        raise ValueError("no file can be called so: a name has at most 255 bytes, a path 4,095, and none a NUL")
+        raise ValueError("not a valid path: a name has at most 255 bytes, a path 4,095, and neither a NUL")
     return text
 
 

@@ -90,7 +90,7 @@ class _Loader(yaml.SafeLoader):
                 shown = f"the key {key.value}" if isinstance(key, yaml.ScalarNode) else "a key"
                 raise _refused(key, f"{shown} is not text; put it in quotes")
             if key.value in seen:  # of which YAML's own loader keeps the last, silently
-                raise _refused(key, f"the key {key.value} stands twice")
+                raise _refused(key, f"duplicate key {key.value}; remove one")
             seen.add(key.value)
         return node
 

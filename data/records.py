@@ -104,7 +104,10 @@ def run_record(run_dir: Path) -> Record | None:
         return None
     if not all(isinstance(stage, dict) for stage in stages.values()):
         return None
-    times = [stage.get(name, 0) for stage in stages.values() for name in ("started", "seconds", "total_seconds")]
+    if not all(isinstance(stage.get("apis", {}), dict) for stage in stages.values()):
+        return None
+    times = [stage.get("seconds") for stage in stages.values()]
+    times += [stage.get(name, 0) for stage in stages.values() for name in ("started", "total_seconds")]
     return content if all(isinstance(value, int | float) for value in times) else None
 
 

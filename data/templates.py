@@ -169,15 +169,28 @@ def _encode_as_text(
 
 def without_eos(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     """Return a text without EOS tokens written at its end: what encodes it puts one there."""
-    end = tokenizer.eos_token
-    return re.sub(rf"(?:{re.escape(str(end))}\s*)+\Z", "", text) if end and str(end) in text else text
+    end = str(tokenizer.eos_token or "")
+    while end.strip() and (stripped := text.rstrip()).endswith(end):
+        text = stripped.removesuffix(end)
+    return text
 
 
 def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
-    """Return ids by text of the tokens that are declared special."""
+    """Return ids by text of the tokens that are declared special.
+
+    Without characters that have no other token as text, but for BOS and EOS: some tokenizers declare a character of
+    ordinary texts as their padding (`!`).
+    """
     found = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     found |= {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return {text: token_id for text, token_id in found.items() if text.strip()}
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    for text, token_id in [*found.items()]:
+        is_character = len(text) == 1 and token_id not in ends
+        if not text.strip() or (
+            is_character and [token_id] in _encode([text], tokenizer, False, split_special_tokens=True)
+        ):
+            del found[text]
+    return found
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
@@ -212,14 +225,6 @@ def _breaker(tokens: Mapping[str, int]) -> Callable[[str], str]:
     # What follows the first character is looked at and not taken, since tokens may overlap.
     pattern = re.compile("|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in tokens) or r"(?!)")
     return lambda text: pattern.sub(lambda first: " " if first[0] in tokens else f"{first[0]} ", text)
-
-
-def render_prompt(
-    template: str, prompt: str, context: str, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[str, list[int]]:
-    """A prompt as the model is given it: rendered text, and its token ids."""
-    rendered = render(template, prompt, context, tokenizer)
-    return rendered, encode_prompts(template, [rendered], tokenizer)[0]
 
 
 def eos_token_id(tokenizer: "PreTrainedTokenizerBase", field: str = "data.tokenizer") -> int:

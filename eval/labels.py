@@ -85,7 +85,7 @@ def _read(path: Path) -> pa.Table:
     block = path.stat().st_size + 1  # a block that ends within a row is an error to both readers
     try:
         if path.suffix.lower() != ".parquet" and (content := other_content(path)):
-            raise _error(path, f"has {content} in it; make it text in UTF-8")
+            raise _error(path, f"contains {content}; save it as text in UTF-8")
         if path.suffix.lower() == ".parquet":
             table = pq.read_table(path)
         elif path.suffix.lower() == ".csv":

@@ -602,11 +602,11 @@ def _report(facts: dict[str, Any], found: str = "") -> None:
     log.info("%s%s", _summary(facts), found)
     if count := facts["control_tokens"]:
         log.warning(
-            "examples: %s have control tokens in their texts; they are text to the model; write those that are meant "
-            "into data.template", f"{count:,}",
+            "examples: %s have control tokens in their texts; they are encoded as plain text; put control tokens "
+            "that are meant into data.template", f"{count:,}",
         )  # fmt: skip
     if count := facts["written_ends"]:
-        log.warning("examples: %s targets end in an EOS token that is written out; it is taken as their end",
+        log.warning("examples: %s targets end in a written EOS token; it is encoded as the end of the target",
                     f"{count:,}")  # fmt: skip
 
 

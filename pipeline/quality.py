@@ -46,6 +46,8 @@ RATIO = (0.5, 2.0)
 """Half the negatives are of another order of length than the target: rewards, which are sums over tokens, are too."""
 UNENDED = 0.5
 """For most negatives the absence of the end token alone says that they are no target."""
+TRUNCATED = 0.01
+"""Share of texts longer than the embedding model reads; `rank` counts fewer, too."""
 TIED = 0.1
 """One negative in ten has no place of its own in the order."""
 POOR = 0.5
@@ -499,7 +501,7 @@ def _poverty(row: Mapping[str, Any]) -> Iterator[str]:
 
 def _order(row: Mapping[str, Any], target: Mapping[str, Any]) -> Iterator[str]:
     own, targets = row["truncated"] or 0, target["truncated"] or 0
-    if own or targets:
+    if max(own, targets) > TRUNCATED:
         yield (
             f"{own:.1%} of the negatives and {targets:.1%} of the targets are longer than the embedding model reads: "
             "similarity and rank ignore how they go on; set rank.model to a model that reads more, or shorten the "

@@ -439,7 +439,7 @@ class Run:
             return False
         changed = changed_files(self.run_dir, record)
         if changed:
-            log.warning("%s: gone or changed; written again with the report", ", ".join(changed))
+            log.warning("%s: missing or changed; writing it again", ", ".join(changed))
         return not changed
 
     def _ensembles(self) -> dict[str, list[tuple[float, str]]]:
@@ -642,7 +642,7 @@ class Run:
             aside = path.with_name(f"run.json.damaged-{time.time_ns()}")
             path.rename(aside)
             log.warning(
-                "%s is damaged; set aside as %s. What earlier runs took is not known any more", path, aside.name
+                "%s is damaged and was moved to %s; the time and cost of earlier runs are lost", path, aside.name
             )
         return found or {"stages": {}}
 

@@ -155,7 +155,7 @@ class Watch:
         if loss < self._first_loss * (1 - CHANGE):
             return (f"the loss fell {change}: it rewards the order of the candidates, not a likely target; lower lr, "
                     "or raise beta or mle_weight, to keep the target likely")  # fmt: skip
-        return f"the loss went {change}, so this gained nothing; lower lr, or raise beta or mle_weight"
+        return f"the loss went {change}, so nothing was gained; lower lr, or raise beta or mle_weight"
 
     def _repetition(self, step: float, repetition: float) -> None:
         if self._first_repetition is None:

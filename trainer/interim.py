@@ -101,6 +101,9 @@ class Interim:
             found = None if best is None else checksums.fault(self.folder / best)
             found = f"of its best weights {found}" if found else None
         if found is None:
+            for path in self.folder.glob("best-*"):  # written after the state: nothing vouches for them
+                if path.name != best:
+                    shutil.rmtree(path)
             return step
         aside = self._product.path.with_name(f"{self._product.path.name}.damaged-{time.time_ns()}")
         aside.mkdir()

@@ -263,7 +263,7 @@ class Loop:
                 self.scorer.set_attention(facts["attention"])
                 return
             log.warning(
-                "train %s: goes on otherwise than before it was stopped (%s): it checks anew how to compute the model; "
+                "train %s: resumes under other conditions than before (%s): the self-check runs again; "
                 "the result is equal up to rounding, not bitwise",
                 self.name, ", ".join(changed),
             )  # fmt: skip

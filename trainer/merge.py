@@ -151,14 +151,23 @@ def _check_alike(system: str, one: "_Part", other: "_Part") -> None:
                 f"system {system}: {one.model} and {other.model} are not of one architecture: the tensor {name} is "
                 f"{mine} in the one and {theirs} in the other; merge models that began as the same one"
             )
-    configs = [part.skeleton.config.to_dict() for part in (one, other)]
-    for key in sorted({*configs[0], *configs[1]} - _NOT_COMPUTED):
+    configs = [_computed(part.skeleton.config.to_dict()) for part in (one, other)]
+    for key in sorted({*configs[0], *configs[1]}):
         values = [config.get(key) for config in configs]
         if values[0] != values[1]:
             raise InputError(
                 f"system {system}: {one.model} and {other.model} are not of one architecture: {key} is {values[0]!r} "
                 f"in the config of the one and {values[1]!r} in that of the other; merge models that began as one"
             )
+
+
+def _computed(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of a config, also of those in it, that change what a model computes."""
+    return {
+        key: _computed(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _NOT_COMPUTED
+    }
 
 
 def _write_configs(parts: Sequence["_Part"], folder: Path, ends: Sequence[int]) -> None:

@@ -13,6 +13,9 @@ from cpo_pipe.eval.judges.base import NOISE, Case
 from cpo_pipe.eval.judges.logprobs import Logprobs, Scored, summed
 from cpo_pipe.eval.judges.scores import ScoreJudge
 
+RULES = 2
+"""Raise when the same texts come to have other log-probs."""
+
 
 class LikelihoodJudge(ScoreJudge):
     """The output with the higher mean log-prob of its tokens and of its end, under one model.
@@ -42,7 +45,7 @@ class LikelihoodJudge(ScoreJudge):
         """What decides its verdicts."""
         ends = self._ends()
         return {"judge": "likelihood", "model": self._model.fingerprint, "tokenizer": self._tokenizer.fingerprint,
-                "template": self._template, "special_tokens": "as text",
+                "template": self._template, "rules": RULES,
                 **({"end_tokens": list(ends)} if len(ends) > 1 else {}),
                 **({"chat_date": self._chat_date} if self._chat_date else {})}  # fmt: skip
 

@@ -35,7 +35,7 @@ class OpenAiJudge:
 
         Raises:
             InputError: the server's client is not installed, or the server takes no such request.
-            RunError: a cap is reached, or the server answers nothing any more.
+            RunError: a cap is reached, or the server stopped answering.
         """
         self.api.check_client()
         try:

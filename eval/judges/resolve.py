@@ -10,6 +10,7 @@ from cpo_pipe.data.models import Model, TokenizerFiles, tokenizer_in
 from cpo_pipe.data.recipe import Evaluate
 from cpo_pipe.data.recipe import Judge as Settings
 from cpo_pipe.data.store import Store
+from cpo_pipe.data.templates import CHAT
 from cpo_pipe.eval.judges.base import Judge
 from cpo_pipe.eval.judges.likelihood import LikelihoodJudge
 from cpo_pipe.eval.judges.local import LocalJudge
@@ -64,7 +65,8 @@ def open_judges(
         assert settings.model is not None
         model = means.model(settings.model)
         tokenizer = own_tokenizer(model, store)
-        day = chat_date(tokenizer, store)
+        rendered = settings.kind == "local" or template == CHAT
+        day = chat_date(tokenizer, store) if rendered else None
         if settings.kind == "likelihood":
             return LikelihoodJudge(name, model, tokenizer, template, means.logprobs, day)
         return LocalJudge(name, model, tokenizer, query, settings.both_orders, settings.engine, means.logprobs, day)

@@ -17,7 +17,7 @@ Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 """Unit vectors of texts, (n, d)."""
 
 RULES = 2
-"""Raise when `ExactJudge` comes to compare the same texts otherwise."""
+"""Raise when `ExactJudge` or `SimilarityJudge` comes to compare the same texts otherwise."""
 SEARCH_SECONDS = 5.0
 """Longest search of a pattern in one text; repeats within repeats can take longer than anyone waits."""
 
@@ -126,7 +126,7 @@ class SimilarityJudge(ScoreJudge):
 
     def spec(self) -> Spec:
         """What decides its verdicts."""
-        return {"judge": "similarity", "embedder": self._fingerprint}
+        return {"judge": "similarity", "embedder": self._fingerprint, "rules": RULES}
 
     def scores(self, cases: Sequence[Case], outputs: Sequence[str]) -> list[float]:
         """Cosine of each output to its target."""

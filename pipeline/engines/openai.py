@@ -63,8 +63,8 @@ _AGAIN = (408, 409, 425, 429)
 """Statuses below 500 after which the same request may succeed."""
 _FILTERED = ("content_filter", "content_policy_violation", "invalid_prompt")
 """Codes of a request that was refused for what it says."""
-_LIMITS = ("length", "max_tokens", "model_length", "model_context_window_exceeded")
-"""Values of `finish_reason` where a limit of tokens cut the text."""
+_LIMITS = ("length", "max_tokens", "model_length", "model_context_window_exceeded", "repetition")
+"""Values of `finish_reason` where a limit (of tokens, or of repeated ones) cut the text."""
 _FILTERS = ("content_filter", "refusal", "safety", "recitation", "sensitive")
 """Values of `finish_reason` where the server withholds the text."""
 _FAILURES = ("error", "abort", "aborted", "cancelled", "network_error", "insufficient_system_resource")
@@ -229,7 +229,7 @@ class ApiModel:
 class _Part(BaseModel):
     """A part of a message's content, where a server gives it as a list."""
 
-    type: str
+    type: str = "text"
     text: str | None = None
 
 
@@ -449,7 +449,7 @@ class ApiClient:
             Refused: the server will never answer this.
             Failed: it did not, however often it was asked.
             InputError: it answers no such request, whatever the messages.
-            RunError: a cap is reached, or the server answers nothing any more.
+            RunError: a cap is reached, or the server stopped answering.
         """
         most = Tokens(_most_tokens("".join(message["content"] for message in messages)), n * max_tokens)
         body = {"messages": messages, "max_tokens": max_tokens, "n": n, **parameters}
@@ -523,7 +523,7 @@ class ApiClient:
             ledger.in_vain += 1 / (rounds * self._config.concurrency)
             if ledger.in_vain >= 1:
                 raise RunError(
-                    f"apis.{self._api.name}: the server answers nothing any more (the last: {trouble}); what was made "
+                    f"apis.{self._api.name}: the server stopped answering (last error: {trouble}); what was made "
                     "is kept: see to it and run the same command again"
                 ) from None
             if time.monotonic() >= self._told_at + LOG_SECONDS:
@@ -576,7 +576,7 @@ class ApiClient:
             said = self._clean(_title(response)) or "nothing"
             raise _Again(f"the answer is not JSON but {said}")
         place = ".".join(map(str, fault["loc"]))
-        raise _Again(f"the answer is not one of the API: {place}{': ' if place else ''}{fault['msg']}")
+        raise _Again(f"unexpected form of the answer: {place}{': ' if place else ''}{fault['msg']}")
 
     # ── what the server takes ────────────────────────────────────────────────────────────────────────────────────
 

@@ -218,7 +218,7 @@ class PoolFile:
         """Where each row stands, and its values."""
         kinds = {".jsonl": self._jsonl, ".parquet": self._parquet, ".json": self._json}
         if not self.path.is_dir() and self.path.suffix.lower() == ".jsonl" and (content := other_content(self.path)):
-            raise self.error(f"has {content} in it; make it text in UTF-8")
+            raise self.error(f"contains {content}; save it as text in UTF-8")
         read = self._parquets if self.path.is_dir() else kinds[self.path.suffix.lower()]
         try:
             for place, row in read():

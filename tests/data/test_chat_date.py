@@ -69,6 +69,10 @@ def test_what_prints_no_date_has_none(tmp_path: Path, template: str | None) -> N
     assert (store.local / KIND).exists() == (template == ELSEWHERE), "what is not asked is not recorded"
 
 
+def test_a_template_that_prints_only_the_time_has_a_date(tmp_path: Path) -> None:
+    assert chat_date(tokenizer(tmp_path / "t", "{{ strftime_now('%H:%M') }}"), Store(tmp_path / "store"))
+
+
 def test_a_template_in_the_old_file_is_seen(tmp_path: Path, day: SetDay) -> None:
     files = tokenizer(tmp_path / "t", None)
     config = json.loads((files.path / "tokenizer_config.json").read_text())

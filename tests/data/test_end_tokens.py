@@ -111,15 +111,12 @@ def test_a_network_names_its_end_tokens_and_nothing_that_its_authors_sample_with
     assert network.config.eos_token_id == network.generation_config.eos_token_id == 5
 
 
-def test_files_name_end_tokens_and_stay_where_they_do_already(folder: Path) -> None:
-    edit(folder / "generation_config.json", temperature=0.5, eos_token_id=[9, 0])
-    before = (folder / "generation_config.json").read_bytes()
+def test_both_files_name_the_end_tokens_in_order_and_no_sampling(folder: Path) -> None:
+    edit(folder / "generation_config.json", temperature=0.5, eos_token_id=[9, 0], pad_token_id=7)
+    before = json.loads((folder / "config.json").read_text())
     write_end_tokens(folder, (0, 9))
-    assert (folder / "generation_config.json").read_bytes() == before
-    write_end_tokens(folder, (5, 0, 9))
-    for name in ("config.json", "generation_config.json"):
-        assert json.loads((folder / name).read_text())["eos_token_id"] == [5, 0, 9]
-    assert json.loads((folder / "generation_config.json").read_text())["temperature"] == 0.5
+    assert json.loads((folder / "config.json").read_text()) == {**before, "eos_token_id": [0, 9]}
+    assert json.loads((folder / "generation_config.json").read_text()) == {"pad_token_id": 7, "eos_token_id": [0, 9]}
 
 
 def test_a_text_without_its_end() -> None:
@@ -147,3 +144,21 @@ print(end_tokens(folder, TokenizerFiles(folder, "f")), "transformers" in sys.mod
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         == "(0,) False\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", {"added_tokens": None}),
+        ("tokenizer.json", {"added_tokens": [1]}),
+        ("tokenizer.json", {"model": None}),
+        ("tokenizer_config.json", {"eos_token": ["</s>"]}),
+        ("tokenizer_config.json", {"eos_token": {"text": "</s>"}}),
+    ],
+)
+def test_damaged_tokenizer_files_are_left_to_the_tokenizer(tmp_path: Path, file: str, content: dict) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (tmp_path / "tokenizer.json").write_text('{"added_tokens": [], "model": {"vocab": {}}}')
+    (tmp_path / file).write_text(json.dumps({**json.loads((tmp_path / file).read_text()), **content}))
+    with pytest.raises(InputError, match="cannot be loaded"):
+        end_tokens(None, TokenizerFiles(tmp_path, "f"))

@@ -165,7 +165,7 @@ def test_other_content_than_text_is_named(tmp_path, suffix):
         path = write(tmp_path / f"a{suffix}", content)
         with pytest.raises(InputError) as error:
             read(path, {"target": "text"} if suffix == ".txt" else PAIR)
-        assert str(error.value) == f"data.source {path}: has {kind} in it; make it text in UTF-8"
+        assert str(error.value) == f"data.source {path}: contains {kind}; save it as text in UTF-8"
 
 
 def test_pipes_folders_and_dangling_links_are_no_files(tmp_path):

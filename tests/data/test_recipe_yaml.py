@@ -39,7 +39,7 @@ CHAIN = "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 60))
         ("yes: 2", "the key yes is not text; put it in quotes"),
         ("? [a]\n: b", "line 1, column 3: a key is not text; put it in quotes"),
         ("{<<: {1: 2}}", "the key 1 is not text"),
-        ("a: 1\na: 2", "line 2, column 1: the key a stands twice"),
+        ("a: 1\na: 2", "line 2, column 1: duplicate key a; remove one"),
         ('a: "\\ud800"', "line 1, column 4: half of a surrogate pair is not a character; write the whole character"),
         ("a: b\0", "not valid YAML (unacceptable character #x0000: special characters are not allowed in"),
         ("<<: 3", "not valid YAML (line 1, column 5: expected a mapping or list of mappings for"),

@@ -1,5 +1,7 @@
 """A tokenizer of one token per byte makes every expected id countable by hand."""
 
+import time
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -17,7 +19,6 @@ from cpo_pipe.data.templates import (
     encode_texts,
     eos_token_id,
     render,
-    render_prompt,
     special_tokens,
     without_eos,
 )
@@ -68,7 +69,8 @@ def test_chat_is_the_tokenizers_own():
     turns = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
     chat = "{{ '<s>' }}" + turns + "{% if add_generation_prompt %}>{% endif %}"
     tokenizer = byte_tokenizer("<s> $A </s>", chat_template=chat)
-    text, ids = render_prompt("chat", "Hi", "ctx", tokenizer)
+    text = render("chat", "Hi", "ctx", tokenizer)
+    (ids,) = encode_prompts("chat", [text], tokenizer)
     assert text == "<s>[user] Hi\n\nctx>"
     # one BOS: the one that the template wrote
     assert ids.count(BOS) == 1
@@ -193,6 +195,23 @@ def test_a_character_that_is_unknown_is_no_control_token():
 def test_an_eos_written_at_the_end_is_taken_off(text, without):
     assert without_eos(text, byte_tokenizer()) == without
     assert without_eos(text, byte_tokenizer(eos=None)) == text
+
+
+def test_many_written_eos_are_taken_off_in_bounded_time():
+    start = time.process_time()
+    assert without_eos("</s>" * 20_000 + "x", byte_tokenizer()) == "</s>" * 20_000 + "x"
+    assert without_eos("a" + "</s>\n" * 20_000, byte_tokenizer()) == "a"
+    assert time.process_time() - start < 5
+
+
+def test_a_character_of_texts_that_is_declared_as_padding_is_text():
+    """Its token is that of the vocabulary."""
+    tokenizer = byte_tokenizer()
+    (plain,) = encode_texts(["Hi! there"], tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "!"})
+    assert "!" not in special_tokens(tokenizer)
+    assert encode_targets(["Hi! there"], tokenizer) == encode_as_text(["Hi! there"], tokenizer) == [plain]
+    assert breaker(tokenizer)("Hi! there</s>") == "Hi! there< /s>"
 
 
 def test_prompts_for_another_tokenizer_have_its_control_tokens_as_text():

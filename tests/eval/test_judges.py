@@ -156,7 +156,7 @@ def test_specs_of_what_was_judged_before_there_were_names() -> None:
     """Verdicts that are in stores are addressed by these."""
     assert ExactJudge("right", "(a)").spec() == {"judge": "exact", "pattern": "(a)", "rules": 2}
     assert ExactJudge("exact", None).spec() == {"judge": "exact", "pattern": None, "rules": 2}
-    assert SimilarityJudge("near", _on_a_circle, "f").spec() == {"judge": "similarity", "embedder": "f"}
+    assert SimilarityJudge("near", _on_a_circle, "f").spec() == {"judge": "similarity", "embedder": "f", "rules": 2}
 
 
 def test_names_name_scores() -> None:

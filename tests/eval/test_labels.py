@@ -85,7 +85,7 @@ def test_labels_are_found_whatever_the_unicode_form_of_their_texts(tmp_path: Pat
          "output_a in row 2 is not UTF-8; save the file as UTF-8"),
         ("labels.jsonl", b'{"prompt": "p", "output_a": "caf\xe9", "output_b": "y", "winner": "a"}\n',
          "output_a in row 1 is not UTF-8; save the file as UTF-8"),
-        ("labels.csv", b"\xff\xfep\0", "has UTF-16 in it; make it text in UTF-8"),
+        ("labels.csv", b"\xff\xfep\0", "contains UTF-16; save it as text in UTF-8"),
         ("labels.csv", b"\xe9,output_a,output_b,winner\np,x,y,a\n", "cannot be read ("),
         ("labels.csv", b"prompt,prompt,output_a,output_b,winner\np,p,x,y,a\n", "cannot be read ("),
         ("labels.csv", b"prompt,output_a,output_b,winner\np,x,y," + b"9" * 5000, "winner is '999999999999...99999"),

@@ -86,7 +86,7 @@ RECIPE_FILES = {
     "not YAML": (b"data: {source: [1\ntrain: 3", "recipe bad.yaml: not valid YAML (line 2, column 6: "),
     "a tab": (b"data:\n\tsource: x\n", "recipe bad.yaml: not valid YAML (line 2, column 1: "),
     "not UTF-8": (b"name: caf\xe9\n", "recipe bad.yaml: not UTF-8 (byte 9); save it as UTF-8"),
-    "a key twice": (b"name: a\nname: b\n", "recipe bad.yaml: line 2, column 1: the key name stands twice"),
+    "a key twice": (b"name: a\nname: b\n", "recipe bad.yaml: line 2, column 1: duplicate key name; remove one"),
     "nothing required": (b"name: a\n", "recipe bad.yaml: data is missing"),
     "a Python object": (
         b"name: !!python/object:os.system {}\n",

@@ -26,9 +26,9 @@ SAID = [
         "cpo-store/groups/*/manifests/*.json": r"groups/\w+: the manifest of shard {stem} was damaged; made again",
     },
     {
-        "runs/tiny/report.html": r"report\.html.*: gone or changed; written again",
-        "runs/tiny/metrics.md": r"metrics\.md.*: gone or changed; written again",
-        "runs/tiny/model_outputs/cpo/*.json": r"model_outputs/cpo/greedy\.json.*: gone or changed; written again",
+        "runs/tiny/report.html": r"report\.html.*: missing or changed; writing it again",
+        "runs/tiny/metrics.md": r"metrics\.md.*: missing or changed; writing it again",
+        "runs/tiny/model_outputs/cpo/*.json": r"model_outputs/cpo/greedy\.json.*: missing or changed; writing it again",
     },
     {
         "cpo-store/examples/*/manifest.json": r"examples/{folder} is damaged \(manifest\.json\); .* made again",
@@ -69,5 +69,5 @@ def test_what_was_deleted_comes_back(made, deleted: str) -> None:
     assert made.cli("run", "tiny.yaml").status == 0
     path = made.root / "runs/tiny" / deleted
     path.unlink()
-    assert f"{deleted}: gone or changed; written again" in made.cli("run", "tiny.yaml").err
+    assert f"{deleted}: missing or changed; writing it again" in made.cli("run", "tiny.yaml").err
     assert path.is_file()

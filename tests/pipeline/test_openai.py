@@ -378,7 +378,7 @@ def test_being_told_to_slow_down_is_no_failure(
         assert run.texts(table) == expected(5)
     with serve(lambda seen: error(429, "slow")) as server:
         run = Run(tmp_path / "other", tokenizer, server.url, attempts=1, concurrency=2)
-        with pytest.raises(RunError, match=r"answers nothing any more \(the last: HTTP 429: slow\)"):
+        with pytest.raises(RunError, match=r"stopped answering \(last error: HTTP 429: slow\)"):
             run.make(table)
         assert len(server.seen) in (40, 41)
 
@@ -410,9 +410,7 @@ def test_being_told_to_slow_down_inside_an_answer(
         assert re.search(r"apis.gpt: error (429|rate_limit_error): slow; asking again, slower", caplog.text)
     with serve(lambda seen: Reply(body)) as server:
         run = Run(tmp_path / "other", tokenizer, server.url, attempts=1, concurrency=2)
-        with pytest.raises(
-            RunError, match=r"answers nothing any more \(the last: error (429|rate_limit_error): slow\)"
-        ):
+        with pytest.raises(RunError, match=r"stopped answering \(last error: error (429|rate_limit_error): slow\)"):
             run.make(table)
         assert len(server.seen) in (16, 17)
 
@@ -437,11 +435,11 @@ ANSWERS_THAT_ARE_NONE = [
      "gateway"),
     (b'{"choices": [{"message"', 'the answer is not JSON but {"choices": [{"message"'),
     (b"", "the answer is not JSON but OK"),
-    (b'{"choices": "none"}', "the answer is not one of the API: choices: Input should be a valid array"),
+    (b'{"choices": "none"}', "unexpected form of the answer: choices: Input should be a valid array"),
     (b'{"choices": null}', "the answer has 0 choices, not 1"),
     (b'{"detail": "Not\\u001b[2J ready"}', r"error: Not\x1b[2J ready"),
     (b'{"error": {"code": 502}}', 'error 502: {"error": {"code": 502}}'),
-    (b'[{"error": {"code": 502}}]', "the answer is not one of the API: Input should be an object"),
+    (b'[{"error": {"code": 502}}]', "unexpected form of the answer: Input should be an object"),
 ]  # fmt: skip
 
 
@@ -657,11 +655,11 @@ def test_a_server_that_is_down_does_not_take_hours(tmp_path: Path, tokenizer: To
     with serve() as server:
         url = server.url
     run = Run(tmp_path, tokenizer, url, concurrency=4, attempts=3)
-    with pytest.raises(RunError, match=r"apis.gpt: the server answers nothing any more \(the last: no connection"):
+    with pytest.raises(RunError, match=r"apis.gpt: the server stopped answering \(last error: no connection"):
         run.make(table)
     with serve(lambda seen: error(500, "down") if len(server.seen) > 20 else written(seen)) as server:
         run = Run(tmp_path, tokenizer, server.url, concurrency=4, attempts=3)
-        with pytest.raises(RunError, match=r"answers nothing any more \(the last: HTTP 500: down\)"):
+        with pytest.raises(RunError, match=r"stopped answering \(last error: HTTP 500: down\)"):
             run.make(table)
         assert len(server.seen) <= 20 + 16 + 4
         assert len(run.made(table)) == len(server.delivered)

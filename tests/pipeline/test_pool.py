@@ -354,8 +354,8 @@ BAD = {
         f'{{"prompt": "say 1", "text": [{"[" * 900}{"]" * 900}]}}',
         "line 1: 'text' is [[[[[[[...]]]]]]]: must",
     ),
-    "compressed": (b"\x1f\x8b\x08\x00", "has gzip in it; make it text in UTF-8"),
-    "UTF-16": ('{"prompt": "say 1", "text": "a"}'.encode("utf-16"), "has UTF-16 in it; make it text in UTF-8"),
+    "compressed": (b"\x1f\x8b\x08\x00", "contains gzip; save it as text in UTF-8"),
+    "UTF-16": ('{"prompt": "say 1", "text": "a"}'.encode("utf-16"), "contains UTF-16; save it as text in UTF-8"),
     "a list that is not UTF-8": (bad_list(), "row 2: 'text' is not UTF-8", "pool.parquet"),
     "empty": ("\n", "there are no rows in it"),
     "others": (

@@ -138,7 +138,7 @@ def test_what_was_taken_otherwise_is_said_each_time(tmp_path, store, chat_tokeni
         assert (facts["control_tokens"], facts["written_ends"]) == (1, 1)
         assert facts["rejected"] == {"empty target": 1}
         assert "examples: 1 have control tokens in their texts" in caplog.text
-        assert "examples: 1 targets end in an EOS token that is written out; it is taken as their end" in caplog.text
+        assert "examples: 1 targets end in a written EOS token; it is encoded as the end of the target" in caplog.text
 
 
 def test_control_tokens_in_articles_are_text(tmp_path, store, chat_tokenizer, caplog):

@@ -189,7 +189,7 @@ def test_a_resumed_training_does_not_repeat_what_was_said_and_forgets_nothing(ca
 
 
 ROSE = "the training diverges; lower lr, raise beta or set max_grad_norm"
-FLAT = "so this gained nothing; lower lr, or raise beta or mle_weight"
+FLAT = "so nothing was gained; lower lr, or raise beta or mle_weight"
 FELL = ("it rewards the order of the candidates, not a likely target; lower lr, or raise beta or mle_weight, to keep "
         "the target likely")  # fmt: skip
 

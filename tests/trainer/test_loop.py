@@ -249,7 +249,7 @@ def test_a_training_that_goes_on_otherwise_is_checked_anew(commands: Commands, p
     changed = command_of("train", recipe, store, "ranked", settings=["train.ranked.gradient_checkpointing=true"])
     ended = commands(changed)
     assert ended.status == 0, ended.said
-    assert "goes on otherwise than before it was stopped (gradient_checkpointing False → True)" in ended.said
+    assert "resumes under other conditions than before (gradient_checkpointing False → True)" in ended.said
     assert ended.said.count("train ranked: attention cascade, exact to") == 1
     rows, calm = (
         pq.read_table(checkpoint_of(root, "ranked") / METRICS_FILE)["loss"].to_pylist()
@@ -394,6 +394,18 @@ def test_a_crash_at_any_operation_of_a_save_leaves_the_old_state_or_the_new(
         again.interim.restore_best(3)
         assert all(map(torch.equal, again.module.parameters(), third))
     assert found == {2, 4}
+
+
+def test_best_weights_saved_after_the_state_are_saved_again(tmp_path: Path) -> None:
+    small = up_to_the_save(tmp_path)
+    small.step()  # saves the third step's weights as the best; the state that is resumed is the second's
+    flip(small.interim.folder / "best-3" / "state.safetensors")
+    again = Small(tmp_path)
+    again.step()
+    third = [parameter.detach().clone() for parameter in again.module.parameters()]
+    again.step()
+    again.interim.restore_best(3)
+    assert all(map(torch.equal, again.module.parameters(), third))
 
 
 def test_a_training_whose_save_failed_goes_on_bit_for_bit(

@@ -19,7 +19,7 @@ from cpo_pipe.data.fingerprint import model_fingerprint, sha256_file
 from cpo_pipe.data.models import Model, locate_model, locate_tokenizer
 from cpo_pipe.data.store import Store
 from cpo_pipe.trainer import merge as module
-from cpo_pipe.trainer.merge import merge, write_merged
+from cpo_pipe.trainer.merge import _computed, merge, write_merged
 from tests.conftest import rot
 
 NewModel = Callable[..., Path]
@@ -295,3 +295,9 @@ def test_models_that_compute_otherwise_are_refused(
     other = reconfigured(new_model(seed=2), tmp_path / "other", **{field: value})
     with pytest.raises(InputError, match=rf"not of one architecture: {field} is .* in that of the other"):
         merged(tmp_path / "out", one, other)
+
+
+def test_end_tokens_in_a_nested_config_are_no_other_architecture() -> None:
+    one = {"eos_token_id": 1, "hidden_size": 8, "text_config": {"eos_token_id": 1, "layers": 2}}
+    other = {"eos_token_id": [1, 2], "hidden_size": 8, "text_config": {"eos_token_id": [1, 2], "layers": 2}}
+    assert _computed(one) == _computed(other) == {"hidden_size": 8, "text_config": {"layers": 2}}

@@ -70,6 +70,21 @@ def test_it_computes_what_the_base_does_with_the_adapter_active(
     assert model.fingerprint == locate_model(str(model.path), store).fingerprint
 
 
+def test_it_names_its_end_tokens_and_nothing_that_the_bases_authors_sample_with(
+    tmp_path: Path, store: Store, tiny_model: Path
+) -> None:
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    (base / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6, "eos_token_id": [9, 4]}')
+    adapter = make_adapter(tmp_path / "adapter", base)
+    model = locate_model(str(adapter), store)
+    written = json.loads((model.path / "generation_config.json").read_text())
+    assert written["eos_token_id"] == [0, 4, 9]
+    assert "temperature" not in written
+    assert json.loads((model.path / "config.json").read_text())["eos_token_id"] == [0, 4, 9]
+    (base / "generation_config.json").write_text('{"eos_token_id": 9}')
+    assert locate_model(str(adapter), store).path != model.path
+
+
 def test_it_is_made_once_and_goes_by_content(
     tmp_path: Path, store: Store, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -524,7 +524,7 @@ class ApiClient:
             if ledger.in_vain >= 1:
                 raise RunError(
                     f"apis.{self._api.name}: the server stopped answering (last error: {trouble}); what was made "
-                    "is kept: see to it and run the same command again"
+                    "is kept; fix the cause and run the same command again"
                 ) from None
             if time.monotonic() >= self._told_at + LOG_SECONDS:
                 self._told_at = time.monotonic()

@@ -113,7 +113,7 @@ def test_parquet_values_that_python_cannot_hold_are_refused_by_row_and_column(tm
         pq.write_table(pa.table({"q": ["1", "2"], "a": column}), tmp_path / "a.parquet")
         good, bad = read(tmp_path / "a.parquet")
         assert isinstance(good, Row)
-        assert bad == Refusal("a.parquet:2", reason, "a")
+        assert bad == Refusal("a.parquet:2", reason, "column a")
 
 
 def test_a_damaged_page_is_named_with_the_rows_before_it(tmp_path):

@@ -427,7 +427,7 @@ def test_what_the_server_behind_a_server_says(tmp_path: Path, tokenizer: Tokeniz
         run = Run(tmp_path / "other", tokenizer, server.url, concurrency=1)
         with pytest.raises(RunError) as caught:
             run.make(examples(1))
-        assert r"(the last: error 429: Provider returned error: too\x1b[2J hot\x9b)" in str(caught.value)
+        assert r"(last error: error 429: Provider returned error: too\x1b[2J hot\x9b)" in str(caught.value)
 
 
 ANSWERS_THAT_ARE_NONE = [

@@ -113,7 +113,7 @@ def test_control_tokens_in_the_data_are_text(tmp_path, store, chat_tokenizer, ca
     assert example["prompt"] == "<s>what is <|end|>?\n\n</s> and <|start|>", "as the source has it"
     assert [place for place, token in enumerate(example["target_ids"]) if token < 4] == [len("<s>it </s> ends<|end|>")]
     assert tokenizer.decode(example["target_ids"][:-1]) == example["target"] == row["target"], "to the letter"
-    assert "examples: 1 have control tokens in their texts; they are text to the model" in caplog.text
+    assert "examples: 1 have control tokens in their texts; they are encoded as plain text" in caplog.text
 
 
 def test_texts_without_control_tokens_have_the_ids_they_had(tmp_path, store, chat_tokenizer, caplog):

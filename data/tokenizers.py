@@ -11,6 +11,8 @@ from cpo_pipe.data.store import Store
 log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
+LONGEST_WORD = 4000
+"""Bytes of a word that the trainer sees at once: its time grows with the square of the length."""
 
 
 class TrainedBPE:
@@ -48,11 +50,13 @@ class TrainedBPE:
 
 def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> int:
     """Train a byte-level BPE and save it as a transformers tokenizer; returns the number of its entries."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    parts = pre_tokenizers.Split(Regex(f".{{{LONGEST_WORD}}}"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, parts])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -61,6 +65,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> int:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = words
     wrapped = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         eos_token=END_OF_TEXT,

@@ -32,7 +32,7 @@ from cpo_pipe.data.records import (
     run_record,
     shard_manifest,
 )
-from cpo_pipe.data.roots import local_folder, open_root, shown
+from cpo_pipe.data.roots import is_local, local_folder, local_root, open_root, shown
 from cpo_pipe.data.schemas import EXAMPLES, METRICS, REJECTED, TABLES, Table
 from cpo_pipe.data.store import foreign
 
@@ -145,8 +145,7 @@ class Inventory:
     """
 
     def __init__(self, root: str | Path):
-        folder = str(root).removeprefix("file://")
-        if "://" not in folder and not Path(folder).is_dir():
+        if is_local(root) and not local_root(root).is_dir():
             raise InputError(f"--store {root}: no such folder; give the store of a run")
         opened: Any = open_root(root)
         self.root: Path = opened  # or a UPath, whose methods are the same

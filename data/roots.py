@@ -24,9 +24,9 @@ def open_root(root: str | Path) -> AnyPath:
     Raises:
         InputError: it cannot be made, reached or read, or the package for its protocol is missing.
     """
-    if "://" in str(root) and not str(root).startswith("file://"):
+    if not is_local(root):
         return _open_url(str(root))
-    path = Path(str(root).removeprefix("file://"))
+    path = local_root(root)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -34,6 +34,30 @@ def open_root(root: str | Path) -> AnyPath:
             f"--store {path}: cannot be made ({error.strerror}); give a folder you may write to"
         ) from error
     return path
+
+
+def is_local(root: str | Path) -> bool:
+    """Return whether a root is a folder of this machine, and not a URL of an object store."""
+    return "://" not in str(root) or str(root).startswith("file://")
+
+
+def local_root(root: str | Path) -> Path:
+    """Return the folder that a local root names."""
+    return named_folder(str(root).removeprefix("file://"), "--store")
+
+
+def named_folder(text: str, option: str) -> Path:
+    """Return the folder that an option or variable names, with ~ as the home folder.
+
+    Raises:
+        InputError: it names none, or the home folder of no user.
+    """
+    if not text.strip():
+        raise InputError(f"{option} is empty, which would mean the current folder; name a folder")
+    folder = Path(os.path.expanduser(text))
+    if text.startswith("~") and folder == Path(text):
+        raise InputError(f"{option} {text}: no such user; for a folder of that name give ./{text}")
+    return folder
 
 
 def _open_url(url: str) -> "UPath":
@@ -105,5 +129,5 @@ def local_folder(root: AnyPath) -> Path:
     """
     if isinstance(root, Path):
         return root
-    cache = Path(os.environ.get("CPO_PIPE_CACHE") or "~/.cache/cpo-pipe").expanduser().absolute()
+    cache = named_folder(os.environ.get("CPO_PIPE_CACHE") or "~/.cache/cpo-pipe", "CPO_PIPE_CACHE").absolute()
     return cache / hashlib.sha256(str(root).encode()).hexdigest()[:16]

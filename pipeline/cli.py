@@ -21,7 +21,7 @@ from cpo_pipe.data.text import one_line, say
 from cpo_pipe.pipeline.convert import convert as convert_model
 from cpo_pipe.pipeline.run import Run
 from cpo_pipe.pipeline.store_commands import store_app
-from cpo_pipe.pipeline.terminal import DEFAULT_STORE, DebugOption, StoreOption, reported
+from cpo_pipe.pipeline.terminal import DEFAULT_STORE, DebugOption, StoreOption, folder, reported
 
 # Read by these libraries when they are imported: our own messages say what matters.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -51,7 +51,13 @@ ScaleOption = Annotated[
 ]
 RunDirOption = Annotated[
     Path | None,
-    typer.Option("--run-dir", help="Folder for the resolved recipe and the report.", show_default="runs/NAME"),
+    typer.Option(
+        "--run-dir",
+        parser=folder,
+        metavar="PATH",
+        help="Folder for the resolved recipe and the report.",
+        show_default="runs/NAME",
+    ),
 ]
 ExecutorOption = Annotated[
     str,
@@ -67,7 +73,7 @@ WorkerGpusOption = Annotated[
     float | None, typer.Option(min=0, help="GPUs of a Ray worker, such as 0.5.", show_default="1, where there are GPUs")
 ]
 
-OutOption = Annotated[Path, typer.Option(help="A folder that is new or empty.")]
+OutOption = Annotated[Path, typer.Option(parser=folder, metavar="PATH", help="A folder that is new or empty.")]
 
 # Typer's usage errors (an unknown option, a missing argument): click's class in some versions, a copy in others.
 _UsageError: Any = typer.BadParameter.__base__

@@ -528,6 +528,12 @@ class Run:
 
     def everything(self) -> Path | None:
         """All that is missing, in order; returns the path of the report, if the recipe evaluates."""
+        if self.recipe.evaluate is not None and self.recipe.evaluate.labels is not None:
+            from cpo_pipe.eval.labels import read_labels
+
+            read_labels(
+                Path(self.recipe.evaluate.labels), self.store.hash_file
+            )  # an error now, not after the trainings
         self.prepare()
         grouped: set[str | None] = set()
         for name in self.recipe.training_order():

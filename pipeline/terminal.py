@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ from rich.logging import RichHandler
 from cpo_pipe.data import processes
 from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.progress import console
+from cpo_pipe.data.roots import named_folder
 from cpo_pipe.data.text import one_line, say, visible
 
 StoreOption = Annotated[
@@ -24,6 +26,16 @@ StoreOption = Annotated[
         "--store", envvar="CPO_PIPE_STORE", help="Folder of the artifact store, or a URL such as s3://bucket/folder."
     ),
 ]
+
+
+def folder(text: str) -> Path:
+    """Return the folder that an option names; refuse an empty text, which `Path` takes for the current folder."""
+    try:
+        return named_folder(text, "it")
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default="off")]
 DEFAULT_STORE = "cpo-store"
 

@@ -549,3 +549,27 @@ def test_a_run_leaves_more_than_its_report(made) -> None:
     assert set(rows[0]) == {"instruction", "output", "generator", "dataset"}
     assert (run / "model_outputs/both@0.5/greedy.json").is_file()
     assert made.cli("store", "verify").status == 0
+
+
+def test_paths_of_options_know_the_home_folder_and_are_not_empty(project, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = project.root / "home"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("CPO_PIPE_STORE", "~/store")
+    assert project.cli("prepare", "tiny.yaml", "--run-dir", "~/run").status == 0
+    assert (home / "run/recipe.yaml").is_file()
+    assert (home / "store/examples").is_dir()
+    assert not (project.root / "~").exists()
+    before = sorted(project.root.rglob("*"))
+    for option in ("--store", "--run-dir"):
+        result = project.cli("prepare", "tiny.yaml", option, "")
+        assert result.status == 2
+        assert "is empty, which would mean the current folder; name a folder" in result.error()
+    assert sorted(project.root.rglob("*")) == before
+
+
+def test_labels_that_are_not_utf8_are_an_error_before_anything_is_made(project) -> None:
+    project.write("labels.csv", b"prompt,output_a,output_b,winner\np,caf\xe9,y,a\n")
+    result = project.cli("run", "tiny.yaml", "--set", "evaluate.labels=labels.csv")
+    assert result.status == 2
+    assert "evaluate.labels labels.csv: output_a in row 1 is not UTF-8; save the file as UTF-8" in result.error()
+    assert not project.made()

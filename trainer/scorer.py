@@ -450,7 +450,8 @@ class _SelfCheck:
             raise  # says nothing of the model; the choice must not depend on what else is in memory
         except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
             # Models refuse what they don't know in many ways; whatever it is, this way of computing is not theirs.
-            return f"{type(error).__name__}: {cause(error)[:100]}", (math.nan, math.nan)
+            said = cause(error) if str(error).strip() else "no reason given"
+            return f"{type(error).__name__}: {said[:100]}", (math.nan, math.nan)
         wrong_gradient = self._gradient_error()
         if not wrong_gradient <= GRADIENT_TOLERANCE:
             return f"gradients are off by {wrong_gradient:.0e}", (wrong, wrong_gradient)

@@ -16,7 +16,7 @@ DAMAGES = {
 }
 SAID = [
     {
-        "runs/tiny/run.json": r"run\.json is damaged; set aside as run\.json\.damaged-\d+",
+        "runs/tiny/run.json": r"run\.json is damaged and was moved to run\.json\.damaged-\d+",
         "cpo-store/.runs/*.json": r"cpo-store/\.runs/{name} is damaged; written again",
         "cpo-store/file-hashes.json": r"file-hashes\.json is damaged or of another version; the files are hashed again",
         "cpo-store/examples/*/spec.json": r"examples/{folder}: spec\.json was gone or damaged; made again",

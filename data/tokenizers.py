@@ -1,7 +1,10 @@
 """Tokenizers made from the data: a byte-level BPE, addressed by its corpus."""
 
 import logging
-from collections.abc import Iterable
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cpo_pipe.data.fingerprint import Spec, tokenizer_fingerprint
@@ -64,7 +67,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> int:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    with _ended_by_signals():
+        tokenizer.train_from_iterator(texts, trainer)
     tokenizer.pre_tokenizer = words
     wrapped = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
@@ -74,3 +78,21 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> int:
     )
     wrapped.save_pretrained(folder)
     return len(wrapped)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGINT end the process at once: Python's handlers would wait until the trainer (Rust) returns.
+
+    Nothing is lost: the tokenizer is saved after the training.
+    """
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python allows no handlers
+        yield
+        return
+    numbers = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

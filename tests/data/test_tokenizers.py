@@ -2,9 +2,13 @@
 
 import json
 import random
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cpo_pipe.data.tokenizers import END_OF_TEXT, LONGEST_WORD, train_bpe
@@ -44,3 +48,35 @@ def test_one_word_of_300_kilobytes_takes_seconds(tmp_path: Path) -> None:
     assert time.process_time() - start < 10
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert tokenizer.decode(tokenizer.encode(word).ids) == word
+
+
+LONG_TRAINING = """
+import random, signal, sys
+from pathlib import Path
+from cpo_pipe.data.tokenizers import train_bpe
+
+def texts():
+    letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=3_000_000)
+    yield "".join(letters)
+    print("reading is done", flush=True)
+
+signal.signal(int(sys.argv[2]), lambda *_: sys.exit(3))
+train_bpe(texts(), 5000, Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_training_at_once(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-c", LONG_TRAINING, str(tmp_path), str(int(number))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "reading is done\n"
+        process.send_signal(number)
+    assert process.returncode == -number, "not the handler, which waits for the training"
+    assert not list(tmp_path.iterdir())
+
+
+def test_handlers_are_back_after_a_training(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    train_bpe(["hello"], 300, tmp_path)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before

@@ -111,7 +111,7 @@ class Embedder(Encoder):
         if not self._loaded:
             from sentence_transformers import SentenceTransformer
 
-            for name, recorded in self.files.items():  # the fingerprint must be that of what is loaded
+            for name, recorded in self.files.items():  # what is loaded must match the fingerprint
                 check_unchanged(self.path / name, recorded)
             try:
                 model = SentenceTransformer(str(self.path), local_files_only=True, trust_remote_code=False)

@@ -25,11 +25,11 @@ def end_tokens(model: Path | None, tokenizer: "TokenizerFiles | None") -> tuple[
     class of an old tokenizer implies it), the tokenizer is loaded.
 
     Args:
-        model: The model's folder; None of one that is made from a recipe's settings.
-        tokenizer: Of the prompts and continuations; None where there is none.
+        model: The model's folder, or None for a model with random weights.
+        tokenizer: The tokenizer of prompts and continuations, or None.
 
     Raises:
-        InputError: a file of the model names something else than token ids.
+        InputError: an `eos_token_id` in a file of the model is not a token id or a list of them.
     """
     return joined(tokenizer_eos(tokenizer), set() if model is None else _configured(model))
 

@@ -44,7 +44,7 @@ class Model:
     """SHA-256 of each file of weights, by name, as the fingerprint has them."""
 
     def check_weights(self) -> None:
-        """Read the weights before they are used: the fingerprint must be that of what is loaded.
+        """Verify the weights before use: what is loaded must match the fingerprint.
 
         A process reads each file once.
 
@@ -71,8 +71,8 @@ class Model:
         """The network itself, on the CPU.
 
         Raises:
-            InputError: transformers does not know the architecture, the weights lack some of its tensors, or are
-                quantized in a way for which a package is missing.
+            InputError: transformers does not know the architecture, the weights lack some of its tensors, or their
+                quantization needs a package that is not installed.
             RunError: the weights are damaged.
         """
         import torch
@@ -315,7 +315,7 @@ def locate_tokenizer(name: str, store: Store) -> TokenizerFiles:
     """The tokenizer that a folder or hub name leads to.
 
     Raises:
-        InputError: there is none, or it asks to run code of its own.
+        InputError: no tokenizer is there, or it needs Python code of its own.
     """
     return tokenizer_in(fetch_folder(name, "tokenizer"), store)
 
@@ -324,7 +324,7 @@ def tokenizer_in(folder: Path, store: Store) -> TokenizerFiles:
     """The tokenizer in a folder.
 
     Raises:
-        InputError: there is none, or it asks to run code of its own.
+        InputError: no tokenizer is there, or it needs Python code of its own.
     """
     found = TokenizerFiles(folder, tokenizer_fingerprint(folder, store.hash_file))
     config = folder / "tokenizer_config.json"

@@ -69,7 +69,7 @@ class RayExecutor:
                         raise (InputError if row["trouble"] == InputError.__name__ else RunError)(row["message"])
                     meter.advance(row["units"])
             except ray.exceptions.RayError as error:
-                said = one_line(str(error), 300)  # several lines, of which the last ones say what happened
+                said = one_line(str(error), 300)  # the last of its lines say what happened
                 raise RunError(f"{label}: Ray's workers failed ({said}); what was made is kept") from error
 
     def _resources(self) -> tuple[int, float]:

@@ -91,7 +91,7 @@ class Source:
         return {"kind": self.kind, "files": self._hashes(hash_file), "subset": self.subset, "split": self.split}
 
     def check(self, identity: Spec) -> None:
-        """Read the files before their rows are used: `identity` must be that of what is read.
+        """Verify the files before reading rows: they must match `identity`.
 
         Raises:
             RunError: a file is damaged.

@@ -374,7 +374,7 @@ class Api(Section):
         None, description="stop a command before it uses more tokens here, read and written"
     )
 
-    # Neither value is shown: a key may be in it. The URL is also part of what is stored.
+    # Errors show neither value, since either may contain a key. The URL is also stored with the artifacts.
 
     @field_validator("url", mode="before")
     @classmethod

@@ -89,7 +89,7 @@ class _Loader(yaml.SafeLoader):
             if key.tag != _STR:
                 shown = f"the key {key.value}" if isinstance(key, yaml.ScalarNode) else "a key"
                 raise _refused(key, f"{shown} is not text; put it in quotes")
-            if key.value in seen:  # of which YAML's own loader keeps the last, silently
+            if key.value in seen:  # PyYAML silently keeps the last one
                 raise _refused(key, f"duplicate key {key.value}; remove one")
             seen.add(key.value)
         return node

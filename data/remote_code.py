@@ -60,7 +60,7 @@ def check_embedder(name: str, folder: Path) -> None:
 
 
 def kernel_fault(config: Any) -> str | None:
-    """Return what is wrong with a config of which a setting, at any depth, names a kernel on the hub."""
+    """Return what is wrong with a config that names a kernel on the hub, at any depth; None if it names none."""
     for key, value in _settings(config):
         for named in value.values() if isinstance(value, dict) else [value]:
             if key.endswith(_KERNEL_KEYS) and isinstance(named, str) and "/" in named:

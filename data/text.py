@@ -8,14 +8,14 @@ stands around them. All text for people goes through `say` or the log (see `pipe
 import re
 from typing import TextIO
 
-# What has no shape of its own, or changes the direction of what follows it: shown by name instead of done.
+# Characters that are invisible, move the cursor or change the direction of text: shown by name.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\U000e0000-\U000e007f\ud800-\udfff]"
 )
 _MARKUP = re.compile(
     r"""([\\`*|]             # escapes, code, emphasis, table cells
-    | (?<!\w)_ | _(?!\w)    # emphasis; inside a word it is none
+    | (?<!\w)_ | _(?!\w)    # emphasis, but not inside a word
     | \](?=[(\[:])          # links and their definitions
     | ~(?=~) | ^[#>+=-])     # what is struck out; headings, quotations, lists, rules
     """,

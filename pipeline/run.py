@@ -531,9 +531,8 @@ class Run:
         if self.recipe.evaluate is not None and self.recipe.evaluate.labels is not None:
             from cpo_pipe.eval.labels import read_labels
 
-            read_labels(
-                Path(self.recipe.evaluate.labels), self.store.hash_file
-            )  # an error now, not after the trainings
+            # Damaged labels are an error now, not after the trainings.
+            read_labels(Path(self.recipe.evaluate.labels), self.store.hash_file)
         self.prepare()
         grouped: set[str | None] = set()
         for name in self.recipe.training_order():

@@ -78,7 +78,7 @@ def own_tokenizer(model: Model, store: Store) -> TokenizerFiles:
     """The tokenizer in a model's own folder.
 
     Raises:
-        InputError: there is none, or it asks to run code of its own.
+        InputError: no tokenizer is there, or it needs Python code of its own.
     """
     return tokenizer_in(model.path, store)
 

@@ -130,7 +130,7 @@ class PoolFile:
         return hash_file(self.path)
 
     def check_unchanged(self, sha256: str) -> None:
-        """Read the file before its texts are used: `sha256` must be that of what is read.
+        """Verify the file before reading texts: it must match `sha256`.
 
         Raises:
             InputError: it is not.

@@ -545,8 +545,8 @@ def test_a_chat_template_that_fails(tmp_path, store, byte_tokenizer, template, s
     with pytest.raises(InputError) as error:
         prepare(Data(source=source, tokenizer=str(folder), template="chat", train=2), store)
     assert str(error.value) == (
-        f"data.template is chat, but the tokenizer's chat template fails on the message of a user: {said}; "
-        "set data.template to plain, dolly or a text with {prompt}, or correct the chat template"
+        f"tokenizer {folder}: its chat template fails on a user's message ({said}); correct the chat template, "
+        "or set data.template to plain, dolly or a text with {prompt}"
     )
 
 

@@ -78,8 +78,8 @@ def _render_chat(content: str, tokenizer: "PreTrainedTokenizerBase | None", chat
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **day))
     except Exception as error:  # a template fails in its own words, or in any of Python's ways
         raise InputError(
-            f"tokenizer {tokenizer.name_or_path}: its chat template fails on a user's message ({cause(error)}); correct "
-            "the chat template, or set data.template to plain, dolly or a text with {prompt}"
+            f"tokenizer {tokenizer.name_or_path}: its chat template fails on a user's message ({cause(error)}); "
+            "correct the chat template, or set data.template to plain, dolly or a text with {prompt}"
         ) from error
 
 

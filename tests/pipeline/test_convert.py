@@ -273,7 +273,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "has something else in it than tensors by name",
     ),
     "quantized": (
-        lambda folder: _saved_quantized(folder),
+        _saved_quantized,
         "has something else in it than tensors by name",
     ),
     "a tensor": (lambda folder: _saved(folder, torch.ones(64)), "has something else in it than tensors by name"),

@@ -1,4 +1,11 @@
 # The project's commands. `just` alone lists them.
+
+# What `just quick` runs: losses, log-probs, the training step, the store, recipes, and one run from data to report.
+quick := "tests/trainer/objectives/test_losses.py tests/trainer/scoring/test_logprobs.py tests/trainer/scoring/test_group_table.py " \
+    + "tests/trainer/test_train.py::test_the_step_is_that_of_a_naive_loop tests/data/test_examples.py " \
+    + "tests/data/store/test_store.py tests/data/store/test_index.py tests/pipeline/rank tests/recipe " \
+    + "tests/eval/statistics/test_bootstrap.py tests/test_cli.py::test_run_makes_all_and_a_second_run_nothing"
+
 default:
     @just --list
 
@@ -10,9 +17,17 @@ setup:
 demo:
     cpo-pipe demo
 
-# All tests, in two processes (those that need vLLM skip where it is not installed)
+# Tests of every behaviour, in two processes (those that need vLLM skip where it is not installed)
 test *ARGS:
     python -m pytest -n 2 --dist worksteal {{ARGS}}
+
+# The core in about a minute: losses, log-probs, the store, recipes, and one run from data to report
+quick *ARGS:
+    python -m pytest -n 2 --dist worksteal {{quick}} {{ARGS}}
+
+# Further variants of what `test` covers, which CI runs: all architectures and recipes, Ray, kills and resumes
+test-slow *ARGS:
+    python -m pytest -n 2 --dist worksteal -m "slow and not soak" {{ARGS}}
 
 # Style and the direction of imports
 lint:
@@ -39,7 +54,7 @@ bench-report:
 soak:
     python -m pytest -m soak -s -rA
 
-# Which way of computing a group is exact for which architecture (a table)
+# Which attention backend is numerically equivalent for which architecture (a table)
 exactness:
     python -m tests.benchmarks.exactness
 

@@ -1,1 +1,1 @@
-"""What flows: schemas, the artifact store, recipes, readers, templates, the built-in data set."""
+"""What flows between the stages: schemas, the store, sources, models and tokenizers, execution."""

@@ -1,4 +1,4 @@
-"""Prepared ground-truth pairs: the product that `prepare` makes and every later stage reads."""
+"""Prepared ground-truth pairs: the artifact that `prepare` makes and every later stage reads."""
 
 import hashlib
 import heapq
@@ -9,34 +9,34 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cpo_pipe.data.fingerprint import Spec, digest
-from cpo_pipe.data.models import TokenizerFiles
-from cpo_pipe.data.store import Product
+from cpo_pipe.data.models.tokenizer import TokenizerFiles
+from cpo_pipe.data.store import Artifact
 
 
 @dataclass(frozen=True)
 class Examples:
     """The examples of a run, and what their token ids depend on."""
 
-    product: Product
+    artifact: Artifact
     """Folder with examples.parquet, tokenizer/ and, where rows were refused, rejected.parquet."""
     tokenizer: TokenizerFiles
     rendering: Spec
     """What decides an example's prompt ids beyond its id: template, tokenizer and, for cut text, where it is cut."""
 
     def read(self, split: str, limit: int | None = None, columns: list[str] | None = None) -> pa.Table:
-        """The split's selection, in its fixed order: the first `limit` examples of the EXAMPLES schema."""
+        """Return the split's selection, in its fixed order: the first `limit` examples of the EXAMPLES schema."""
         # Filtered batch by batch: other splits are never in memory.
-        path, wanted = self.product.path / "examples.parquet", pc.field("split") == split
+        path, wanted = self.artifact.path / "examples.parquet", pc.field("split") == split
         table = pq.read_table(path, columns=columns, filters=wanted)
         return table if limit is None else table.slice(0, limit)
 
     def count(self, split: str) -> int:
-        """Examples of a split."""
+        """Return examples of a split."""
         return int(self.read(split, columns=["example_id"]).num_rows)
 
 
 def draw(examples: pa.Table, count: int, seed: int) -> pa.Table:
-    """`count` examples drawn by a seed, in their order: those whose ids hash lowest with it.
+    """Return `count` examples drawn by a seed, in their order: those whose ids hash lowest with it.
 
     The order of the source changes none, other rows move few, and a larger draw contains the smaller ones.
     """
@@ -46,16 +46,16 @@ def draw(examples: pa.Table, count: int, seed: int) -> pa.Table:
 
 
 def largest_token_id(examples: Examples) -> int:
-    """The largest token id in prompts and targets."""
+    """Return the largest token id in prompts and targets."""
     largest = 0
-    with pq.ParquetFile(examples.product.path / "examples.parquet") as file:
+    with pq.ParquetFile(examples.artifact.path / "examples.parquet") as file:
         for batch in file.iter_batches(columns=["prompt_ids", "target_ids"]):
             largest = max(largest, *(pc.max(pc.list_flatten(column)).as_py() for column in batch.columns))
     return largest
 
 
 def selection_hash(examples: pa.Table) -> str:
-    """Identity of an ordered selection: its ids and token ids (an id alone does not say where text was cut)."""
+    """Return the identity of an ordered selection: its ids and token ids (ids alone do not say where text was cut)."""
     parts = []
     for name in ("example_id", "prompt_ids", "target_ids"):
         # Of all rows one after the other: how they are chunked must not matter.

@@ -1,4 +1,4 @@
-"""Content addresses: canonical JSON, hashes of rows, files and models, and the seed of a sampled row."""
+"""Content hashes: canonical JSON, hashes of rows, files and models, and the seed of a sampled row."""
 
 import hashlib
 import json
@@ -38,22 +38,22 @@ _CONFIG_PROVENANCE = ("transformers_version", "_name_or_path", "dtype", "torch_d
 
 
 def canonical_json(value: Any) -> str:
-    """One string per JSON value: sorted keys, no spaces, no NaN."""
+    """Return one string per JSON value: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def digest(value: Any, length: int = 32) -> str:
-    """First `length` hex digits of the SHA-256 of a JSON value's canonical form."""
+    """Return the first `length` hex digits of the SHA-256 of a JSON value's canonical form."""
     return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()[:length]
 
 
-def address(spec: Spec) -> str:
-    """The address of an artifact: 16 hex digits of its spec's hash."""
+def content_hash(spec: Spec) -> str:
+    """Return the hash that names an artifact: 16 hex digits of its spec's SHA-256."""
     return digest(spec, 16)
 
 
 def example_id(prompt: str, target: str, *, context: str = "", ends: bool = True) -> str:
-    """Identity of a ground-truth pair: the hash of its texts, and of whether the target is the text's real end.
+    """Return a ground-truth pair's identity: the hash of its texts, and of whether the target is the text's real end.
 
     A context is kept apart from the prompt, and a cut target from a whole one, because their token ids differ.
     """
@@ -61,12 +61,12 @@ def example_id(prompt: str, target: str, *, context: str = "", ends: bool = True
 
 
 def candidate_id(prompt_ids: Sequence[int], token_ids: Sequence[int]) -> str:
-    """Identity of a candidate as the model sees it: the hash of the prompt's and the candidate's token ids."""
+    """Return a candidate's identity as the model sees it: the hash of the prompt's and the candidate's token ids."""
     return digest([list(prompt_ids), list(token_ids)])
 
 
 def row_seed(seed: int, example_id: str) -> int:
-    """Seed of sample 0 of an example; sample k uses `row_seed(...) + k`.
+    """Return the seed of sample 0 of an example; sample k uses `row_seed(...) + k`.
 
     H(seed, example_id) mod 2^45, times 2^16: below 2^61, because vLLM gives child k of a request seed + k and
     hangs on seeds near 2^64.
@@ -75,7 +75,7 @@ def row_seed(seed: int, example_id: str) -> int:
 
 
 def hash_keys(keys: Iterable[Any]) -> str:
-    """Hash of an ordered collection of row keys, without holding its JSON in memory."""
+    """Return the hash of an ordered collection of row keys, without holding its JSON in memory."""
     state = hashlib.sha256()
     for key in keys:
         state.update(canonical_json(key).encode("utf-8", "surrogatepass"))
@@ -84,7 +84,7 @@ def hash_keys(keys: Iterable[Any]) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -183,7 +183,7 @@ def check_unchanged(path: Path, recorded: str) -> None:
         return
     distrust(path)
     if (path.parent / "manifest.json").is_file():
-        remedy = "run the command again to set it aside and make it again"
+        remedy = "run the command again to quarantine it and make it again"
     else:
         remedy = "restore the file, or run the command again to use the new content as a model or data set of its own"
     raise RunError(f"{path}: damaged: its SHA-256 is {found[:16]}…, but {recorded[:16]}… was recorded for it; {remedy}")
@@ -195,7 +195,7 @@ def hash_weights(folder: Path, hash_file: Callable[[Path], str]) -> dict[str, st
 
 
 def model_fingerprint(folder: Path, hash_file: Callable[[Path], str]) -> str:
-    """Identity of a model: its safetensors and its architecture, never its name.
+    """Return the identity of a model: its safetensors and its architecture, never its name.
 
     Raises:
         InputError: the folder has no config.json or no *.safetensors.
@@ -231,7 +231,7 @@ def read_json(path: Path, remedy: str = "download or save the model again") -> d
 
 
 def tokenizer_fingerprint(folder: Path, hash_file: Callable[[Path], str]) -> str:
-    """Identity of a tokenizer: the content of its files.
+    """Return the identity of a tokenizer: the content of its files.
 
     Raises:
         InputError: the folder has none.

@@ -1,12 +1,38 @@
 r"""Text that others wrote, made safe to show on a terminal, in a log line and in Markdown.
 
 Control characters can move the cursor, set the window's title or overwrite a line; direction characters reorder what
-stands around them. All text for people goes through `say` or the log (see `pipeline/terminal.py`), or through
+stands around them. All text for people goes through `say` or the log (see `src/cpo_pipe/terminal.py`), or through
 `markdown` and `fenced` into files.
 """
 
+import difflib
 import re
+from collections.abc import Iterable
+from itertools import islice
 from typing import TextIO
+
+from cpo_pipe.data.config import LONGEST_NAME
+
+
+def nearest(name: str, known: Iterable[str], kind: str = "") -> str:
+    """Return `did you mean X?` for the known name that is most like this one; empty where none is."""
+    if len(name) > LONGEST_NAME:  # the comparison takes time that grows with the square of the lengths
+        return ""
+    near = difflib.get_close_matches(name, [other for other in known if len(other) <= LONGEST_NAME], n=1)
+    return f"did you mean {kind}{near[0]}?" if near else ""
+
+
+def abridged(text: str, length: int = 80) -> str:
+    """Return the start of a text, on one line."""
+    text = " ".join(text.splitlines())
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return the first names, for messages."""
+    first = [abridged(name) for name in islice(names, 21)]
+    return ", ".join(first[:20] + ["…"] * (len(first) > 20)) or "none"
+
 
 # Characters that are invisible, move the cursor or change the direction of text: shown by name.
 _INVISIBLE = re.compile(

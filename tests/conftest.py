@@ -1,51 +1,16 @@
-"""Tiny real models and tokenizers, made on the spot."""
+"""Models, projects and servers that tests share."""
 
-import json
-import os
-from collections.abc import Callable
+import logging
+import shutil
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the library is imported
-# Tensors here are tiny: more threads only wait for each other, the longer the busier the machine is.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-def make_tokenizer(folder: Path) -> None:
-    """A byte-level BPE of 300 entries; `<|endoftext|>` (id 0) is EOS and padding."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 9, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
-    fast.save_pretrained(folder)
-
-
-def make_model(folder: Path, *, seed: int = 0, architecture: str = "llama", **config: object) -> Path:
-    """A model folder with random weights, scaled up so that its distribution is far from uniform."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    make_tokenizer(folder)
-    sizes: dict[str, object] = {"vocab_size": 300, "eos_token_id": 0, "bos_token_id": None, "pad_token_id": 0}
-    if architecture == "llama":
-        sizes |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
-                  "num_key_value_heads": 1, "max_position_embeddings": 128, "initializer_range": 0.3}  # fmt: skip
-    elif architecture == "gpt2":
-        sizes |= {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128, "initializer_range": 0.3}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **{**sizes, **config}))
-    model.save_pretrained(folder)
-    return folder
+from tests.support.models import make_model
+from tests.support.project import Project, Result, fill
+from tests.support.vllm import vllm_serving
 
 
 @pytest.fixture(scope="session")
@@ -58,31 +23,60 @@ def new_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return lambda **config: make_model(tmp_path_factory.mktemp("model"), **config)
 
 
-def pairs(count: int, start: int = 0) -> list[dict[str, str]]:
-    """Ground-truth rows, each unlike the others."""
-    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"]
-    return [
-        {"prompt": f"say {words[i % 8]} {i}", "target": f"{words[i % 7]} {words[i % 5]} {i * 7}"}
-        for i in range(start, start + count)
-    ]
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Result]]:
+    """Runs `cpo-pipe ARGUMENTS…` in this process."""
+    from cpo_pipe.cli import main
+
+    monkeypatch.delenv("CPO_PIPE_STORE", raising=False)
+    root, package, on_term = logging.getLogger(), logging.getLogger("cpo_pipe"), signal.getsignal(signal.SIGTERM)
+    handlers, level, package_level = root.handlers[:], root.level, package.level
+
+    def run(*arguments: object) -> Result:
+        capfd.readouterr()
+        status = main([str(argument) for argument in arguments])
+        return Result(status, *capfd.readouterr())
+
+    yield run
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    package.setLevel(package_level)
+    signal.signal(signal.SIGTERM, on_term)
 
 
-def write_jsonl(path: Path, rows: list[dict[str, str]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+@pytest.fixture
+def project(tmp_path: Path, tiny_model: Path, cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> Project:
+    """A project of which nothing is made."""
+    fill(tmp_path, tiny_model)
+    monkeypatch.chdir(tmp_path)
+    return Project(tmp_path, tiny_model, cli)
 
 
-def rot(file: Path, store: Path) -> None:
-    """Flip a bit of a file whose hash the store has cached, as a failing disk does: size and times stay the same."""
-    from cpo_pipe.data import fingerprint
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The folder of a project of which everything is made; not to be written to."""
+    from cpo_pipe.data.store import Store
+    from cpo_pipe.recipe.load import load_recipe
+    from cpo_pipe.run import Run
 
-    cache = store / "file-hashes.json"
-    files = json.loads(cache.read_text())["files"] if cache.exists() else {}
-    intact = fingerprint.sha256_file(file)
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    files[str(file.resolve())] = [fingerprint._stamp(file.resolve())[0], intact]
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    cache.write_text(json.dumps({"checksum": fingerprint.digest(files), "files": files}))
-    fingerprint._hashes.clear()  # another process has read nothing yet
+    root = tmp_path_factory.mktemp("finished")
+    fill(root, tiny_model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        Run(load_recipe("tiny.yaml"), "tiny.yaml", Store(root / "cpo-store"), root / "runs" / "tiny").everything()
+    return root
+
+
+@pytest.fixture
+def made(project: Project, finished: Path) -> Project:
+    """A project of which everything is made."""
+    shutil.copytree(finished, project.root, dirs_exist_ok=True)
+    return project
+
+
+@pytest.fixture(scope="module")
+def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A model and the URL of vLLM's own server of it."""
+    folder = make_model(tmp_path_factory.mktemp("served"), eos_token_id=7)  # not the tokenizer's
+    with vllm_serving(folder, tmp_path_factory.mktemp("log") / "server.txt") as url:
+        yield folder, url

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cpo_pipe.trainer.scorer import Probes
-from cpo_pipe.trainer.tables import Ints, Lengths
+from cpo_pipe.trainer.scoring.group_table import Ints, Lengths
+from cpo_pipe.trainer.scoring.probes import Probes
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,20 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Groups(Sequence[Group]):
-    """Groups of a table, in which they stay; one is made each time it is asked for."""
+    """The groups of a table; a group is made each time it is indexed."""
 
     table: pa.Table
-    """See trainer/tables.py."""
+    """See trainer/scoring/group_table.py."""
     rows: Ints
-    """Which of the table, in order."""
+    """Rows of the table, in order."""
     bounds: Ints
-    """Where the candidates of each group of the table begin among all, and where those of the last one end."""
+    """Offsets of each group's candidates among all of the table, and the end of the last."""
     reference_C: NDArray[np.float64] | None
     """log π_ref of all candidates of the table; None without a reference."""
 
     @classmethod
     def of(cls, table: pa.Table, reference_C: NDArray[np.float64] | None = None) -> "Groups":
-        """All groups of a table."""
+        """Return all groups of a table."""
         return cls(table, np.arange(table.num_rows), Lengths.of(table).bounds(), reference_C)
 
     def __len__(self) -> int:
@@ -73,15 +73,15 @@ class Groups(Sequence[Group]):
 
 @dataclass(frozen=True)
 class Data:
-    """What a training learns from."""
+    """The groups of a training."""
 
     groups: Sequence[Group]
-    held_out: Sequence[Group]
+    validation: Sequence[Group]
     """Measured, not trained on."""
     probes: Probes
-    """Of both."""
+    """Groups on which the self-check compares attention backends."""
     difficulty_G: NDArray[np.float64] | None = None
-    """Of the groups trained on, where they are taken from easy to hard."""
+    """Difficulty of the groups trained on, for a curriculum."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Batch:
 
 
 def collate(groups: Sequence[Group], device: torch.device) -> Batch:
-    """The tensors that the objectives need beside the policy's log-probs."""
+    """Return the tensors that objectives need beside the policy's log-probs."""
     shape = len(groups), max(len(group.candidates) for group in groups)
     mask, rank = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.long)
     logprob, tokens = torch.zeros(shape), torch.ones(shape)

@@ -3,7 +3,6 @@
 Made tensor by tensor from the parts' safetensors, so that no model is in memory as a whole.
 """
 
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -12,12 +11,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpo_pipe.data.end_tokens import end_tokens, joined, name_end_tokens, tokenizer_eos
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.fingerprint import model_fingerprint, read_json, sha256_file
-from cpo_pipe.data.models import Model, TokenizerFiles, copy_tokenizer
-from cpo_pipe.data.progress import track
-from cpo_pipe.data.store import Product, Store
+from cpo_pipe.data.models.end_tokens import end_tokens, joined, name_end_tokens, tokenizer_eos
+from cpo_pipe.data.models.model import Model
+from cpo_pipe.data.models.sharded import write_sharded
+from cpo_pipe.data.models.tokenizer import TokenizerFiles, copy_tokenizer
+from cpo_pipe.data.store import Artifact, ArtifactWriter, Store
 from cpo_pipe.trainer.train import checkpoint
 
 if TYPE_CHECKING:
@@ -33,15 +33,15 @@ _NOT_COMPUTED = {
 """Entries of a config that change nothing in what a model with its weights computes."""
 
 SHARD_SIZE = "2GB"
-"""The largest file of an ensemble, which is what is in memory of it while it is made."""
+"""The largest file of an ensemble, which is in memory while it is written."""
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _OLD_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 """Tensors in files of old versions of transformers, which its models now compute themselves."""
 
 
-def ensemble(store: Store, parts: Sequence[tuple[Model, float]], tokenizer: TokenizerFiles) -> Product:
-    """Where the ensemble of models is, made or not."""
+def ensemble(store: Store, parts: Sequence[tuple[Model, float]], tokenizer: TokenizerFiles) -> Artifact:
+    """Return the ensemble of models, made or not."""
     weights = sorted([model.fingerprint, weight] for model, weight in parts)
     ends = _end_tokens(parts, tokenizer)
     return checkpoint(store, {"merge": weights, "tokenizer": tokenizer.fingerprint, "end_tokens": list(ends)})
@@ -53,24 +53,22 @@ def _end_tokens(parts: Sequence[tuple[Model, float]], tokenizer: TokenizerFiles)
     return joined(tokenizer_eos(tokenizer), others)
 
 
-def merge(name: str, store: Store, parts: Sequence[tuple[Model, float]], tokenizer: TokenizerFiles) -> Product:
-    """The ensemble of models of one architecture, weights summing to 1, made if it is not there.
+def merge(name: str, store: Store, parts: Sequence[tuple[Model, float]], tokenizer: TokenizerFiles) -> Artifact:
+    """Return the ensemble of models of one architecture, and make it if it is missing; weights sum to 1.
 
     Raises:
         InputError: as for `write_merged`.
     """
-    product = ensemble(store, parts, tokenizer)
-    if product.complete():
-        return product
-    with product.lock():
-        if product.complete():
-            return product
-        with product.create() as folder:
-            write_merged(name, parts, folder.path, _end_tokens(parts, tokenizer))
-            copy_tokenizer(tokenizer.path, folder.path)
-            folder.facts["fingerprint"] = model_fingerprint(folder.path, sha256_file)
-    log.info("system %s: merged into %s", name, product.name)
-    return product
+    artifact = ensemble(store, parts, tokenizer)
+
+    def write(writer: ArtifactWriter) -> None:
+        write_merged(name, parts, writer.path, _end_tokens(parts, tokenizer))
+        copy_tokenizer(tokenizer.path, writer.path)
+        writer.facts["fingerprint"] = model_fingerprint(writer.path, sha256_file)
+
+    if artifact.make(write):
+        log.info("system %s: merged into %s", name, artifact.name)
+    return artifact
 
 
 def write_merged(
@@ -95,10 +93,6 @@ def write_merged(
         InputError: the parts' tensors differ in name, shape, or where they are no floats; one is not finite; or a part
             is quantized.
     """
-    import torch
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
     with ExitStack() as stack:
         opened = [_Part(system, model, stack) for model, _ in parts]
         weights = [weight for _, weight in parts]
@@ -107,21 +101,15 @@ def write_merged(
         _write_configs(opened, folder, ends)  # before the long part: transformers may refuse them
         names = sorted({name for part in opened for name in part.names})
         outlines = {name: opened[0].outline(name) for name in names}
-        plan = split_torch_state_dict_into_shards(outlines, max_shard_size=shard_size)
-        with track(f"merge {system}", len(names)) as meter:
-            for file, held in plan.filename_to_tensors.items():
-                shard: dict[str, torch.Tensor] = {}
-                for name in held:
-                    shard[name] = _merged(system, name, opened, weights)
-                    meter.advance()
-                save_file(shard, folder / file, metadata={"format": "pt"})
-        if plan.is_sharded:
-            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+        def load(name: str) -> "torch.Tensor":
+            return _merged(system, name, opened, weights)
+
+        write_sharded(folder, outlines, load, shard_size, f"merge {system}")
 
 
 def _merged(system: str, name: str, parts: Sequence["_Part"], weights: Sequence[float]) -> "torch.Tensor":
-    """One tensor of the ensemble."""
+    """Return one tensor of the ensemble."""
     import torch
 
     first = parts[0].tensor(name)
@@ -140,9 +128,9 @@ def _merged(system: str, name: str, parts: Sequence["_Part"], weights: Sequence[
 
 
 def _check_alike(system: str, one: "_Part", other: "_Part") -> None:
-    """Refuse two parts that compute otherwise, or have a tensor that the other lacks, or has in another shape or kind.
+    """Refuse two parts whose tensors differ in name, shape or kind, or whose configs compute differently.
 
-    Then it does not matter whose config the ensemble gets.
+    So it does not matter whose config the ensemble gets.
     """
     for name in sorted({*one.names, *other.names}):
         mine, theirs = one.described(name), other.described(name)
@@ -171,7 +159,7 @@ def _computed(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_configs(parts: Sequence["_Part"], folder: Path, ends: Sequence[int]) -> None:
-    """Write those of the first part. Embeddings that are one in it, but not in another, are two in the ensemble."""
+    """Write the configs of the first part; embeddings are tied only if they are in all parts."""
     skeleton = parts[0].skeleton
     name_end_tokens(skeleton, ends)
     config = skeleton.config
@@ -211,7 +199,7 @@ class _Part:
                     self._at[absent] = self._at[there]
 
     def described(self, name: str) -> str:
-        """Kind and shape of a tensor, to compare and to show."""
+        """Return kind and shape of a tensor, to compare and to show."""
         if name not in self._at:
             return "absent"
         file, key = self._at[name]
@@ -220,7 +208,7 @@ class _Part:
         return f"{kind} {view.get_shape()}"
 
     def outline(self, name: str) -> "torch.Tensor":
-        """What a tensor becomes in an ensemble, without its content."""
+        """Return a tensor of an ensemble without its content."""
         import torch
 
         file, key = self._at[name]
@@ -229,7 +217,7 @@ class _Part:
         return torch.empty(file.get_slice(key).get_shape(), dtype=torch.float32, device="meta")
 
     def tensor(self, name: str) -> "torch.Tensor":
-        """A tensor, in its own dtype.
+        """Return a tensor, in its own dtype.
 
         Raises:
             InputError: it is not finite.
@@ -245,7 +233,7 @@ class _Part:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers would read: others may hold other copies of the weights."""
+    """Return the files that transformers would read; others may hold other copies of the weights."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file() or not index.is_file():
         return [single]
@@ -253,5 +241,5 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _ignored(skeleton: "PreTrainedModel") -> re.Pattern[str]:
-    """Names of tensors that files may have though the architecture has them not."""
+    """Return a pattern of tensors that files may have although the architecture lacks them."""
     return re.compile("|".join([*(skeleton._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS]))

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
-from cpo_pipe.data.recipe import Training
+from cpo_pipe.trainer.objectives.base import Training
 
 _NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 """Names of biases and norms, in lower case: those of transformers' Trainer, which TRL's trainers use too."""
@@ -35,7 +35,7 @@ def lr_factor(config: Training, step: int) -> float:
     """
     if step < config.warmup_steps:
         return step / config.warmup_steps
-    if config.schedule == "constant":
+    if config.lr_scheduler_type == "constant":
         return 1.0
-    left = (config.steps - step) / max(config.steps - config.warmup_steps, 1)
-    return left if config.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+    left = (config.max_steps - step) / max(config.max_steps - config.warmup_steps, 1)
+    return left if config.lr_scheduler_type == "linear" else 0.5 * (1 - math.cos(math.pi * left))

@@ -1,1 +1,1 @@
-"""Judges: which of two outputs for one prompt is the better."""
+"""Judges: which of two outputs for one prompt is better. One module per judge; `registry` names them."""

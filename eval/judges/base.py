@@ -1,41 +1,41 @@
-"""What a judge is, and how its verdicts are kept: by example, outputs and order, so that nothing is asked twice."""
+"""What every judge is: its settings, the dependencies it is opened with, and the verdicts it gives."""
 
-import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
-import pyarrow as pa
+from pydantic import Field
 
-from cpo_pipe.data.errors import RunError
-from cpo_pipe.data.fingerprint import Spec, digest
-from cpo_pipe.data.progress import track
-from cpo_pipe.data.store import Rows
+from cpo_pipe.data.config import Section
+from cpo_pipe.data.execution.base import Executor
+from cpo_pipe.data.fingerprint import Spec
+from cpo_pipe.data.models.embedder import Embedder, EmbeddingCache
+from cpo_pipe.data.models.model import Model
+from cpo_pipe.data.store import Store
+from cpo_pipe.pipeline.api.model import ApiModel
 
 Winner = Literal["a", "b", "tie"]
-Key = tuple[str, str, str, str]
-"""Row key of a verdict: example id, hashes of both outputs, order."""
 
 AB, BA = "ab", "ba"
 """The orders of a pair: output A is shown first, or output B."""
 
 NOISE = 1e-6
-"""Cosines, log-probs and probabilities nearer to each other than this are a tie: so much depends on what a text was
-batched with."""
+"""Cosines, log-probabilities and probabilities that differ by less are a tie: they depend on how texts are batched."""
 
-OTHER: dict[Winner, Winner] = {"a": "b", "b": "a", "tie": "tie"}
-"""A verdict about the pair with its outputs changed over."""
+SWAPPED: dict[Winner, Winner] = {"a": "b", "b": "a", "tie": "tie"}
+"""The same verdict with the two outputs swapped."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What outputs are written for."""
+    """A prompt with its target."""
 
     example_id: str
     prompt: str
-    """As the source has it."""
+    """As in the source."""
     rendered: str
-    """As the systems were given it."""
+    """As the systems receive it."""
     target: str
 
 
@@ -48,49 +48,49 @@ class Pair:
     output_b: str
 
     def swapped(self) -> "Pair":
-        """The same with the outputs changed over."""
+        """Return the pair with the two outputs swapped."""
         return Pair(self.case, self.output_b, self.output_a)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One judgement."""
+    """One judgement of one pair in one order."""
 
     winner: Winner
     p_a: float | None
-    """The judge's probability that A is better, where it gives one."""
+    """The judge's probability that A is better, if it gives one."""
     raw: Mapping[str, Any]
-    """What was said or measured, plain JSON values; with `unparseable`, the reason, where that is no verdict."""
+    """The judge's answer or measurements, plain JSON values; `unparseable` holds the reason if it is no verdict."""
 
     @property
     def parsed(self) -> bool:
-        """Whether the judge gave a verdict that could be read; one that could not counts as a tie."""
+        """Whether the answer was a verdict. An unparseable answer counts as a tie."""
         return "unparseable" not in self.raw
 
     def swapped(self) -> "Verdict":
-        """The same about the pair with its outputs changed over; `raw` stays as it was."""
-        return Verdict(OTHER[self.winner], None if self.p_a is None else 1 - self.p_a, self.raw)
+        """Return the verdict about the pair with the two outputs swapped; `raw` does not change."""
+        return Verdict(SWAPPED[self.winner], None if self.p_a is None else 1 - self.p_a, self.raw)
 
 
-def unparseable(reason: str, **said: Any) -> Verdict:
-    """What counts as a tie because it is no verdict; it is kept as an answer like others."""
-    return Verdict("tie", None, {"unparseable": reason, **said})
+def unparseable(reason: str, **answer: Any) -> Verdict:
+    """Return the tie that stands for an answer that is no verdict. It is stored like other answers."""
+    return Verdict("tie", None, {"unparseable": reason, **answer})
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a judge makes of a pair, whatever the order.
+    """A judge's verdicts on one pair, in each order in which it was asked.
 
-    As in MT-bench (Zheng et al. 2023, §3.4) a win is one that both orders agree on; all else is a tie. Where a judge
-    gives probabilities, their mean over both orders decides.
+    As in MT-bench (Zheng et al. 2023, §3.4) a win needs the same winner in both orders; everything else is a tie. If
+    the judge gives probabilities, their mean over both orders decides.
     """
 
     by_order: Mapping[str, Verdict]
-    """By AB and BA; empty for equal outputs, a tie that nobody was asked about."""
+    """By AB and BA; empty for equal outputs, which are a tie without asking."""
 
     @property
     def p_a(self) -> float | None:
-        """The judge's probability that A is better, mean of the orders, where it gives one."""
+        """The judge's probability that A is better, mean of the orders, if it gives one."""
         each = [verdict.p_a for verdict in self.by_order.values() if verdict.p_a is not None]
         return sum(each) / len(each) if each and len(each) == len(self.by_order) else None
 
@@ -103,134 +103,168 @@ class Judgement:
         return winners.pop() if len(winners) == 1 else "tie"
 
     def swapped(self) -> "Judgement":
-        """The same about the pair with its outputs changed over."""
+        """Return the judgement of the pair with the two outputs swapped."""
         return Judgement({order[::-1]: verdict.swapped() for order, verdict in self.by_order.items()})
 
     @property
     def for_first(self) -> tuple[int, int]:
-        """Verdicts for the output that was shown first, and all that name a winner."""
+        """The number of verdicts for the output shown first, and of verdicts that name a winner."""
         first = [order[0] == verdict.winner for order, verdict in self.by_order.items() if verdict.winner != "tie"]
         return sum(first), len(first)
 
     @property
     def flipped(self) -> bool | None:
-        """Whether the verdict changes with the order; None where not both orders gave one."""
+        """Whether the verdict changes with the order; None unless both orders gave a verdict."""
         verdicts = [verdict.winner for verdict in self.by_order.values() if verdict.parsed]
         return len(set(verdicts)) > 1 if len(verdicts) == 2 else None
 
     @property
     def unparseable(self) -> float | None:
-        """Share of the answers that could not be read; None where nobody was asked."""
+        """Share of the answers that are no verdict; None if the judge was not asked."""
         verdicts = self.by_order.values()
         return sum(not verdict.parsed for verdict in verdicts) / len(verdicts) if verdicts else None
 
 
-class Judge(Protocol):
-    """Something that compares two outputs for the same prompt."""
-
-    name: str
-    """As the recipe calls it; names its metrics and is no identity."""
-    sees_order: bool
-    """Whether it is shown one output before the other."""
-    orders: Sequence[str]
-    """Those of AB and BA that it is asked in; AB where it sees none."""
-
-    def spec(self) -> Spec:
-        """What decides its verdicts."""
-        ...
-
-    def judge(self, pairs: Sequence[Pair]) -> Iterator[list[tuple[int, Verdict]]]:
-        """Place and verdict of each pair, as they are ready; what comes together is recorded at once.
-
-        A pair that got no answer is left out.
-        """
-        ...
-
-
-def judged(judge: Judge, pairs: Sequence[Pair], rows: Rows) -> list[Judgement]:
-    """What the judge makes of `pairs`, in order; it is asked for what `rows` lacks."""
-    make_verdicts(judge, pairs, rows)
-    return read_judgements(judge, pairs, rows)
-
-
-def make_verdicts(judge: Judge, pairs: Sequence[Pair], rows: Rows) -> None:
-    """Have all judged that is missing; what was answered is kept, however this ends."""
-    if not unjudged(judge, pairs, rows):
-        return
-    with rows.lock(), rows.writer() as writer:
-        todo = unjudged(judge, pairs, rows)  # again: another process may have made them while we waited
-        keys = list(todo)
-        with track(f"judge {judge.name}", len(todo)) as meter:
-            for came in judge.judge(list(todo.values())):
-                writer.add([_row(keys[place], verdict) for place, verdict in came])
-                writer.flush()
-                meter.advance(len(came))
-
-
-def unjudged(judge: Judge, pairs: Sequence[Pair], rows: Rows) -> dict[Key, Pair]:
-    """What is still to be asked, by row key: each pair as it is shown."""
-    asked: dict[Key, Pair] = {}
-    for pair in pairs:
-        kept, key = _kept(judge, pair)
-        if pair.output_a != pair.output_b:
-            asked |= {(*key, order): kept if order == AB else kept.swapped() for order in judge.orders}
-    columns = zip(*asked, strict=True) if asked else ([], [], [], [])
-    wanted = pa.table(dict(zip(rows.key, (pa.array(column, pa.string()) for column in columns), strict=True)))
-    return {key: asked[key] for key in _keys(rows.missing(wanted))}
-
-
-def read_judgements(judge: Judge, pairs: Sequence[Pair], rows: Rows) -> list[Judgement]:
-    """What the judge made of `pairs`, in order.
-
-    Raises:
-        RunError: some are not judged yet.
-    """
-    if missing := len(unjudged(judge, pairs, rows)):
-        raise RunError(f"judge {judge.name}: {missing:,} verdicts are missing; run the same command again")
-    table = rows.read(list(dict.fromkeys(pair.case.example_id for pair in pairs)))
-    found = dict(zip(_keys(table), table.select(["winner", "p_a", "raw"]).to_pylist(), strict=True))
-    judgements = []
-    for pair in pairs:
-        kept, key = _kept(judge, pair)
-        if pair.output_a == pair.output_b:
-            judgements.append(Judgement({}))
-            continue
-        judgement = Judgement({order: _verdict(order, found[(*key, order)]) for order in judge.orders})
-        judgements.append(judgement if kept is pair else judgement.swapped())
-    return judgements
-
-
 def higher(a: float, b: float, noise: float) -> Winner:
-    """Which of two scores is the higher one."""
+    """Return which of two scores is higher; a tie if they differ by at most `noise`."""
     if abs(a - b) <= noise:
         return "tie"
     return "a" if a > b else "b"
 
 
-def _kept(judge: Judge, pair: Pair) -> tuple[Pair, tuple[str, str, str]]:
-    """The pair as its verdict is kept, with its row key but for the order.
+class Judge(ABC):
+    """Compares two outputs for the same prompt.
 
-    For a judge that sees an order, x against y and y against x are kept as one. With a single order, what is shown
-    first is then decided by the hashes of the outputs, as good as by chance.
+    Args:
+        name: the judge's name in the recipe. It names the metrics and does not identify verdicts.
     """
-    hashes = digest(pair.output_a), digest(pair.output_b)
-    if judge.sees_order and hashes[0] > hashes[1]:
-        return pair.swapped(), (pair.case.example_id, *reversed(hashes))  # type: ignore[return-value]
-    return pair, (pair.case.example_id, *hashes)
+
+    sees_order: bool = False
+    """Whether it is shown one output before the other. If so, position bias and flip rate are measured."""
+    orders: Sequence[str] = (AB,)
+    """The orders it is asked in: AB, or AB and BA."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    @abstractmethod
+    def spec(self) -> Spec:
+        """Return everything that decides a verdict, as plain JSON values. Stored verdicts are found by it."""
+
+    @abstractmethod
+    def judge(self, pairs: Sequence[Pair]) -> Iterator[list[tuple[int, Verdict]]]:
+        """Yield the index and verdict of each pair, in any order; each list is stored as it comes.
+
+        A pair without an answer is left out.
+        """
+
+    def check(self, targets: Sequence[str]) -> None:  # noqa: B027  # most judges have nothing to check
+        """Raise InputError if the settings cannot work with these targets; called before outputs are generated."""
+
+    def notes(self, targets: Sequence[str]) -> list[str]:
+        """Return what a reader of the metrics should know about the judge, one sentence each."""
+        return []
 
 
-def _row(key: Key, shown: Verdict) -> dict[str, Any]:
-    """A row (VERDICTS schema) of a verdict about the pair as it was shown."""
-    example_id, output_a, output_b, order = key
-    verdict = shown if order == AB else shown.swapped()
-    return {"example_id": example_id, "output_a": output_a, "output_b": output_b, "order": order,
-            "winner": verdict.winner, "p_a": verdict.p_a, "raw": json.dumps(verdict.raw)}  # fmt: skip
+@dataclass(frozen=True)
+class ScoreMetric:
+    """The metric that is the mean of a judge's scores."""
+
+    name: str
+    description: str
+    is_share: bool = False
+    """Whether every score is 0 or 1. Its interval is Wilson's."""
+    on_terminal: bool = False
+    """Whether the table on the terminal shows it, not only the report."""
 
 
-def _verdict(order: str, row: Mapping[str, Any]) -> Verdict:
-    return Verdict(row["winner"], row["p_a"], json.loads(row["raw"]))
+class ScoreJudge(Judge):
+    """The output with the higher score wins; equal scores are a tie.
+
+    Args:
+        name: the judge's name in the recipe.
+        metric: the mean score of a system's outputs, reported beside its win rate.
+    """
+
+    noise = 0.0
+    """Scores that differ by at most this are equal."""
+
+    def __init__(self, name: str, metric: ScoreMetric):
+        super().__init__(name)
+        self.metric = metric
+
+    @abstractmethod
+    def scores(self, cases: Sequence[Case], outputs: Sequence[str]) -> list[float]:
+        """Return the score of each output for the case at the same index."""
+
+    def judge(self, pairs: Sequence[Pair]) -> Iterator[list[tuple[int, Verdict]]]:
+        """Yield all verdicts at once; `raw` holds both scores."""
+        cases = [pair.case for pair in pairs]
+        a = self.scores(cases, [pair.output_a for pair in pairs])
+        b = self.scores(cases, [pair.output_b for pair in pairs])
+        yield [
+            (index, Verdict(higher(x, y, self.noise), None, {"a": x, "b": y}))
+            for index, (x, y) in enumerate(zip(a, b, strict=True))
+        ]
 
 
-def _keys(table: pa.Table) -> list[Key]:
-    columns = [table[name].to_pylist() for name in ("example_id", "output_a", "output_b", "order")]
-    return list(zip(*columns, strict=True))
+class ApiJudge(Judge):
+    """A judge that asks an API, which costs money: `evaluate --dry-run` estimates it."""
+
+    api: ApiModel
+    max_tokens: int
+    """The longest answer, in tokens."""
+
+    @abstractmethod
+    def query(self, pair: Pair) -> str:
+        """Return the message that asks for one verdict, output A first."""
+
+
+@dataclass(frozen=True)
+class JudgeDependencies:
+    """What judges may need to open."""
+
+    store: Store
+    executor: Executor
+    """Runs the forward passes of local models."""
+    template: str
+    """The template of the examples' prompts (`data.template`)."""
+    apis: Mapping[str, ApiModel]
+    """The recipe's `apis`, by name."""
+    models: Mapping[str, Model]
+    """The models that the judges' settings name, by name."""
+    embedder: Embedder | None = None
+    """The model of `evaluate.embedder`; None unless a judge uses embeddings."""
+    embeddings: EmbeddingCache | None = None
+    """The embedder's vectors of outputs and targets."""
+
+
+class JudgeConfig(Section):
+    """Settings of a judge. The first line of a subclass's docstring describes it in help and recipes."""
+
+    kind: str = Field("", description="kind of judge, or your own class as module:Class (default: the judge's name)")
+
+    uses_embeddings: ClassVar[bool] = False
+    """Whether it needs the model of `evaluate.embedder`."""
+    compares_to_target: ClassVar[bool] = False
+    """Whether it scores similarity to the target, so that no system can beat the ground truth."""
+
+    @abstractmethod
+    def open(self, name: str, dependencies: JudgeDependencies) -> Judge:
+        """Return the judge called `name` in the recipe; load nothing heavy.
+
+        Raises:
+            InputError: a model cannot be used.
+        """
+
+    def models(self) -> list[str]:
+        """Return the names of the models whose weights it needs."""
+        return []
+
+    def apis(self) -> list[str]:
+        """Return the names of the APIs it asks."""
+        return []
+
+    def score_metric(self, name: str) -> ScoreMetric | None:
+        """Return the metric of its scores; None unless it is a `ScoreJudge`."""
+        return None

@@ -1,21 +1,38 @@
-"""The judge `local`: the probability of the letter A, by a model that runs here."""
+"""The judge `local`: the probability that a local model answers A."""
 
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from pydantic import Field
 
-from cpo_pipe.data import templates
+from cpo_pipe.data.config import Location
 from cpo_pipe.data.errors import InputError, RunError
+from cpo_pipe.data.execution.base import Executor
 from cpo_pipe.data.fingerprint import Spec
-from cpo_pipe.data.models import Model, TokenizerFiles
-from cpo_pipe.eval.judges.base import AB, BA, NOISE, Pair, Verdict, higher, unparseable
-from cpo_pipe.eval.judges.logprobs import Logprobs, Scored, summed
-from cpo_pipe.eval.judges.query import Query
+from cpo_pipe.data.models import templates
+from cpo_pipe.data.models.chat_date import chat_date
+from cpo_pipe.data.models.model import Model
+from cpo_pipe.data.models.tokenizer import TokenizerFiles, tokenizer_in
+from cpo_pipe.data.store import Store
+from cpo_pipe.eval.judges.base import (
+    AB,
+    BA,
+    NOISE,
+    Judge,
+    JudgeConfig,
+    JudgeDependencies,
+    Pair,
+    Verdict,
+    higher,
+    unparseable,
+)
+from cpo_pipe.eval.judges.logprobs import Continuations, continuation_logprobs
+from cpo_pipe.eval.judges.query import BothOrders, Query, Template
 from cpo_pipe.pipeline.engines.base import open_engine
 
 if TYPE_CHECKING:
@@ -27,17 +44,39 @@ log = logging.getLogger(__name__)
 
 LETTERS = "A", "B"
 SPACES = "", " "
-"""What may stand before a letter."""
+"""What may precede a letter."""
 TOGETHER = 64
-"""Verdicts of vLLM that are recorded at once."""
+"""Verdicts of vLLM that are stored together."""
 
 
-class LocalJudge:
+class Local(JudgeConfig):
+    """Ask a local model which output is better, by its probabilities of the answers A and B."""
+
+    model: Location = Field(
+        description="the model: a training's name, a folder or a hub name, with a tokenizer of its own"
+    )
+    template: Template = "strict"
+    both_orders: BothOrders = True
+    engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="as in negatives")
+
+    def models(self) -> list[str]:
+        """Return the model."""
+        return [self.model]
+
+    def open(self, name: str, dependencies: JudgeDependencies) -> "LocalJudge":
+        """Return the judge."""
+        model, store = dependencies.models[self.model], dependencies.store
+        tokenizer, query = tokenizer_in(model.path, store), Query(self.template)
+        executor, date = dependencies.executor, chat_date(tokenizer, store)
+        return LocalJudge(name, model, tokenizer, query, self.both_orders, self.engine, store, executor, date)
+
+
+class LocalJudge(Judge):
     """P(A) = p(A) / (p(A) + p(B)) at the position after the query, p of a letter with and without a space before it.
 
-    The query is a user's message where the model's tokenizer has a chat template, and else plain text. Control tokens
-    in what is judged are broken by a space and thus text; those of the templates are meant. A query that is longer
-    than the model's context is no verdict, and counts as a tie.
+    The query is a user message if the model's tokenizer has a chat template, otherwise plain text. Control tokens in
+    the judged texts are broken by a space and thus text; those of the templates are meant. A query longer than the
+    model's context is unparseable and counts as a tie.
     """
 
     sees_order = True
@@ -50,30 +89,32 @@ class LocalJudge:
         query: Query,
         both_orders: bool,
         engine: str,
-        logprobs: Logprobs,
+        store: Store,
+        executor: Executor,
         chat_date: str | None = None,
     ):
-        """`tokenizer` is the model's own; `engine`, which decides no verdict, is `auto`, `vllm` or `transformers`."""
-        self.name, self.query = name, query
+        """`tokenizer` is the model's own; `engine` is `auto`, `vllm` or `transformers` and decides no verdict."""
+        super().__init__(name)
+        self.query = query
         self.orders: Sequence[str] = (AB, BA) if both_orders else (AB,)
-        self._model, self._tokenizer, self._engine, self._logprobs = model, tokenizer, engine, logprobs
-        self._chat_date = chat_date
+        self._model, self._tokenizer, self._engine = model, tokenizer, engine
+        self._store, self._executor, self._chat_date = store, executor, chat_date
 
     def spec(self) -> Spec:
-        """What decides its verdicts."""
+        """Return everything that decides a verdict."""
         return {"judge": "local", "model": self._model.fingerprint, "tokenizer": self._tokenizer.fingerprint,
                 "template": self.query.text, "special_tokens": "as text",
                 **({"chat_date": self._chat_date} if self._chat_date else {})}  # fmt: skip
 
     def judge(self, pairs: Sequence[Pair]) -> Iterator[list[tuple[int, Verdict]]]:
-        """Verdicts; `raw` holds the log-prob of each letter, in nats, and the engine.
+        """Yield verdicts; `raw` holds the log-probability of each letter, in nats, and the engine.
 
-        Those of vLLM come as they are ready. Those of transformers come together: the log-probs that they are made of
-        are kept as they are computed.
+        vLLM yields verdicts as they are ready. transformers yields them together: it caches the log-probabilities that
+        they are computed from.
 
         Raises:
-            InputError: the engine asked for will not do, or a letter cannot stand behind the query.
-            RunError: a log-prob is not finite.
+            InputError: the engine cannot be used, or a letter cannot follow the query.
+            RunError: a log-probability is not finite.
         """
         tokenizer, context = self._tokenizer.load(), self._model.context()
         broken = templates.breaker(tokenizer)
@@ -92,13 +133,13 @@ class LocalJudge:
         if asked:
             yield from self._answered(asked)
 
-    def _encoded(self, example_id: str, query: str, tokenizer: "PreTrainedTokenizerBase") -> Scored:
-        """Token ids of a query, and behind it those of the letters: first all variants of A, then as many of B.
+    def _encoded(self, example_id: str, query: str, tokenizer: "PreTrainedTokenizerBase") -> Continuations:
+        """Return the token ids of a query and of the letters after it: first all variants of A, then as many of B.
 
-        The letters are encoded together with the query: what a tokenizer makes of a space depends on what is before it.
+        The letters are encoded together with the query: how a tokenizer encodes a space depends on what precedes it.
 
         Raises:
-            InputError: the tokenizer joins a letter, with and without a space, to the end of the query.
+            InputError: the tokenizer merges a letter, with and without a space, into the end of the query.
         """
         template = templates.CHAT if tokenizer.chat_template else templates.PLAIN
         text = templates.render(template, query, tokenizer=tokenizer, chat_date=self._chat_date)
@@ -111,21 +152,21 @@ class LocalJudge:
             joined = next(letter for letter, *ids in zip(LETTERS, behind[:2], behind[2:], strict=True) if not all(ids))
             raise InputError(
                 f"evaluate.judges.{self.name}.template: the tokenizer of {self._model.name} joins the letter {joined} "
-                "to the end of the query: end the template otherwise, such as with a colon"
+                "to the end of the query: end the template differently, for example with a colon"
             )
-        return Scored(example_id, prompt, [ids for letter in zip(*variants, strict=True) for ids in letter])
+        return Continuations(example_id, prompt, [ids for letter in zip(*variants, strict=True) for ids in letter])
 
-    def _answered(self, asked: Mapping[int, Scored]) -> Iterator[list[tuple[int, Verdict]]]:
-        """Verdicts by the engine that is taken."""
+    def _answered(self, asked: Mapping[int, Continuations]) -> Iterator[list[tuple[int, Verdict]]]:
+        """Yield the verdicts of the queries that fit the context."""
         places, wanted = list(asked), list(asked.values())
         engine = self._vllm(wanted)
         if engine is None:
             description = f"transformers {version('transformers')}, float32"
-            sums = summed(self._logprobs, self._model, wanted)
+            sums = continuation_logprobs(self._store, self._executor, self._model, wanted)
             yield [(place, _verdict(found, description)) for place, found in zip(places, sums, strict=True)]
             return
         prompts = [scored.prompt_ids for scored in wanted]
-        letters = [[token for ids in scored.continuations for token in ids] for scored in wanted]
+        letters = [[token for ids in scored.token_ids for token in ids] for scored in wanted]
         came = []
         for number, found in engine.next_logprobs(prompts, letters):
             if not all(map(math.isfinite, found)):
@@ -137,15 +178,15 @@ class LocalJudge:
         if came:
             yield came
 
-    def _vllm(self, wanted: Sequence[Scored]) -> "VllmEngine | None":
-        """The engine vllm, or None for transformers; where `auto` takes that, it says why.
+    def _vllm(self, wanted: Sequence[Continuations]) -> "VllmEngine | None":
+        """Return the vLLM engine, or None for transformers; if `auto` chooses transformers, log why.
 
         Raises:
-            InputError: vllm is asked for, and will not do.
+            InputError: the setting is vllm, but vLLM cannot be used.
         """
         if self._engine == "transformers":
             return None
-        if any(len(ids) > 1 for scored in wanted for ids in scored.continuations):
+        if any(len(ids) > 1 for scored in wanted for ids in scored.token_ids):
             why = (
                 "engine is vllm, which gives log-probs of single tokens only, and a letter is several to the tokenizer "
                 f"of {self._model.name}: use engine transformers"
@@ -166,13 +207,13 @@ class LocalJudge:
         return None
 
 
-def _length(scored: Scored) -> int:
-    """Tokens of the query and the longest letter behind it."""
-    return len(scored.prompt_ids) + max(map(len, scored.continuations))
+def _length(scored: Continuations) -> int:
+    """Return the number of tokens of the query and the longest letter after it."""
+    return len(scored.prompt_ids) + max(map(len, scored.token_ids))
 
 
 def _verdict(logprobs: Sequence[float], engine: str) -> Verdict:
-    """From the log-probs of all variants of A, then of as many of B."""
+    """Return the verdict of the log-probabilities of all variants of A, then of as many of B."""
     log_a, log_b = (float(value) for value in np.logaddexp.reduce(np.reshape(logprobs, (2, -1)), axis=1))
     p_a = float(np.exp(log_a - np.logaddexp(log_a, log_b)))
     return Verdict(higher(p_a, 0.5, NOISE), p_a, {"A": log_a, "B": log_b, "engine": engine})

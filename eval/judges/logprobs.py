@@ -1,16 +1,14 @@
-"""Log-probs of token sequences after others, for the judges that run a model here."""
+"""Log-probabilities of token sequences after a prompt, for the judges that run a local model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 
+from cpo_pipe.data.execution.base import Executor
 from cpo_pipe.data.fingerprint import candidate_id
-from cpo_pipe.data.models import Model
-
-Logprobs = Callable[[Model, pa.Table], Sequence[float]]
-"""Of a model and groups (`example_id`, `prompt_ids`, `candidates` of `candidate_id` and `token_ids`; none twice): each
-candidate's log-prob after its prompt, summed, in nats; float32 arithmetic."""
+from cpo_pipe.data.models.model import Model
+from cpo_pipe.data.store import Store
 
 _GROUPS = pa.schema([
     ("example_id", pa.string()), ("prompt_ids", pa.list_(pa.int32())),
@@ -19,30 +17,41 @@ _GROUPS = pa.schema([
 
 
 @dataclass(frozen=True)
-class Scored:
-    """What a model is to score: token sequences after a prompt."""
+class Continuations:
+    """Token sequences after one prompt."""
 
     example_id: str
     prompt_ids: Sequence[int]
-    continuations: Sequence[Sequence[int]]
+    token_ids: Sequence[Sequence[int]]
 
 
-def summed(logprobs: Logprobs, model: Model, wanted: Sequence[Scored]) -> list[list[float]]:
-    """Of each that is wanted its continuations' log-probs, summed, in nats. What stands twice is computed once."""
+def continuation_logprobs(
+    store: Store, executor: Executor, model: Model, requests: Sequence[Continuations]
+) -> list[list[float]]:
+    """Return the summed log-probability of each continuation of each request, in nats; float32 arithmetic.
+
+    Values are cached in the store. Duplicates are computed once.
+    """
     groups: dict[tuple[str, tuple[int, ...]], dict[tuple[int, ...], float]] = {}
-    for one in wanted:
-        group = groups.setdefault((one.example_id, tuple(one.prompt_ids)), {})
-        group |= {tuple(token_ids): 0.0 for token_ids in one.continuations}
+    for request in requests:
+        group = groups.setdefault((request.example_id, tuple(request.prompt_ids)), {})
+        group |= {tuple(token_ids): 0.0 for token_ids in request.token_ids}
+    if not groups:
+        return []
     rows = [
         {"example_id": example_id, "prompt_ids": prompt_ids,
          "candidates": [{"candidate_id": candidate_id(prompt_ids, ids), "token_ids": ids} for ids in group]}
         for (example_id, prompt_ids), group in groups.items()
     ]  # fmt: skip
-    values = iter(logprobs(model, pa.Table.from_pylist(rows, schema=_GROUPS)) if rows else ())
+    from cpo_pipe.trainer.scoring.logprobs import candidate_logprobs
+
+    values = iter(
+        candidate_logprobs(store, model, "float32", pa.Table.from_pylist(rows, schema=_GROUPS), executor).tolist()
+    )
     for group in groups.values():
         for token_ids in group:
-            group[token_ids] = float(next(values))
+            group[token_ids] = next(values)
     return [
-        [groups[one.example_id, tuple(one.prompt_ids)][tuple(token_ids)] for token_ids in one.continuations]
-        for one in wanted
+        [groups[request.example_id, tuple(request.prompt_ids)][tuple(token_ids)] for token_ids in request.token_ids]
+        for request in requests
     ]

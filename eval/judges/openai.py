@@ -1,45 +1,78 @@
-"""The judge `openai`: a model behind any OpenAI-compatible server says which output is the better."""
+"""The judge `openai`: a model behind an OpenAI-compatible server is asked which output is better."""
 
 import logging
 from collections.abc import Iterator, Sequence
 
+from pydantic import Field
+
+from cpo_pipe.data.config import Positive
 from cpo_pipe.data.fingerprint import Spec
-from cpo_pipe.eval.judges.base import AB, BA, Pair, Verdict, unparseable
-from cpo_pipe.eval.judges.query import KEPT, Query, verdict_of
-from cpo_pipe.pipeline.engines.openai import ApiClient, ApiModel, Failed, Refused, answers
+from cpo_pipe.eval.judges.base import AB, BA, ApiJudge, JudgeConfig, JudgeDependencies, Pair, Verdict, unparseable
+from cpo_pipe.eval.judges.query import KEPT, BothOrders, Query, Template, verdict_of
+from cpo_pipe.pipeline.api.answers import Failed, Refused
+from cpo_pipe.pipeline.api.client import ApiClient, ask_all
+from cpo_pipe.pipeline.api.model import ApiModel
 
 log = logging.getLogger(__name__)
 
 
-class OpenAiJudge:
-    """Asks for A, B or a tie. An answer that is none of these, or a refusal, counts as a tie."""
+class OpenAi(JudgeConfig):
+    """Ask a model behind an OpenAI-compatible API which output is better."""
+
+    api: str = Field(description="the API, one of `apis`")
+    template: Template = "strict"
+    both_orders: BothOrders = True
+    max_tokens: Positive = Field(
+        16, description="the longest answer, in tokens; a model that reasons before it answers needs thousands"
+    )
+    temperature: float | None = Field(
+        0.0, ge=0, description="softmax temperature; null: none is sent, for models that refuse any"
+    )
+
+    def apis(self) -> list[str]:
+        """Return the API."""
+        return [self.api]
+
+    def open(self, name: str, dependencies: JudgeDependencies) -> "OpenAiJudge":
+        """Return the judge."""
+        api, query = dependencies.apis[self.api], Query(self.template)
+        return OpenAiJudge(name, api, query, self.both_orders, self.max_tokens, self.temperature)
+
+
+class OpenAiJudge(ApiJudge):
+    """Ask for A, B or a tie. Any other answer, or a refusal, counts as a tie."""
 
     sees_order = True
 
     def __init__(
         self, name: str, api: ApiModel, query: Query, both_orders: bool, max_tokens: int, temperature: float | None
     ):
-        """`max_tokens` is the longest answer; with the temperature None the server takes its own."""
-        self.name, self.api, self.query = name, api, query
-        self.max_tokens, self._temperature = max_tokens, temperature
+        """`max_tokens` is the longest answer; with the temperature None the server uses its own."""
+        super().__init__(name)
+        self.api, self.max_tokens = api, max_tokens
+        self._query, self._temperature = query, temperature
         self.orders: Sequence[str] = (AB, BA) if both_orders else (AB,)
 
+    def query(self, pair: Pair) -> str:
+        """Return the message that asks for one verdict, output A first."""
+        return self._query(pair)
+
     def spec(self) -> Spec:
-        """Whom one asks, and what; the template's text, so that another wording makes other verdicts."""
-        spec: Spec = {"judge": "openai", "api": self.api.spec(), "template": self.query.text,
+        """Return everything that decides a verdict; of the template its text, so that another wording asks again."""
+        spec: Spec = {"judge": "openai", "api": self.api.spec(), "template": self._query.text,
                       "max_tokens": self.max_tokens}  # fmt: skip
         return spec if self._temperature == 0 else spec | {"temperature": self._temperature}
 
     def judge(self, pairs: Sequence[Pair]) -> Iterator[list[tuple[int, Verdict]]]:
-        """Verdicts as they are answered; requests that failed have none, and the API's ledger counts them.
+        """Yield verdicts as they are answered. Failed requests have none; the API's ledger counts them.
 
         Raises:
-            InputError: the server's client is not installed, or the server takes no such request.
+            InputError: the client is not installed, or the server rejects the request.
             RunError: a cap is reached, or the server stopped answering.
         """
         self.api.check_client()
         try:
-            for came in answers(self.api, enumerate(pairs), self._ask):
+            for came in ask_all(self.api, enumerate(pairs), self._ask):
                 if found := [(place, verdict) for place, verdict in came if verdict is not None]:
                     yield found
         finally:

@@ -1,8 +1,10 @@
-"""What a language model that judges is asked, and how its answer is read."""
+"""The query that a judging language model is asked, and how its answer is parsed."""
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
 
 from cpo_pipe.data.fingerprint import digest
 from cpo_pipe.eval.judges.base import Pair, Verdict, unparseable
@@ -36,12 +38,12 @@ TEMPLATES = {
 }
 
 KEPT = 200
-"""Characters of an answer that are kept."""
+"""Characters of an answer that are stored."""
 
 _OPENED = re.compile(r"\s*<think>.*</think>", re.DOTALL)
 _CLOSED = re.compile(r".*\n\s*</think>\s*\n", re.DOTALL)
-"""What a model says to itself first, where its server does not part it from the answer; some chat templates write its
-beginning, so that the model does not: then its end must stand on a line of its own."""
+"""Reasoning before the answer, if the server does not separate it. If the chat template writes the opening tag, not the
+model, the closing tag must be on a line of its own."""
 
 _AROUND = r"[\s\"'“”‘’*_`()\[\]{}<>.,:#-]*"
 _VERDICT = re.compile(
@@ -52,9 +54,33 @@ _VERDICT = re.compile(
 )
 
 
+def _check_template(template: str) -> str:
+    places = ("{prompt}", "{output_a}", "{output_b}")
+    if template not in TEMPLATES and not all(place in template for place in places):
+        raise ValueError(f"{template!r} is not {', '.join(TEMPLATES)} or a text with {', '.join(places)}")
+    return template
+
+
+Template = Annotated[
+    str,
+    AfterValidator(_check_template),
+    Field(
+        description="what is asked: `dolly` and `wiki` (from the CPO paper), `strict` (robust to position, length and "
+        "instructions in the outputs), or a text with {prompt}, {output_a} and {output_b}"
+    ),
+]
+"""A key of a recipe: a name in TEMPLATES, or a text."""
+
+BothOrders = Annotated[
+    bool,
+    Field(description="ask twice, with each output first; otherwise the order is pseudo-random"),
+]
+"""A key of a recipe: whether each pair is shown in both orders."""
+
+
 @dataclass(frozen=True)
 class Query:
-    """Puts a pair into a template."""
+    """Fills a template with a pair."""
 
     template: str
     """A name in TEMPLATES, or a text with {prompt}, {output_a} and {output_b}, and perhaps {fence}."""
@@ -65,7 +91,7 @@ class Query:
         return TEMPLATES.get(self.template, self.template)
 
     def __call__(self, pair: Pair) -> str:
-        """The query for a pair, output A first; {fence} is a hash of the texts, which none of them can contain."""
+        """Return the query for a pair, output A first; {fence} is a hash of the texts, which none of them contains."""
         texts = {"prompt": pair.case.prompt, "output_a": pair.output_a, "output_b": pair.output_b}
         texts["fence"] = digest(texts, 8)
         # One pass, and not str.format: braces in the template's or the texts' own words are only text.
@@ -73,10 +99,10 @@ class Query:
 
 
 def read_answer(answer: str) -> Literal["A", "B", "TIE"] | None:
-    """The verdict that an answer is: its first line is one of A, B and TIE, and no later line is another.
+    """Return the verdict of an answer whose first line is A, B or TIE and whose later lines name no other; else None.
 
-    A name may stand behind words of the templates (`Response A`, `More helpful: B`) and between quotes, asterisks and
-    the like. Anything else is None: a sentence would have to be understood.
+    Words of the templates may precede the name (`Response A`, `More helpful: B`), and quotes, asterisks and the like
+    may surround it. Whole sentences are not interpreted.
     """
     lines = [line for line in answer.strip().splitlines() if line.strip()]
     matches = [_VERDICT.fullmatch(line) if len(line) <= KEPT else None for line in lines]
@@ -87,7 +113,7 @@ def read_answer(answer: str) -> Literal["A", "B", "TIE"] | None:
 
 
 def verdict_of(answer: str, **said: str) -> Verdict:
-    """The verdict about the pair as it was shown; `said` is kept beside the answer, and thoughts before it are not."""
+    """Return the verdict about the pair as shown; `raw` holds the answer without its reasoning, and `said`."""
     if "</think>" in answer:
         thought = _OPENED.match(answer) or _CLOSED.match(answer)
         if thought is None or answer.count("</think>") > 1:  # quoted, perhaps from what is judged

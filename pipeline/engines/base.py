@@ -10,13 +10,14 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cpo_pipe.data.end_tokens import without_end
 from cpo_pipe.data.errors import InputError, RunError
-from cpo_pipe.data.executor import Made, Make
+from cpo_pipe.data.execution.base import Made, Make
 from cpo_pipe.data.fingerprint import Spec, row_seed
-from cpo_pipe.data.models import Model, TokenizerFiles
+from cpo_pipe.data.models.end_tokens import without_end
+from cpo_pipe.data.models.model import Model
+from cpo_pipe.data.models.tokenizer import TokenizerFiles
 from cpo_pipe.data.store import Rows
-from cpo_pipe.pipeline.missing import SAMPLE_INDICES
+from cpo_pipe.pipeline.samples import SAMPLE_INDICES
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ class LazyEngine:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class EngineWork:
     """Work that samples continuations of `prompt_ids` with an engine that runs here."""
 
     rows: Rows

@@ -12,7 +12,7 @@ import transformers
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from cpo_pipe.data.errors import cause
-from cpo_pipe.data.models import Model
+from cpo_pipe.data.models.model import Model
 from cpo_pipe.pipeline.engines.base import Request, Sample, Sampling
 
 log = logging.getLogger(__name__)

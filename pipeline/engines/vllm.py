@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
 
-from cpo_pipe.data.models import Model
+from cpo_pipe.data.models.model import Model
 from cpo_pipe.pipeline.engines.base import Request, Sample, Sampling
 
 # Read by vLLM when it is imported: one process (starts twice as fast), quiet, and no usage report to anyone.

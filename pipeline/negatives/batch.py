@@ -1,36 +1,77 @@
-"""Batch negatives (BN): the continuations of other training prompts (§3)."""
+"""Batch negatives (BN): the targets of other training prompts (§3)."""
 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
-from cpo_pipe.data.embedding import Embedder, EmbeddingMemo, truncation
+from cpo_pipe.data.config import Location
 from cpo_pipe.data.errors import InputError
-from cpo_pipe.data.executor import Make
-from cpo_pipe.data.fingerprint import Spec, row_seed
-from cpo_pipe.data.store import Rows
-from cpo_pipe.pipeline.negatives.rows import negative, per_example
+from cpo_pipe.data.fingerprint import Spec, hash_keys, row_seed
+from cpo_pipe.data.models.embedder import Embedder, EmbeddingCache, locate_embedder, truncation
+from cpo_pipe.pipeline.negatives.strategy import ExampleWork, Inputs, Job, NegativesOf, Strategy, negative
 
 log = logging.getLogger(__name__)
 
-STRATEGY = "batch"
-DRAWN_AT_ONCE = 32
-"""Random numbers asked for at once; fixed, so that a larger n goes on where a smaller one stopped."""
+DRAW_SIZE = 32
+"""Random numbers drawn at a time; fixed, so that a larger n goes on where a smaller one stopped."""
 
 
-def batch_spec(rendering: Spec, seed: int, pool: str, hardest: int = 0, embedder: Embedder | None = None) -> Spec:
-    """They depend on the whole pool (a hash of its ids): other rows make other negatives; no generator runs for it."""
-    spec: Spec = {"strategy": STRATEGY, "prompt": rendering, "seed": seed, "pool": pool}
-    return spec if embedder is None else {**spec, "hardest": hardest, "embedder": embedder.fingerprint}
+class BatchTargets(Strategy):
+    """Targets of other training prompts."""
+
+    kind: ClassVar[str] = "batch"
+    abbreviation: ClassVar[str] = "BN"
+
+    hard_negatives_from: int = Field(
+        0, ge=0, description="take the targets nearest to the own one by embedding, of this many drawn (0: as drawn)"
+    )
+    embedder: Location = Field("minilm", description="sentence-transformers model of `hard_negatives_from`")
+
+    @model_validator(mode="after")
+    def _check(self) -> "BatchTargets":
+        if 0 < self.hard_negatives_from < self.count:
+            raise ValueError(
+                f"hard_negatives_from is {self.hard_negatives_from}, fewer than count, which is {self.count}; raise it"
+            )
+        if not self.hard_negatives_from and "embedder" in self.model_fields_set:
+            raise ValueError("embedder: not used without hard_negatives_from; remove it")
+        return self
+
+    def plan(self, inputs: Inputs) -> Job:
+        """Plan the draws from all selected examples; other examples make other negatives."""
+        embedder = locate_embedder(self.embedder, inputs.store) if self.hard_negatives_from else None
+        members = hash_keys(sorted(inputs.selection["example_id"].to_pylist()))
+        rows = inputs.rows(
+            batch_spec(inputs.examples.rendering, inputs.seed, members, self.hard_negatives_from, embedder)
+        )
+        draws = BatchDraws(inputs.selection, inputs.seed, self.hard_negatives_from, embedder, inputs.key)
+        # One process is enough, and a copy of all targets in each would cost memory.
+        return Job(inputs.source(rows, self.count), ExampleWork(rows, draws.load), in_process=True)
+
+    @property
+    def origin(self) -> str:
+        """Another target."""
+        return "the ground truth of another prompt"
+
+
+def batch_spec(
+    rendering: Spec, seed: int, pool: str, hard_negatives_from: int = 0, embedder: Embedder | None = None
+) -> Spec:
+    """Return the identity of the draws, of which the whole pool (a hash of its ids) is a part."""
+    spec: Spec = {"strategy": BatchTargets.kind, "prompt": rendering, "seed": seed, "pool": pool}
+    if embedder is not None:
+        spec |= {"hard_negatives_from": hard_negatives_from, "embedder": embedder.fingerprint}
+    return spec
 
 
 def nearest(target: str, others: Sequence[str], embed: Callable[[Sequence[str]], NDArray[np.float32]]) -> list[int]:
-    """Numbers of the other texts by falling cosine to the target; of equal ones the first drawn comes first."""
+    """Return the indices of the other texts by falling cosine to the target; ties keep the order of `others`."""
     vectors = embed([target, *others])
     return [int(number) for number in np.argsort(-(vectors[1:] @ vectors[0]), kind="stable")]
 
@@ -51,8 +92,10 @@ class Draw:
         self._ids, self._prompts, self._targets = ids, prompts, targets
         self._seed = seed
 
-    def others(self, row: int, n: int, field: str = "counts.batch") -> list[int]:
-        """The first n rows drawn for a row; a larger n only adds to a smaller one; `field` asks for so many.
+    def others(self, row: int, n: int, setting: str = "count") -> list[int]:
+        """Return the first n rows drawn for a row; a larger n only adds to a smaller one.
+
+        `setting` is the key that asks for n, for messages.
 
         Raises:
             InputError: the pool has fewer than n other targets of other prompts.
@@ -63,7 +106,7 @@ class Draw:
         seen = {self._targets[row]}
         drawn: set[int] = set()
         while len(found) < n and len(drawn) < count:
-            for place in rng.integers(count, size=DRAWN_AT_ONCE).tolist():
+            for place in rng.integers(count, size=DRAW_SIZE).tolist():
                 if place in drawn:
                     continue
                 drawn.add(place)
@@ -75,54 +118,49 @@ class Draw:
                     break
         if len(found) < n:
             raise InputError(
-                f"negatives.{field} is {n}, but for example {self._ids[row]} there are only "
-                f"{len(found)} other targets of other prompts: lower it, or give more training examples"
+                f"{setting} is {n}, but for example {self._ids[row]} there are only {len(found)} other targets of "
+                "other prompts; lower it, or add training examples"
             )
         return found
 
 
 @dataclass(frozen=True)
-class Borrowed:
-    """Work that gives each example of a selection targets of others."""
+class BatchDraws:
+    """Gives each example of a selection targets of others."""
 
-    rows: Rows
     selection: pa.Table
     """EXAMPLES schema; the pool."""
     seed: int
-    hardest: int = 0
+    hard_negatives_from: int = 0
     """Of so many drawn the nearest by embedding are taken; 0: as drawn."""
     embedder: Embedder | None = None
-    """For `hardest`."""
-    at_once: bool = False
+    """For `hard_negatives_from`."""
+    key: str = "negatives.sources.batch"
+    """The source's key in the recipe, for messages."""
 
-    @property
-    def outputs(self) -> list[Rows]:
-        """The negatives."""
-        return [self.rows]
-
-    def open(self) -> Make:
-        """Index the pool."""
+    def load(self) -> NegativesOf:
+        """Index the pool and embed its targets where `hard_negatives_from` asks for it."""
         ids, prompts, targets = (self.selection[name].to_pylist() for name in ("example_id", "rendered", "target"))
         draw = Draw(ids, prompts, targets, self.seed)
         place = {example_id: row for row, example_id in enumerate(ids)}
-        memo = EmbeddingMemo(self.embedder) if self.embedder is not None else None
-        if memo is not None:
+        embeddings = EmbeddingCache(self.embedder) if self.embedder is not None else None
+        if embeddings is not None:
             # All in one order: a vector's last digits depend on what is computed beside it, and with them the order of
             # targets that are equal to the embedding model, such as those unlike in case only.
             distinct = sorted(set(targets))
-            memo.add(distinct, "targets embedded")
-            if self.embedder is not None and (count := memo.truncated(distinct)):
-                remedy = "set negatives.embedder to a model that reads more"
+            embeddings.add(distinct, "targets embedded")
+            if self.embedder is not None and (count := embeddings.truncated(distinct)):
+                remedy = f"set {self.key}.embedder to a model that reads more"
                 cut = truncation(count, len(distinct), self.embedder.name, self.embedder.window(), remedy)
-                log.warning("hardest: %s", cut)
+                log.warning("hard_negatives_from: %s", cut)
 
         def negatives_of(example: dict[str, Any], indices: list[int]) -> list[dict[str, Any]]:
             row = place[example["example_id"]]
-            if memo is None:
-                others = draw.others(row, max(indices) + 1)
+            if embeddings is None:
+                others = draw.others(row, max(indices) + 1, f"{self.key}.count")
             else:
-                drawn = draw.others(row, self.hardest, "hardest")
-                order = nearest(targets[row], [targets[other] for other in drawn], memo.encode)
+                drawn = draw.others(row, self.hard_negatives_from, f"{self.key}.hard_negatives_from")
+                order = nearest(targets[row], [targets[other] for other in drawn], embeddings.encode)
                 others = [drawn[number] for number in order]
             chosen = self.selection.take([others[k] for k in indices]).to_pylist()
             first_seed = row_seed(self.seed, example["example_id"])
@@ -131,7 +169,7 @@ class Borrowed:
                     example,
                     k,
                     first_seed + k,
-                    strategy=STRATEGY,
+                    strategy=BatchTargets.kind,
                     text=other["target"],
                     token_ids=other["target_ids"],
                     ends=other["ends"],
@@ -139,4 +177,4 @@ class Borrowed:
                 for k, other in zip(indices, chosen, strict=True)
             ]
 
-        return per_example(negatives_of)
+        return negatives_of

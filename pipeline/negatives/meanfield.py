@@ -3,33 +3,78 @@
 Shapes: L tokens of the target without its end token, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
-from cpo_pipe.data.executor import Made, Make
+from cpo_pipe.data.config import Location
+from cpo_pipe.data.execution.base import Made, Make
 from cpo_pipe.data.fingerprint import Spec, row_seed
-from cpo_pipe.data.models import Model, TokenizerFiles
+from cpo_pipe.data.models.end_tokens import end_tokens
+from cpo_pipe.data.models.model import Model
+from cpo_pipe.data.models.tokenizer import TokenizerFiles
 from cpo_pipe.data.store import Rows
-from cpo_pipe.pipeline.missing import SAMPLE_INDICES
-from cpo_pipe.pipeline.negatives.rows import negative
+from cpo_pipe.pipeline.api.config import Api
+from cpo_pipe.pipeline.negatives.strategy import Inputs, Job, Strategy, negative
+from cpo_pipe.pipeline.samples import SAMPLE_INDICES
 
 if TYPE_CHECKING:  # torch is imported only when there is something to make
     from torch import Tensor
     from transformers import PreTrainedModel
 
-STRATEGY = "meanfield"
 LOGITS = 1 << 27
 """Logits in memory at once."""
 
 
+class MeanField(Strategy):
+    """The target with some tokens drawn again from a model, each given the true tokens before it."""
+
+    kind: ClassVar[str] = "meanfield"
+    abbreviation: ClassVar[str] = "MN"
+
+    model: Location = Field(
+        description="what draws the tokens: a training's name, a folder or a hub name; in a later iteration the model "
+        "of the iteration before"
+    )
+    corruption_rate: float = Field(0.15, gt=0, le=1, description="share of the target's tokens drawn again")
+
+    def plan(self, inputs: Inputs) -> Job:
+        """Plan the draws."""
+        model, tokenizer = inputs.find(self.model), inputs.examples.tokenizer
+        assert isinstance(model, Model)
+        ends = end_tokens(model.path, tokenizer)
+        spec = meanfield_spec(inputs.examples.rendering, model.fingerprint, self.corruption_rate, ends, inputs.seed)
+        rows = inputs.rows(spec)
+        work = MeanFieldWork(rows, model, tokenizer, ends, self.corruption_rate, inputs.seed)
+        return Job(inputs.source(rows, self.count), work)
+
+    @property
+    def origin(self) -> str:
+        """The target and the model."""
+        return f"the ground truth, in part drawn again from {self.model}"
+
+    def models(self) -> list[str]:
+        """Return the model."""
+        return [self.model]
+
+    def check_apis(self, apis: Mapping[str, Api]) -> None:
+        """Refuse an API."""
+        if self.model in apis:
+            raise ValueError(f"model {self.model} is an API, which gives no distributions; name a model with weights")
+
+    def with_generator(self, model: str) -> Self:
+        """Return the strategy with another model."""
+        return self.model_copy(update={"model": model})
+
+
 def meanfield_spec(rendering: Spec, generator: str, share: float, stop_ids: Sequence[int], seed: int) -> Spec:
-    """The model's distribution, which tokens it may not draw, how many are drawn, and the seed."""
-    return {"strategy": STRATEGY, "prompt": rendering, "generator": generator, "share": share,
+    """Return the identity of the draws: model, tokens that it may not draw, share of tokens drawn, and seed."""
+    return {"strategy": MeanField.kind, "prompt": rendering, "generator": generator, "share": share,
             "stop_ids": sorted(stop_ids), "seed": seed}  # fmt: skip
 
 
@@ -71,7 +116,7 @@ def redraw(target: Sequence[int], logits_LV: "Tensor", share: float, stop_ids: S
 
 
 @dataclass(frozen=True)
-class Redrawn:
+class MeanFieldWork:
     """Work that draws tokens of the targets of examples again."""
 
     rows: Rows
@@ -106,7 +151,7 @@ class Redrawn:
                     example,
                     k,
                     first_seed + k,
-                    strategy=STRATEGY,
+                    strategy=MeanField.kind,
                     text=str(tokenizer.decode(ids, skip_special_tokens=True)),
                     token_ids=[*ids, *example["target_ids"][len(whole) :]],
                     ends=example["ends"],

@@ -1,73 +1,67 @@
-"""Truncation negatives (TN): the target cut at a random place, with an end token behind it (§3)."""
+"""Truncation negatives (TN): the target cut at a random place, followed by an end token (§3)."""
 
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 
-from cpo_pipe.data.executor import Make
-from cpo_pipe.data.fingerprint import Spec, row_seed
-from cpo_pipe.data.models import TokenizerFiles
-from cpo_pipe.data.store import Rows
-from cpo_pipe.data.templates import eos_token_id
-from cpo_pipe.pipeline.negatives.rows import negative, per_example
-
-STRATEGY = "truncation"
+from cpo_pipe.data.fingerprint import row_seed
+from cpo_pipe.data.models.templates import eos_token_id
+from cpo_pipe.data.models.tokenizer import TokenizerFiles
+from cpo_pipe.pipeline.negatives.strategy import ExampleWork, Inputs, Job, NegativesOf, Strategy, negative
 
 
-def truncation_spec(rendering: Spec, seed: int) -> Spec:
-    """A cut depends on the target, which its example id names, and on the seed."""
-    return {"strategy": STRATEGY, "prompt": rendering, "seed": seed}
+class Truncation(Strategy):
+    """The target cut at a random place, with an end token."""
+
+    kind: ClassVar[str] = "truncation"
+    abbreviation: ClassVar[str] = "TN"
+
+    def plan(self, inputs: Inputs) -> Job:
+        """Plan the cuts; they depend on the target, which the example id identifies, and on the seed."""
+        rows = inputs.rows({"strategy": self.kind, "prompt": inputs.examples.rendering, "seed": inputs.seed})
+        work = ExampleWork(rows, partial(_load, inputs.examples.tokenizer, inputs.seed))
+        return Job(inputs.source(rows, self.count), work)
+
+    @property
+    def origin(self) -> str:
+        """The cut target."""
+        return "the ground truth, cut"
+
+
+def _load(files: TokenizerFiles, seed: int) -> NegativesOf:
+    tokenizer = files.load()
+    end = eos_token_id(tokenizer)
+
+    def negatives_of(example: dict[str, Any], indices: list[int]) -> list[dict[str, Any]]:
+        target = example["target_ids"][:-1] if example["ends"] else example["target_ids"]
+        places = cuts(example["example_id"], len(target), max(indices) + 1, seed)
+        first_seed = row_seed(seed, example["example_id"])
+        return [
+            negative(
+                example,
+                k,
+                first_seed + k,
+                strategy=Truncation.kind,
+                text=str(tokenizer.decode(target[: places[k]], skip_special_tokens=True)),
+                token_ids=[*target[: places[k]], end],
+                ends=True,
+            )
+            for k in indices
+        ]
+
+    return negatives_of
 
 
 def cuts(example_id: str, tokens: int, n: int, seed: int) -> list[int]:
-    """After how many of the target's tokens samples 0 … n − 1 end: each place once before any comes again.
+    """Return after how many of the target's tokens samples 0 … n − 1 end: each place once before any repeats.
 
     Args:
-        example_id: with `seed` it decides the order of the places, so that a larger n only adds to a smaller one.
-        tokens: of the target, without its end token; cuts keep 1 … tokens − 1 of them, of a single one none.
+        example_id: with `seed` it determines the order of the places, so that a larger n only adds to a smaller one.
+        tokens: length of the target, without its end token. A cut keeps 1 … tokens − 1 of them, or 0 of a single one.
         n: how many cuts.
         seed: of all cuts.
     """
     places = np.arange(1, tokens) if tokens > 1 else np.zeros(1, np.int64)
     order = np.random.default_rng(row_seed(seed, example_id)).permutation(places)
     return [int(order[k % len(order)]) for k in range(n)]
-
-
-@dataclass(frozen=True)
-class Truncated:
-    """Work that cuts the targets of examples."""
-
-    rows: Rows
-    tokenizer: TokenizerFiles
-    seed: int
-    at_once: bool = False
-
-    @property
-    def outputs(self) -> list[Rows]:
-        """The negatives."""
-        return [self.rows]
-
-    def open(self) -> Make:
-        """Load the tokenizer."""
-        tokenizer = self.tokenizer.load()
-        end = eos_token_id(tokenizer)
-
-        def negatives_of(example: dict[str, Any], indices: list[int]) -> list[dict[str, Any]]:
-            whole = example["target_ids"][:-1] if example["ends"] else example["target_ids"]
-            places = cuts(example["example_id"], len(whole), max(indices) + 1, self.seed)
-            first_seed = row_seed(self.seed, example["example_id"])
-            return [
-                negative(
-                    example,
-                    k,
-                    first_seed + k,
-                    strategy=STRATEGY,
-                    text=str(tokenizer.decode(whole[: places[k]], skip_special_tokens=True)),
-                    token_ids=[*whole[: places[k]], end],
-                    ends=True,
-                )
-                for k in indices
-            ]
-
-        return per_example(negatives_of)

@@ -2,6 +2,6 @@
 
 import sys
 
-from cpo_pipe.pipeline.cli import main
+from cpo_pipe.cli import main
 
 sys.exit(main())

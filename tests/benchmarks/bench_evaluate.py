@@ -8,9 +8,9 @@ from pathlib import Path
 
 import yaml
 
-from tests.benchmarks.bench_warm import make_embedder
-from tests.conftest import make_model, pairs, write_jsonl
-from tests.pipeline.api_server import serve, written
+from tests.support.api_server import serve, written
+from tests.support.models import make_embedder, make_model
+from tests.support.pairs import pairs, write_jsonl
 
 EXAMPLES, RUNS = 1_000, 5
 

@@ -14,15 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from cpo_pipe.data.executor import LocalExecutor
+from cpo_pipe.data.execution.base import LocalExecutor
 from cpo_pipe.data.fingerprint import row_seed
-from cpo_pipe.data.models import locate_model
-from cpo_pipe.data.recipe import Data, Negatives
+from cpo_pipe.data.models.locate import locate_model
 from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline.engines import base
-from cpo_pipe.pipeline.generate import generate_negatives, plan_negatives
-from cpo_pipe.pipeline.prepare import prepare
-from tests.conftest import make_model, write_jsonl
+from cpo_pipe.pipeline.negatives.config import Negatives
+from cpo_pipe.pipeline.negatives.generate import generate_negatives, plan_negatives
+from cpo_pipe.pipeline.prepare.pairs import Pairs
+from cpo_pipe.pipeline.prepare.prepare import prepare
+from tests.support.models import make_model
+from tests.support.pairs import write_jsonl
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 
@@ -58,18 +60,18 @@ def bench_autoregressive(batch_size: int, tmp_path: Path, monkeypatch: pytest.Mo
     model = locate_model(str(tmp_path / "model"), store)
     rows = [{"prompt": text, "target": "a target"} for text in texts()]
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
-    examples = prepare(Data(source=str(source), tokenizer=str(model.path), test=1), store)
+    examples = prepare(Pairs(source=str(source), tokenizer=str(model.path), test=1), store)
     selection = examples.read("train")
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids in selection["prompt_ids"].to_pylist()]
     engine = VllmEngine(model, context=256)
     monkeypatch.setattr(base, "open_engine", lambda *_: engine)
 
     def stage(seed: int) -> int:
-        settings = {"model": "m", "counts": {"autoregressive": N}, "seed": seed, "batch_size": batch_size}
-        config = Negatives.model_validate({**settings, "engine": "vllm"})
+        source = {"model": "m", "count": N, "batch_size": batch_size, "engine": "vllm"}
+        config = Negatives.model_validate({"seed": seed, "sources": {"autoregressive": source}})
         plan = plan_negatives(config, store, examples, lambda *_, **__: model, NEW_TOKENS)
         generate_negatives(plan, LocalExecutor())
-        ids = plan.sources.pools[0].rows.read(selection["example_id"].to_pylist())["token_ids"]
+        ids = plan.sources[0].rows.read(selection["example_id"].to_pylist())["token_ids"]
         return sum(map(len, ids.to_pylist()))
 
     def bare(seed: int, *, together: bool = True) -> int:

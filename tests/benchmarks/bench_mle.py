@@ -7,16 +7,18 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cpo_pipe.trainer.attention import Attention
-from cpo_pipe.trainer.batches import micro_batches
-from cpo_pipe.trainer.scorer import Scorer
+from cpo_pipe.trainer.scoring.attention import AttentionBackend
+from cpo_pipe.trainer.scoring.batching import micro_batches
+from cpo_pipe.trainer.scoring.scorer import Scorer
 
 BATCH, ROUNDS, BUDGET = 32, 5, 8192
 MODEL = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 4, "vocab_size": 8000, "max_position_embeddings": 1024}  # fmt: skip
 
 
-def step(scorer: Scorer, attention: Attention, texts: list[tuple[list[int], list[list[int]]]]) -> tuple[float, int]:
+def step(
+    scorer: Scorer, attention: AttentionBackend, texts: list[tuple[list[int], list[list[int]]]]
+) -> tuple[float, int]:
     """CPU seconds of forward and backward pass, and the tokens computed."""
     scorer.set_attention(attention)
     scorer.zero_grad()
@@ -44,7 +46,7 @@ def bench_mle() -> None:
             for prompt, target in lengths.tolist()
         ]
         step(scorer, "packed", texts[:4])
-        seconds: dict[Attention, list[float]] = {"packed": [], "padded": []}
+        seconds: dict[AttentionBackend, list[float]] = {"packed": [], "padded": []}
         tokens = {}
         for _ in range(ROUNDS):
             for attention, took in seconds.items():

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from cpo_pipe.data import pydocs
-from cpo_pipe.data.embedding import locate_embedder
-from cpo_pipe.data.recipe import parse_recipe
+from cpo_pipe.data.models.embedder import locate_embedder
+from cpo_pipe.data.sources import python_docs as pydocs
 from cpo_pipe.data.store import Store
-from cpo_pipe.pipeline.rank import collect_candidates
-from cpo_pipe.pipeline.run import Run
-from tests.conftest import write_jsonl
+from cpo_pipe.pipeline.rank.candidates import collect_candidates
+from cpo_pipe.recipe.load import parse_recipe
+from cpo_pipe.run import Run
+from tests.support.pairs import write_jsonl
 
 GROUPS, PAIRS = 60, 5
 
@@ -39,15 +39,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     write_jsonl(folder / "rows.jsonl", paragraphs())
     config = {"hidden_size": 160, "intermediate_size": 432, "num_hidden_layers": 4, "num_attention_heads": 5,
               "max_position_embeddings": 512}  # fmt: skip
-    reference = {"init": {"architecture": "llama", "config": config}, "objective": "mle", "steps": 250,
-                 "batch_size": 16, "lr": 0.002, "schedule": "cosine"}  # fmt: skip
+    reference = {"init": {"architecture": "llama", "config": config}, "objective": "mle", "max_steps": 250,
+                 "batch_size": 16, "learning_rate": 0.002, "lr_scheduler_type": "cosine"}  # fmt: skip
     content = {
         "name": "rank",
         "data": {"source": str(folder / "rows.jsonl"), "tokenizer": {"vocab_size": 2048}, "test": 100,
                  "max_prompt_tokens": 100, "max_target_tokens": 200, "max_rejected": 1},
         "train": {"reference": reference},
-        "negatives": {"model": "reference", "counts": {"autoregressive": 11}, "max_examples": GROUPS,
-                      "engine": "transformers"},
+        "negatives": {"max_examples": GROUPS, "sources": {
+            "autoregressive": {"model": "reference", "count": 11, "engine": "transformers"}}},
     }  # fmt: skip
     run = Run(parse_recipe(content, "rank"), "rank", Store(folder / "store"), folder / "run")
     run.prepare()
@@ -57,9 +57,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def bench_rank(run: Run) -> None:
-    sources = run.sources()
-    examples = sources.selection.to_pylist()
-    everything, _ = collect_candidates(examples, sources.pools, drop_duplicates=False)
+    plan = run.resolver.negatives()
+    examples = plan.selection.to_pylist()
+    everything, _ = collect_candidates(examples, plan.sources, drop_duplicates=False)
     ours = locate_embedder("minilm", run.store)
     theirs = SentenceTransformer(str(ours.path))
     ours.encode(["loaded"])
@@ -67,7 +67,7 @@ def bench_rank(run: Run) -> None:
     ratios = []
     for _ in range(PAIRS):
         start = time.process_time()
-        kept, _ = collect_candidates(examples, sources.pools, drop_duplicates=True)
+        kept, _ = collect_candidates(examples, plan.sources, drop_duplicates=True)
         texts = [candidate["text"] for group in kept for candidate in group]
         left = ours.encode(texts)
         middle = time.process_time()

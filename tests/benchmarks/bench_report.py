@@ -10,11 +10,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from cpo_pipe.data.pydocs import collect
 from cpo_pipe.data.schemas import EXAMPLES
-from cpo_pipe.eval.measure import VERDICTS
-from cpo_pipe.eval.report import write_report
-from tests.eval.report_data import example, make_data, said, verdict
+from cpo_pipe.data.sources.python_docs import collect
+from cpo_pipe.eval.judging import VERDICTS
+from cpo_pipe.eval.report.report import write_report
+from tests.support.report_data import example, make_data, said, verdict
 
 EXAMPLE_COUNT, RUNS = 5_000, 5
 SYSTEMS = ("mle", "cpo", "cpo-ranked", "dpo")

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from cpo_pipe.data.store import SHARD_ROWS, Rows, Store
+from cpo_pipe.data.store import Rows, Store
+from cpo_pipe.data.store.shards import SHARD_ROWS
 
 SCALES = (100_000, 1_000_000)
 SAMPLES, TOKENS, CHARACTERS, SLICE = 11, 32, 80, 512

@@ -9,42 +9,17 @@ from pathlib import Path
 
 import yaml
 
-from tests.conftest import make_model, pairs, write_jsonl
+from tests.support.models import make_embedder, make_model
+from tests.support.pairs import pairs, write_jsonl
 
 ROWS, RUNS = 10_000, 5
 HEAVY = ("torch", "transformers", "sentence_transformers", "sklearn", "scipy", "datasets")
 COMMAND = """
 import sys, json
-from cpo_pipe.pipeline.cli import main
+from cpo_pipe.cli import main
 assert main(sys.argv[1:]) == 0
 print(json.dumps([name for name in {heavy} if name in sys.modules]), file=sys.stderr)
 """
-
-
-def make_embedder(folder: Path) -> Path:
-    """A sentence model of a few thousand weights: what embedded does not matter to a run that embeds nothing."""
-    from sentence_transformers import SentenceTransformer, models
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    (folder / "bert").mkdir(parents=True)
-    vocabulary = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *map(chr, range(32, 127)),
-        *(f"##{chr(c)}" for c in range(33, 127)),
-    ]
-    (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(vocabulary)))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
-    config = BertConfig(
-        vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=32
-    )
-    BertModel(config).save_pretrained(folder / "bert")
-    transformer = models.Transformer(str(folder / "bert"))
-    SentenceTransformer(modules=[transformer, models.Pooling(32)]).save(str(folder / "embedder"))
-    return folder / "embedder"
 
 
 def bench_warm(tmp_path: Path) -> None:
@@ -54,11 +29,15 @@ def bench_warm(tmp_path: Path) -> None:
         "name": "warm",
         "data": {"source": str(tmp_path / "rows.jsonl"), "tokenizer": str(model), "test": 500},
         "train": {
-            name: {"init": str(model), "objective": name, "reference": str(model), "steps": 2, "batch_size": 8}
+            name: {"init": str(model), "objective": name, "reference": str(model), "max_steps": 2, "batch_size": 8}
             for name in ("cpo", "cpo-ranked")
         },
-        "negatives": {"model": str(model), "counts": {"autoregressive": 1, "batch": 5, "truncation": 5},
-                      "max_new_tokens": 4, "engine": "transformers", "batch_size": 1024},
+        "negatives": {"sources": {
+            "autoregressive": {"model": str(model), "count": 1, "max_new_tokens": 4, "engine": "transformers",
+                               "batch_size": 1024},
+            "batch": {"count": 5},
+            "truncation": {"count": 5},
+        }},
         "rank": {"model": str(embedder)},
         "evaluate": {"systems": {"cpo": {"model": "cpo"}, "ranked": {"model": "cpo-ranked"}}, "baseline": "cpo",
                      "judges": ["similarity"], "embedder": str(embedder), "max_new_tokens": 8,

@@ -1,4 +1,4 @@
-"""Which way of computing a group is exact for which architecture, as a table: `just exactness`.
+"""Print which attention backend is numerically equivalent for which architecture: `just exactness`.
 
 Errors are the largest of any token's log-prob, relative to the largest log-prob, and the norm of the gradient's error,
 relative to the gradient's norm, against a loop over single sequences in float32. The group has a prompt of 20 tokens
@@ -13,9 +13,10 @@ import transformers
 from torch import Tensor
 
 from cpo_pipe.data.errors import InputError
-from cpo_pipe.trainer.scorer import ORDER, Scorer, choose
-from tests.trainer.architectures import ARCHITECTURES, make
-from tests.trainer.test_scorer import GROUPS, PROBES, gradients, naive, ours
+from cpo_pipe.trainer.scoring.scorer import Scorer
+from cpo_pipe.trainer.scoring.self_check import BACKENDS, choose_backend
+from tests.support.architectures import ARCHITECTURES, make
+from tests.support.scoring import GROUPS, PROBES, gradients, naive, ours
 
 Measured = tuple[Tensor, Tensor]
 """Log-probs of all tokens, and the gradient, each in one row."""
@@ -41,11 +42,11 @@ def row(name: str) -> str:
     with torch.autocast("cpu", torch.bfloat16):
         rough = measure(model, naive(model, GROUPS[0]))
     scorer = Scorer(model)
-    choice = choose(name, scorer, PROBES)
+    choice = choose_backend(name, scorer, PROBES)
     cells = []
-    for attention in ORDER["cpu"][:-1]:
+    for attention in BACKENDS["cpu"][:-1]:
         try:
-            choose(name, scorer, PROBES, attention)
+            choose_backend(name, scorer, PROBES, attention)
             cells.append(errors(measure(model, ours(scorer, GROUPS[0])), truth))
         except InputError as refusal:
             reason = str(refusal).split("this model: ")[1].removesuffix("; use auto")

@@ -24,10 +24,11 @@ import yaml
 from scipy import stats
 
 from cpo_pipe.data.progress import track
-from cpo_pipe.data.recipe import GROUND_TRUTH, load_recipe
-from cpo_pipe.eval.charts import Bar, alpha_curves, win_rates
-from cpo_pipe.eval.measure import ANY_DECODING
-from cpo_pipe.eval.statistics import holm
+from cpo_pipe.eval.config import GROUND_TRUTH
+from cpo_pipe.eval.metrics.figures import ANY_DECODING
+from cpo_pipe.eval.report.charts import Bar, alpha_curves, win_rates
+from cpo_pipe.eval.statistics.tests import holm
+from cpo_pipe.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[2]
 SEEDS = (1, 2, 3, 4, 5)
@@ -39,7 +40,7 @@ STEPS, BATCH = 100, 8
 EXAMPLES = STEPS * BATCH
 """Prompts with negatives. So every method sees as many pieces, each once: MLE and PSS draw theirs from all."""
 
-BASE: dict[str, Any] = {"init": "reference", "steps": STEPS, "batch_size": BATCH, "lr": 2e-4}
+BASE: dict[str, Any] = {"init": "reference", "max_steps": STEPS, "batch_size": BATCH, "learning_rate": 2e-4}
 COUNTS: dict[str, dict[str, int]] = {
     "an": {"autoregressive": 4},
     "bn": {"batch": 4},
@@ -59,7 +60,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 BETAS = [{"beta": beta} for beta in (0.1, 0.3, 1.0)]
 GRIDS: dict[str, list[dict[str, float]]] = dict.fromkeys(METHODS, BETAS) | {
-    "mle": [{"lr": lr} for lr in (5e-5, 2e-4, 8e-4)],
+    "mle": [{"learning_rate": learning_rate} for learning_rate in (5e-5, 2e-4, 8e-4)],
     "pss": [{"replace": share} for share in (0.1, 0.25, 0.5)],
     "slic": [{"mle_weight": weight} for weight in (1.0, 10.0, 100.0)],
 }
@@ -111,8 +112,13 @@ def recipe(
     reference = small["train"]["reference"]
     reference["init"]["seed"] = seed
     train = {"reference": reference} | {name: dict(training) for name, training in trainings.items()}
-    negatives = {"model": "reference", "counts": {"autoregressive": 4}, "top_k": 50, "seed": seed,
-                 "max_examples": EXAMPLES, "engine": "transformers"}  # fmt: skip
+    sources = {
+        "autoregressive": {"model": "reference", "count": 4, "top_k": 50, "engine": "transformers"},
+        "batch": {"count": 4},
+        "meanfield": {"model": "reference", "count": 4},
+        "truncation": {"count": 4},
+    }
+    negatives = {"seed": seed, "max_examples": EXAMPLES, "sources": sources}
     return {
         "name": name,
         "data": small["data"],

@@ -22,23 +22,24 @@ import transformers
 import trl
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from cpo_pipe.data.executor import LocalExecutor
+from cpo_pipe.data.execution.base import LocalExecutor
 from cpo_pipe.data.fingerprint import candidate_id
-from cpo_pipe.data.models import locate_model, locate_tokenizer
-from cpo_pipe.data.recipe import Training
+from cpo_pipe.data.models.locate import locate_model
+from cpo_pipe.data.models.tokenizer import locate_tokenizer
 from cpo_pipe.data.schemas import EXAMPLES
 from cpo_pipe.data.store import Store
-from cpo_pipe.trainer import objective
+from cpo_pipe.trainer.checkpoint import METRICS_FILE
 from cpo_pipe.trainer.groups import Group
-from cpo_pipe.trainer.objective import Normalizers
-from cpo_pipe.trainer.scorer import Scorer
-from cpo_pipe.trainer.train import METRICS_FILE, Inputs, train
-from tests.benchmarks.trl_side import make_trl, peak_bytes
-from tests.conftest import make_tokenizer
+from cpo_pipe.trainer.objectives import OBJECTIVES
+from cpo_pipe.trainer.objectives.base import Normalizers
+from cpo_pipe.trainer.scoring.scorer import Scorer
+from cpo_pipe.trainer.train import Inputs, train
+from tests.support.models import make_tokenizer
+from tests.support.trl_side import make_trl, peak_bytes
 
 PAIRS = 7
 VOCABULARY, HIDDEN, LAYERS = 32_000, 384, 7
-CONFIG = Training(init="m", objective="cpo", reference="m", beta=0.1)
+CONFIG = OBJECTIVES.parse({"init": "m", "objective": "cpo", "reference": "m", "beta": 0.1})
 Texts = tuple[list[int], list[list[int]]]
 Step = Callable[[int], Any]
 
@@ -109,9 +110,9 @@ def make_ours(groups: Sequence[Texts], checkpointing: bool, accumulate: bool = F
     def step(index: int) -> int:
         if not accumulate:
             scorer.zero_grad(set_to_none=True)
-        packed = scorer.pack([objective.texts(CONFIG, typed[index])])
-        figures = objective.figures(CONFIG, [typed[index]], packed.per_group(scorer(packed)))
-        objective.loss(CONFIG, figures, Normalizers.of(CONFIG, [typed[index]])).backward()  # type: ignore[no-untyped-call]
+        packed = scorer.pack([CONFIG.texts(typed[index])])
+        figures = CONFIG.figures([typed[index]], packed.per_group(scorer(packed)))
+        CONFIG.loss(figures, Normalizers.of([typed[index]])).backward()  # type: ignore[no-untyped-call]
         return packed.tokens()
 
     return step
@@ -233,7 +234,9 @@ def loop() -> None:
              for number, (prompt, candidates) in enumerate(groups)], schema=EXAMPLES,
         )  # fmt: skip
         inputs = Inputs(locate_tokenizer(str(folder), store), model, selection, rows, model)
-        config = Training(init="m", objective="cpo", reference="m", steps=steps, batch_size=len(groups), beta=0.1)
+        config = OBJECTIVES.parse(
+            {"init": "m", "objective": "cpo", "reference": "m", "max_steps": steps, "batch_size": len(groups)}, beta=0.1
+        )
         product = train("benchmark", config, store, inputs, None, LocalExecutor())
         # The first and the last step measure samples, too.
         taken = pq.read_table(product.path / METRICS_FILE)["seconds"].to_pylist()[1:-1]

@@ -13,74 +13,14 @@ import pytest
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.examples import Examples
-from cpo_pipe.data.executor import LocalExecutor
-from cpo_pipe.data.fingerprint import example_id
-from cpo_pipe.data.models import Model, locate_model, locate_tokenizer
-from cpo_pipe.data.recipe import GROUND_TRUTH, Evaluate
+from cpo_pipe.data.models.locate import locate_model
+from cpo_pipe.data.models.tokenizer import locate_tokenizer
 from cpo_pipe.data.schemas import EXAMPLES, METRICS
 from cpo_pipe.data.store import Rows, Store
-from cpo_pipe.eval.evaluate import Evaluation, evaluate
-from cpo_pipe.eval.judges.resolve import Means
-from cpo_pipe.eval.mauve import MIN_TEXTS
+from cpo_pipe.eval.config import GROUND_TRUTH
+from cpo_pipe.eval.metrics.mauve import MIN_TEXTS
 from cpo_pipe.pipeline.engines import base
-
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"]
-
-
-def make_examples(store: Store, model: Path, count: int) -> Examples:
-    """`count` test examples with an EOS and one training example."""
-    tokenizer = locate_tokenizer(str(model), store)
-    load = tokenizer.load()
-    rows = []
-    for number in range(count + 1):
-        prompt, target = f"{number} the {WORDS[number % 8]}", f" {WORDS[number % 7]} {number} dog"
-        rows.append(
-            {"example_id": example_id(prompt, target), "split": "test" if number else "train", "prompt": prompt,
-             "rendered": prompt, "target": target, "prompt_ids": load.encode(prompt),
-             "target_ids": [*load.encode(target), 0], "ends": True, "category": None}
-        )  # fmt: skip
-    product = store.product("examples", {"count": count})
-    if not product.complete():
-        with product.create() as writer:
-            pq.write_table(pa.Table.from_pylist(rows, schema=EXAMPLES), writer.path / "examples.parquet")
-    return Examples(product, tokenizer, {"template": "plain"})
-
-
-def fake_nll(model: Model, examples: pa.Table) -> list[tuple[float, int]]:
-    """Two nats for every token."""
-    return [(-2.0 * len(ids), len(ids)) for ids in examples["target_ids"].to_pylist()]
-
-
-class Bench:
-    """A store with prepared examples and two models, and the evaluation of them."""
-
-    def __init__(self, root: Path, models: dict[str, Path], count: int):
-        self.store = Store(root)
-        self.examples = make_examples(self.store, next(iter(models.values())), count)
-        self.models = {name: locate_model(str(path), self.store) for name, path in models.items()}
-
-    def run(
-        self,
-        ranker: str | None = None,
-        nll: Any = fake_nll,
-        max_new_tokens: int = 6,
-        means: Means | None = None,
-        **settings: Any,
-    ) -> Evaluation:
-        defaults = {"systems": {name: {"model": name} for name in self.models}, "baseline": "one", "bootstrap": 200,
-                    "engine": "transformers", "mauve_seeds": 0, "judges": ["exact"]}  # fmt: skip
-        config = Evaluate.model_validate({**defaults, **settings})
-        return evaluate(
-            config,
-            self.store,
-            self.examples,
-            self.models,
-            max_new_tokens=max_new_tokens,
-            ranker=ranker,
-            target_nll=nll,
-            judging=means or Means({}, no_engine, no_engine),
-            executor=LocalExecutor(),
-        )
+from tests.support.evaluation import Bench, figures, no_engine
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +33,6 @@ def bench(tmp_path: Path, models: dict[str, Path]) -> Bench:
     return Bench(tmp_path / "store", models, 12)
 
 
-def figures(result: Evaluation) -> dict[tuple[str, str, str], dict[str, Any]]:
-    return {(row["system"], row["decoding"], row["metric"]): row for row in result.metrics().to_pylist()}
-
-
-def no_engine(*_: object) -> Any:
-    raise AssertionError("a model was loaded")
-
-
 DECODINGS = {"greedy": {"temperature": 0}, "top-k": {"top_k": 5}}
 
 
@@ -109,7 +41,7 @@ def test_all_figures_are_there(bench: Bench) -> None:
     found = figures(result)
 
     assert result.metrics().schema.equals(METRICS)
-    text = {"rep-4", "loops", "distinct-1", "distinct-2", "distinct-3", "length"}
+    text = {"rep-4", "repetition loops", "distinct-1", "distinct-2", "distinct-3", "length"}
     per_decoding = {*text, "chrF", "exact match"}
     wins = {"exact win", "exact tie", "exact loss", "exact win rate"}
     expected = {(GROUND_TRUTH, "-", name) for name in text}
@@ -146,16 +78,16 @@ def test_a_second_run_makes_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatc
     first = bench.run(decodings=DECODINGS)
     monkeypatch.setattr(base, "open_engine", no_engine)
     again = bench.run(decodings=DECODINGS, nll=no_engine)
-    assert again.product.path == first.product.path
+    assert again.artifact.path == first.artifact.path
     assert again.metrics().equals(first.metrics())
 
 
 def test_other_figures_reuse_the_outputs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     first = bench.run()
     monkeypatch.setattr(base, "open_engine", no_engine)
-    assert bench.run(bootstrap=300).product.path != first.product.path
+    assert bench.run(bootstrap=300).artifact.path != first.artifact.path
     assert bench.run(examples=5).metrics()["n"].unique().to_pylist() == [5]
-    assert bench.run(baseline="two").product.path != first.product.path
+    assert bench.run(baseline="two").artifact.path != first.artifact.path
 
 
 def test_the_seed_changes_samples_but_not_greedy_outputs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +110,7 @@ def test_two_systems_of_one_model_tie(tmp_path: Path, models: dict[str, Path]) -
 
 def test_similarity_wins_are_those_of_the_cosines(bench: Bench) -> None:
     result = bench.run(judges=["similarity"])
-    values = pq.read_table(result.product.path / "values.parquet").to_pylist()
+    values = pq.read_table(result.artifact.path / "values.parquet").to_pylist()
     cosines = {
         (row["system"], row["example_id"]): row["value"] for row in values if row["metric"] == "cosine to target"
     }
@@ -195,7 +127,7 @@ def test_mauve_is_left_out_where_it_says_nothing(bench: Bench, caplog: pytest.Lo
     with caplog.at_level(logging.INFO):
         result = bench.run(mauve_seeds=2)
     assert not [key for key in figures(result) if "MAUVE" in key[2]]
-    assert result.notes == ["MAUVE is left out: on 12 examples it says nothing; it needs 100 at least"]
+    assert result.notes == ["MAUVE is not measured: it needs at least 100 examples, and there are 12"]
     assert result.notes[0] in caplog.text
 
 
@@ -206,7 +138,7 @@ def test_mauve_has_a_spread(tmp_path: Path, models: dict[str, Path]) -> None:
 
 
 def test_metrics_of_the_rankers_model_are_named(bench: Bench) -> None:
-    from cpo_pipe.data.embedding import locate_embedder
+    from cpo_pipe.data.models.embedder import locate_embedder
 
     ranker = locate_embedder("minilm", bench.store).fingerprint
     shared = bench.run(ranker=ranker, judges=["similarity"])
@@ -214,7 +146,7 @@ def test_metrics_of_the_rankers_model_are_named(bench: Bench) -> None:
     assert "chrF" not in shared.shared_metrics
     other = bench.run(ranker="another", judges=["similarity"])
     assert other.shared_metrics == frozenset()
-    assert other.product.path == shared.product.path  # a mark changes no figure
+    assert other.artifact.path == shared.artifact.path  # a mark changes no figure
 
 
 def test_bad_input_is_one_line(bench: Bench) -> None:
@@ -242,7 +174,7 @@ def test_texts_are_compared_in_one_unicode_form(
     """A tokenizer that composes letters writes other code points than targets that a Mac decomposed."""
     composed, decomposed = "In Z\u00fcrich und K\u00f6ln.", "In Zu\u0308rich und Ko\u0308ln."
     bench = Bench(tmp_path / "store", {name: models[name] for name in ("one", "two")}, 12)
-    rows = pq.read_table(bench.examples.product.path / "examples.parquet").to_pylist()
+    rows = pq.read_table(bench.examples.artifact.path / "examples.parquet").to_pylist()
     texts = {"one": composed, "two": decomposed}
     as_sampled = Rows.read
 
@@ -287,16 +219,16 @@ def test_a_target_that_does_not_fit_is_refused_before_anything_is_made(
         bench.run(nll=no_engine, max_new_tokens=2)
     monkeypatch.undo()
     fitting = Bench(tmp_path / "two", {"one": new_model(max_position_embeddings=longest)}, 3)
-    assert fitting.run(max_new_tokens=2).product.complete()
+    assert fitting.run(max_new_tokens=2).artifact.complete()
 
 
 def test_all_texts_are_embedded_once_under_one_bar(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpo_pipe.data.embedding import Embedder, EmbeddingMemo
+    from cpo_pipe.data.models.embedder import Embedder, EmbeddingCache
 
     labels: list[str] = []
-    add = EmbeddingMemo.add
+    add = EmbeddingCache.add
     monkeypatch.setattr(
-        EmbeddingMemo, "add", lambda memo, texts, label: [labels.append(label), add(memo, list(texts), label)]
+        EmbeddingCache, "add", lambda cache, texts, label: [labels.append(label), add(cache, list(texts), label)]
     )
     embed, batches = Embedder.embed, []
     monkeypatch.setattr(
@@ -310,10 +242,10 @@ def test_all_texts_are_embedded_once_under_one_bar(bench: Bench, monkeypatch: py
 
 
 def test_nothing_is_embedded_where_no_figure_needs_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpo_pipe.data.embedding import Embedder
+    from cpo_pipe.data.models.embedder import Embedder
 
     monkeypatch.setattr(Embedder, "embed", no_engine)
-    assert bench.run(mauve_seeds=2).product.complete()  # too few examples for MAUVE
+    assert bench.run(mauve_seeds=2).artifact.complete()  # too few examples for MAUVE
 
 
 def test_a_killed_evaluation_keeps_its_outputs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +255,7 @@ def test_a_killed_evaluation_keeps_its_outputs(bench: Bench, monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt):
         bench.run(nll=killed)
     monkeypatch.setattr(base, "open_engine", no_engine)
-    assert bench.run().product.complete()
+    assert bench.run().artifact.complete()
 
 
 WARM = """
@@ -331,16 +263,17 @@ import json
 import sys
 from pathlib import Path
 from cpo_pipe.data.examples import Examples
-from cpo_pipe.data.models import locate_model, locate_tokenizer
-from cpo_pipe.data.recipe import Evaluate
+from cpo_pipe.data.models.locate import locate_model
+from cpo_pipe.data.models.tokenizer import locate_tokenizer
+from cpo_pipe.eval.config import Evaluate
 from cpo_pipe.data.store import Store
 from cpo_pipe.eval.evaluate import evaluate
 store = Store(Path({root!r}))
 model = locate_model({model!r}, store)
-product, tokenizer = store.product("examples", {{"count": 12}}), locate_tokenizer({model!r}, store)
-examples = Examples(product, tokenizer, {{"template": "plain"}})
+artifact, tokenizer = store.artifact("examples", {{"count": 12}}), locate_tokenizer({model!r}, store)
+examples = Examples(artifact, tokenizer, {{"template": "plain"}})
 config = Evaluate.model_validate(json.loads({config!r}))
-nothing = dict(ranker=None, target_nll=None, judging=None, executor=None)
+nothing = dict(ranker=None, models={{}}, apis={{}}, executor=None)
 result = evaluate(config, store, examples, {{"one": model}}, max_new_tokens=6, **nothing)
 print(result.metrics().num_rows, [name for name in {heavy} if name in sys.modules])
 """
@@ -352,7 +285,6 @@ def test_a_warm_run_imports_nothing_heavy(tmp_path: Path, models: dict[str, Path
                 "judges": ["similarity", "exact"]}  # fmt: skip
     rows = Bench(tmp_path, {"one": models["one"]}, 12).run(**{**settings, "mauve_seeds": 3}).metrics().num_rows
     code = WARM.format(
-        tests=str(Path(__file__).parent),
         root=str(tmp_path),
         model=str(models["one"]),
         config=json.dumps(settings),
@@ -388,22 +320,22 @@ def test_judges_and_people_are_compared(bench: Bench, tmp_path: Path) -> None:
     ]  # fmt: skip
     path = tmp_path / "labels.jsonl"
     path.write_text("".join(json.dumps(label) + "\n" for label in labels))
-    second = bench.run(judges=["exact", "longer"], labels=str(path))
+    second = bench.run(judges=["exact", "longer"], annotations=str(path))
     rows = {(row["judge_a"], row["judge_b"]): row for row in second.agreements().to_pylist()}
-    assert [*rows] == [("exact", "longer"), ("exact", "human labels"), ("longer", "human labels")]
+    assert [*rows] == [("exact", "longer"), ("exact", "human annotations"), ("longer", "human annotations")]
     assert rows["exact", "longer"] == judges
-    assert (rows["longer", "human labels"]["agreement"], rows["longer", "human labels"]["n"]) == (1, 5)
+    assert (rows["longer", "human annotations"]["agreement"], rows["longer", "human annotations"]["n"]) == (1, 5)
     assert not second.notes
 
     path.write_text(json.dumps({**labels[0], "prompt": "another"}) + "\n")
-    third = bench.run(judges=["exact", "longer"], labels=str(path))
-    assert [note for note in third.notes if "labels" in note] == [
-        "labels: none of the 1 labelled pairs is among those judged here: their texts must be the same to the letter"
+    third = bench.run(judges=["exact", "longer"], annotations=str(path))
+    assert [note for note in third.notes if "annotations" in note] == [
+        "annotations: none of the 1 annotated pairs is among the judged pairs; prompts and outputs must match exactly"
     ]
 
 
 def test_several_samples_show_how_various_they_are(bench: Bench) -> None:
-    from cpo_pipe.eval.text_metrics import self_bleu
+    from cpo_pipe.eval.metrics.text import self_bleu
 
     one = bench.run(decodings=DECODINGS)
     several = bench.run(decodings={**DECODINGS, "top-k": {"top_k": 5, "samples": 3}})
@@ -427,11 +359,11 @@ def test_several_samples_show_how_various_they_are(bench: Bench) -> None:
 
 
 def test_mauve_on_the_features_of_a_causal_model(tmp_path: Path, models: dict[str, Path]) -> None:
-    from cpo_pipe.eval.mauve import CausalEncoder, mauve
+    from cpo_pipe.eval.metrics.mauve import CausalEncoder, mauve
 
     bench = Bench(tmp_path / "store", models, MIN_TEXTS)
     scorer = bench.models["two"]
-    result = bench.run(mauve_seeds=2, mauve_model="two", means=Means({}, bench.models.__getitem__, no_engine))
+    result = bench.run(mauve_seeds=2, mauve_model="two", judge_models=bench.models)
     encoder = CausalEncoder(scorer, locate_tokenizer(str(scorer.path), bench.store))
     targets = encoder.encode(result.examples["target"].to_pylist())
     outputs = {(row["system"], row["example_id"]): row["text"] for row in result.outputs().to_pylist()}
@@ -440,7 +372,7 @@ def test_mauve_on_the_features_of_a_causal_model(tmp_path: Path, models: dict[st
     found = figures(result)
     assert found["one", "greedy", "MAUVE"]["value"] == pytest.approx(expected.mean, abs=1e-6)
     assert found["one", "greedy", "MAUVE sd"]["value"] == pytest.approx(expected.sd, abs=1e-6)
-    spec = json.loads((result.product.path / "spec.json").read_text())
+    spec = json.loads((result.artifact.path / "spec.json").read_text())
     assert spec["mauve"] == {**encoder.spec(), "seeds": 2}
 
     embedded = bench.run(mauve_seeds=2)
@@ -451,11 +383,10 @@ def test_texts_longer_than_a_window_are_noted(
     tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = Bench(tmp_path / "store", {"one": models["one"]}, MIN_TEXTS)
-    means = Means({}, lambda name: bench.models[name], no_engine)
     plain = bench.run(judges=["similarity"], mauve_seeds=1)
     assert not [note for note in plain.notes if "longer than" in note]
 
-    rows = pq.read_table(bench.examples.product.path / "examples.parquet").to_pylist()
+    rows = pq.read_table(bench.examples.artifact.path / "examples.parquet").to_pylist()
     long = [row | {"target": "the quick brown fox " * 200} for row in rows[1:4]]
     selection = pa.Table.from_pylist([*long, *rows[4:]], schema=EXAMPLES)
     monkeypatch.setattr(Examples, "read", lambda *_: selection)
@@ -468,7 +399,7 @@ def test_texts_longer_than_a_window_are_noted(
     assert [note for note in result.notes if "longer than" in note] == [f"near: {said}", f"MAUVE: {said}"]
 
     context = bench.models["one"].context()
-    causal = bench.run(judges=["exact"], mauve_seeds=1, mauve_model="one", means=means, seed=1)
+    causal = bench.run(judges=["exact"], mauve_seeds=1, mauve_model="one", judge_models=bench.models, seed=1)
     (note,) = [note for note in causal.notes if "longer than" in note]
     assert note.startswith(f"MAUVE: 3 of {texts} texts (1.5%) are longer than the {context:,} tokens that one reads")
     assert "set evaluate.mauve_model to a model that reads more" in note
@@ -478,7 +409,7 @@ def test_causal_features_of_a_text_that_is_empty_or_too_long(models: dict[str, P
     import numpy as np
     import torch
 
-    from cpo_pipe.eval.mauve import CausalEncoder, causal_features
+    from cpo_pipe.eval.metrics.mauve import CausalEncoder, causal_features
 
     store = Store(tmp_path)
     model, tokenizer = locate_model(str(models["one"]), store), locate_tokenizer(str(models["one"]), store)

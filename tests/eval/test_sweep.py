@@ -9,7 +9,7 @@ import pytest
 from cpo_pipe.data.store import Store
 from cpo_pipe.eval.evaluate import Evaluation
 from cpo_pipe.pipeline.engines import base
-from tests.eval.test_evaluate import Bench, no_engine
+from tests.support.evaluation import Bench, no_engine
 
 SWEEP: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from cpo_pipe.data.recipe import GROUND_TRUTH, Api, Ensemble, Evaluate, System, ensemble_system
+from cpo_pipe.eval.config import GROUND_TRUTH, Ensemble, Evaluate, System, ensemble_system
 from cpo_pipe.eval.evaluate import Evaluation
+from cpo_pipe.pipeline.api.config import Api
+from cpo_pipe.pipeline.api.model import ApiModel
 from cpo_pipe.pipeline.engines import base
-from cpo_pipe.pipeline.engines.openai import ApiModel
-from tests.eval.test_evaluate import Bench, figures, no_engine
-from tests.pipeline.api_server import Reply, Seen, error, serve, written
+from tests.support.api_server import Reply, Seen, error, serve, written
+from tests.support.evaluation import Bench, figures, no_engine
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_all_are_compared_with_the_ground_truth(bench: Bench) -> None:
 def test_a_judge_that_goes_by_the_target_cannot_prefer_anything_to_it(bench: Bench) -> None:
     result = bench.run(baseline=GROUND_TRUTH, judges=["exact", "longer"])
     assert figures(result)["two", "greedy", "exact win"]["value"] == 0
-    assert result.notes == ["exact: goes by likeness to the target, so against the ground truth none can win"]
+    assert result.notes == ["exact: scores similarity to the target, so no system can beat the ground truth"]
 
 
 def test_any_two_are_compared(bench: Bench) -> None:
@@ -79,12 +80,12 @@ def test_the_ground_truth_may_be_the_other_side(bench: Bench) -> None:
 
 
 def test_no_more_comparisons_are_the_same_comparison(bench: Bench) -> None:
-    assert bench.run(compare=[]).product.path == bench.run().product.path
-    assert "compare" not in bench.run().product.spec
+    assert bench.run(compare=[]).artifact.path == bench.run().artifact.path
+    assert "compare" not in bench.run().artifact.spec
 
 
 def test_figures_against_others_are_marked_as_the_rankers_too(bench: Bench) -> None:
-    from cpo_pipe.data.embedding import locate_embedder
+    from cpo_pipe.data.models.embedder import locate_embedder
 
     ranker = locate_embedder("minilm", bench.store).fingerprint
     result = bench.run(ranker=ranker, judges=["similarity"], baseline=GROUND_TRUTH, compare=[["two", "one"]])
@@ -100,11 +101,11 @@ SETTINGS = {"systems": {"one": {"model": "one"}, "two": {"model": "two"}}, "base
     [
         ({"baseline": "gruond-truth"}, "baseline 'gruond-truth' is not among the systems (one, two); did you"),
         ({"compare": [["two", "three"]]}, "compare 'three' is not among the systems (one, two)"),
-        ({"compare": [["two", "two"]]}, "compare [two, two]: must be a system, and another one or ground-truth"),
-        ({"compare": [[GROUND_TRUTH, "two"]]}, "must be a system, and another one"),
-        ({"compare": [["two", "one"]]}, "compare [two, one]: one is the baseline of all already: leave it out"),
-        ({"systems": {}, "baseline": GROUND_TRUTH}, "systems is empty: name at least one model"),
-        ({"systems": {GROUND_TRUTH: {"model": "one"}}}, "systems: the name ground-truth is taken by the targets"),
+        ({"compare": [["two", "two"]]}, "compare [two, two]: must be a system and another system or ground-truth"),
+        ({"compare": [[GROUND_TRUTH, "two"]]}, "must be a system and another system"),
+        ({"compare": [["two", "one"]]}, "compare [two, one]: one is already the baseline; remove the pair"),
+        ({"systems": {}, "baseline": GROUND_TRUTH}, "systems is empty; name at least one model"),
+        ({"systems": {GROUND_TRUTH: {"model": "one"}}}, "systems: ground-truth is the name of the targets; rename it"),
         ({"ensembles": {"mix": {"of": ["a", "a"], "alphas": [0]}}}, "of names a twice"),
         ({"ensembles": {"mix": {"of": ["a", "b"], "alphas": [0.5, 0.50]}}}, "alphas has 0.5 twice"),
         ({"ensembles": {"mix": {"of": ["a", "b"], "alphas": [1.5]}}}, "less than or equal to 1"),
@@ -155,8 +156,8 @@ def test_an_api_is_a_system(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> No
         assert ("gpt", "-", "target NLL") not in found, "it says nothing of texts that are not its own"
         assert ("one", "-", "target NLL") in found
         monkeypatch.setattr(base, "open_engine", no_engine)
-        assert bench.run(judges=["longer", "exact"]).product.path == result.product.path
-        assert bench.run(bootstrap=300, judges=["longer"]).product.path != result.product.path
+        assert bench.run(judges=["longer", "exact"]).artifact.path == result.artifact.path
+        assert bench.run(bootstrap=300, judges=["longer"]).artifact.path != result.artifact.path
         assert len(server.seen) == 12, "nothing answered is asked for twice"
 
 

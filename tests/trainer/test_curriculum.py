@@ -12,18 +12,19 @@ import pyarrow as pa
 import pytest
 
 from cpo_pipe.data.errors import InputError
-from cpo_pipe.data.executor import LocalExecutor
-from cpo_pipe.data.recipe import Curriculum, Training
+from cpo_pipe.data.execution.base import LocalExecutor
 from cpo_pipe.data.schemas import CANDIDATE
 from cpo_pipe.data.store import Rows
-from cpo_pipe.trainer.curriculum import curriculum_batches, margins, order_of, similarities, strength_gaps
+from cpo_pipe.trainer.curriculum import Curriculum, curriculum_batches, order_of
+from cpo_pipe.trainer.difficulty import margins, similarities, strength_gaps
 from cpo_pipe.trainer.loop import Loop
+from cpo_pipe.trainer.objectives import OBJECTIVES
 from cpo_pipe.trainer.train import Inputs, train
-from tests.trainer.test_train import Bench, metrics, naive_logprob
+from tests.support.training import Bench, metrics, naive_logprob
 
-STRENGTHS = {"target": 3.0, "pool:medium": 2.0, "pool:weak": 1.0}
-SOURCES = ("target", "pool:medium", "pool:weak")
-PAIRS = [("target", "pool:weak"), ("target", "pool:medium"), ("pool:medium", "pool:weak")]
+STRENGTHS = {"target": 3.0, "medium": 2.0, "weak": 1.0}
+SOURCES = ("target", "medium", "weak")
+PAIRS = [("target", "weak"), ("target", "medium"), ("medium", "weak")]
 
 
 def lists(groups: list[list[tuple[str, float]]]) -> pa.ListArray:
@@ -38,8 +39,8 @@ def lists(groups: list[list[tuple[str, float]]]) -> pa.ListArray:
 
 def test_difficulty_by_hand() -> None:
     groups = lists([
-        [("target", 1.0), ("pool:weak", 0.2), ("pool:medium", 0.4)],
-        [("pool:medium", 0.9), ("pool:weak", 0.7)],
+        [("target", 1.0), ("weak", 0.2), ("medium", 0.4)],
+        [("medium", 0.9), ("weak", 0.7)],
         [("target", 1.0)],
     ])  # fmt: skip
     assert strength_gaps("t", groups, STRENGTHS).tolist() == pytest.approx([-1.5, -1.0, math.nan], nan_ok=True)
@@ -47,8 +48,8 @@ def test_difficulty_by_hand() -> None:
     # Per token: −1 against −2 and −4; −3 against −1.5; alone.
     reference, tokens = np.array([-2.0, -2.0, -12.0, -9.0, -3.0, -5.0]), np.array([2, 1, 3, 3, 2, 5])
     assert margins(reference, tokens, np.array([3, 2, 1])).tolist() == pytest.approx([-2.0, 1.5, math.nan], nan_ok=True)
-    with pytest.raises(InputError, match=r"train\.t\.curriculum\.by is strength, but none is known of pool:weak"):
-        strength_gaps("t", groups, {"target": 3.0, "pool:medium": 2.0})
+    with pytest.raises(InputError, match=r"train\.t\.curriculum\.by is strength, but weak has none"):
+        strength_gaps("t", groups, {"target": 3.0, "medium": 2.0})
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ class Models(Bench):
                     group = self._group(name)
                     for candidate, source in zip(group["candidates"], SOURCES, strict=False):
                         candidate["strategy"] = source
-                        candidate["similarity"] = {"target": 1.0, "pool:medium": 0.6, "pool:weak": 0.1}[source]
+                        candidate["similarity"] = {"target": 1.0, "medium": 0.6, "weak": 0.1}[source]
                     group["candidates"] = group["candidates"][:3]
                     writer.add([group])
         return rows
@@ -153,23 +154,23 @@ def seen_by(bench: Models, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> 
 @pytest.mark.parametrize("objective", ["dpo", "slic", "cpo", "cpo-ranked", "apo-zero"])
 def test_pairs_are_those_that_were_named(bench: Models, monkeypatch: pytest.MonkeyPatch, objective: str) -> None:
     # Example b has two candidates only, so no pair with the weak model.
-    (batch,) = seen_by(bench, monkeypatch, objective=objective, pairs=PAIRS, steps=1, batch_size=10)
-    assert sorted(batch) == sorted([*PAIRS * 3, ("target", "pool:medium")])
+    (batch,) = seen_by(bench, monkeypatch, objective=objective, pairs=PAIRS, max_steps=1, batch_size=10)
+    assert sorted(batch) == sorted([*PAIRS * 3, ("target", "medium")])
 
 
 def test_easy_pairs_come_first(bench: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.candidates = {name: found for name, found in bench.candidates.items() if name != "b"}
-    pairs = {"objective": "dpo", "pairs": PAIRS, "batch_size": 3, "steps": 3}
+    pairs = {"objective": "dpo", "pairs": PAIRS, "batch_size": 3, "max_steps": 3}
     by_strength = {"by": "strength", "stages": 3}
     easy, *hard = seen_by(bench, monkeypatch, curriculum=by_strength, **pairs)
-    assert set(easy) == {("target", "pool:weak")}, "the gap is 2; of the others 1"
-    assert ("target", "pool:weak") not in {pair for batch in hard for pair in batch}
+    assert set(easy) == {("target", "weak")}, "the gap is 2; of the others 1"
+    assert ("target", "weak") not in {pair for batch in hard for pair in batch}
 
 
 def test_each_pair_has_the_log_probs_of_its_own_candidates(bench: Models) -> None:
     from transformers import AutoModelForCausalLM
 
-    row = metrics(bench.train("slic", pairs=PAIRS[2:], margin=200.0, steps=1, batch_size=3))[0]
+    row = metrics(bench.train("slic", pairs=PAIRS[2:], margin=200.0, max_steps=1, batch_size=3))[0]
     model = AutoModelForCausalLM.from_pretrained(bench.model.path)
     expected = []
     for name in ("a", "c", "d"):
@@ -177,11 +178,11 @@ def test_each_pair_has_the_log_probs_of_its_own_candidates(bench: Models) -> Non
         lead = naive_logprob(model, prompt, medium) - naive_logprob(model, prompt, weak)
         expected.append(max(0.0, 200.0 - lead.item()))
     assert row["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
-    start = metrics(bench.train("dpo", pairs=PAIRS, steps=1))[0]
+    start = metrics(bench.train("dpo", pairs=PAIRS, max_steps=1))[0]
     assert start["loss"] == pytest.approx(math.log(2), abs=1e-3)
 
 
-def test_no_prompt_is_trained_on_and_held_out(bench: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_prompt_is_trained_on_and_validation(bench: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     groups: list[Any] = []
     start = Loop.__init__
 
@@ -190,12 +191,12 @@ def test_no_prompt_is_trained_on_and_held_out(bench: Models, monkeypatch: pytest
         start(self, name, config, model, data, *rest, **more)
 
     monkeypatch.setattr(Loop, "__init__", noted)
-    bench.train("dpo", pairs=PAIRS, held_out=2, steps=1)
-    held, trained = ({group.example_id for group in of} for of in (groups[0].held_out, groups[0].groups))
+    bench.train("dpo", pairs=PAIRS, validation=2, max_steps=1)
+    held, trained = ({group.example_id for group in of} for of in (groups[0].validation, groups[0].groups))
     assert held
     assert trained
     assert not held & trained
-    assert len(groups[0].held_out) >= 2
+    assert len(groups[0].validation) >= 2
 
 
 BY = [("dpo", "similarity"), ("cpo", "margin"), ("slic", "strength"), ("mle", "likelihood"), ("mle", "length"),
@@ -203,15 +204,15 @@ BY = [("dpo", "similarity"), ("cpo", "margin"), ("slic", "strength"), ("mle", "l
 
 
 @pytest.mark.parametrize(("objective", "by"), BY)
-def test_every_difficulty_trains_and_has_an_address_of_its_own(bench: Models, objective: str, by: str) -> None:
+def test_every_difficulty_trains_and_has_a_hash_of_its_own(bench: Models, objective: str, by: str) -> None:
     # Pairs of two kinds: all groups have the medium model's text in one place, and its cosine, otherwise.
     pairs = {"pairs": PAIRS} if objective in ("dpo", "slic") else {}
     shuffled = bench.train(objective, **pairs)
     for order in ("staged", "continuous"):
-        product = bench.train(objective, curriculum={"by": by, "order": order}, **pairs)
-        assert product.name != shuffled.name
-        assert bench.train(objective, curriculum={"by": by, "order": order}, **pairs).name == product.name
-        spec = json.loads((product.path / "spec.json").read_text())
+        artifact = bench.train(objective, curriculum={"by": by, "order": order}, **pairs)
+        assert artifact.name != shuffled.name
+        assert bench.train(objective, curriculum={"by": by, "order": order}, **pairs).name == artifact.name
+        spec = json.loads((artifact.path / "spec.json").read_text())
         assert ("strengths" in spec) == (by == "strength")
 
 
@@ -228,28 +229,30 @@ def order_seen(
 
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "_step", noted)
-        bench.train(objective, curriculum={"by": by, "stages": count}, steps=count, batch_size=1, **settings)
+        bench.train(objective, curriculum={"by": by, "stages": count}, max_steps=count, batch_size=1, **settings)
     return names
 
 
-def held_out_first(bench: Models) -> str:
+def validation_first(bench: Models) -> str:
     """The example that is held out where one is: the first by hash."""
     return min(bench.candidates, key=lambda name: hashlib.sha256(f"held out {name}".encode()).digest())
 
 
-@pytest.mark.parametrize("held_out", [0, 1])
+@pytest.mark.parametrize("validation", [0, 1])
 @pytest.mark.parametrize("objective", ["mle", "pss"])
 def test_short_targets_come_first(
-    bench: Models, monkeypatch: pytest.MonkeyPatch, objective: str, held_out: int
+    bench: Models, monkeypatch: pytest.MonkeyPatch, objective: str, validation: int
 ) -> None:
     targets = {"a": [9, 9, 9, 0], "b": [9, 0], "c": [9, 9, 9, 9, 0], "d": [0]}
     bench.candidates = {name: (bench.candidates[name][0], [ids], [0]) for name, ids in targets.items()}
-    left = [name for name in "dbac" if not held_out or name != held_out_first(bench)]
-    assert order_seen(bench, monkeypatch, objective, "length", len(left), held_out=held_out) == left
+    left = [name for name in "dbac" if not validation or name != validation_first(bench)]
+    assert order_seen(bench, monkeypatch, objective, "length", len(left), validation=validation) == left
 
 
-@pytest.mark.parametrize("held_out", [0, 1])
-def test_negatives_unlike_the_target_come_first(bench: Models, monkeypatch: pytest.MonkeyPatch, held_out: int) -> None:
+@pytest.mark.parametrize("validation", [0, 1])
+def test_negatives_unlike_the_target_come_first(
+    bench: Models, monkeypatch: pytest.MonkeyPatch, validation: int
+) -> None:
     cosines = {"a": 0.9, "b": 0.2, "c": 0.4, "d": 0.1}
     rows = bench.store.rows("groups", {"of": "cosines"})
     groups = [bench._group(name) for name in bench.candidates]
@@ -259,13 +262,13 @@ def test_negatives_unlike_the_target_come_first(bench: Models, monkeypatch: pyte
     with rows.writer() as writer:
         writer.add(groups)
     monkeypatch.setattr(bench, "groups", lambda: rows)
-    left = [name for name in "dbca" if not held_out or name != held_out_first(bench)]
-    assert order_seen(bench, monkeypatch, "cpo", "similarity", len(left), held_out=held_out) == left
+    left = [name for name in "dbca" if not validation or name != validation_first(bench)]
+    assert order_seen(bench, monkeypatch, "cpo", "similarity", len(left), validation=validation) == left
 
 
-@pytest.mark.parametrize("held_out", [0, 1])
+@pytest.mark.parametrize("validation", [0, 1])
 def test_negatives_unlikely_to_the_reference_come_first(
-    bench: Models, monkeypatch: pytest.MonkeyPatch, held_out: int
+    bench: Models, monkeypatch: pytest.MonkeyPatch, validation: int
 ) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -275,8 +278,8 @@ def test_negatives_unlikely_to_the_reference_come_first(
         target, *others = [naive_logprob(model, prompt, ids).item() / len(ids) for ids in candidates[:3]]
         margin[name] = np.mean(others) - target
     left = [name for name in sorted(margin, key=lambda name: margin[name])
-            if not held_out or name != held_out_first(bench)]  # fmt: skip
-    assert order_seen(bench, monkeypatch, "cpo", "margin", len(left), held_out=held_out) == left
+            if not validation or name != validation_first(bench)]  # fmt: skip
+    assert order_seen(bench, monkeypatch, "cpo", "margin", len(left), validation=validation) == left
 
 
 def test_a_pair_is_preferred_the_way_it_is_named_also_by_rank(bench: Models) -> None:
@@ -285,15 +288,15 @@ def test_a_pair_is_preferred_the_way_it_is_named_also_by_rank(bench: Models) -> 
 
     for pair, sign in (([SOURCES[1], SOURCES[2]], 1), ([SOURCES[2], SOURCES[1]], -1)):
         before = AutoModelForCausalLM.from_pretrained(bench.model.path)
-        product = bench.train("cpo-ranked", pairs=[pair], steps=1, beta=0.1)
-        after = AutoModelForCausalLM.from_pretrained(product.path)
+        artifact = bench.train("cpo-ranked", pairs=[pair], max_steps=1, beta=0.1)
+        after = AutoModelForCausalLM.from_pretrained(artifact.path)
         prompt, (_, medium, weak, *_), _ = bench.candidates["a"]
         lead = [(naive_logprob(m, prompt, medium) - naive_logprob(m, prompt, weak)).item() for m in (before, after)]
         assert sign * (lead[1] - lead[0]) > 0
 
 
 def test_what_would_order_nothing_is_refused(bench: Models) -> None:
-    alike = r"train\.t\.curriculum\.by is {}, but by that all groups are equally difficult: leave the curriculum out"
+    alike = r"train\.t\.curriculum\.by is {}, but by this measure all groups are equally difficult; remove"
     with pytest.raises(InputError, match=alike.format("strength")):
         bench.train("dpo", pairs=PAIRS[:1], curriculum={"by": "strength"})
     bench.candidates = {name: (prompt, [[9, 9]], [0]) for name, (prompt, *_) in bench.candidates.items()}
@@ -314,13 +317,11 @@ def test_a_kind_of_pair_that_there_is_none_of_is_refused(bench: Models) -> None:
     rows = bench.store.rows("groups", {"of": "several models"})
     groups = [bench._group(name) for name in bench.candidates]
     for group in groups:
-        for candidate, source in zip(group["candidates"], ("target", "pool:weak"), strict=True):
+        for candidate, source in zip(group["candidates"], ("target", "weak"), strict=True):
             candidate["strategy"] = source
     with rows.writer() as writer:
         writer.add(groups)
-    with pytest.raises(
-        InputError, match=r"train\.t\.pairs: there is no pair \[target, pool:medium\]: no prompt has both"
-    ):
+    with pytest.raises(InputError, match=r"train\.t\.pairs: there is no pair \[target, medium\]: no prompt has both"):
         bench.train("dpo", pairs=PAIRS)
 
 
@@ -337,20 +338,18 @@ def test_what_is_likely_to_the_model_comes_first(bench: Models, monkeypatch: pyt
 
 def test_fewer_groups_than_stages_are_refused(bench: Models) -> None:
     with pytest.raises(InputError, match=r"curriculum\.stages is 5, but there are only 4 groups to train on"):
-        bench.train("mle", curriculum={"by": "length", "stages": 5}, steps=5)
+        bench.train("mle", curriculum={"by": "length", "stages": 5}, max_steps=5)
 
 
 def test_prompts_without_a_pair_are_counted(bench: Models, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    bench.train("dpo", pairs=PAIRS[2:], steps=1)
-    assert "train t: 3 pairs of 3 of 4 prompts: 3 of pool:medium over pool:weak" in caplog.text
+    bench.train("dpo", pairs=PAIRS[2:], max_steps=1)
+    assert "train t: 3 pairs of 3 of 4 prompts: 3 of medium over weak" in caplog.text
     assert "25% of the prompts have none of the pairs" in caplog.text
 
 
 def test_what_nobody_wrote_is_nothing_to_train_on(bench: Models, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    config = Training.model_validate(
-        {"init": "m", "objective": "dpo", "reference": "m", "pairs": [["pool:weak", "pool:other"]]}
-    )
+    config = OBJECTIVES.parse({"init": "m", "objective": "dpo", "reference": "m", "pairs": [["weak", "other"]]})
     with pytest.raises(InputError, match=r"train\.t: nothing to train on"):
         train("t", config, bench.store, bench.inputs("dpo"), None, LocalExecutor())

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cpo_pipe.data.errors import InputError
-from cpo_pipe.data.recipe import Training
-from cpo_pipe.data.store import Product
-from tests.trainer.test_train import CANDIDATES, Bench, measured, metrics, naive_logprob, weights
+from cpo_pipe.data.store import Artifact
+from cpo_pipe.trainer.objectives import OBJECTIVES
+from tests.support.training import CANDIDATES, Bench, measured, metrics, naive_logprob, weights
 
 pytest.importorskip("peft")
 
@@ -24,15 +24,15 @@ pytest.importorskip("peft")
 @pytest.fixture(autouse=True)
 def _states_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """The state after the last step is kept: it holds the adapters before they are merged."""
-    monkeypatch.setattr("cpo_pipe.trainer.interim.SAVE_SECONDS", 0.0)
-    monkeypatch.setattr("cpo_pipe.trainer.interim.SAVE_SHARE", math.inf)
+    monkeypatch.setattr("cpo_pipe.trainer.resume.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("cpo_pipe.trainer.resume.SAVE_SHARE", math.inf)
     keeps = SimpleNamespace(copyfile=shutil.copyfile, rmtree=lambda *_, **__: None)
     monkeypatch.setattr("cpo_pipe.trainer.train.shutil", keeps)
 
 
-def adapters(bench: Bench, product: Product) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def adapters(bench: Bench, artifact: Artifact) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """A and B by the name of the layer's weight, as trained."""
-    (file,) = (bench.store.root / "checkpoints" / ".in-progress" / product.path.name).glob("*/state.safetensors")
+    (file,) = (bench.store.root / "checkpoints" / ".in-progress" / artifact.path.name).glob("*/state.safetensors")
     state = load_file(file)
     prefix, first, second = "weights.model.", ".lora_A.default.weight", ".lora_B.default.weight"
     trained = {name for name in state if name.startswith("weights.")}
@@ -46,11 +46,13 @@ def test_the_export_is_the_base_model_with_the_scaled_products_added(
     tmp_path: Path, new_model: Callable[..., Path], architecture: str
 ) -> None:
     bench = Bench(tmp_path, new_model(architecture=architecture))
-    product = bench.train("cpo-ranked", steps=4, lr=1e-2, weight_decay=0.1, lora={"rank": 3, "alpha": 12})
-    base, trained = load_file(bench.model.path / "model.safetensors"), adapters(bench, product)
-    assert base.keys() == weights(product).keys()
+    artifact = bench.train(
+        "cpo-ranked", max_steps=4, learning_rate=1e-2, weight_decay=0.1, lora={"r": 3, "lora_alpha": 12}
+    )
+    base, trained = load_file(bench.model.path / "model.safetensors"), adapters(bench, artifact)
+    assert base.keys() == weights(artifact).keys()
     assert trained.keys() <= {name.removesuffix(".weight") for name in base}
-    for name, tensor in weights(product).items():
+    for name, tensor in weights(artifact).items():
         layer = name.removesuffix(".weight")
         if layer not in trained:
             assert torch.equal(tensor, base[name]), name
@@ -68,15 +70,22 @@ def test_the_export_is_the_base_model_with_the_scaled_products_added(
 
 def test_the_exported_model_is_as_good_as_the_adapted_one_was(tmp_path: Path, tiny_model: Path) -> None:
     bench = Bench(tmp_path, tiny_model)
-    settings: dict[str, Any] = {"batch_size": 3, "held_out": 1, "eval_every": 1, "lr": 1e-2, "beta": 0.2, "lora": {}}
-    product = bench.train("mle", **{key: value for key, value in settings.items() if key != "beta"}, steps=3)
-    model = AutoModelForCausalLM.from_pretrained(product.path)
+    settings: dict[str, Any] = {
+        "batch_size": 3,
+        "validation": 1,
+        "eval_steps": 1,
+        "learning_rate": 1e-2,
+        "beta": 0.2,
+        "lora": {},
+    }
+    artifact = bench.train("mle", **{key: value for key, value in settings.items() if key != "beta"}, max_steps=3)
+    model = AutoModelForCausalLM.from_pretrained(artifact.path)
     assert not hasattr(model, "peft_config")
     assert type(model).__name__ == "LlamaForCausalLM"
-    # The held-out loss of the last step was measured with the adapters beside the weights.
+    # The validation loss of the last step was measured with the adapters beside the weights.
     with torch.no_grad():
         losses = [-float(naive_logprob(model, prompt, ids[0])) / len(ids[0]) for prompt, ids, _ in CANDIDATES.values()]
-    found = measured(product, "held_out_loss")
+    found = measured(artifact, "validation_loss")
     assert any(loss == pytest.approx(found[3], rel=1e-4) for loss in losses)
     assert found[0] != pytest.approx(found[3], rel=1e-2), "it moved"
 
@@ -90,7 +99,7 @@ def test_adapters_start_as_no_change(
     tmp_path: Path, new_model: Callable[..., Path], architecture: str, objective: str, loss: Callable[[int], float]
 ) -> None:
     bench = Bench(tmp_path, new_model(architecture=architecture))
-    first = metrics(bench.train(objective, beta=5.0, steps=1, lora={"rank": 2}))[0]
+    first = metrics(bench.train(objective, beta=5.0, max_steps=1, lora={"r": 2}))[0]
     assert first["loss"] == pytest.approx(np.mean([loss(k) for k in (4, 2, 3, 3)]), abs=1e-3)
     assert first["target_drop_per_token"] == pytest.approx(0, abs=1e-4)
 
@@ -99,7 +108,7 @@ def test_adapters_depend_on_the_seed_and_on_no_other_randomness(tmp_path: Path, 
     def trained(number: int, **settings: Any) -> dict[str, torch.Tensor]:
         torch.manual_seed(number)
         before = torch.random.get_rng_state()
-        found = weights(Bench(tmp_path / str(number), tiny_model).train("mle", lora={"rank": 2}, **settings))
+        found = weights(Bench(tmp_path / str(number), tiny_model).train("mle", lora={"r": 2}, **settings))
         assert torch.equal(torch.random.get_rng_state(), before), "nor do they leave a trace in it"
         return found
 
@@ -112,9 +121,9 @@ def test_adapters_depend_on_the_seed_and_on_no_other_randomness(tmp_path: Path, 
 
 def test_only_the_named_layers_change(tmp_path: Path, tiny_model: Path) -> None:
     bench = Bench(tmp_path, tiny_model)
-    product = bench.train("cpo", lr=1e-2, lora={"targets": ["q_proj", "layers.1.mlp.down_proj"]})
+    artifact = bench.train("cpo", learning_rate=1e-2, lora={"target_modules": ["q_proj", "layers.1.mlp.down_proj"]})
     base = load_file(bench.model.path / "model.safetensors")
-    changed = {name for name, tensor in weights(product).items() if not torch.equal(tensor, base[name])}
+    changed = {name for name, tensor in weights(artifact).items() if not torch.equal(tensor, base[name])}
     assert changed == {
         "model.layers.0.self_attn.q_proj.weight",
         "model.layers.1.self_attn.q_proj.weight",
@@ -135,24 +144,29 @@ def test_targets_that_the_model_does_not_have_are_refused(
     tmp_path: Path, tiny_model: Path, targets: list[str], named: str
 ) -> None:
     bench = Bench(tmp_path, tiny_model)
-    with pytest.raises(InputError, match=rf"^train\.t\.lora\.targets: .*({named})[^\n]*$"):
-        bench.train("cpo", lora={"targets": targets})
+    with pytest.raises(InputError, match=rf"^train\.t\.lora\.target_modules: .*({named})[^\n]*$"):
+        bench.train("cpo", lora={"target_modules": targets})
 
 
 def test_weights_that_two_layers_share_get_no_adapter(tmp_path: Path, new_model: Callable[..., Path]) -> None:
     # Merged into one, the change would be in the other as well, which was not trained so.
     bench = Bench(tmp_path, new_model(tie_word_embeddings=True))
     for target in ("lm_head", "embed_tokens"):
-        with pytest.raises(InputError, match=rf"^train\.t\.lora\.targets: .*{target}"):
-            bench.train("cpo", lora={"targets": [target]})
+        with pytest.raises(InputError, match=rf"^train\.t\.lora\.target_modules: .*{target}"):
+            bench.train("cpo", lora={"target_modules": [target]})
 
 
 def test_an_adapter_on_the_output_embedding_is_exported_too(tmp_path: Path, tiny_model: Path) -> None:
     bench = Bench(tmp_path, tiny_model)
-    settings: dict[str, Any] = {"lr": 1e-2, "beta": 0.5, "batch_size": 4, "lora": {"targets": ["lm_head"]}}
-    product = bench.train("cpo", steps=2, **settings)
-    after = metrics(bench.train("cpo", steps=3, **settings))[2]["loss"]
-    model, frozen = (AutoModelForCausalLM.from_pretrained(path) for path in (product.path, bench.model.path))
+    settings: dict[str, Any] = {
+        "learning_rate": 1e-2,
+        "beta": 0.5,
+        "batch_size": 4,
+        "lora": {"target_modules": ["lm_head"]},
+    }
+    artifact = bench.train("cpo", max_steps=2, **settings)
+    after = metrics(bench.train("cpo", max_steps=3, **settings))[2]["loss"]
+    model, frozen = (AutoModelForCausalLM.from_pretrained(path) for path in (artifact.path, bench.model.path))
     losses = []
     with torch.no_grad():
         for prompt, candidates, _ in CANDIDATES.values():
@@ -165,10 +179,10 @@ def test_an_adapter_on_the_output_embedding_is_exported_too(tmp_path: Path, tiny
 
 @pytest.mark.parametrize("attention", ["cascade", "padded"])
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path, tiny_model: Path, attention: str) -> None:
-    def trained(on: bool) -> Product:
+    def trained(on: bool) -> Artifact:
         bench = Bench(tmp_path / str(on), tiny_model)
-        how: dict[str, Any] = {"attention": attention, "gradient_checkpointing": on, "eval_every": 1}
-        return bench.train("cpo", steps=3, lora={"rank": 4}, **how)
+        how: dict[str, Any] = {"attention": attention, "gradient_checkpointing": on, "eval_steps": 1}
+        return bench.train("cpo", max_steps=3, lora={"r": 4}, **how)
 
     on, off = trained(True), trained(False)
     assert [row["loss"] for row in metrics(on)] == pytest.approx([row["loss"] for row in metrics(off)], rel=1e-5)
@@ -181,14 +195,14 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, tiny_model: Path
 
 def test_adapters_of_another_rank_or_scale_are_another_training(tmp_path: Path, tiny_model: Path) -> None:
     bench = Bench(tmp_path, tiny_model)
-    kinds: list[dict[str, Any]] = [{}, {"rank": 2}, {"alpha": 4}, {"targets": ["q_proj"]}]
-    paths = {bench.train("mle", steps=1, lora=kind).path for kind in kinds} | {bench.train("mle", steps=1).path}
+    kinds: list[dict[str, Any]] = [{}, {"r": 2}, {"lora_alpha": 4}, {"target_modules": ["q_proj"]}]
+    paths = {bench.train("mle", max_steps=1, lora=kind).path for kind in kinds} | {bench.train("mle", max_steps=1).path}
     assert len(paths) == 5
-    assert bench.train("mle", steps=1, lora={"rank": 16}).path in paths, "a default, spelled out"
+    assert bench.train("mle", max_steps=1, lora={"r": 16}).path in paths, "a default, spelled out"
     assert len(list(bench.store.root.glob("checkpoints/*/manifest.json"))) == 5
 
 
 @pytest.mark.parametrize("targets", [[], ["q_proj", ""], "q_proj"])
 def test_targets_that_name_nothing_are_refused_by_the_recipe(targets: object) -> None:
-    with pytest.raises(ValueError, match=r"lora.targets"):
-        Training.model_validate({"init": "m", "objective": "mle", "lora": {"targets": targets}})
+    with pytest.raises(ValueError, match=r"lora.target_modules"):
+        OBJECTIVES.parse({"init": "m", "objective": "mle", "lora": {"target_modules": targets}})

@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.fingerprint import model_fingerprint, sha256_file
-from cpo_pipe.data.models import Model, locate_model, locate_tokenizer
+from cpo_pipe.data.models.locate import locate_model
+from cpo_pipe.data.models.model import Model
+from cpo_pipe.data.models.tokenizer import locate_tokenizer
 from cpo_pipe.data.store import Store
 from cpo_pipe.trainer import merge as module
 from cpo_pipe.trainer.merge import _computed, merge, write_merged
-from tests.conftest import rot
+from tests.support.damage import rot
 
 NewModel = Callable[..., Path]
 ALPHA = 0.3
@@ -178,16 +180,16 @@ def test_the_tokenizer_comes_along_and_all_end_tokens_are_named(tmp_path: Path, 
     (one / "generation_config.json").write_text('{"eos_token_id": [0, 5], "temperature": 0.9, "min_length": 3}')
     (two / "generation_config.json").write_text('{"eos_token_id": [4]}')
     parts = [(locate_model(str(one), store), 0.5), (locate_model(str(two), store), 0.5)]
-    product = merge("mix", store, parts, locate_tokenizer(str(one), store))
-    written = json.loads((product.path / "generation_config.json").read_text())
+    artifact = merge("mix", store, parts, locate_tokenizer(str(one), store))
+    written = json.loads((artifact.path / "generation_config.json").read_text())
     assert {**written, "transformers_version": ""} == {
         "eos_token_id": [0, 4, 5], "pad_token_id": 0, "transformers_version": "",
     }  # fmt: skip
-    assert json.loads((product.path / "config.json").read_text())["eos_token_id"] == [0, 4, 5]
+    assert json.loads((artifact.path / "config.json").read_text())["eos_token_id"] == [0, 4, 5]
     (two / "generation_config.json").write_text('{"eos_token_id": [3]}')
-    assert merge("mix", store, parts, locate_tokenizer(str(one), store)).path != product.path
-    assert (product.path / "tokenizer.json").read_bytes() == (one / "tokenizer.json").read_bytes()
-    assert product.manifest["fingerprint"] == locate_model(str(product.path), store).fingerprint
+    assert merge("mix", store, parts, locate_tokenizer(str(one), store)).path != artifact.path
+    assert (artifact.path / "tokenizer.json").read_bytes() == (one / "tokenizer.json").read_bytes()
+    assert artifact.manifest["fingerprint"] == locate_model(str(artifact.path), store).fingerprint
 
 
 # ── one embedding or two ─────────────────────────────────────────────────────────────────────────────────────────

@@ -7,27 +7,28 @@ import pytest
 import torch
 from torch import nn
 
-from cpo_pipe.data.recipe import Training
+from cpo_pipe.trainer.objectives import OBJECTIVES
+from cpo_pipe.trainer.objectives.base import Training
 from cpo_pipe.trainer.optimizer import lr_factor, parameter_groups
-from tests.trainer import architectures
-from tests.trainer.test_train import Bench, weights
+from tests.support import architectures
+from tests.support.training import Bench, weights
 
 
 def config(**settings: Any) -> Training:
-    return Training.model_validate({"init": "m", "objective": "mle", **settings})
+    return OBJECTIVES.parse({"init": "m", "objective": "mle", **settings})
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-@pytest.mark.parametrize("steps", [1, 2, 7, 30])
+@pytest.mark.parametrize("lr_scheduler_type", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("max_steps", [1, 2, 7, 30])
 @pytest.mark.parametrize("warmup_steps", [0, 1, 2, 6, 7, 30, 40])
-def test_learning_rates_are_those_of_transformers(schedule: str, steps: int, warmup_steps: int) -> None:
+def test_learning_rates_are_those_of_transformers(lr_scheduler_type: str, max_steps: int, warmup_steps: int) -> None:
     from transformers import get_scheduler
 
-    settings = config(schedule=schedule, steps=steps, warmup_steps=warmup_steps)
+    settings = config(lr_scheduler_type=lr_scheduler_type, max_steps=max_steps, warmup_steps=warmup_steps)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    name = "constant_with_warmup" if schedule == "constant" else schedule
-    theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
-    for step in range(steps):
+    name = "constant_with_warmup" if lr_scheduler_type == "constant" else lr_scheduler_type
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=max_steps)
+    for step in range(max_steps):
         assert lr_factor(settings, step) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12), step
         optimizer.step()
         theirs.step()
@@ -35,11 +36,11 @@ def test_learning_rates_are_those_of_transformers(schedule: str, steps: int, war
 
 def test_learning_rates_by_hand() -> None:
     def factors(**settings: Any) -> list[float]:
-        return [lr_factor(config(steps=6, **settings), step) for step in range(6)]
+        return [lr_factor(config(max_steps=6, **settings), step) for step in range(6)]
 
     assert factors() == [1.0] * 6
     assert factors(warmup_steps=2) == [0.0, 0.5, 1.0, 1.0, 1.0, 1.0]
-    assert factors(schedule="linear", warmup_steps=2) == pytest.approx([0.0, 0.5, 1.0, 0.75, 0.5, 0.25])
+    assert factors(lr_scheduler_type="linear", warmup_steps=2) == pytest.approx([0.0, 0.5, 1.0, 0.75, 0.5, 0.25])
 
 
 @pytest.mark.parametrize("name", architectures.each())
@@ -72,10 +73,10 @@ def test_only_what_is_trained_is_given() -> None:
 @pytest.mark.parametrize("decays", [False, True])
 def test_norms_shrink_only_where_the_recipe_says_so(tmp_path: Path, tiny_model: Path, decays: bool) -> None:
     bench = Bench(tmp_path, tiny_model)
-    # So large an ε that the gradients move nothing, and decay alone is left: (1 − lr·decay)² in two steps.
-    settings = {"lr": 1e-2, "weight_decay": 10.0, "adam_epsilon": 1e12, "decay_biases_and_norms": decays}
-    trained = weights(bench.train("mle", steps=2, **settings))
-    before = weights(bench.train("mle", steps=1, lr=1e-30))
+    # So large an ε that the gradients move nothing, and decay alone is left: (1 − learning_rate·decay)² in two steps.
+    settings = {"learning_rate": 1e-2, "weight_decay": 10.0, "adam_epsilon": 1e12, "decay_biases_and_norms": decays}
+    trained = weights(bench.train("mle", max_steps=2, **settings))
+    before = weights(bench.train("mle", max_steps=1, learning_rate=1e-30))
     for name, tensor in before.items():
         share = 0.81 if decays or "norm" not in name else 1.0
         torch.testing.assert_close(trained[name], tensor * share, rtol=1e-5, atol=1e-7)

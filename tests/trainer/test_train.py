@@ -9,122 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpo_pipe.data.errors import InputError, RunError
-from cpo_pipe.data.executor import LocalExecutor
+from cpo_pipe.data.execution.base import LocalExecutor
 from cpo_pipe.data.fingerprint import candidate_id
-from cpo_pipe.data.models import Model, checkpoint_model, locate_model, locate_tokenizer
-from cpo_pipe.data.recipe import ScratchModel, Training
-from cpo_pipe.data.schemas import EXAMPLES
-from cpo_pipe.data.store import Product, Rows, Store
-from cpo_pipe.trainer.batches import batches
-from cpo_pipe.trainer.logprobs import cached_logprobs
+from cpo_pipe.data.models.locate import locate_model
+from cpo_pipe.data.models.model import Model, ScratchModel, checkpoint_model
+from cpo_pipe.data.store import Artifact, Rows, Store
+from cpo_pipe.trainer.curriculum import shuffled_batches
+from cpo_pipe.trainer.initial_model import scratch_model
 from cpo_pipe.trainer.merge import merge
+from cpo_pipe.trainer.objectives import OBJECTIVES
+from cpo_pipe.trainer.objectives.base import Training
 from cpo_pipe.trainer.optimizer import lr_factor
-from cpo_pipe.trainer.scorer import Scorer
-from cpo_pipe.trainer.train import METRICS_FILE, Inputs, scratch_model, train, training_spec
-from tests.trainer.architectures import ARCHITECTURES, SIZES, table
-
-CANDIDATES = {
-    "a": ([5, 6, 7], [[9, 10, 0], [11, 12, 13, 14], [3, 0], [20, 21, 0]], [0, 2, 3, 1]),
-    "b": ([8], [[4, 4, 0], [6, 0]], [0, 1]),
-    "c": ([30, 31, 32, 33], [[40, 0], [41, 42, 0], [43, 44, 45, 46, 47]], [0, 2, 1]),
-    "d": ([12, 13], [[15, 16, 17, 18, 19, 0], [21], [22, 23]], [0, 1, 2]),
-}
-
-
-class Bench:
-    """A store with the groups of CANDIDATES (or of what replaces some of them), and a tiny model."""
-
-    def __init__(self, root: Path, model: Path, candidates: dict[str, Any] | None = None):
-        self.store = Store(root / "store")
-        self.candidates = CANDIDATES if candidates is None else candidates
-        self.model = locate_model(str(model), self.store)
-        self.tokenizer = locate_tokenizer(str(model), self.store)
-
-    def selection(self) -> pa.Table:
-        return pa.Table.from_pylist(
-            [
-                {"example_id": name, "split": "train", "prompt": name, "rendered": name, "target": "t",
-                 "prompt_ids": prompt, "target_ids": ids[0], "ends": True, "category": None}
-                for name, (prompt, ids, _) in self.candidates.items()
-            ],
-            schema=EXAMPLES,
-        )  # fmt: skip
-
-    def groups(self) -> Rows:
-        rows = self.store.rows("groups", {"of": "the test"})
-        if not rows.num_rows():
-            with rows.writer() as writer:
-                writer.add([self._group(name) for name in self.candidates])
-        return rows
-
-    def _group(self, name: str) -> dict[str, Any]:
-        prompt, candidates, ranks = self.candidates[name]
-        return {
-            "example_id": name,
-            "prompt_ids": prompt,
-            "candidates": [
-                {"candidate_id": candidate_id(prompt, ids), "text": "t", "token_ids": ids, "strategy": "s",
-                 "similarity": 0.5, "rank": rank}
-                for ids, rank in zip(candidates, ranks, strict=True)
-            ],
-        }  # fmt: skip
-
-    def inputs(self, objective: str, init: Model | ScratchModel | None = None) -> Inputs:
-        listwise = objective not in ("mle", "pss")
-        return Inputs(
-            self.tokenizer,
-            init or self.model,
-            self.selection(),
-            self.groups() if listwise else None,
-            self.model if listwise and objective != "slic" else None,
-        )
-
-    def train(self, objective: str, init: Model | ScratchModel | None = None, **settings: Any) -> Product:
-        reference = {} if objective in ("mle", "pss", "slic") else {"reference": "m"}
-        values = {"init": "m", "objective": objective, "steps": 2, "batch_size": 4, "lr": 1e-3, **reference, **settings}
-        inputs = self.inputs(objective, init)
-        return train("t", Training.model_validate(values), self.store, inputs, None, LocalExecutor())
+from cpo_pipe.trainer.scoring.logprobs import cached_logprobs
+from cpo_pipe.trainer.scoring.scorer import Scorer
+from cpo_pipe.trainer.train import train, training_spec
+from tests.support.architectures import ARCHITECTURES, SIZES, table
+from tests.support.marks import slow_except
+from tests.support.training import CANDIDATES, Bench, metrics, naive_decay, naive_logprob, weights
 
 
 @pytest.fixture
 def bench(tmp_path: Path, tiny_model: Path) -> Bench:
     return Bench(tmp_path, tiny_model)
-
-
-def metrics(product: Product) -> list[dict[str, float]]:
-    """One row for each step."""
-    rows: list[dict[str, float]] = pq.read_table(product.path / METRICS_FILE).to_pylist()
-    return [row for row in rows if row["loss"] is not None]
-
-
-def measured(product: Product, column: str) -> dict[int, float]:
-    """What was measured now and then, by the number of steps before it."""
-    rows = pq.read_table(product.path / METRICS_FILE, columns=["step", column]).to_pylist()
-    return {row["step"]: row[column] for row in rows if row[column] is not None}
-
-
-def weights(product: Product) -> dict[str, torch.Tensor]:
-    return load_file(product.path / "model.safetensors")
-
-
-def naive_logprob(model: torch.nn.Module, prompt: list[int], continuation: list[int]) -> torch.Tensor:
-    logits = model(torch.tensor([prompt + continuation])).logits[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1)[torch.arange(len(continuation)), torch.tensor(continuation)].sum()
-
-
-def naive_decay(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters for AdamW: in Llama and GPT-2, biases and norms are the vectors."""
-    whole = list(model.parameters())
-    return [{"params": [p for p in whole if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in whole if p.ndim == 1], "weight_decay": 0.0}]  # fmt: skip
 
 
 def naive_loss(model: Any, frozen: Any, objective: str, beta: float, mle_weight: float) -> torch.Tensor:
@@ -153,7 +65,7 @@ def naive_loss(model: Any, frozen: Any, objective: str, beta: float, mle_weight:
 @pytest.mark.parametrize("budget", [1, 40, 8192])
 def test_the_step_is_that_of_a_naive_loop(bench: Bench, objective: str, mle_weight: float, budget: int) -> None:
     listwise = {} if objective == "mle" else {"beta": 0.5, "mle_weight": mle_weight}
-    product = bench.train(objective, steps=3, micro_batch_tokens=budget, weight_decay=0.05, **listwise)
+    artifact = bench.train(objective, max_steps=3, micro_batch_tokens=budget, weight_decay=0.05, **listwise)
     model, frozen = (AutoModelForCausalLM.from_pretrained(bench.model.path).eval() for _ in range(2))
     optimizer = torch.optim.AdamW(naive_decay(model, 0.05), lr=1e-3)
     losses = []
@@ -163,8 +75,8 @@ def test_the_step_is_that_of_a_naive_loop(bench: Bench, objective: str, mle_weig
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert [row["loss"] for row in metrics(product)] == pytest.approx(losses, rel=1e-4)
-    trained = weights(product)
+    assert [row["loss"] for row in metrics(artifact)] == pytest.approx(losses, rel=1e-4)
+    trained = weights(artifact)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=2e-5)
 
@@ -174,12 +86,12 @@ def test_step_0_is_log_k_and_log_k_factorial(tmp_path: Path, new_model: Callable
     # GPT-2 ships with dropout 0.1: were any of it on, the first loss would be another.
     bench = Bench(tmp_path, new_model(architecture=architecture))
     sizes = [4, 2, 3, 3]
-    first = metrics(bench.train("cpo", beta=5.0, steps=1))[0]
+    first = metrics(bench.train("cpo", beta=5.0, max_steps=1))[0]
     assert first["loss"] == pytest.approx(np.mean([math.log(k) for k in sizes]), abs=1e-3)
-    assert first["won"] == 0
-    assert first["margin"] == pytest.approx(0, abs=1e-2)
-    ranked = metrics(bench.train("cpo-ranked", beta=5.0, steps=1))[0]
-    assert ranked["won"] == 0
+    assert first["reward_accuracy"] == 0
+    assert first["reward_margin"] == pytest.approx(0, abs=1e-2)
+    ranked = metrics(bench.train("cpo-ranked", beta=5.0, max_steps=1))[0]
+    assert ranked["reward_accuracy"] == 0
     assert ranked["loss"] == pytest.approx(np.mean([math.lgamma(k + 1) for k in sizes]), abs=1e-3)
 
 
@@ -224,16 +136,16 @@ LONG = {
 def test_rounding_of_long_candidates_is_no_wrong_start(tmp_path: Path, tiny_model: Path) -> None:
     # In bfloat16, and computed in another way than the reference, the rewards are several nats off 0 at a large β.
     bench = Bench(tmp_path, tiny_model, LONG)
-    bench.train("cpo", dtype="bfloat16", attention="padded", beta=1.0, steps=1, batch_size=2)
-    first = metrics(bench.train("cpo", dtype="bfloat16", attention="cascade", beta=50.0, steps=1, batch_size=2))[0]
-    assert abs(first["margin"]) > 1.5
+    bench.train("cpo", dtype="bfloat16", attention="padded", beta=1.0, max_steps=1, batch_size=2)
+    first = metrics(bench.train("cpo", dtype="bfloat16", attention="cascade", beta=50.0, max_steps=1, batch_size=2))[0]
+    assert abs(first["reward_margin"]) > 1.5
 
 
 def test_dropout_in_bfloat16_is_a_wrong_start_whatever_the_beta(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = Bench(tmp_path, tiny_model, LONG)
-    bench.train("cpo", dtype="bfloat16", beta=0.01, steps=1, batch_size=2)
+    bench.train("cpo", dtype="bfloat16", beta=0.01, max_steps=1, batch_size=2)
 
     class Wrong(Scorer):
         def forward(self, *inputs: Any) -> torch.Tensor:
@@ -250,41 +162,41 @@ def test_dropout_in_bfloat16_is_a_wrong_start_whatever_the_beta(
 
     monkeypatch.setattr("cpo_pipe.trainer.loop.Scorer", Wrong)
     with pytest.raises(RunError, match=r"step 0: .* their log-probs differ by "):
-        bench.train("cpo", dtype="bfloat16", beta=0.01, steps=2, batch_size=2)
+        bench.train("cpo", dtype="bfloat16", beta=0.01, max_steps=2, batch_size=2)
 
 
 def test_bfloat16_starts_right_too(bench: Bench) -> None:
-    first = metrics(bench.train("cpo", dtype="bfloat16", beta=0.1, steps=1))[0]
+    first = metrics(bench.train("cpo", dtype="bfloat16", beta=0.1, max_steps=1))[0]
     assert first["loss"] == pytest.approx(np.mean([math.log(k) for k in (4, 2, 3, 3)]), abs=5e-2)
 
 
 def test_the_checkpoint_is_one_that_transformers_loads(bench: Bench) -> None:
-    product = bench.train("cpo")
-    AutoModelForCausalLM.from_pretrained(product.path)
-    assert AutoTokenizer.from_pretrained(product.path).eos_token_id == 0
-    assert checkpoint_model("t", product).fingerprint == locate_model(str(product.path), bench.store).fingerprint
-    assert json.loads((product.path / "spec.json").read_text())["reference"] == bench.model.fingerprint
+    artifact = bench.train("cpo")
+    AutoModelForCausalLM.from_pretrained(artifact.path)
+    assert AutoTokenizer.from_pretrained(artifact.path).eos_token_id == 0
+    assert checkpoint_model("t", artifact).fingerprint == locate_model(str(artifact.path), bench.store).fingerprint
+    assert json.loads((artifact.path / "spec.json").read_text())["reference"] == bench.model.fingerprint
 
 
 def test_the_card_is_one_that_the_hub_reads(bench: Bench, tiny_model: Path) -> None:
     from huggingface_hub import ModelCard
 
-    product = bench.train("cpo-ranked", steps=1)
-    assert "README.md" in product.manifest["files"]
-    card = ModelCard.load(product.path / "README.md")
+    artifact = bench.train("cpo-ranked", max_steps=1)
+    assert "README.md" in artifact.manifest["files"]
+    card = ModelCard.load(artifact.path / "README.md")
     assert card.data.library_name == "transformers"
     assert card.data.tags == ["cpo-pipe", "cpo-ranked"]
     assert card.data.base_model is None, "a folder is no address on the hub"
     assert card.data.license is None
-    assert "steps: 1\n" in card.text
+    assert "max_steps: 1\n" in card.text
     assert str(tiny_model) not in card.content
 
 
 def test_the_base_model_is_the_hub_model_that_the_weights_come_from(bench: Bench, tiny_model: Path) -> None:
     from huggingface_hub import ModelCard
 
-    def trained(init: Model) -> Product:
-        return bench.train("mle", init=init, steps=1)
+    def trained(init: Model) -> Artifact:
+        return bench.train("mle", init=init, max_steps=1)
 
     first = trained(Model("org/base", tiny_model, "f1"))
     then = trained(Model("sft", first.path, "f2"))
@@ -304,8 +216,9 @@ def test_a_complete_training_is_never_repeated_and_a_changed_one_is(bench: Bench
     log_probs = bench.store.rows("reference-logprobs", {"model": bench.model.fingerprint, "dtype": "float32"})
     shards = log_probs.files()
     for number, change in enumerate(
-        [{"beta": 1.0}, {"lr": 1e-4}, {"seed": 1}, {"length_normalize": True}, {"steps": 1}, {"schedule": "linear"},
-         {"objective": "cpo-ranked"}, {"mle_weight": 1.0}, {"batch_size": 2}, {"held_out": 1}]
+        [{"beta": 1.0}, {"learning_rate": 1e-4}, {"seed": 1}, {"length_normalize": True}, {"max_steps": 1},
+         {"lr_scheduler_type": "linear"}, {"objective": "cpo-ranked"}, {"mle_weight": 1.0}, {"batch_size": 2},
+         {"validation": 1}]
     ):  # fmt: skip
         bench.train(**{"objective": "cpo", **change})
         assert count() == number + 2
@@ -313,19 +226,21 @@ def test_a_complete_training_is_never_repeated_and_a_changed_one_is(bench: Bench
     with fewer.writer() as writer:
         rows = bench.groups().read(list(CANDIDATES)).to_pylist()
         writer.add([{**row, "candidates": row["candidates"][:2]} for row in rows])
-    config = Training(init="m", objective="cpo", reference="m", steps=1, batch_size=4)
+    config = OBJECTIVES.parse({"init": "m", "objective": "cpo", "reference": "m", "max_steps": 1, "batch_size": 4})
     train("t", config, bench.store, replace(bench.inputs("cpo"), groups=fewer), None, LocalExecutor())
     assert log_probs.files() == shards, "none of these needs a reference log-prob again"
 
 
 def test_groups_without_negatives_leave_the_listwise_loss(tmp_path: Path, tiny_model: Path) -> None:
     bench = Bench(tmp_path, tiny_model, CANDIDATES | {"e": ([3, 4], [[5, 0]], [0])})
-    first = metrics(bench.train("cpo", batch_size=4, steps=1, beta=5.0))[0]
+    first = metrics(bench.train("cpo", batch_size=4, max_steps=1, beta=5.0))[0]
     assert first["loss"] == pytest.approx(np.mean([math.log(k) for k in (4, 2, 3, 3)]), abs=1e-3)
-    with_mle = bench.train("cpo", batch_size=5, steps=1, mle_weight=1.0)
+    with_mle = bench.train("cpo", batch_size=5, max_steps=1, mle_weight=1.0)
     assert with_mle.manifest["groups"] == 5
     # The mean of the listwise loss is over the four groups that have one, that of MLE over all five.
-    assert metrics(with_mle)[0]["contrast"] == pytest.approx(np.mean([math.log(k) for k in (4, 2, 3, 3)]), abs=1e-3)
+    assert metrics(with_mle)[0]["preference_loss"] == pytest.approx(
+        np.mean([math.log(k) for k in (4, 2, 3, 3)]), abs=1e-3
+    )
     alone = Bench(tmp_path / "alone", tiny_model, {"e": ([3, 4], [[5, 0]], [0])})
     with pytest.raises(InputError, match="nothing to train on"):
         alone.train("cpo")
@@ -338,9 +253,9 @@ def test_only_the_selection_is_trained_on(bench: Bench) -> None:
 
 
 def test_length_normalize_divides_both_log_probs(bench: Bench) -> None:
-    product = bench.train("cpo", length_normalize=True, steps=1, beta=2.0, lr=2e-4)
-    second = metrics(bench.train("cpo", length_normalize=True, steps=2, beta=2.0, lr=2e-4))[1]
-    after, before = (AutoModelForCausalLM.from_pretrained(path) for path in (product.path, bench.model.path))
+    artifact = bench.train("cpo", length_normalize=True, max_steps=1, beta=2.0, learning_rate=2e-4)
+    second = metrics(bench.train("cpo", length_normalize=True, max_steps=2, beta=2.0, learning_rate=2e-4))[1]
+    after, before = (AutoModelForCausalLM.from_pretrained(path) for path in (artifact.path, bench.model.path))
     losses = []
     with torch.no_grad():
         for prompt, candidates, _ in CANDIDATES.values():
@@ -352,7 +267,7 @@ def test_length_normalize_divides_both_log_probs(bench: Bench) -> None:
     assert second["loss"] == pytest.approx(np.mean(losses), rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", slow_except(ARCHITECTURES, "Llama, untied", "GPT-2 (learned positions, tied)"))
 def test_a_scratch_model_computes_what_its_checkpoint_does(bench: Bench, tmp_path: Path, name: str) -> None:
     kind, settings = ARCHITECTURES[name]
     taken = {"vocab_size", "eos_token_id", "bos_token_id", "pad_token_id"}
@@ -372,12 +287,12 @@ def test_a_scratch_model_trains_with_its_soft_cap(bench: Bench, architecture: st
              "num_key_value_heads": 1, "head_dim": 32, "query_pre_attn_scalar": 32, "initializer_range": 0.3,
              "attn_logit_softcapping": 5.0}  # fmt: skip
     scratch = ScratchModel(architecture=architecture, config=sizes)
-    product = bench.train("mle", scratch, steps=1, lr=1e-12)
-    assert 'from_pretrained("this-folder", attn_implementation="eager")' in (product.path / "README.md").read_text()
-    model = AutoModelForCausalLM.from_pretrained(product.path, attn_implementation="eager")
+    artifact = bench.train("mle", scratch, max_steps=1, learning_rate=1e-12)
+    assert 'from_pretrained("this-folder", attn_implementation="eager")' in (artifact.path / "README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(artifact.path, attn_implementation="eager")
     with torch.no_grad():
         logprobs = [naive_logprob(model, prompt, ids[0]) for prompt, ids, _ in CANDIDATES.values()]
-    assert metrics(product)[0]["target_logprob"] == pytest.approx(float(torch.stack(logprobs).mean()), rel=1e-5)
+    assert metrics(artifact)[0]["target_logprob"] == pytest.approx(float(torch.stack(logprobs).mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["opt", "falcon"])
@@ -387,7 +302,7 @@ def test_checkpointed_layers_train_without_the_dropout_that_their_config_keeps(b
     dropout = {"dropout": 0.3, "attention_dropout": 0.3, "hidden_dropout": 0.3}
     scratch = ScratchModel(architecture=architecture, config={**sizes, **dropout})
     plain, layers = (
-        bench.train("mle", scratch, steps=3, gradient_checkpointing=on, seed=int(on)) for on in (False, True)
+        bench.train("mle", scratch, max_steps=3, gradient_checkpointing=on, seed=int(on)) for on in (False, True)
     )
     assert [row["loss"] for row in metrics(plain)][:1] == [row["loss"] for row in metrics(layers)][:1]
     config = json.loads((layers.path / "config.json").read_text())
@@ -433,7 +348,9 @@ def test_the_order_of_the_negatives_is_no_part_of_a_training_that_does_not_see_i
         return rows
 
     def train_on(objective: str, embedder: str) -> Path:
-        config = Training(init="m", objective=objective, reference="m", steps=1, batch_size=4)  # type: ignore[arg-type]
+        config = OBJECTIVES.parse(
+            {"init": "m", "objective": objective, "reference": "m", "max_steps": 1, "batch_size": 4}
+        )
         inputs = replace(bench.inputs(objective), groups=groups(embedder))
         return train("t", config, bench.store, inputs, None, LocalExecutor()).path
 
@@ -448,9 +365,9 @@ CHANGES: dict[str, tuple[dict[str, Any], Any, bool]] = {
     "objective": (_CONTRAST, "apo-zero", True),
     "pairs": (_PAIRS, [["target", "b"]], True),
     "curriculum": ({**_CONTRAST, "curriculum": {"by": "margin"}}, {"by": "similarity"}, True),
-    "steps": ({}, 3, True),
+    "max_steps": ({}, 3, True),
     "batch_size": ({}, 5, True),
-    "lr": ({}, 1e-4, True),
+    "learning_rate": ({}, 1e-4, True),
     "decay_biases_and_norms": ({}, True, True),
     "beta": (_CONTRAST, 0.2, True),
     "mle_weight": (_CONTRAST, 0.5, True),
@@ -463,15 +380,15 @@ CHANGES: dict[str, tuple[dict[str, Any], Any, bool]] = {
     "adam_beta1": ({}, 0.8, True),
     "adam_beta2": ({}, 0.99, True),
     "adam_epsilon": ({}, 1e-7, True),
-    "schedule": ({}, "cosine", True),
+    "lr_scheduler_type": ({}, "cosine", True),
     "warmup_steps": ({}, 1, True),
     "max_grad_norm": ({}, 1.0, True),
     "seed": ({}, 1, True),
     "dtype": ({}, "bfloat16", True),
-    "lora": ({}, {"rank": 2}, True),
-    "held_out": ({}, 1, True),
-    "keep": ({"held_out": 1}, "best", True),
-    "eval_every": ({"held_out": 1}, 7, False),
+    "lora": ({}, {"r": 2}, True),
+    "validation": ({}, 1, True),
+    "keep": ({"validation": 1}, "best", True),
+    "eval_steps": ({"validation": 1}, 7, False),
     # Of these the content counts, which is what a training gets as its inputs.
     "init": ({}, "other", False),
     "reference": (_CONTRAST, "other", False),
@@ -480,35 +397,35 @@ CHANGES: dict[str, tuple[dict[str, Any], Any, bool]] = {
     "gradient_checkpointing": ({}, True, False),
     "micro_batch_tokens": ({}, 64, False),
     "logits_mb": ({}, 16, False),
-    "trackers": ({}, ["tensorboard"], False),
+    "report_to": ({}, ["tensorboard"], False),
 }
 
 
 def test_every_setting_is_known_to_be_identity_or_not() -> None:
-    assert CHANGES.keys() == Training.model_fields.keys()
+    assert CHANGES.keys() == {field for name in OBJECTIVES for field in OBJECTIVES[name].model_fields}
 
 
 @pytest.mark.parametrize("field", CHANGES)
-def test_what_makes_other_weights_has_another_address_and_nothing_else(bench: Bench, field: str) -> None:
+def test_what_makes_other_weights_has_another_hash_and_nothing_else(bench: Bench, field: str) -> None:
     base, value, other = CHANGES[field]
-    settings = {"init": "m", "objective": "mle", "steps": 2, **base}
+    settings = {"init": "m", "objective": "mle", "max_steps": 2, **base}
     specs = []
     for more in ({}, {field: value}):
-        config = Training.model_validate(settings | more)
+        config = OBJECTIVES.parse(settings | more)
         specs.append(training_spec(config, bench.inputs(config.objective)))
     assert (specs[0] != specs[1]) is other
 
 
 def test_when_it_is_looked_at_is_identity_only_where_that_chooses_the_weights(bench: Bench) -> None:
-    settings = {"init": "m", "objective": "mle", "held_out": 1, "keep": "best"}
-    one, two = (Training.model_validate(settings | {"eval_every": every}) for every in (5, 7))
+    settings = {"init": "m", "objective": "mle", "validation": 1, "keep": "best"}
+    one, two = (OBJECTIVES.parse(settings | {"eval_steps": every}) for every in (5, 7))
     inputs = bench.inputs("mle")
     assert training_spec(one, inputs) != training_spec(two, inputs)
 
 
 def test_what_embedded_the_negatives_counts_where_their_order_does(bench: Bench) -> None:
     def spec(embedder: str, **settings: Any) -> Any:
-        config = Training.model_validate({"init": "m", "objective": "cpo", "reference": "m", **settings})
+        config = OBJECTIVES.parse({"init": "m", "objective": "cpo", "reference": "m", **settings})
         groups = bench.store.rows("groups", {"of": "the test", "embedder": embedder})
         return training_spec(config, replace(bench.inputs("cpo"), groups=groups))
 
@@ -525,7 +442,7 @@ def test_what_embedded_the_negatives_counts_where_their_order_does(bench: Bench)
 
 def test_what_is_not_finite_is_never_a_checkpoint(bench: Bench) -> None:
     with pytest.raises(RunError, match=r"the loss is (nan|inf) at step \d+, because of groups? |norm is (nan|inf)"):
-        bench.train("mle", steps=30, lr=1e30)
+        bench.train("mle", max_steps=30, learning_rate=1e30)
     assert not list(bench.store.root.glob("checkpoints/*/model.safetensors"))
 
 
@@ -547,23 +464,23 @@ def test_a_stopped_training_goes_on_where_it_was_bit_for_bit(
         return factor
 
     model = new_model(architecture=architecture)  # GPT-2's weights are tied
-    settings: dict[str, Any] = {"steps": 9, "batch_size": 3, "schedule": "cosine"}
+    settings: dict[str, Any] = {"max_steps": 9, "batch_size": 3, "lr_scheduler_type": "cosine"}
     calm = Bench(tmp_path / "calm", model).train(objective, **settings)
     rough = Bench(tmp_path / "rough", model)
-    monkeypatch.setattr("cpo_pipe.trainer.interim.SAVE_SECONDS", 0.0)
-    monkeypatch.setattr("cpo_pipe.trainer.interim.SAVE_SHARE", math.inf)
+    monkeypatch.setattr("cpo_pipe.trainer.resume.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("cpo_pipe.trainer.resume.SAVE_SHARE", math.inf)
     caplog.set_level("INFO")
     for step in (2, 7):
         with monkeypatch.context() as patch:
             patch.setattr("cpo_pipe.trainer.loop.lr_factor", killed_at(step))
             with pytest.raises(KeyboardInterrupt):
                 rough.train(objective, **settings)
-    product = rough.train(objective, **settings)
+    artifact = rough.train(objective, **settings)
     assert "goes on after step 2" in caplog.text
     assert "goes on after step 7" in caplog.text
-    ours, theirs = weights(product), weights(calm)
+    ours, theirs = weights(artifact), weights(calm)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    untimed = [[{**row, "seconds": 0} for row in metrics(one)] for one in (product, calm)]
+    untimed = [[{**row, "seconds": 0} for row in metrics(one)] for one in (artifact, calm)]
     assert untimed[0] == untimed[1]
     assert not list(rough.store.root.glob("checkpoints/.in-progress/*"))
 
@@ -575,44 +492,44 @@ def test_a_failed_export_loses_no_step_and_leftovers_go(
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("cpo_pipe.trainer.train._Checkpoint.rehearse", lambda *_: None)
-        patch.setattr("cpo_pipe.trainer.train.copy_tokenizer", full)
+        patch.setattr("cpo_pipe.trainer.checkpoint.CheckpointFiles.rehearse", lambda *_: None)
+        patch.setattr("cpo_pipe.trainer.checkpoint.copy_tokenizer", full)
         with pytest.raises(OSError, match="No space left"):
             bench.train("cpo")
     caplog.set_level("INFO")
-    product = bench.train("cpo")
+    artifact = bench.train("cpo")
     assert "goes on after step 2" in caplog.text
-    assert not product.in_progress.exists()
-    product.in_progress.mkdir(parents=True)  # as if killed between the checkpoint and its removal
+    assert not artifact.in_progress.exists()
+    artifact.in_progress.mkdir(parents=True)  # as if killed between the checkpoint and its removal
     bench.train("cpo")
-    assert not product.in_progress.exists()
+    assert not artifact.in_progress.exists()
 
 
-def test_held_out_groups_may_not_be_all_that_have_a_negative(tmp_path: Path, tiny_model: Path) -> None:
+def test_validation_groups_may_not_be_all_that_have_a_negative(tmp_path: Path, tiny_model: Path) -> None:
     alone = {"e": ([3, 4], [[5, 0]], [0])}
     bench = Bench(tmp_path, tiny_model, {"a": CANDIDATES["a"], **alone})
-    with pytest.raises(InputError, match=r"no group with a negative is left to train on; lower train\.t\.held_out"):
-        bench.train("cpo", mle_weight=1.0, held_out=1)
+    with pytest.raises(InputError, match=r"no group with a negative is left to train on; lower train\.t\.validation"):
+        bench.train("cpo", mle_weight=1.0, validation=1)
 
 
 def test_every_pass_covers_all_rows_once() -> None:
-    stream = [index for batch in batches(10, 4, 5, seed=0) for index in batch]
+    stream = [index for batch in shuffled_batches(10, 4, 5, seed=0) for index in batch]
     assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
     assert stream[:10] != stream[10:]
-    assert stream == [index for batch in batches(10, 4, 5, seed=0) for index in batch]
-    assert stream != [index for batch in batches(10, 4, 5, seed=1) for index in batch]
-    assert len(next(batches(3, 8, 1, seed=0))) == 8, "a batch may pass over a small set more than once"
+    assert stream == [index for batch in shuffled_batches(10, 4, 5, seed=0) for index in batch]
+    assert stream != [index for batch in shuffled_batches(10, 4, 5, seed=1) for index in batch]
+    assert len(next(shuffled_batches(3, 8, 1, seed=0))) == 8, "a batch may pass over a small set more than once"
 
 
 def test_an_ensemble_is_the_weighted_mean_of_weights(
     bench: Bench, new_model: Callable[..., Path], tiny_model: Path
 ) -> None:
     other = locate_model(str(new_model(seed=5)), bench.store)
-    product = merge("e", bench.store, [(bench.model, 0.25), (other, 0.75)], bench.tokenizer)
+    artifact = merge("e", bench.store, [(bench.model, 0.25), (other, 0.75)], bench.tokenizer)
     mine, theirs = load_file(tiny_model / "model.safetensors"), load_file(other.path / "model.safetensors")
-    for name, tensor in weights(product).items():
+    for name, tensor in weights(artifact).items():
         torch.testing.assert_close(tensor, 0.25 * mine[name] + 0.75 * theirs[name])
-    assert merge("e", bench.store, [(other, 0.75), (bench.model, 0.25)], bench.tokenizer).path == product.path
+    assert merge("e", bench.store, [(other, 0.75), (bench.model, 0.25)], bench.tokenizer).path == artifact.path
     stranger = locate_model(str(new_model(hidden_size=32)), bench.store)
     with pytest.raises(InputError, match="not of one architecture"):
         merge("e", bench.store, [(bench.model, 0.5), (stranger, 0.5)], bench.tokenizer)
@@ -633,13 +550,13 @@ def with_generation_config(source: Path, folder: Path, **content: Any) -> Path:
 def test_the_authors_generation_config_changes_nothing_and_is_not_passed_on(tmp_path: Path, tiny_model: Path) -> None:
     authors = with_generation_config(tiny_model, tmp_path / "authors", **AUTHORS)
     plain = with_generation_config(tiny_model, tmp_path / "plain", eos_token_id=7)
-    made = [Bench(tmp_path / f"store {folder.name}", folder).train("mle", eval_every=1) for folder in (authors, plain)]
+    made = [Bench(tmp_path / f"store {folder.name}", folder).train("mle", eval_steps=1) for folder in (authors, plain)]
     assert [row["repetition"] for row in metrics(made[0])] == [row["repetition"] for row in metrics(made[1])]
-    written = [(product.path / "generation_config.json").read_bytes() for product in made]
+    written = [(artifact.path / "generation_config.json").read_bytes() for artifact in made]
     assert written[0] == written[1]
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 2, "targets": ["q_proj"]}])
+@pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": ["q_proj"]}])
 def test_a_checkpoint_names_what_its_targets_end_with_first(
     tmp_path: Path, tiny_model: Path, lora: dict[str, Any] | None
 ) -> None:
@@ -648,22 +565,24 @@ def test_a_checkpoint_names_what_its_targets_end_with_first(
     base = with_generation_config(tiny_model, tmp_path / "base", eos_token_id=[9, 7])
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "eos_token_id": 8}))
-    product = Bench(tmp_path, base).train("mle", lora=lora)
+    artifact = Bench(tmp_path, base).train("mle", lora=lora)
     for name in ("config.json", "generation_config.json"):
-        assert json.loads((product.path / name).read_text())["eos_token_id"] == [0, 7, 8, 9], name
-    model = AutoModelForCausalLM.from_pretrained(product.path)
+        assert json.loads((artifact.path / name).read_text())["eos_token_id"] == [0, 7, 8, 9], name
+    model = AutoModelForCausalLM.from_pretrained(artifact.path)
     assert model.generation_config.eos_token_id == [0, 7, 8, 9]
 
 
 def test_end_tokens_are_identity_of_a_checkpoint_that_names_them(tmp_path: Path, tiny_model: Path) -> None:
     store = Store(tmp_path / "store")
     names = ({"eos_token_id": 0}, {"eos_token_id": [0]}, {"eos_token_id": [5, 0]})
-    addresses = []
+    hashes = []
     for number, content in enumerate(names):
         bench = Bench(tmp_path, with_generation_config(tiny_model, tmp_path / str(number), **content))
-        config = Training.model_validate({"init": "m", "objective": "mle", "steps": 2, "batch_size": 4, "lr": 1e-3})
-        addresses.append(store.product("checkpoints", training_spec(config, bench.inputs("mle"))).name)
-    assert addresses[0] == addresses[1] != addresses[2]
+        config = OBJECTIVES.parse(
+            {"init": "m", "objective": "mle", "max_steps": 2, "batch_size": 4, "learning_rate": 1e-3}
+        )
+        hashes.append(store.artifact("checkpoints", training_spec(config, bench.inputs("mle"))).name)
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_what_cannot_be_written_is_found_before_the_first_step(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -671,8 +590,8 @@ def test_what_cannot_be_written_is_found_before_the_first_step(bench: Bench, mon
         raise ValueError("these settings contradict each other\nand more")
 
     monkeypatch.setattr("cpo_pipe.trainer.loop.Loop.run", lambda _: pytest.fail("it trained"))
-    for written in ("transformers.PreTrainedModel.save_pretrained", "cpo_pipe.trainer.card.write_card",
-                    "cpo_pipe.trainer.interim.metrics_table", "cpo_pipe.trainer.train.copy_tokenizer"):  # fmt: skip
+    for written in ("transformers.PreTrainedModel.save_pretrained", "cpo_pipe.trainer.model_card.write_card",
+                    "cpo_pipe.trainer.resume.metrics_table", "cpo_pipe.trainer.checkpoint.copy_tokenizer"):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(written, refuse)
             with pytest.raises(InputError) as error:
@@ -683,7 +602,7 @@ def test_what_cannot_be_written_is_found_before_the_first_step(bench: Bench, mon
 
 
 def test_the_trial_before_the_first_step_leaves_nothing(bench: Bench) -> None:
-    product = bench.train("mle")
+    artifact = bench.train("mle")
     assert {path.name for path in (bench.store.local / "checkpoints").iterdir()} <= {
-        product.path.name, ".locks", ".in-progress",
+        artifact.path.name, ".locks", ".in-progress",
     }  # fmt: skip

@@ -1,0 +1,1 @@
+"""Models and tokenizers: locating, loading, templates, end tokens, adapters, embeddings."""

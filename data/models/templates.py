@@ -1,0 +1,261 @@
+"""How a prompt is put before the model: templates, and the token ids of prompts and targets."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from cpo_pipe.data.errors import InputError, cause
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PLAIN = "plain"
+DOLLY = "dolly"
+CHAT = "chat"
+
+# Taori et al. 2023 (Stanford Alpaca), whose wording most instruction-tuned models have seen.
+_DOLLY = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{prompt}\n\n### Response:\n"
+)
+_DOLLY_WITH_CONTEXT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{prompt}\n\n### Input:\n{context}\n\n### Response:\n"
+)
+
+
+def with_context(prompt: str, context: str) -> str:
+    """Return a prompt and its context as one text: the context follows after a blank line."""
+    return f"{prompt}\n\n{context}" if context.strip() else prompt
+
+
+def render(
+    template: str,
+    prompt: str,
+    context: str = "",
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    chat_date: str | None = None,
+) -> str:
+    """Return the text that the model is given.
+
+    A template without a place for the context (`plain`, `chat`, a text without {context}) has it after the prompt.
+
+    Args:
+        template: `plain`, `dolly`, `chat`, or a text with {prompt} and perhaps {context}.
+        prompt: the prompt as the source has it.
+        context: further input; empty where there is none.
+        tokenizer: needed for `chat` only.
+        chat_date: the date that a chat template prints (ISO 8601), where it prints one; see `data/chat_date.py`.
+
+    Raises:
+        InputError: `chat`, and the tokenizer has no chat template, or one that fails.
+    """
+    if template == DOLLY:
+        template = _DOLLY_WITH_CONTEXT if context.strip() else _DOLLY
+    if template == PLAIN:
+        return with_context(prompt, context)
+    if template == CHAT:
+        return _render_chat(with_context(prompt, context), tokenizer, chat_date)
+    if "{context}" not in template:
+        prompt = with_context(prompt, context)
+    values = {"{prompt}": prompt, "{context}": context}
+    # One pass, and not str.format: braces in the template's or the prompt's own text are only text.
+    return re.sub(r"\{prompt\}|\{context\}", lambda match: values[match[0]], template)
+
+
+def _render_chat(content: str, tokenizer: "PreTrainedTokenizerBase | None", chat_date: str | None) -> str:
+    if tokenizer is None or not tokenizer.chat_template:
+        raise InputError(
+            "data.template is chat, but the tokenizer has no chat template; "
+            "use plain, dolly or a text with {prompt}, or give the tokenizer of a chat model"
+        )
+    messages = [{"role": "user", "content": content}]
+    day: Any = {} if chat_date is None else {"strftime_now": datetime.fromisoformat(chat_date).strftime}
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **day))
+    except Exception as error:  # a template fails in its own words, or in any of Python's ways
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path}: its chat template fails on a user's message ({cause(error)}); "
+            "correct the chat template, or set data.template to plain, dolly or a text with {prompt}"
+        ) from error
+
+
+def encode_prompts(template: str, rendered: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Return token ids of rendered prompts: with the BOS token that the tokenizer or the template puts there, once.
+
+    An EOS token that the tokenizer appends is left out.
+    """
+    # A chat template writes its special tokens, BOS included, into the text itself.
+    ids = _encode(rendered, tokenizer, add_special_tokens=template != CHAT)
+    appended = 0 if template == CHAT else _appended_tokens(tokenizer)
+    twice = [tokenizer.bos_token_id] * 2  # the tokenizer's, and one that a text of the recipe's begins with
+    return [row[int(row[:2] == twice) : len(row) - appended] for row in ids]
+
+
+def encode_prompts_again(
+    template: str,
+    prompts: Sequence[str],
+    rendered: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    chat_date: str | None = None,
+) -> list[list[int]]:
+    """Return token ids of prompts for another tokenizer than that of the examples; its control tokens in them are text.
+
+    Unless the template itself writes any of them: then all in what it rendered are meant.
+
+    Args:
+        template: Of the examples.
+        prompts: As they are before the template, which the tokenizer's own chat template renders for `chat`.
+        rendered: As the examples have them.
+        tokenizer: The other one.
+        chat_date: The date that its chat template prints, where it prints one.
+
+    Raises:
+        InputError: `chat`, and the tokenizer has no chat template.
+    """
+    broken = breaker(tokenizer)
+    if template == CHAT:
+        rendered = [render(CHAT, broken(prompt), tokenizer=tokenizer, chat_date=chat_date) for prompt in prompts]
+    elif broken(template) == template:
+        rendered = list(map(broken, rendered))
+    return encode_prompts(template, rendered, tokenizer)
+
+
+def encode_texts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Return the token ids of texts after a prompt, or of texts to be cut into chunks, without special tokens."""
+    return _encode(texts, tokenizer, add_special_tokens=False)
+
+
+def encode_targets(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Return token ids of continuations without their end; special tokens written in them are text.
+
+    Tokens that are not declared special stay tokens: a model's answers may have them, such as `<think>`.
+    """
+    return _encode_as_text(texts, tokenizer, special_tokens(tokenizer))
+
+
+def encode_as_text(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Encode texts that anyone may have written: what looks like a control token in them is text."""
+    return _encode_as_text(texts, tokenizer, control_tokens(tokenizer))
+
+
+def _encode_as_text(
+    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", tokens: Mapping[str, int]
+) -> list[list[int]]:
+    # The unknown token stands for characters, too, unless it is one of the others.
+    unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    control = set(tokens.values()) - unknown
+    ids = _encode(texts, tokenizer, add_special_tokens=False)
+    # Most texts have none: those are encoded as they are.
+    held = [
+        place
+        for place, (text, row) in enumerate(zip(texts, ids, strict=True))
+        if not control.isdisjoint(row) or (not unknown.isdisjoint(row) and str(tokenizer.unk_token) in text)
+    ]
+    split = _encode([texts[place] for place in held], tokenizer, False, split_special_tokens=True)
+    for place, row in zip(held, split, strict=True):
+        ids[place] = row
+    # Some vocabularies hold the strings themselves (Unigram, word-level), and control tokens need not be special.
+    left = [place for place in held if not control.isdisjoint(ids[place])]
+    broken = _encode(list(map(_breaker(tokens), (texts[place] for place in left))), tokenizer, False)
+    for place, row in zip(left, broken, strict=True):
+        # A normalizer may make one again of characters like its own; then it is left out.
+        ids[place] = [token for token in row if token not in control]
+    return ids
+
+
+def without_eos(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return a text without EOS tokens written at its end: what encodes it puts one there."""
+    end = str(tokenizer.eos_token or "")
+    while end.strip() and (stripped := text.rstrip()).endswith(end):
+        text = stripped.removesuffix(end)
+    return text
+
+
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """Return ids by text of the tokens that are declared special.
+
+    Without characters that have no other token as text, but for BOS and EOS: some tokenizers declare a character of
+    ordinary texts as their padding (`!`).
+    """
+    found = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    found |= {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    for text, token_id in [*found.items()]:
+        is_character = len(text) == 1 and token_id not in ends
+        if not text.strip() or (
+            is_character and [token_id] in _encode([text], tokenizer, False, split_special_tokens=True)
+        ):
+            del found[text]
+    return found
+
+
+def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """Return the ids of tokens that mean something else than their text: special ones, and marks of a chat template.
+
+    Not all marks of a conversation are declared special: DeepSeek's `<｜User｜>` is not.
+    """
+    written = str(tokenizer.chat_template or "")
+    marks = {
+        token.content: token_id
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.content.strip() and token.content in written and not token.content.isalnum()
+    }
+    return special_tokens(tokenizer) | marks
+
+
+def finder(tokens: Iterable[str]) -> Callable[[str], bool]:
+    """Return what tells whether any of the tokens is written in a text."""
+    pattern = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+    return lambda text: pattern.search(text) is not None
+
+
+def breaker(tokenizer: "PreTrainedTokenizerBase") -> Callable[[str], str]:
+    """What puts a space behind the first character of each control token in a text, so that it is none: `< |im_end|>`.
+
+    For texts that stand among control tokens which are meant. A control token of one character becomes a space.
+    """
+    return _breaker(control_tokens(tokenizer))
+
+
+def _breaker(tokens: Mapping[str, int]) -> Callable[[str], str]:
+    # What follows the first character is looked at and not taken, since tokens may overlap.
+    pattern = re.compile("|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in tokens) or r"(?!)")
+    return lambda text: pattern.sub(lambda first: " " if first[0] in tokens else f"{first[0]} ", text)
+
+
+def eos_token_id(tokenizer: "PreTrainedTokenizerBase", field: str = "data.tokenizer") -> int:
+    """Return the id of the token that ends a text; `field` is where the recipe names the tokenizer, for messages.
+
+    Raises:
+        InputError: the tokenizer has none.
+    """
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise InputError(
+            f"{field} {tokenizer.name_or_path}: it has no EOS token, so no text can end; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    return tokenizer.eos_token_id
+
+
+def _encode(
+    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", add_special_tokens: bool, **settings: bool
+) -> list[list[int]]:
+    if not texts:
+        return []
+    # verbose: the warning about lengths is the caller's business, who has limits of its own.
+    encoded = tokenizer(
+        list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False, **settings
+    )
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def _appended_tokens(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return how many special tokens the tokenizer puts behind a text."""
+    (bare,), (special,) = (_encode(["a"], tokenizer, add_special_tokens=add) for add in (False, True))
+    before = next(n for n in range(len(special)) if special[n : n + len(bare)] == bare)
+    return len(special) - before - len(bare)

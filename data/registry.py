@@ -1,0 +1,122 @@
+"""Registries: named implementations of one kind of building block, and users' own by import path.
+
+A block is a `Section` whose settings stand in the recipe beside its name, for example `objective: dpo, beta: 0.1`. Its
+class declares the settings, implements the block and describes it in the first line of its docstring. An entry in the
+registry makes it known by name; `my_package.module:Thing` in place of a name takes a user's class, which needs no
+entry.
+"""
+
+import importlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, Generic, TypeVar
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from cpo_pipe.data.config import Section
+from cpo_pipe.data.text import abridged, listed, nearest
+
+Block = TypeVar("Block", bound=Section)
+
+
+class Registry(Generic[Block]):
+    """Classes by name.
+
+    Args:
+        kind: what they are, for messages: `objective`.
+        key: the key of a recipe that names one.
+        base: the class that all of them, also users' own, derive from.
+        entries: the classes of this package, by name.
+        default: the name of the class of a mapping that names none; the class must have it as the key's default.
+    """
+
+    def __init__(
+        self, kind: str, key: str, base: type[Block], entries: Mapping[str, type[Block]], default: str | None = None
+    ):
+        self.kind, self.key, self.base, self.entries, self.default = kind, key, base, dict(entries), default
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def description(self, name: str) -> str:
+        """Return the first line of a class's docstring."""
+        return (self[name].__doc__ or "").strip().partition("\n")[0]
+
+    def __getitem__(self, name: str) -> type[Block]:
+        """Return the class of a name, or the one at an import path `module:Class`.
+
+        Raises:
+            ValueError: the name is unknown, the path leads to no subclass of the base, or the class is incomplete; the
+                message is one line.
+        """
+        found = self.entries[name] if name in self.entries else self._imported(name)
+        if inspect.isabstract(found):
+            missing = listed(sorted(found.__abstractmethods__))
+            raise ValueError(f"{self.kind} {name} is incomplete; implement {missing}")
+        if not (found.__doc__ or "").strip():
+            raise ValueError(f"{self.kind} {name} has no docstring; describe it in one line")
+        return found
+
+    def _imported(self, name: str) -> type[Block]:
+        if ":" not in name:
+            hint = nearest(name, self.entries) or f"choose from {listed(self.entries)}, or name a class as module:Class"
+            raise ValueError(f"unknown {self.kind} {abridged(repr(name))}; {hint}")
+        module, _, attribute = name.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except Exception as error:  # a user's module may fail in any way
+            reason = " ".join(str(error).splitlines()) or type(error).__name__
+            raise ValueError(f"{self.kind} {name} cannot be imported ({abridged(reason, 300)})") from error
+        if not (isinstance(found, type) and issubclass(found, self.base)):
+            raise ValueError(
+                f"{self.kind} {name} must be a subclass of {self.base.__module__}.{self.base.__qualname__}"
+            )
+        return found
+
+    def parse(self, value: Any, default: str | None = None) -> Block:
+        """Return a block of its class from a mapping with its settings.
+
+        Args:
+            value: the mapping; or a block, which is returned as it is.
+            default: the block's name where the mapping has none.
+
+        Raises:
+            ValueError: the name is missing or unknown.
+            pydantic.ValidationError: a setting is invalid.
+        """
+        if isinstance(value, self.base):
+            return value
+        if not isinstance(value, dict):
+            required = f", one of which is `{self.key}`" if self.default is None else ""
+            raise ValueError(f"must be a section, that is keys with values{required}")
+        if default is None and self.default is not None and self.key not in value:
+            return self.entries[self.default].model_validate(value)
+        name = value.get(self.key, default)
+        if name is None:
+            raise ValueError(f"{self.key} is missing; choose from {listed(self.entries)}")
+        if not isinstance(name, str):
+            shown = abridged(repr(name))
+            raise ValueError(f"{self.key} is {shown}: must be a name; choose from {listed(self.entries)}")
+        return self[name].model_validate({self.key: name, **value})
+
+    def meant(self, value: Any, place: str) -> type[Block]:
+        """Return the class that a mapping is for; where it names none, or an unknown one, the base class.
+
+        `place` is the mapping's own key, which names the class of a mapping that is called like one.
+        """
+        default = self.default or place
+        name = value.get(self.key, default) if isinstance(value, dict) else default
+        try:
+            return self[name] if isinstance(name, str) else self.base
+        except ValueError:
+            return self.base
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Make `Annotated[Base, registry]` a field that validates by the class named, as a discriminated union does."""
+        return core_schema.no_info_plain_validator_function(
+            self.parse,
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda block, info: block.model_dump(mode=info.mode, exclude_unset=info.exclude_unset), info_arg=True
+            ),
+        )

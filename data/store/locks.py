@@ -1,0 +1,101 @@
+"""Locks between the processes of a machine, and making what is missing under them."""
+
+import errno
+import logging
+from collections.abc import Callable, Iterator, Sized
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from cpo_pipe.data.errors import InputError
+
+log = logging.getLogger(__name__)
+
+_Found = TypeVar("_Found", bound=Sized)
+
+
+class Lockable(Protocol):
+    """Rows, as `make_missing` sees them."""
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Hold while making what is missing."""
+        ...
+
+
+@contextmanager
+def locked(file: Path, what: str) -> Iterator[None]:
+    """Hold a lock file; wait for it if needed. The system releases it when a process dies, however it dies.
+
+    Args:
+        file: the lock file; its folder is made.
+        what: the name of what it guards, for messages.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    lock = FileLock(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("%s: another process is making it; waiting for it to finish", what)
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise InputError(
+            f"--store: no permission to write {what} there ({file.parent}); give one that you may write"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def try_lock(file: Path, *, make: bool) -> Iterator[bool]:
+    """Hold a lock file without waiting for it; yield whether nobody else holds it.
+
+    Without `make`, an absent lock file counts as free and stays absent.
+    """
+    if make:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    elif not file.exists():
+        yield True
+        return
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def make_missing(find: Callable[[], _Found], make: Callable[[_Found], None], *outputs: Lockable) -> None:
+    """Make missing rows once among all processes of a machine; take the locks only if something is missing.
+
+    Args:
+        find: returns what is missing: a collection, or an array of flags. Asked again once the locks are held, because
+            another process may have made it meanwhile.
+        make: makes what is missing and appends it to `outputs`.
+        outputs: the tables to lock, in this order.
+    """
+    if not _any(find()):
+        return
+    with ExitStack() as stack:
+        for rows in outputs:
+            stack.enter_context(rows.lock())
+        missing = find()
+        if _any(missing):
+            make(missing)
+
+
+def _any(found: Sized) -> bool:
+    return bool(found.any()) if isinstance(found, np.ndarray) else len(found) > 0

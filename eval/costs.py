@@ -1,0 +1,158 @@
+"""Estimates of what APIs would still be asked, as systems and as judges, before anything is asked."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from cpo_pipe.data.examples import Examples
+from cpo_pipe.data.execution.base import LocalExecutor
+from cpo_pipe.data.models.model import Model
+from cpo_pipe.data.store import Rows, Store
+from cpo_pipe.eval.config import GROUND_TRUTH, Evaluate
+from cpo_pipe.eval.evaluate import plan_evaluation
+from cpo_pipe.eval.generate import read_outputs
+from cpo_pipe.eval.judges.base import ApiJudge, Case, Pair
+from cpo_pipe.eval.judging import read_cases, unjudged
+from cpo_pipe.pipeline.api.model import ApiModel, Tokens
+from cpo_pipe.pipeline.api.work import prompt_of
+
+TOKEN_BYTES = 4
+"""Bytes of UTF-8 that count as a token: the average of English text with the tokenizers of large models."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Requests to an API that are still to be made."""
+
+    calls: int
+    tokens: Tokens
+    """Of prompts, estimated; and the most that can be generated."""
+
+
+@dataclass(frozen=True)
+class DraftPair:
+    """A pair of outputs that may not be generated yet (None)."""
+
+    case: Case
+    output_a: str | None
+    output_b: str | None
+
+
+def evaluation_costs(
+    config: Evaluate,
+    store: Store,
+    examples: Examples,
+    systems: Mapping[str, Model | ApiModel | None],
+    *,
+    max_new_tokens: int,
+    models: Mapping[str, Model],
+    apis: Mapping[str, ApiModel],
+) -> tuple[list[tuple[str, ApiModel, Cost]], dict[tuple[str, str], int]]:
+    """Return what APIs would still be asked, as systems and then as judges; nothing is asked, generated or loaded.
+
+    Args:
+        config: the recipe's section.
+        store: where artifacts are.
+        examples: the prepared examples.
+        systems: the models, by system; None if a model is not available yet.
+        max_new_tokens: longest output, in tokens; a missing output counts as this many.
+        models: the models that the judges which ask an API name, by name.
+        apis: the recipe's `apis`, by name.
+
+    Returns:
+        Each role (`judge gpt`; `system gpt, greedy`) with its API and cost; and, if judges ask APIs, the number of
+        missing outputs by system and decoding.
+    """
+    asking = {name: judge for name, judge in config.judges.items() if judge.apis()}
+    config = config.model_copy(update={"judges": asking, "mauve_seeds": 0, "mauve_model": None, "annotations": None})
+    available = {name: model for name, model in systems.items() if model is not None}
+    plan = plan_evaluation(
+        config,
+        store,
+        examples,
+        available,
+        max_new_tokens=max_new_tokens,
+        models=models,
+        apis=apis,
+        executor=LocalExecutor(),
+    )
+    cases, ids = read_cases(plan.selection), plan.selection["example_id"]
+    texts: dict[tuple[str, str], list[str | None]] = {
+        (name, decoding): [None] * len(cases) for name in systems for decoding in config.decodings
+    }
+    texts |= {(GROUND_TRUTH, decoding): [case.target for case in cases] for decoding in config.decodings}
+    costs: list[tuple[str, ApiModel, Cost]] = []
+    counted: dict[str, Cost] = {}
+
+    def add(role: str, api: ApiModel, rows: Rows, cost: Cost) -> None:
+        """Add a cost; of two roles that share rows, the second asks only for what the first does not."""
+        before = counted.get(rows.name, Cost(0, Tokens()))
+        most = Cost(
+            max(cost.calls, before.calls),
+            Tokens(max(cost.tokens.prompt, before.tokens.prompt), max(cost.tokens.written, before.tokens.written)),
+        )
+        counted[rows.name] = most
+        costs.append((role, api, Cost(most.calls - before.calls, most.tokens - before.tokens)))
+
+    for generation in plan.generations:
+        system, decoding = generation.system, generation.decoding
+        missing_EN = generation.request.missing(ids)
+        found = zip(missing_EN[:, 0], read_outputs(generation.rows, ids.to_pylist()).texts, strict=True)
+        texts[system, decoding] = [None if missing else text for missing, text in found]
+        if isinstance(api := systems[system], ApiModel):
+            cost = outputs_cost(api, plan.selection, missing_EN.sum(axis=1).tolist(), max_new_tokens)
+            add(f"system {system}, {decoding}", api, generation.rows, cost)
+    drafts = [
+        DraftPair(*fields)
+        for system in systems
+        for opponent in plan.opponents(system)
+        for decoding in config.decodings
+        for fields in zip(cases, texts[system, decoding], texts[opponent, decoding], strict=True)
+    ]
+    for judge in plan.judges:
+        if isinstance(judge, ApiJudge):
+            rows = store.rows("verdicts", judge.spec())
+            add(f"judge {judge.name}", judge.api, rows, judge_cost(judge, drafts, max_new_tokens, rows))
+    return costs, {key: missing for key, written in texts.items() if asking and (missing := written.count(None))}
+
+
+def outputs_cost(api: ApiModel, examples: pa.Table, missing: Sequence[int], max_new_tokens: int) -> Cost:
+    """Return the cost of asking an API for outputs.
+
+    Args:
+        api: the system.
+        examples: the selection (EXAMPLES schema).
+        missing: the number of missing samples of each example. A vLLM server gives all of them in one call.
+        max_new_tokens: the longest output, in tokens.
+    """
+    if api.config.endpoint == "completions":
+        prompts = examples["rendered"].to_pylist()
+    else:
+        prompts = [
+            (api.config.system or "") + prompt_of(example) for example in examples.select(["prompt"]).to_pylist()
+        ]
+    calls = [min(count, 1) if api.config.server == "vllm" else count for count in missing]
+    read = sum(count * count_tokens(prompt) for prompt, count in zip(prompts, calls, strict=True))
+    return Cost(sum(calls), Tokens(read, sum(missing) * max_new_tokens))
+
+
+def judge_cost(judge: ApiJudge, drafts: Sequence[DraftPair], max_new_tokens: int, rows: Rows) -> Cost:
+    """Return the cost of the missing verdicts; a missing output counts as `max_new_tokens` tokens."""
+    system_prompt = judge.api.config.system or ""
+    tokens, pairs = [], []
+    for draft in drafts:
+        missing = [draft.output_a, draft.output_b].count(None)
+        pair = Pair(draft.case, draft.output_a or "", draft.output_b or "")
+        if missing:
+            length = count_tokens(system_prompt + judge.query(pair)) + missing * max_new_tokens
+            tokens += [length] * len(judge.orders)
+        else:
+            pairs.append(pair)
+    tokens += [count_tokens(system_prompt + judge.query(shown)) for shown in unjudged(judge, pairs, rows).values()]
+    return Cost(len(tokens), Tokens(sum(tokens), len(tokens) * judge.max_tokens))
+
+
+def count_tokens(text: str) -> int:
+    """Return the estimated number of tokens of a text."""
+    return -(-len(text.encode()) // TOKEN_BYTES)

@@ -1,0 +1,98 @@
+"""The files beside a report: the metrics as Markdown, and the outputs in the format of AlpacaEval."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from cpo_pipe.data.store import atomic
+from cpo_pipe.data.text import markdown
+from cpo_pipe.eval.config import GROUND_TRUTH
+from cpo_pipe.eval.report.data import ReportData
+from cpo_pipe.eval.report.tables import (
+    PUBLISHED_NOTE,
+    SHARED_NOTE,
+    Row,
+    agreement_rows,
+    marked_grids,
+    published_tables,
+)
+
+_TARGETS = (GROUND_TRUTH, "targets")
+"""Folder and file of the targets; no system can have this name."""
+
+
+def write_exports(folder: Path, data: ReportData) -> list[Path]:
+    """Write `metrics.md` and `model_outputs/SYSTEM/DECODING.json`, each complete or absent; return the files."""
+    figures = folder / "metrics.md"
+    atomic.write_bytes(figures, "\n".join(_markdown(data)).encode())
+    outputs = folder / "model_outputs"
+    written = set(_write_outputs(outputs, data))
+    for path in set(outputs.glob("*/*.json")) - written:  # of systems and decodings that are no longer in the run
+        if _is_ours(path):
+            path.unlink()
+            with suppress(OSError):  # the user may keep files there
+                path.parent.rmdir()
+    return [figures, *sorted(written)]
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether a file holds outputs written here, not a file of the user."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except ValueError:
+        return False
+    name = f"{path.parent.name}/{path.stem}"
+    return (
+        isinstance(rows, list)
+        and bool(rows)
+        and all(isinstance(row, dict) and row.get("generator") == name for row in rows)
+    )
+
+
+def _write_outputs(folder: Path, data: ReportData) -> Iterator[Path]:
+    """Write the outputs, and the targets as another system, in the format of AlpacaEval; yield the files."""
+    prompts = data.examples.select(["prompt", "category"]).to_pylist()
+    texts: dict[tuple[str, str], dict[str, str]] = {}
+    for row in data.outputs.to_pylist():
+        texts.setdefault((row["system"], row["decoding"]), {})[row["example_id"]] = row["text"]
+    ids = data.examples["example_id"].to_pylist()
+    written = {of: [found[example_id] for example_id in ids] for of, found in texts.items()}
+    for of, outputs in {_TARGETS: data.examples["target"].to_pylist(), **written}.items():
+        generator = GROUND_TRUTH if of == _TARGETS else "/".join(of)
+        rows = [
+            {"instruction": prompt["prompt"], "output": output, "generator": generator,
+             "dataset": prompt["category"] or data.run}
+            for prompt, output in zip(prompts, outputs, strict=True)
+        ]  # fmt: skip
+        system, decoding = of
+        path = folder / system / f"{decoding}.json"
+        atomic.write_bytes(path, json.dumps(rows, indent=1, ensure_ascii=False).encode(errors="replace"))
+        yield path
+
+
+def _markdown(data: ReportData) -> Iterator[str]:
+    yield f"{data.examples.num_rows} held-out prompts; baseline: {data.baseline}; brackets are 95% intervals."
+    for grid in marked_grids(data):
+        yield f"\nDecoding: {grid.decoding}\n"
+        yield from _table(["metric", *grid.systems], grid.rows)
+    for table in published_tables(data):
+        yield f"\n{markdown(table.title)}\n"
+        yield from _table(["system", "published", "this run"], table.rows)
+    if data.published:
+        yield f"\n{PUBLISHED_NOTE}"
+    if agreements := agreement_rows(data):
+        yield "\nAgreement of judges\n"
+        yield from _table(["judges", "agreement", "kappa", "pairs"], agreements)
+    shared = [] if data.shared_metrics.isdisjoint(data.metrics["metric"].to_pylist()) else [SHARED_NOTE]
+    yield from (f"\n{markdown(note)}" for note in [*data.notes, *shared])
+    yield ""
+
+
+def _table(head: Sequence[str], rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the lines of a table; numbers are aligned right."""
+    lines = [head, *([name, *cells] for name, cells in rows)]
+    text = [f"| {' | '.join(map(markdown, line))} |" for line in lines]
+    yield text[0]
+    yield f"| --- |{' ---: |' * (len(head) - 1)}"
+    yield from text[1:]

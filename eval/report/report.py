@@ -1,0 +1,165 @@
+"""The report: one HTML file that needs nothing but itself.
+
+The template engine escapes all text of models and data; the page's content security policy runs only its own script.
+"""
+
+import base64
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pyarrow as pa
+
+from cpo_pipe.data.store import atomic
+from cpo_pipe.data.text import visible
+from cpo_pipe.eval.metrics.wins import NOTICEABLE
+from cpo_pipe.eval.report.charts import Bar, Chart, Point, alpha_curves, quality_charts, training_curves, win_rates
+from cpo_pipe.eval.report.data import ReportData
+from cpo_pipe.eval.report.examples import pack
+from cpo_pipe.eval.report.tables import (
+    PUBLISHED_NOTE,
+    SHARED_NOTE,
+    agreement_rows,
+    descriptions,
+    difference_tables,
+    marked,
+    marked_grids,
+    published_tables,
+    quality_table,
+)
+
+
+@dataclass(frozen=True)
+class Negative:
+    """A ranked negative."""
+
+    rank: int | None
+    similarity: float | None
+    strategy: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """A training prompt with its negatives."""
+
+    prompt: str
+    target: str
+    negatives: list[Negative]
+
+
+def write_report(path: Path, data: ReportData) -> None:
+    """Write the report as one HTML file, complete or absent."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_visible
+    )
+    environment.filters |= {"duration": _duration}
+    folder = files("cpo_pipe.eval.report")
+    source, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("report.html.j2", "report.js"))
+    html = environment.from_string(source).render(
+        data=data,
+        grids=marked_grids(data),
+        meanings=descriptions(data),
+        shared_note="" if data.shared_metrics.isdisjoint(data.metrics["metric"].to_pylist()) else SHARED_NOTE,
+        charts=[*_win_charts(data), *_alpha_charts(data)],
+        differences=difference_tables(data),
+        agreements=agreement_rows(data),
+        published=published_tables(data),
+        published_note=PUBLISHED_NOTE,
+        noticeable=NOTICEABLE,
+        training_charts=[chart for name, steps in data.trainings.items() if (chart := training_curves(name, steps))],
+        quality=quality_table(data.quality) if data.quality is not None else None,
+        quality_charts=quality_charts(data.quality) if data.quality is not None else [],
+        packed=pack(data.examples, data.outputs, data.verdicts),
+        grouped=group_cards(data),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+    atomic.write_bytes(path, html.encode())
+
+
+def _visible(value: Any) -> Any:
+    """Return a value as the page shows it: text without control characters; our own markup does not change."""
+    return visible(value) if type(value) is str else value
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    if hours:
+        return f"{hours} h {rest // 60} min"
+    return f"{rest // 60} min {rest % 60} s" if rest >= 60 else f"{seconds:.1f} s"
+
+
+def _win_charts(data: ReportData) -> Iterator[Chart]:
+    """Yield a chart per win rate; ensembles have charts of their own."""
+    members = {system for points in data.ensembles.values() for _, system in points}
+    rates = [row for row in data.metrics.to_pylist() if " win rate" in row["metric"]]
+    for metric in dict.fromkeys(row["metric"] for row in rates):
+        panels: dict[str, list[Bar]] = {}
+        for row in rates:
+            if row["metric"] == metric and row["system"] not in members:
+                bar = Bar(row["system"], row["value"], row["ci_low"], row["ci_high"])
+                panels.setdefault(row["decoding"], []).append(bar)
+        if panels:
+            yield win_rates(marked(metric, data), metric.partition(" against ")[2] or data.baseline, panels)
+
+
+def _alpha_charts(data: ReportData) -> Iterator[Chart]:
+    """Yield a chart of each win rate and of MAUVE against the ensembles' α."""
+    rows = {(row["metric"], row["system"], row["decoding"]): row for row in data.metrics.to_pylist()}
+    decodings = list(dict.fromkeys(decoding for _, _, decoding in rows))
+    for metric in dict.fromkeys(metric for metric, _, _ in rows):
+        if " win rate" not in metric and metric != "MAUVE":
+            continue
+        curves = [
+            (f"{ensemble}, {decoding}", points)
+            for ensemble, members in data.ensembles.items()
+            for decoding in decodings
+            if (points := list(_points(rows, metric, members, decoding)))
+        ]
+        if curves:
+            spread = ", ± standard deviation over seeds" if metric == "MAUVE" else ""
+            yield alpha_curves(f"{marked(metric, data)} of ensembles{spread}", curves)
+
+
+def _points(
+    rows: Mapping[tuple[str, str, str], Mapping[str, Any]],
+    metric: str,
+    members: Sequence[tuple[float, str]],
+    decoding: str,
+) -> Iterator[Point]:
+    for alpha, system in members:
+        if row := rows.get((metric, system, decoding)):
+            low, high = row["ci_low"], row["ci_high"]
+            if spread := rows.get((f"{metric} sd", system, decoding)):
+                low, high = row["value"] - spread["value"], row["value"] + spread["value"]
+            yield alpha, row["value"], low, high
+
+
+def group_cards(data: ReportData) -> list[Card]:
+    """Return training prompts with their ranked negatives."""
+    if data.group_examples is None:
+        return []
+    negatives = _negatives(data.groups)
+    return [
+        Card(example["rendered"], example["target"], negatives[example["example_id"]])
+        for example in data.group_examples.select(["example_id", "rendered", "target"]).to_pylist()
+        if example["example_id"] in negatives
+    ]
+
+
+def _negatives(groups: pa.Table | None) -> dict[str, list[Negative]]:
+    """Return each group's negatives by rank."""
+    found = {}
+    for group in groups.to_pylist() if groups is not None else []:
+        negatives = [
+            Negative(candidate["rank"], candidate["similarity"], candidate["strategy"], candidate["text"])
+            for candidate in group["candidates"]
+            if candidate["strategy"] != "target"
+        ]
+        found[group["example_id"]] = sorted(negatives, key=lambda negative: negative.rank or 0)
+    return found

@@ -1,0 +1,117 @@
+"""Agreement of two judges, or of a judge and humans, on the same pairs."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from cpo_pipe.eval.judges.base import Winner
+from cpo_pipe.eval.statistics.bootstrap import Bootstrap, Estimate, share
+
+HUMANS = "human annotations"
+"""The name of the human annotations among the judges; a judge's name cannot contain a space."""
+
+AGREEMENT = pa.schema(
+    [
+        ("judge_a", pa.string()),
+        ("judge_b", pa.string()),
+        ("agreement", pa.float64()),  # share of pairs with the same verdict
+        ("ci_low", pa.float64()),  # 95% bootstrap interval, over examples
+        ("ci_high", pa.float64()),
+        ("kappa", pa.float64()),  # Cohen's; null if all verdicts of both are the same
+        ("kappa_low", pa.float64()),
+        ("kappa_high", pa.float64()),
+        ("n", pa.int64()),  # pairs that both judged
+    ]
+)
+
+_VERDICTS: tuple[Winner, ...] = ("a", "tie", "b")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Agreement of two judges."""
+
+    raw: Estimate
+    """Share of pairs with the same verdict."""
+    kappa: Estimate | None
+    """Cohen's kappa: agreement beyond chance, at most 1; 0 for independent judges.
+
+    None if all verdicts of both are the same: then all agreement may be chance.
+    """
+    pairs: int
+
+
+def agreement(
+    one: Sequence[Winner | None], other: Sequence[Winner | None], examples: Sequence[int], bootstrap: Bootstrap
+) -> Agreement | None:
+    """Return the agreement of two judges on the same pairs, in the same order; None if no pair has both verdicts.
+
+    Args:
+        one: the first judge's verdicts, None for a pair that it did not judge.
+        other: the second judge's.
+        examples: number of each pair's example. Intervals resample examples, not pairs, because verdicts on outputs for
+            one prompt are not independent.
+        bootstrap: makes the intervals.
+    """
+    both = [
+        (number, 3 * _VERDICTS.index(a) + _VERDICTS.index(b))
+        for number, a, b in zip(examples, one, other, strict=True)
+        if a is not None and b is not None
+    ]
+    if not both:
+        return None
+    numbers, cells = np.array(both).T
+    _, places = np.unique(numbers, return_inverse=True)
+    counts = np.zeros((9, places.max() + 1))
+    """Number of pairs by both verdicts (first axis) and by example (second)."""
+    np.add.at(counts, (cells, places), 1)
+    same, pairs = counts[::4].sum(axis=0), counts.sum(axis=0)
+    # If all examples agree, or none, the bootstrap interval has no width; Wilson's has.
+    extreme = (same == pairs).all() or not same.any()
+    raw = share(same > 0) if extreme or (pairs == 1).all() else bootstrap.ratio(same, pairs)
+    alike = len(set(cells.tolist())) == 1 and cells[0] % 4 == 0
+    kappa = None if alike else bootstrap.statistic(_kappa, *counts)
+    if kappa is not None and kappa.low == kappa.high:  # all resamples are equal, which does not make it certain
+        kappa = replace(kappa, low=None, high=None)
+    return Agreement(raw, kappa, len(both))
+
+
+def agreements(
+    verdicts: Mapping[str, Sequence[Winner | None]], examples: Sequence[int], bootstrap: Bootstrap
+) -> list[dict[str, Any]]:
+    """Return a row (AGREEMENT schema) for every two judges with a pair in common.
+
+    Args:
+        verdicts: by judge's name, its verdicts on the same pairs, in the same order; None for no verdict.
+        examples: number of each pair's example.
+        bootstrap: makes the intervals.
+    """
+    rows = []
+    for (a, of_a), (b, of_b) in itertools.combinations(verdicts.items(), 2):
+        if found := agreement(of_a, of_b, examples, bootstrap):
+            kappa = found.kappa or Estimate(float("nan"), None, None, 0)
+            rows.append({
+                "judge_a": a, "judge_b": b,
+                "agreement": found.raw.value, "ci_low": found.raw.low, "ci_high": found.raw.high,
+                "kappa": None if found.kappa is None else kappa.value, "kappa_low": kappa.low, "kappa_high": kappa.high,
+                "n": found.pairs,
+            })  # fmt: skip
+    return rows
+
+
+def _kappa(*counts: NDArray[np.float64], axis: int = -1) -> Any:
+    """Return kappa (Cohen 1960, eq. 1) of the nine cells of the table of verdicts, counted by example along `axis`."""
+    table = np.stack([np.sum(cell, axis=axis) for cell in counts]).reshape(
+        3, 3, *np.shape(np.sum(counts[0], axis=axis))
+    )
+    table = table / table.sum(axis=(0, 1))
+    observed = sum(table[verdict, verdict] for verdict in range(3))
+    chance = (table.sum(axis=1) * table.sum(axis=0)).sum(axis=0)
+    # A resample may have only one verdict, and then no disagreement.
+    one_only = chance > 1 - 1e-12
+    return np.where(one_only, 1.0, (observed - chance) / np.where(one_only, 1, 1 - chance))

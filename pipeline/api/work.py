@@ -1,0 +1,239 @@
+"""Work that asks an API for samples and turns its answers into rows."""
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.execution.base import Made, Make
+from cpo_pipe.data.models.end_tokens import without_end
+from cpo_pipe.data.models.templates import encode_targets, eos_token_id, finder, special_tokens, without_eos
+from cpo_pipe.data.models.tokenizer import TokenizerFiles
+from cpo_pipe.data.store import Rows
+from cpo_pipe.pipeline.api.answers import Answer, Choice, Failed, Refused
+from cpo_pipe.pipeline.api.client import ApiClient, ask_all
+from cpo_pipe.pipeline.api.model import ApiModel
+from cpo_pipe.pipeline.engines.base import Request, Sampling, requests
+from cpo_pipe.pipeline.samples import refused_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ApiWork:
+    """Work that asks an API model for continuations.
+
+    `server: vllm` is asked for all of an example's samples in one request, of which it gives sample k the seed plus k,
+    as the engine here does. Of other servers nobody knows what they do with a seed and several samples: each is a
+    request of its own, so that a sample does not depend on how many were asked for beside it.
+    """
+
+    rows: Rows
+    refused: Rows
+    """Samples that the API will never give (REJECTED schema)."""
+    api: ApiModel
+    sampling: Sampling
+    seed: int
+    tokenizer: TokenizerFiles
+    """Of the examples."""
+    message: Callable[[Mapping[str, Any]], str]
+    """From an example (EXAMPLES schema) to what a chat is asked; completions continue `rendered`."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """What is the same in all rows."""
+    at_once: bool = True
+
+    @property
+    def outputs(self) -> list[Rows]:
+        """Reasons of the refused, and the samples."""
+        return [self.refused, self.rows]
+
+    def open(self) -> Make:
+        """Load the tokenizer and look for the key.
+
+        Raises:
+            InputError: the extra `openai` is not installed, or the key that the recipe names is not there.
+        """
+        self.api.check_client()
+        top_k, told = self.sampling.top_k, self.api.ledger.unused_top_k
+        if top_k and not self.api.obeyed(self.sampling).top_k and top_k not in told:
+            told.add(top_k)
+            log.info("apis.%s: top_k %d is not used: only server: vllm takes it", self.api.name, top_k)
+        return _RowMaker(self)
+
+    def check(self) -> None:
+        """Say what is still missing after the work.
+
+        Raises:
+            RunError: requests got no answer, however often they were sent; the others went on.
+        """
+        self.api.check_answered()
+
+
+def prompt_of(example: Mapping[str, Any]) -> str:
+    """The message that is an example's prompt as it is."""
+    return str(example["prompt"])
+
+
+@dataclass(frozen=True)
+class _Request:
+    """Samples of one example, in one request."""
+
+    example: Mapping[str, Any]
+    first: int
+    """Sample index."""
+    request: Request
+
+
+class _RowMaker:
+    """What makes rows, with what it needs loaded."""
+
+    def __init__(self, work: ApiWork):
+        self._work, self._config = work, work.api.config
+        self._tokenizer: PreTrainedTokenizerBase = work.tokenizer.load()
+        self._eos = eos_token_id(self._tokenizer)
+        self._by_ids = self._config.server == "vllm" and self._config.endpoint == "completions"
+        self._is_control, self._control = finder(special_tokens(self._tokenizer)), 0
+
+    def __call__(self, batch: pa.Table) -> Iterator[Made]:
+        api = self._work.api
+        try:
+            for came in ask_all(api, self._requests(batch), self._ask):
+                made = self._made(came)
+                if made.units:
+                    yield made
+        finally:
+            log.info("apis.%s: %s by this command so far", api.name, api.spent())
+            if self._control:
+                log.warning("apis.%s: %d answers have special tokens in their text; they are text", api.name,
+                            self._control)  # fmt: skip
+                self._control = 0
+
+    def _requests(self, batch: pa.Table) -> Iterator[_Request]:
+        examples = {example["example_id"]: example for example in batch.to_pylist()}
+        for example_id, first, request in requests(batch, self._work.seed):
+            each = request.n if self._config.server == "vllm" else 1
+            for k in range(0, request.n, each):
+                yield _Request(examples[example_id], first + k, Request(request.prompt_ids, each, request.seed + k))
+
+    async def _ask(self, client: ApiClient, item: _Request) -> tuple[_Request, Answer | Refused | Failed]:
+        request, example = item.request, item.example
+        parameters = {"max_tokens": self._work.sampling.max_new_tokens, "n": request.n, **self._parameters(request)}
+        try:
+            if self._by_ids:
+                return item, await client.complete(request.prompt_ids, **parameters)
+            completed = self._config.endpoint == "completions"
+            text = example["rendered"] if completed else self._work.message(example)
+            return item, await client.say(text, **parameters)
+        except (Refused, Failed) as why:
+            return item, why
+
+    def _parameters(self, request: Request) -> dict[str, Any]:
+        sampling = self._work.sampling
+        parameters: dict[str, Any] = {"temperature": sampling.temperature}
+        if sampling.temperature:
+            parameters["seed"] = self._seed(request.seed)
+        if self._config.server == "vllm":
+            parameters |= {**self._work.api.neutral(), "top_k": sampling.top_k, "top_p": sampling.top_p}
+        elif sampling.top_p < 1:
+            parameters["top_p"] = sampling.top_p
+        if self._by_ids:
+            parameters |= {"return_token_ids": True, "stop_token_ids": [self._eos], "logprobs": 0}
+        return parameters
+
+    def _seed(self, seed: int) -> int:
+        """The seed that is sent: above 2^53 some servers would round it, and take neighbours for the same."""
+        return seed if self._config.server == "vllm" else seed % (1 << 31)
+
+    def _made(self, came: Sequence[tuple[_Request, Answer | Refused | Failed]]) -> Made:
+        rows: list[dict[str, Any]] = []
+        refused: list[dict[str, Any]] = []
+        for item, outcome in came:
+            if isinstance(outcome, Failed):
+                continue
+            for k in range(item.request.n):
+                result = outcome if isinstance(outcome, Refused) else self._row(item, k, outcome)
+                if isinstance(result, Refused):
+                    refused.append({
+                        "source": refused_source(item.first + k), "example_id": item.example["example_id"],
+                        "reason": result.reason, "detail": result.detail,
+                    })  # fmt: skip
+                else:
+                    rows.append(result)
+        return Made([refused, rows], len(rows) + len(refused))
+
+    def _row(self, item: _Request, k: int, answer: Answer) -> dict[str, Any] | Refused:
+        """A row of sample k of an answer (NEGATIVES schema)."""
+        choice = answer.choices[k]
+        if choice.refusal is not None:
+            return choice.refusal
+        text, token_ids, ends = self._written(choice, item.example)
+        if not token_ids:
+            return Refused("empty", "the limit of tokens was reached before any text was written")
+        behind = f", {answer.system_fingerprint}" if answer.system_fingerprint else ""
+        return {
+            **self._work.columns,
+            "example_id": item.example["example_id"],
+            "sample_index": item.first + k,
+            "text": text,
+            "token_ids": token_ids,
+            "finish_reason": "stop" if ends else "length",
+            "logprob": _logprob(choice.logprobs) if self._by_ids else None,
+            "seed": self._seed(item.request.seed) + k,
+            "engine": f"API, {answer.model or self._config.model}{behind}",
+        }
+
+    def _written(self, choice: Choice, example: Mapping[str, Any]) -> tuple[str, list[int], bool]:
+        """Text, token ids and whether it ends there.
+
+        A chat model does not write where the prompt stops, so its text gets the white space with which the target
+        begins, and ends without any; a completion stays as it is.
+        """
+        ends = not choice.cut
+        if self._by_ids:
+            return self._decoded(choice), choice.token_ids or [], ends
+        text = choice.written or ""
+        if self._config.endpoint == "chat":
+            target, text = example["target"], text.strip()
+            text = target[: len(target) - len(target.lstrip())] + text if text else ""
+        text = without_eos(text, self._tokenizer)
+        self._control += self._is_control(text)
+        token_ids = encode_targets([text], self._tokenizer)[0] + ([self._eos] if ends else [])
+        limit = self._work.sampling.max_new_tokens
+        if len(token_ids) <= limit:
+            return text, token_ids, ends
+        return str(self._tokenizer.decode(token_ids[:limit], skip_special_tokens=True)), token_ids[:limit], False
+
+    def _decoded(self, choice: Choice) -> str:
+        """The text of token ids.
+
+        Raises:
+            InputError: they are not those of the examples' tokenizer, or there are none.
+        """
+        ids, api = choice.token_ids, f"apis.{self._work.api.name}"
+        if ids is None:
+            raise InputError(f"{api}.server is vllm, but the server gives no token ids: set it to openai")
+        written = str(self._tokenizer.decode(without_end(ids, not choice.cut), skip_special_tokens=True))
+        if _bare(written) != _bare(choice.text or ""):
+            raise InputError(
+                f"{api}: the server's tokenizer is not that of the examples: serve a model that has it, or set "
+                f"{api}.endpoint to chat, or {api}.server to openai"
+            )
+        return written
+
+
+def _bare(text: str) -> str:
+    """A text without what may differ between two ways of decoding the same tokens: spaces and broken characters."""
+    return re.sub(r"[\s\ufffd]", "", text)
+
+
+def _logprob(logprobs: Any) -> float | None:
+    """Of a completion's tokens, summed, in nats, where the server says it."""
+    each = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
+    return float(sum(each)) if each and None not in each else None

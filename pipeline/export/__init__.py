@@ -1,0 +1,1 @@
+"""Export of groups as preference data sets."""

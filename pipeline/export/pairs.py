@@ -1,0 +1,128 @@
+"""The preference pairs of groups."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.models.templates import control_tokens, eos_token_id
+from cpo_pipe.data.text import listed, nearest
+from cpo_pipe.pipeline.export.trl_tokens import PromptedCandidate, as_messages, as_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Pair = tuple[str, str]
+"""Labels of the chosen and the rejected."""
+
+
+@dataclass
+class PairCounts:
+    """What an export contains."""
+
+    groups: int = 0
+    pairs: Counter[Pair] = field(default_factory=Counter)
+    endless: int = 0
+    """Pairs omitted because a text does not end."""
+    equal: int = 0
+    """Pairs omitted because both texts are equal, in other token ids."""
+    texts: int = 0
+    other_ids: int = 0
+    """Texts that TRL tokenizes to other ids than they have in their group."""
+
+
+def parse_pairs(texts: Sequence[str], known: Sequence[str]) -> list[Pair]:
+    """Return the pairs that `CHOSEN,REJECTED` texts name.
+
+    Args:
+        texts: as given on the command line.
+        known: the labels of candidates.
+
+    Raises:
+        InputError: a text is no pair, a label is unknown, or a pair is given twice.
+    """
+    pairs: list[Pair] = []
+    for text in texts:
+        labels = text.split(",")
+        if len(labels) != 2:
+            raise InputError(f"--pair {text}: must be CHOSEN,REJECTED, such as target,{known[-1]}")
+        for label in labels:
+            if label not in known:
+                hint = nearest(label, known) or f"choose from {listed(known)}"
+                raise InputError(f"--pair {text}: unknown label {label!r}; {hint}")
+        chosen, rejected = labels
+        if chosen == rejected:
+            raise InputError(f"--pair {text}: chosen and rejected must differ")
+        if {(chosen, rejected), (rejected, chosen)} & set(pairs):
+            raise InputError(f"--pair {text}: duplicate pair, perhaps reversed; remove one")
+        pairs.append((chosen, rejected))
+    return pairs
+
+
+def pair_rows(
+    groups: Sequence[dict[str, Any]],
+    examples: Sequence[dict[str, Any]],
+    pairs: Sequence[Pair],
+    conversational: bool,
+    tokenizer: "PreTrainedTokenizerBase",
+    counts: PairCounts,
+) -> Iterator[dict[str, Any]]:
+    """Yield the pairs of some groups, in their order.
+
+    Args:
+        groups: the groups.
+        examples: `prompt` and `rendered` of each group's example.
+        pairs: which pairs; empty: the target with each negative.
+        conversational: texts as messages.
+        tokenizer: of the examples.
+        counts: counts that are added to.
+    """
+    # A sample may end by another control token than EOS, such as one that ends a turn.
+    no_end = {tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
+    ends = {eos_token_id(tokenizer), *(set(control_tokens(tokenizer).values()) - no_end)}
+    places: list[list[tuple[int, int]]] = []
+    for group in groups:
+        asked = _places([candidate["strategy"] for candidate in group["candidates"]], pairs)
+        ended = [bool(ends & {*candidate["token_ids"][-1:]}) for candidate in group["candidates"]]
+        places.append([pair for pair in asked if all(ended[place] for place in pair)])
+        counts.endless += len(asked) - len(places[-1])
+    used = [(row, place) for row, of_row in enumerate(places) for place in sorted({p for pair in of_row for p in pair})]
+    candidates = [
+        PromptedCandidate(
+            examples[row]["prompt"], examples[row]["rendered"], groups[row]["prompt_ids"],
+            groups[row]["candidates"][place]["text"], groups[row]["candidates"][place]["token_ids"],
+        )
+        for row, place in used
+    ]  # fmt: skip
+    written = (as_messages if conversational else as_texts)(candidates, tokenizer)
+    counts.texts += len(written)
+    counts.other_ids += sum(not candidate.same_ids for candidate in written)
+    texts = dict(zip(used, written, strict=True))
+    for row, (group, of_row) in enumerate(zip(groups, places, strict=True)):
+        before = counts.pairs.total()
+        for chosen_place, rejected_place in of_row:
+            chosen, rejected = group["candidates"][chosen_place], group["candidates"][rejected_place]
+            if texts[row, chosen_place].completion == texts[row, rejected_place].completion:
+                counts.equal += 1
+                continue
+            counts.pairs[chosen["strategy"], rejected["strategy"]] += 1
+            yield {
+                "prompt": texts[row, chosen_place].prompt,
+                "chosen": texts[row, chosen_place].completion,
+                "rejected": texts[row, rejected_place].completion,
+                "example_id": group["example_id"],
+                "chosen_strategy": chosen["strategy"],
+                "rejected_strategy": rejected["strategy"],
+                "similarity": rejected["similarity"],
+            }
+        counts.groups += counts.pairs.total() > before
+
+
+def _places(labels: Sequence[str], pairs: Sequence[Pair]) -> list[tuple[int, int]]:
+    """Return the positions in a group of the candidates of each pair."""
+    if not pairs:
+        return [(0, place) for place in range(1, len(labels))]
+    at = {label: [place for place, other in enumerate(labels) if other == label] for label in labels}
+    return [places for chosen, rejected in pairs for places in product(at.get(chosen, ()), at.get(rejected, ()))]

@@ -1,0 +1,95 @@
+"""Stage `generate-negatives`: synthetic continuations of the training prompts, from one source or several."""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from cpo_pipe.data.examples import Examples
+from cpo_pipe.data.execution.base import Executor, LocalExecutor
+from cpo_pipe.data.fingerprint import Spec
+from cpo_pipe.data.store import Store
+from cpo_pipe.pipeline.negatives.config import Negatives
+from cpo_pipe.pipeline.negatives.strategy import FindModel, Inputs, Job, Source
+from cpo_pipe.pipeline.samples import make_missing
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The negatives of a run: its selection of examples and where they get them from."""
+
+    selection: pa.Table
+    jobs: list[Job]
+    """One for each source, in the order of the recipe: of equal negatives rank keeps the first source's."""
+
+    @property
+    def sources(self) -> list[Source]:
+        """Where the negatives are kept."""
+        return [job.source for job in self.jobs]
+
+    def spec(self) -> list[Spec]:
+        """Return their part of the groups' spec, which depends on labels and counts; the rows' specs do not."""
+        return [
+            {"negatives": source.rows.spec, "count": source.count, "label": source.label} for source in self.sources
+        ]
+
+    def missing(self) -> int:
+        """Return how many negatives are still to be made."""
+        ids = self.selection["example_id"]
+        return sum(int(source.request.missing(ids).sum()) for source in self.sources)
+
+
+def plan_negatives(config: Negatives, store: Store, examples: Examples, find: FindModel, max_tokens: int) -> Plan:
+    """Return which negatives a run needs and what makes them; make none.
+
+    Args:
+        config: the recipe's section.
+        store: where they are kept.
+        examples: what they are made for.
+        find: resolves the names of models.
+        max_tokens: length limit in tokens, for sources without `max_new_tokens`.
+
+    Raises:
+        InputError: a prompt leaves the model no room for `max_new_tokens`; a model or a file is missing.
+    """
+    selection = examples.read("train", config.max_examples)
+    return Plan(
+        selection,
+        [
+            strategy.plan(Inputs(name, store, examples, selection, find, config.seed, max_tokens))
+            for name, strategy in config.sources.items()
+        ],
+    )
+
+
+def generate_negatives(plan: Plan, executor: Executor) -> None:
+    """Make the missing negatives of a run, source by source.
+
+    Raises:
+        InputError: the engine asked for does not support the model; a pool's file breaks a rule; or the training
+            examples are too few for the batch negatives asked for.
+        RunError: an API did not answer some requests.
+    """
+    ids = plan.selection["example_id"]
+    for job in plan.jobs:
+        if job.source.request.missing(ids).any():
+            job.check_inputs()
+    for job in plan.jobs:
+        source, where = job.source, LocalExecutor() if job.in_process else executor
+        before, label = _count_recorded(source, ids), f"{source.label} negatives"
+        make_missing(source.request, plan.selection, job.work, where, batch_size=job.batch_size, label=label)
+        job.check_results()
+        recorded = _count_recorded(source, ids)
+        log.info("negatives: %d %s in %s (%d made, %d reused)", recorded, source.label, source.rows.name,
+                 recorded - before, before)  # fmt: skip
+        refused = len(ids) * source.count - recorded
+        if refused and source.request.refused is not None:
+            log.warning("negatives: %d %s cannot be made; the reasons are in %s", refused, source.label,
+                        source.request.refused.name)  # fmt: skip
+
+
+def _count_recorded(source: Source, example_ids: pa.ChunkedArray) -> int:
+    return int(np.count_nonzero(source.rows.has_samples(example_ids, source.count)))

@@ -1,0 +1,1 @@
+"""Stage `prepare`: from ground-truth rows to tokenized, split examples."""

@@ -1,0 +1,155 @@
+"""The `data` section of a recipe, and what each preset implements."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, model_validator
+
+from cpo_pipe.data.config import Location, Positive, Section, Seed, Share
+from cpo_pipe.data.fingerprint import Spec, example_id
+from cpo_pipe.data.models.templates import with_context
+from cpo_pipe.data.models.train_tokenizer import TrainedTokenizer
+from cpo_pipe.data.sources.readers import Source, locate_source
+from cpo_pipe.data.sources.rows import Refusal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of a row that passed all rules that need no tokenizer. An article is a target with an empty prompt."""
+
+    source: str
+    """Where the row is: `file:line`."""
+    prompt: str
+    context: str
+    target: str
+    category: str | None
+
+    @property
+    def example_id(self) -> str:
+        """Hash of the texts."""
+        return example_id(self.prompt, self.target, context=self.context)
+
+    @property
+    def full_prompt(self) -> str:
+        """The prompt with its context."""
+        return with_context(self.prompt, self.context)
+
+
+@dataclass(frozen=True)
+class Example:
+    """An encoded example and where it is from."""
+
+    source: str
+    row: Mapping[str, Any]
+    """A row of the schema EXAMPLES, without its split."""
+    has_control_tokens: bool = False
+    """Whether control tokens are written in its texts."""
+    had_eos: bool = False
+    """Whether an EOS token was written at the end of its target."""
+
+
+@dataclass(frozen=True)
+class ShortEnd:
+    """The end of an article, or all of a short one, that is too short for a chunk. It is counted, not rejected."""
+
+
+Encoded = Example | ShortEnd | Refusal
+
+
+class Data(Section):
+    """Where ground truth comes from, how it becomes token ids and how it is split. The base class of all presets.
+
+    Plain pairs are `Pairs`, plain articles `Articles`. A data set of its own derives from one of them and overrides the
+    defaults of fields (source, columns, template) and, where it has a split of its own, `split_sizes`.
+    """
+
+    preset: str = Field(
+        "pairs",
+        description="`pairs` (prompts and targets, the default), `text` (articles, cut into chunks), a known data set "
+        "(`dolly`, `gsm8k`, `python-docs`), or your own as `module:Class`",
+    )
+    source: Location | None = Field(
+        None, description="a .jsonl, .csv, .parquet or .txt file, or a Hugging Face data set (name or folder)"
+    )
+    subset: str | None = Field(None, description="configuration name of a Hugging Face data set")
+    source_split: str = Field("train", description="split of a Hugging Face data set to read")
+    revision: str | None = Field(None, description="commit or tag of a Hugging Face data set")
+    columns: Section = Field(default_factory=Section, description="column mapping")
+    tokenizer: Location | TrainedTokenizer = Field(
+        description="a folder or hub name, or {vocab_size: N} to make one from the data"
+    )
+    max_rows: Positive | None = Field(None, description="rows to read at most (default: all)")
+    train: Positive | None = Field(None, description="training examples (default: what is left)")
+    validation: int = Field(0, ge=0, description="validation examples")
+    test: Positive | None = Field(None, description="test examples (default: what is left)")
+    split_seed: Seed = Field(0, description="seed of the split; it orders rows by hash(split_seed, prompt)")
+    max_prompt_tokens: Positive = Field(512, description="longest prompt, in tokens; longer rows are rejected")
+    max_target_tokens: Positive = Field(512, description="longest target, in tokens; longer rows are rejected")
+    max_rejected: Share = Field(0.1, description="largest share of rows that may be rejected before it is an error")
+
+    @model_validator(mode="after")
+    def _check_source(self) -> "Data":
+        if self.source is None:
+            raise ValueError("source is missing: name a file or a Hugging Face data set")
+        return self
+
+    @model_validator(mode="after")
+    def _check_split(self) -> "Data":
+        train, _, test = self.split_sizes()
+        if train is None and test is None:
+            raise ValueError("train or test must be given: they say where the split is")
+        return self
+
+    # ── what a preset may override ───────────────────────────────────────────────────────────────────────────────
+
+    def open_source(self) -> Source:
+        """Return what rows are read from.
+
+        Raises:
+            InputError: there is no such source.
+        """
+        assert self.source is not None  # validated
+        return locate_source(self.source, self.subset, self.source_split, self.revision)
+
+    def split_sizes(self) -> tuple[int | None, int, int | None]:
+        """Return the sizes of the train, validation and test splits; None: what is left."""
+        return self.train, self.validation, self.test
+
+    # ── what the shape of the data (pairs, articles) decides ─────────────────────────────────────────────────────
+
+    def corpus(self, texts: Texts) -> Iterator[str]:
+        """Yield the texts of a row that a tokenizer is trained on."""
+        raise NotImplementedError
+
+    def rendering(self) -> Spec:
+        """Return what decides an example's token ids besides its texts and the tokenizer; it has a `template`."""
+        raise NotImplementedError
+
+    def limits(self) -> Spec:
+        """Return what else decides which rows are rejected."""
+        raise NotImplementedError
+
+    def longest_target(self) -> int:
+        """Return the most tokens of a target without its EOS: the default limit of continuations."""
+        raise NotImplementedError
+
+    def encode(
+        self,
+        rows: Iterator[Texts | Refusal],
+        tokenizer: "PreTrainedTokenizerBase",
+        rendering: Spec,
+        advance: Callable[[int], None],
+    ) -> Iterator[Encoded]:
+        """Yield the examples of rows.
+
+        Args:
+            rows: the rows of the source; refused ones are passed on.
+            tokenizer: the tokenizer.
+            rendering: of the examples, with the date of a chat template that has one.
+            advance: takes the number of rows that are done.
+        """
+        raise NotImplementedError

@@ -1,0 +1,113 @@
+"""What became of the rows: examples in a scratch file, of which only the keys are in memory, and rejected rows."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.fingerprint import digest
+from cpo_pipe.data.schemas import EXAMPLES, REJECTED
+from cpo_pipe.data.sources.rows import Refusal
+from cpo_pipe.pipeline.prepare.base import Encoded, Example, ShortEnd
+from cpo_pipe.pipeline.prepare.rejected import check_rejected, places
+from cpo_pipe.pipeline.prepare.rows import batches
+from cpo_pipe.pipeline.prepare.split import split_ranges
+
+BATCH = 1024
+"""Rows of a row group."""
+
+_UNSPLIT = EXAMPLES.remove(EXAMPLES.get_field_index("split"))
+
+
+class ExampleCollector:
+    """Takes encoded examples, and writes them in the order of the split. A context manager while it takes them."""
+
+    def __init__(self, source: str, split_seed: int, scratch: Path):
+        self.keys: list[tuple[str, str]] = []
+        """Hash of the prompt, which orders the examples, and id."""
+        self.reasons: Counter[str] = Counter()
+        """Rejected rows by reason."""
+        self.short_ends = self.control_tokens = self.written_ends = 0
+        self._rejected: list[dict[str, Any]] = []
+        self._pending: list[Any] = []
+        self._seen: set[str] = set()
+        self._source, self._split_seed, self._scratch = source, split_seed, scratch
+
+    def __enter__(self) -> None:
+        self._writer = pa.ipc.new_file(str(self._scratch), _UNSPLIT)
+
+    def __exit__(self, *_: object) -> None:
+        self._flush()
+        self._writer.close()
+
+    def add(self, encoded: Encoded) -> None:
+        """Take an example, reject one that was there before, or count what is none."""
+        if isinstance(encoded, ShortEnd):
+            self.short_ends += 1
+            return
+        if isinstance(encoded, Example) and encoded.row["example_id"] in self._seen:
+            encoded = Refusal(encoded.source, "duplicate", encoded.row["prompt"], encoded.row["example_id"])
+        if isinstance(encoded, Refusal):
+            detail = encoded.detail[:200].encode(errors="backslashreplace").decode()[:200]
+            self._rejected.append({**asdict(encoded), "detail": detail})
+            self.reasons[encoded.reason] += 1
+            return
+        self.control_tokens += encoded.has_control_tokens
+        self.written_ends += encoded.had_eos
+        self._seen.add(encoded.row["example_id"])
+        self.keys.append((digest([self._split_seed, encoded.row["prompt"]]), encoded.row["example_id"]))
+        self._pending.append(encoded.row)
+        if len(self._pending) == BATCH:
+            self._flush()
+
+    def check(self, max_rejected: float, run_dir: Path | None) -> None:
+        """Refuse to go on when too many rows were rejected, or none is left; they are then written to `run_dir`.
+
+        Raises:
+            InputError: that is so.
+        """
+        file = run_dir / "rejected.parquet" if run_dir is not None else None
+        if file is not None:
+            file.unlink(missing_ok=True)  # of an earlier attempt
+        try:
+            check_rejected(max_rejected, self._source, self.reasons, len(self.keys), self._rejected, file)
+            if not self.keys:
+                why = "all articles are shorter than half a chunk; lower data.chunk_tokens"
+                if self._rejected:
+                    why = f"all rows were rejected; {places(self._rejected, file)}"
+                raise InputError(f"data.source {self._source}: no examples are left: {why}")
+        except InputError:
+            if file is not None and self._rejected:
+                self._write_rejected(file)
+            raise
+
+    def prompt_hashes(self) -> list[str]:
+        """Return the hashes of the examples' prompts, in the order of the split."""
+        return sorted(prompt for prompt, _ in self.keys)
+
+    def write(self, folder: Path, ends: Sequence[int]) -> None:
+        """Write the examples in order, with their splits, and the rejected rows."""
+        order = sorted(range(len(self.keys)), key=self.keys.__getitem__)
+        with pa.memory_map(str(self._scratch)) as scratch:
+            unordered = pa.ipc.open_file(scratch).read_all()
+            with pq.ParquetWriter(folder / "examples.parquet", EXAMPLES, compression="zstd") as writer:
+                for name, start, end in split_ranges(ends):
+                    for batch in batches(order[start:end], BATCH):
+                        rows = unordered.take(batch).append_column("split", pa.array([name] * len(batch)))
+                        writer.write_table(rows.select(EXAMPLES.names).cast(EXAMPLES))
+        self._scratch.unlink()
+        if self._rejected:  # `datasets` reads no table without rows
+            self._write_rejected(folder / "rejected.parquet")
+
+    def _write_rejected(self, file: Path) -> None:
+        pq.write_table(pa.Table.from_pylist(self._rejected, schema=REJECTED), file)
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._writer.write_table(pa.Table.from_pylist(self._pending, schema=_UNSPLIT))
+        self._pending = []

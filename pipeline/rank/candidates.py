@@ -1,0 +1,94 @@
+"""The candidates of a group: the target and the negatives that are not dropped."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.fingerprint import candidate_id
+from cpo_pipe.data.models.end_tokens import without_end
+from cpo_pipe.data.store import Rows
+from cpo_pipe.pipeline.negatives.strategy import Source
+from cpo_pipe.pipeline.rank.scorer import Scores
+
+COPY = "copy of the target"
+DUPLICATE = "duplicate of another negative"
+
+
+def collect_candidates(
+    examples: Sequence[dict[str, Any]], sources: Sequence[Source], drop_duplicates: bool
+) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
+    """Return the unranked candidates of each example, target first, and the rows of the negatives that were dropped.
+
+    Candidates are compared without the token that ends them: a copy of the target is one whatever ends it.
+    """
+    negatives: dict[str, list[dict[str, Any]]] = {example["example_id"]: [] for example in examples}
+    for source in sources:
+        columns = ["example_id", "sample_index", "text", "token_ids", "finish_reason"]
+        table = source.rows.read(list(negatives), columns, refresh=False)  # all were there when this began
+        for row in table.filter(pc.less(table["sample_index"], source.count)).to_pylist():
+            negatives[row["example_id"]].append({**row, "strategy": source.label})
+    kept: list[list[dict[str, Any]]] = []
+    dropped: list[dict[str, Any]] = []
+    for example in examples:
+        prompt_ids, target = example["prompt_ids"], tuple(without_end(example["target_ids"], example["ends"]))
+        candidates = [_candidate(prompt_ids, example["target"], example["target_ids"], "target")]
+        seen = {target}
+        for row in negatives[example["example_id"]]:
+            ids = tuple(without_end(row["token_ids"], row["finish_reason"] == "stop"))
+            if drop_duplicates and ids in seen:
+                dropped.append(
+                    {
+                        "source": f"{row['strategy']}:{row['sample_index']}",
+                        "example_id": row["example_id"],
+                        "reason": COPY if ids == target else DUPLICATE,
+                        "detail": row["text"][:200],
+                    }
+                )
+                continue
+            seen.add(ids)
+            candidates.append(_candidate(prompt_ids, row["text"], row["token_ids"], row["strategy"]))
+        kept.append(candidates)
+    return kept, dropped
+
+
+def _candidate(prompt_ids: list[int], text: str, token_ids: list[int], strategy: str) -> dict[str, Any]:
+    identity = candidate_id(prompt_ids, token_ids)
+    return {"candidate_id": identity, "text": text, "token_ids": token_ids, "strategy": strategy,
+            "similarity": None, "truncated": None, "rank": None}  # fmt: skip
+
+
+def add_ranks(groups: Sequence[list[dict[str, Any]]], scores: Sequence[Scores]) -> None:
+    """Set `similarity`, `truncated` and `rank` in place: target first, then by falling score, ties by candidate id.
+
+    Raises:
+        InputError: a scorer gave no finite number for each candidate.
+    """
+    for group, of_group in zip(groups, scores, strict=True):
+        if len(of_group.similarity) != len(group) or not np.isfinite(of_group.similarity).all():
+            raise InputError("rank.by: the scorer must give one finite number for each text of a group; correct it")
+        for candidate, similarity in zip(group, of_group.similarity, strict=True):
+            candidate["similarity"] = float(similarity)
+        for candidate, truncated in zip(group, of_group.truncated or [], strict=False):
+            candidate["truncated"] = bool(truncated)
+        negatives = sorted(group[1:], key=lambda candidate: (-candidate["similarity"], candidate["candidate_id"]))
+        for position, candidate in enumerate([group[0], *negatives]):
+            candidate["rank"] = position
+
+
+def unrecorded(rows: Sequence[dict[str, Any]], dropped: Rows) -> list[dict[str, Any]]:
+    """Return the rows that are not in `dropped`; a run that was killed may have recorded some without their groups."""
+    recorded = dropped.contains(pa.Table.from_pylist(list(rows), schema=dropped.schema))
+    return [row for row, is_there in zip(rows, recorded, strict=True) if not is_there]
+
+
+def dropped_reasons(dropped: Rows, example_ids: Sequence[str]) -> Counter[str]:
+    """Count the dropped negatives of these examples by reason."""
+    reasons: Counter[str] = Counter()
+    for table in dropped.batches(example_ids, columns=["reason"]):
+        reasons.update(table["reason"].to_pylist())
+    return reasons

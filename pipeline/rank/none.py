@@ -1,0 +1,23 @@
+"""No ranking, for objectives that see no order among negatives."""
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from cpo_pipe.data.store import Store
+from cpo_pipe.pipeline.rank.scorer import ScoreGroups, Scorer
+
+
+class NoScorer(Scorer):
+    """Leaves negatives in no order; needs no model."""
+
+    ranks: ClassVar[bool] = False
+
+    by: str = Field("none", description=Scorer.model_fields["by"].description)
+
+    def spec(self, store: Store) -> None:
+        """Return None: no score decides the groups."""
+
+    def open(self, store: Store) -> ScoreGroups:
+        """Raise; groups without a rank are not scored."""
+        raise AssertionError("unranked groups are not scored")

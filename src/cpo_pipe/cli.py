@@ -1,0 +1,276 @@
+"""The command line: parses, calls, and turns failures into one line and an exit status."""
+
+import inspect
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.execution import processes
+from cpo_pipe.data.execution.base import Executor
+from cpo_pipe.data.execution.options import open_executor
+from cpo_pipe.data.store import Store
+from cpo_pipe.data.store.paths import shown
+from cpo_pipe.data.text import nearest, one_line, say
+from cpo_pipe.pipeline.convert.convert import convert as convert_model
+from cpo_pipe.recipe.load import builtin_recipes, load_recipe
+from cpo_pipe.recipe.render import recipe_text
+from cpo_pipe.run import Run
+from cpo_pipe.store_commands import store_app
+from cpo_pipe.terminal import DEFAULT_STORE, DebugOption, StoreOption, folder, reported
+
+# Read by these libraries when they are imported: our own messages say what matters.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+app = typer.Typer(
+    help="Contrastive Preference Optimization (Feng et al. 2025), from ground-truth pairs to a report.",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help="Recipe: a YAML file or the name of a built-in one.")]
+SetOption = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Override a key of the recipe. Repeatable.",
+        show_default="the recipe as it is",
+    ),
+]
+ScaleOption = Annotated[
+    str | None, typer.Option("--scale", metavar="NAME", help="Take this scale of the recipe.", show_default="full")
+]
+RunDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--run-dir",
+        parser=folder,
+        metavar="PATH",
+        help="Folder for the resolved recipe and the report.",
+        show_default="runs/NAME",
+    ),
+]
+ExecutorOption = Annotated[
+    str,
+    typer.Option(
+        metavar="local|ray",
+        help="Where work on rows is done: here, or by Ray's workers (on the cluster of RAY_ADDRESS, or this machine).",
+    ),
+]
+WorkersOption = Annotated[
+    int | None, typer.Option(min=1, help="Ray's workers.", show_default="one for each GPU, or else core")
+]
+WorkerGpusOption = Annotated[
+    float | None, typer.Option(min=0, help="GPUs of a Ray worker, such as 0.5.", show_default="1, where there are GPUs")
+]
+
+OutOption = Annotated[Path, typer.Option(parser=folder, metavar="PATH", help="A folder that is new or empty.")]
+
+# Typer's usage errors (an unknown option, a missing argument): click's class in some versions, a copy in others.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Argument(help="Name of a built-in recipe.")],
+    full: Annotated[
+        bool, typer.Option("--full", help="Every key with its meaning, not only those that are set.")
+    ] = False,
+) -> None:
+    """Print a built-in recipe to start from: `cpo-pipe init NAME > my.yaml`."""
+    with reported(debug=False):
+        if name not in builtin_recipes():
+            hint = nearest(name, builtin_recipes()) or f"there are {', '.join(builtin_recipes())}"
+            raise InputError(f"recipe {name}: not built in; {hint}")
+        say(f"# {name}.yaml: run it with `cpo-pipe run FILE`; `cpo-pipe init {name} --full` prints every key.")
+        say(recipe_text(load_recipe(name), named=False, full=full).removesuffix("\n"))
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="A folder or hub name whose weights are pickles (pytorch_model.bin).")],
+    out: OutOption,
+    debug: DebugOption = False,
+) -> None:
+    """Write a model of pickles as safetensors, which the other commands read; its SentencePiece model made exact."""
+    with reported(debug):
+        convert_model(model, out)
+
+
+def _stage(function: Callable[..., None], recipe: str | None = None) -> None:
+    """Register a command that is given a `Run`, with the argument and the options that make one.
+
+    Typer reads a command's signature: here the recipe (unless it is fixed), what the function takes besides the run,
+    and the options that all of these commands have.
+    """
+
+    def command(
+        recipe: RecipeArgument = recipe or "",
+        scale: ScaleOption = None,
+        overrides: SetOption = [],  # noqa: B006  (typer copies it)
+        store: StoreOption = DEFAULT_STORE,
+        run_dir: RunDirOption = None,
+        executor: ExecutorOption = "local",
+        workers: WorkersOption = None,
+        worker_gpus: WorkerGpusOption = None,
+        debug: DebugOption = False,
+        **arguments: Any,
+    ) -> None:
+        with reported(debug):
+            if function is not train and processes.count() > 1:
+                count = processes.count()
+                raise InputError(f"started in {count} processes: only train does its work in several; run it alone")
+            how = open_executor(executor, workers, worker_gpus)
+            function(_open(recipe, scale, overrides, store, run_dir, how), **arguments)
+
+    first, *common = inspect.signature(command).parameters.values()
+    own = list(inspect.signature(function).parameters.values())[1:]
+    shown = [*([] if recipe else [first.replace(default=inspect.Parameter.empty)]), *own, *common[:-1]]
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in shown]
+    )
+    app.command(function.__name__.strip("_").replace("_", "-"), help=function.__doc__)(command)
+
+
+def prepare(run: Run) -> None:
+    """Read the ground-truth pairs, refuse bad rows, split and tokenize."""
+    run.prepare()
+
+
+def generate_negatives(run: Run) -> None:
+    """Make the synthetic negatives that are missing."""
+    run.generate_negatives()
+
+
+def rank(run: Run) -> None:
+    """Drop duplicates and order each group by similarity to its target."""
+    run.rank()
+
+
+def quality(run: Run) -> None:
+    """Show how good the negatives are: copies, lengths, likelihoods, diversity, K; before any GPU time is spent."""
+    run.quality()
+
+
+def train(
+    run: Run,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Trainings of the recipe.", show_default="all whose inputs are there"),
+    ] = None,
+) -> None:
+    """Train the named models, or all whose inputs exist, in order of dependency."""
+    blocked = run.train(names or [])
+    for name, reason in blocked.items() if processes.is_main() else ():
+        say(one_line(f"{name} is waiting: {reason}"))
+
+
+def evaluate(
+    run: Run,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Make nothing; print the calls, tokens and price of systems and judges of APIs."
+        ),
+    ] = False,
+) -> None:
+    """Compare the systems on held-out prompts and write report.html."""
+    if dry_run:
+        run.evaluation_costs()
+    else:
+        run.evaluate()
+
+
+def merge(
+    run: Run,
+    system: Annotated[
+        str, typer.Argument(help="A system of `evaluate`: of the ensemble `mix` that at α = 0.5 is called mix@0.5.")
+    ],
+    out: OutOption,
+) -> None:
+    """Write the model of a system, such as a weight-space ensemble, to a folder that transformers and vLLM load."""
+    run.merge(system, out)
+
+
+def export(
+    run: Run,
+    out: OutOption,
+    pair: Annotated[
+        list[str],
+        typer.Option(
+            metavar="CHOSEN,REJECTED",
+            help="Which pairs of a group, by the names of sources, such as target,weak. Repeatable.",
+            show_default="the target with each negative",
+        ),
+    ] = [],  # noqa: B006  (typer copies it)
+    conversational: Annotated[
+        bool, typer.Option("--conversational", help="Texts as messages, prompts as before the template.")
+    ] = False,
+    push: Annotated[
+        str, typer.Option(metavar="REPO", help="Also upload it to this data set of the hub.", show_default="no")
+    ] = "",
+    public: Annotated[
+        bool, typer.Option("--public", help="Make that data set a public one, or add to one that is.")
+    ] = False,
+    training: Annotated[
+        str, typer.Option(metavar="NAME", help="Whose groups, of trainings that have their own.", show_default="shared")
+    ] = "",
+) -> None:
+    """Write the groups as preference data (prompt, chosen, rejected) that TRL trains on."""
+    run.export(out, pair, conversational, push, public, training)
+
+
+def run_(run: Run) -> None:
+    """Do all that is missing, in order."""
+    run.everything()
+
+
+def demo(run: Run) -> None:
+    """The whole method on the documentation of the running Python: nothing is downloaded, minutes on two cores."""
+    run.everything()
+
+
+for _function in (prepare, generate_negatives, rank, quality, train, evaluate, merge, export, run_):
+    _stage(_function)
+_stage(demo, recipe="demo")
+app.add_typer(store_app, name="store")
+
+
+def _open(
+    recipe: str, scale: str | None, overrides: list[str], store: str, run_dir: Path | None, executor: Executor
+) -> Run:
+    """The run that the options mean."""
+    loaded = load_recipe(recipe, overrides, scale)
+    # What the commands that messages name need besides the recipe, to mean the same run.
+    options = ["--scale", scale] if scale is not None else []
+    options += [part for override in overrides for part in ("--set", override)]
+    if store != os.environ.get("CPO_PIPE_STORE", DEFAULT_STORE):
+        options += ["--store", shown(store) if "://" in store else store]  # without credentials
+    if run_dir is not None:
+        options += ["--run-dir", str(run_dir)]
+    return Run(loaded, recipe, Store(store), run_dir or Path("runs") / loaded.name, executor, options)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `cpo-pipe`; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # in an ASCII locale escapes take the place of other characters
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        status = app(arguments or ["--help"], prog_name="cpo-pipe", standalone_mode=False)
+    except _UsageError as error:
+        say(f"error: {one_line(error.format_message())} (--help shows how)", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # before a command has begun
+        return 130
+    return status if isinstance(status, int) else 0

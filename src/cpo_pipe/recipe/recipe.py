@@ -1,0 +1,231 @@
+"""The recipe: one YAML file that drives a run.
+
+Each section stands next to the code it configures; the rules across sections are here.
+"""
+
+import graphlib
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from cpo_pipe.data.config import Name, Section
+from cpo_pipe.data.text import listed, nearest
+from cpo_pipe.eval.config import Evaluate, Published
+from cpo_pipe.pipeline.api.config import Api
+from cpo_pipe.pipeline.negatives.config import TARGET, Negatives
+from cpo_pipe.pipeline.prepare.base import Data
+from cpo_pipe.pipeline.prepare.presets import PRESETS
+from cpo_pipe.pipeline.rank import SCORERS
+from cpo_pipe.pipeline.rank.embedding import EmbeddingScorer
+from cpo_pipe.pipeline.rank.scorer import Scorer
+from cpo_pipe.trainer.objectives import OBJECTIVES
+from cpo_pipe.trainer.objectives.base import Training
+from cpo_pipe.trainer.objectives.preference import PreferenceTraining
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: Name = Field("recipe", description="names the run's folder (default: the file's name)")
+    note: str | None = Field(None, description="what else there is to know of it; the report has it, too")
+    data: Annotated[Data, PRESETS] = Field(description="ground-truth pairs")
+    apis: dict[Name, Api] = Field(default_factory=dict, description="models behind OpenAI-compatible servers, by name")
+    train: dict[Name, Annotated[Training, OBJECTIVES]] = Field(description="named trainings")
+    negatives: Negatives | None = Field(None, description="synthetic negatives")
+    rank: Annotated[Scorer, SCORERS] = Field(
+        default_factory=EmbeddingScorer, description="how negatives are ranked, and which are dropped"
+    )
+    iterations: int = Field(
+        1,
+        gt=0,
+        le=100,
+        description="iterations of self-play: each training on negatives is repeated, `cpo` as `cpo@2` and so on, from "
+        "the model of the iteration before, which is also its reference and the generator of its negatives",
+    )
+    evaluate: Evaluate | None = Field(None, description="comparison of the results")
+    published: list[Published] = Field(
+        default_factory=list, description="figures that others published, shown beside those of the run"
+    )
+    scales: dict[Name, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="smaller versions of the run, by name, for `--scale NAME`: keys as for `--set`, with their values; "
+        "a * stands for every name",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        if twice := sorted(self.apis.keys() & self.train.keys()):
+            raise ValueError(f"apis: {twice[0]} is also the name of a training; call one of them otherwise")
+        if self.negatives is not None:
+            self._check_apis(self.negatives)
+        for name, judge in self.evaluate.judges.items() if self.evaluate is not None else ():
+            for api in judge.apis():
+                self._check_api(f"evaluate.judges.{name}.api", api)
+        self._check_local()
+        for name, training in self.train.items():
+            self._check_sources(name, training)
+            if not isinstance(training, PreferenceTraining):
+                continue
+            if self.negatives is None:
+                raise ValueError(f"negatives is missing: train.{name} has the objective {training.objective}")
+            if training.sees_ranks and not self.rank.ranks:
+                raise ValueError(
+                    f"rank.by is {self.rank.by}, but the objective {training.objective} of train.{name} needs ranks; "
+                    "use another objective, or remove rank.by"
+                )
+        self.training_order()
+        self._check_rounds()
+        return self
+
+    def _check_rounds(self) -> None:
+        """Refuse iterations of nothing, and models that are called like a round that there is not."""
+        if self.iterations > 1 and not any(
+            isinstance(training, PreferenceTraining) for training in self.train.values()
+        ):
+            raise ValueError(f"iterations is {self.iterations}, but no training learns from negatives: leave it out")
+        named = self._local_models()
+        if self.negatives is not None:
+            named |= {
+                f"negatives.sources.{name}.model": source.models() for name, source in self.negatives.sources.items()
+            }
+        if self.evaluate is not None:
+            named |= {f"evaluate.systems.{name}": [system.model]
+                      for name, system in self.evaluate.systems.items() if system.model is not None}  # fmt: skip
+        trainings = self.trainings()
+        for place, model in ((place, model) for place, models in named.items() for model in models):
+            base, separator, number = model.rpartition("@")
+            if separator and number.isdecimal() and base in self.train and model not in trainings:
+                there = [name for name in trainings if name.partition("@")[0] == base]
+                raise ValueError(
+                    f"{place} names {model}, but iterations is {self.iterations} and of the training {base} there is "
+                    f"{listed(there)}: name what there is, or raise iterations"
+                )
+
+    def _check_sources(self, name: str, training: Training) -> None:
+        """Refuse negatives and pairs of what there is not, and a curriculum by what nobody measured."""
+        if not isinstance(training, PreferenceTraining):
+            return
+        if self.negatives is not None:
+            self._check_own_negatives(name, training, self.negatives)
+        if training.pairs and self.negatives is not None:
+            known = (self.negatives_of(name) or self.negatives).labels()
+            for label in (label for pair in training.pairs for label in pair):
+                if label not in known:
+                    hint = nearest(label, known) or f"there are {listed(known)}"
+                    raise ValueError(f"train.{name}.pairs: no candidate is of {label!r}; {hint}")
+        by = training.curriculum.by if training.curriculum is not None else None
+        if by == "similarity" and not self.rank.ranks:
+            raise ValueError(
+                f"rank.by is {self.rank.by}, but train.{name}.curriculum.by is similarity; "
+                "choose another curriculum, or remove rank.by"
+            )
+        if by == "strength":
+            strengths = self.strengths_of(name)
+            if unknown := [label for label in self._compared(name) if label not in strengths]:
+                raise ValueError(
+                    f"train.{name}.curriculum.by is strength, but {unknown[0]} has none; set "
+                    + (
+                        "negatives.target_strength"
+                        if unknown[0] == TARGET
+                        else f"negatives.sources.{unknown[0]}.strength"
+                    )
+                )
+
+    def _check_own_negatives(self, name: str, training: PreferenceTraining, negatives: Negatives) -> None:
+        for source, count in (training.negatives or {}).items():
+            if source not in negatives.sources:
+                hint = nearest(source, negatives.sources) or f"choose from {listed(negatives.sources)}"
+                raise ValueError(f"train.{name}.negatives: unknown source {source!r}; {hint}")
+            try:
+                negatives.sources[source].with_count(count)
+            except ValidationError as error:
+                message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"train.{name}.negatives.{source}: {message}") from error
+
+    def _check_local(self) -> None:
+        """Refuse APIs where weights are needed, before any of them is paid."""
+        for place, models in self._local_models().items():
+            for model in models:
+                if model in self.apis:
+                    raise ValueError(
+                        f"{place} names {model}, which is an API: only a model with its weights here will do"
+                    )
+
+    def _local_models(self) -> dict[str, list[str]]:
+        """Names of the models whose weights are needed, by where the recipe names them."""
+        needed = {f"train.{name}": training.upstream() for name, training in self.train.items()}
+        if self.evaluate is not None:
+            needed |= {f"evaluate.systems.{name}": [*(system.merge or ())]
+                       for name, system in self.evaluate.systems.items()}  # fmt: skip
+            needed |= {f"evaluate.ensembles.{name}": ensemble.of for name, ensemble in self.evaluate.ensembles.items()}
+            needed |= {f"evaluate.judges.{name}": judge.models() for name, judge in self.evaluate.judges.items()}
+            needed["evaluate.mauve_model"] = [self.evaluate.mauve_model] if self.evaluate.mauve_model else []
+        return needed
+
+    def _check_apis(self, negatives: Negatives) -> None:
+        for name, source in negatives.sources.items():
+            try:
+                source.check_apis(self.apis)
+            except ValueError as error:
+                raise ValueError(f"negatives.sources.{name}: {error}") from error
+
+    def _check_api(self, place: str, name: str) -> None:
+        if name not in self.apis:
+            hint = nearest(name, self.apis) or f"there are {listed(self.apis)}"
+            raise ValueError(f"{place} {name!r} is not among `apis`; {hint}")
+
+    def trainings(self) -> dict[str, Training]:
+        """The trainings by name, the later iterations last.
+
+        Round 2 of `cpo` is `cpo@2`: no name in `train` has an @, and α in an ensemble's NAME@α is at most 1.
+        """
+        trainings = dict(self.train)
+        for number in range(2, self.iterations + 1):
+            for name, training in self.train.items():
+                if isinstance(training, PreferenceTraining):
+                    before = name if number == 2 else f"{name}@{number - 1}"
+                    trainings[f"{name}@{number}"] = training.continued_from(before)
+        return trainings
+
+    def strengths_of(self, name: str) -> dict[str, float]:
+        """How good what a training compares is, by label, where the recipe says so."""
+        negatives = self.negatives_of(name)
+        known = negatives.strengths() if negatives is not None else {}
+        return {label: known[label] for label in self._compared(name) if label in known}
+
+    def _compared(self, name: str) -> list[str]:
+        """The labels of what a training learns from: those of its pairs, or else all of its groups'."""
+        training = self._training(name)
+        if isinstance(training, PreferenceTraining) and training.pairs is not None:
+            return list(dict.fromkeys(label for pair in training.pairs for label in pair))
+        negatives = self._negatives_of(name, training)
+        return negatives.labels() if negatives is not None else []
+
+    def negatives_of(self, name: str) -> Negatives | None:
+        """The negatives that a training learns from: its own choice, in a later round made by the round before."""
+        return self._negatives_of(name, self._training(name))
+
+    def _training(self, name: str) -> Training:
+        return self.train[name] if name in self.train else self.trainings()[name]
+
+    def _negatives_of(self, name: str, training: Training) -> Negatives | None:
+        if self.negatives is None or not isinstance(training, PreferenceTraining):
+            return None
+        chosen = self.negatives if training.negatives is None else self.negatives.only(training.negatives)
+        return chosen if name in self.train else chosen.with_generator(str(training.init))
+
+    def training_order(self) -> list[str]:
+        """Names of the trainings, each after those it needs; of all iterations."""
+        trainings = self.trainings()
+        graph = {
+            name: [model for model in self._models_before(name, training) if model in trainings]
+            for name, training in trainings.items()
+        }
+        try:
+            return list(graphlib.TopologicalSorter(graph).static_order())
+        except graphlib.CycleError as error:
+            raise ValueError(f"train has a cycle: {' needs '.join(reversed(error.args[1]))}") from error
+
+    def _models_before(self, name: str, training: Training) -> list[str]:
+        negatives = self._negatives_of(name, training)
+        return training.upstream() + (negatives.models() if negatives is not None else [])

@@ -1,0 +1,281 @@
+"""A run: one recipe on one store. Each stage resolves its inputs, makes what is missing, and is logged."""
+
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cpo_pipe.data.errors import InputError, MissingInput
+from cpo_pipe.data.execution.base import Executor, LocalExecutor
+from cpo_pipe.data.models.end_tokens import end_tokens, write_end_tokens
+from cpo_pipe.data.models.model import Model
+from cpo_pipe.data.models.tokenizer import copy_tokenizer
+from cpo_pipe.data.output_folder import check_new, new_folder
+from cpo_pipe.data.store import Store, atomic
+from cpo_pipe.data.text import nearest, one_line, say
+from cpo_pipe.pipeline.api.model import ApiModel
+from cpo_pipe.pipeline.export.export import export
+from cpo_pipe.pipeline.export.hub import check_repo, upload
+from cpo_pipe.pipeline.export.pairs import parse_pairs
+from cpo_pipe.pipeline.negatives.generate import generate_negatives
+from cpo_pipe.pipeline.prepare.prepare import prepare
+from cpo_pipe.pipeline.quality.measure import measure_quality
+from cpo_pipe.pipeline.rank.rank import rank
+from cpo_pipe.recipe.recipe import Recipe
+from cpo_pipe.recipe.render import recipe_text
+from cpo_pipe.resolve import Resolver, of
+from cpo_pipe.run_log import RunLog
+from cpo_pipe.trainer.objectives.preference import PreferenceTraining
+from cpo_pipe.trainer.train import train
+
+log = logging.getLogger(__name__)
+
+MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "README.md")
+
+
+class Run:
+    """One recipe on one store, with a folder for what belongs to the run alone."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        source: str,
+        store: Store,
+        run_dir: Path,
+        executor: Executor | None = None,
+        options: Sequence[str] = (),
+    ):
+        """`source` and `options` are the recipe and the options of the command line; messages repeat them."""
+        self.recipe, self.store, self.run_dir = recipe, store, run_dir
+        self.executor = executor or LocalExecutor()
+        self.resolver = Resolver(recipe, store, source, options)
+        self.log = RunLog(run_dir, store, recipe_text(recipe), self.resolver.apis)
+
+    def everything(self) -> Path | None:
+        """Make all that is missing, in order; return the path of the report, if the recipe evaluates."""
+        if self.recipe.evaluate is not None and self.recipe.evaluate.annotations is not None:
+            from cpo_pipe.eval.annotations import read_annotations
+
+            # Damaged annotations are an error now, not after the trainings.
+            read_annotations(Path(self.recipe.evaluate.annotations), self.store.hash_file)
+        self.prepare()
+        grouped: set[str | None] = set()
+        for name in self.recipe.training_order():
+            owner = self.resolver.negatives_owner(name)
+            if isinstance(self.resolver.trainings[name], PreferenceTraining) and owner not in grouped:
+                self._generate_negatives(owner)
+                self._rank(owner)
+                grouped.add(owner)
+            self.train([name])
+        if self.recipe.negatives is not None and not grouped:
+            self._generate_negatives(None)
+            self._rank(None)
+        return self.evaluate() if self.recipe.evaluate is not None else None
+
+    def prepare(self) -> None:
+        """Stage `prepare`: read, split and tokenize the ground-truth pairs."""
+        with self.log.stage("prepare") as made:
+            made["artifact"] = prepare(self.recipe.data, self.store, self.run_dir).artifact.name
+
+    def generate_negatives(self) -> None:
+        """Stage `generate-negatives`, for all whose generator is there."""
+        self._for_each_owner(self._generate_negatives)
+
+    def _generate_negatives(self, training: str | None) -> None:
+        plan = self.resolver.negatives(training)
+        with self.log.stage(f"generate-negatives{of(training)}") as made:
+            generate_negatives(plan, self.executor)
+            made["artifact"] = [source.rows.name for source in plan.sources]
+
+    def rank(self) -> None:
+        """Stage `rank`, for all whose negatives are there."""
+        self._for_each_owner(self._rank)
+
+    def _rank(self, training: str | None) -> None:
+        plan = self.resolver.complete_negatives(training)
+        with self.log.stage(f"rank{of(training)}") as made:
+            made["artifact"] = rank(self.recipe.rank, self.store, plan, self.executor).name
+
+    def _for_each_owner(self, stage: Callable[[str | None], None]) -> None:
+        """Run a stage for each that has negatives and can be done now; say what the others wait for.
+
+        Raises:
+            MissingInput: none can be done.
+        """
+        owners, waiting = self.resolver.negatives_owners(), dict[str | None, MissingInput]()
+        for training in owners:
+            try:
+                stage(training)
+            except MissingInput as missing:
+                waiting[training] = missing
+        if len(waiting) == len(owners):
+            raise next(iter(waiting.values()))
+        for training, reason in waiting.items():
+            log.info("%s is waiting: %s", training or "what the trainings share", reason)
+
+    def quality(self) -> None:
+        """Print figures and warnings about the negatives, and write the figures to quality.parquet."""
+        from cpo_pipe.eval.report.terminal import print_quality
+
+        plan, groups = self.resolver.groups(self.resolver.negatives_owners()[0])
+        with self.log.stage("quality"):
+            measured = measure_quality(plan.selection, plan.sources, groups, self.resolver.reference_logprobs())
+            content = pa.BufferOutputStream()
+            pq.write_table(measured.table, content)
+            atomic.write_bytes(self.run_dir / "quality.parquet", content.getvalue().to_pybytes())
+        print_quality(measured.table, measured.notes)
+
+    def train(self, names: Sequence[str] = ()) -> dict[str, str]:
+        """Stage `train`: the named trainings; without names all whose inputs are there, in order of dependency.
+
+        Returns:
+            The trainings that could not start, with the reason (which names the command that unblocks them).
+
+        Raises:
+            InputError: a name is not in the recipe.
+            MissingInput: an input of a named training is missing.
+        """
+        trainings = self.resolver.trainings
+        for name in names:
+            if name not in trainings:
+                hint = nearest(name, trainings) or f"choose from {', '.join(trainings)}"
+                raise InputError(f"training {name}: not in the recipe; {hint}")
+        blocked = {}
+        for name in self.recipe.training_order():
+            if names and name not in names:
+                continue
+            try:
+                inputs = self.resolver.training_inputs(name)
+            except MissingInput as missing:
+                if names:
+                    raise
+                blocked[name] = str(missing)
+                continue
+            with self.log.stage(f"train {name}") as made:
+                checkpoint = train(name, trainings[name], self.store, inputs, self.run_dir, self.executor)
+                made["artifact"] = checkpoint.name
+        return blocked
+
+    def evaluate(self) -> Path:
+        """Stage `evaluate`: print the table, write report.html and metrics.parquet; return the report's path."""
+        from cpo_pipe.eval.evaluate import evaluate
+        from cpo_pipe.eval.report.terminal import print_table
+        from cpo_pipe.run_report import write_run_report
+
+        config, examples = self.resolver.evaluate_section(), self.resolver.examples()
+        with self.log.stage("evaluate") as made:
+            systems = self.resolver.systems()
+            evaluation = evaluate(
+                config,
+                self.store,
+                examples,
+                systems,
+                max_new_tokens=config.max_new_tokens or self.recipe.data.longest_target(),
+                ranker=self.resolver.ranker(),
+                models=self.resolver.judge_models(config),
+                apis=self.resolver.apis,
+                executor=self.executor,
+            )
+            made["artifact"] = evaluation.artifact.name
+        shutil.copyfile(evaluation.artifact.path / "metrics.parquet", self.run_dir / "metrics.parquet")
+        report = write_run_report(self.resolver, self.log, evaluation, systems)
+        shared, scores = evaluation.shared_metrics, evaluation.score_metrics
+        print_table(evaluation.metrics(), config.baseline, shared, scores, evaluation.notes)
+        say(one_line(f"report: {report}"))
+        return report
+
+    def evaluation_costs(self) -> None:
+        """Print what `evaluate` would still ask of APIs, as systems and as judges; nothing is asked, made or loaded."""
+        from cpo_pipe.eval.costs import TOKEN_BYTES, evaluation_costs
+
+        config = self.resolver.evaluate_section()
+        systems = self.resolver.available_systems()
+        max_new_tokens = config.max_new_tokens or self.recipe.data.longest_target()
+        costs, missing = evaluation_costs(
+            config,
+            self.store,
+            self.resolver.examples(),
+            systems,
+            max_new_tokens=max_new_tokens,
+            models=self.resolver.judge_models(config, only_apis=True),
+            apis=self.resolver.apis,
+        )
+        for what, api, cost in costs:
+            price = api.price(cost.tokens)
+            dollars = f": about {price:.4g} US dollars" if price is not None else ""
+            say(
+                f"{what} (apis.{api.name}): {cost.calls:,} calls to be made, about "
+                f"{cost.tokens.prompt:,} prompt tokens, at most {cost.tokens.written:,} written{dollars}"
+            )
+        if not costs:
+            say("nothing that this recipe evaluates costs anything")
+            return
+        say(f"prompt tokens are estimated: one for every {TOKEN_BYTES} bytes of UTF-8")
+        for (name, decoding), count in missing.items():
+            say(f"{name}, {decoding}: {count:,} outputs are not there yet; to judges each counts as {max_new_tokens} "
+                  "tokens, the most that it can have")  # fmt: skip
+
+    def merge(self, name: str, out: Path) -> None:
+        """Write the model of a system to a folder of its own, with the tokenizer of the examples.
+
+        Raises:
+            InputError: there is no such system, it is an API, or the folder is not empty.
+        """
+        systems = self.resolver.evaluate_section().all_systems()
+        if name not in systems:
+            hint = nearest(name, systems) or f"choose from {', '.join(systems)}"
+            raise InputError(f"system {name}: not in evaluate; {hint}")
+        check_new(out)
+        self.store.register_run(self.run_dir)
+        model = self.resolver.system(name, systems[name])
+        if isinstance(model, ApiModel):
+            raise InputError(f"system {name}: is an API, whose weights are not here; name another system")
+        self._write_model(model, out)
+        say(one_line(f"system {name}: written to {out}"))
+
+    def _write_model(self, model: Model, out: Path) -> None:
+        tokenizer = self.resolver.examples().tokenizer
+        model.check_weights()
+        with new_folder(out) as scratch:
+            for pattern in MODEL_FILES:
+                for file in model.path.glob(pattern):
+                    shutil.copyfile(file, scratch / file.name)
+            copy_tokenizer(tokenizer.path, scratch)
+            write_end_tokens(scratch, end_tokens(scratch, tokenizer))
+
+    def export(
+        self,
+        out: Path,
+        pairs: Sequence[str] = (),
+        conversational: bool = False,
+        push: str = "",
+        public: bool = False,
+        training: str = "",
+    ) -> None:
+        """Write the groups (of a training with negatives of its own) to a folder as preference data, and to the hub.
+
+        Raises:
+            InputError: the folder is not empty, or a pair, the training or the hub's name is unknown.
+            MissingInput: groups are missing.
+        """
+        trainings = self.resolver.trainings
+        if training and not isinstance(trainings.get(training), PreferenceTraining):
+            known = [name for name, config in trainings.items() if isinstance(config, PreferenceTraining)]
+            hint = nearest(training, known) or f"choose from {', '.join(known)}"
+            raise InputError(f"--training {training}: no training on negatives; {hint}")
+        owner = self.resolver.negatives_owner(training) if training else self.resolver.negatives_owners()[0]
+        negatives = self.resolver.negatives_section(owner)
+        wanted = parse_pairs(pairs, negatives.labels())
+        check_new(out)
+        if push:
+            check_repo(push)
+        elif public:
+            raise InputError("--public: not used without --push; remove it")
+        plan, groups = self.resolver.groups(owner)
+        tokenizer, text = self.resolver.examples().tokenizer, recipe_text(self.recipe)
+        export(out, self.recipe.name, text, negatives, tokenizer, plan.selection, groups, wanted, conversational)
+        if push:
+            upload(out, push, public)

@@ -1,0 +1,133 @@
+"""The report of a run: what it shows is gathered from the store, the run folder and the evaluation."""
+
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cpo_pipe.data.errors import MissingInput
+from cpo_pipe.data.fingerprint import digest, sha256_file
+from cpo_pipe.data.models.model import Model
+from cpo_pipe.data.store import Rows
+from cpo_pipe.eval.config import ensemble_system
+from cpo_pipe.eval.evaluate import Evaluation
+from cpo_pipe.eval.report.data import ReportData
+from cpo_pipe.eval.report.exports import write_exports
+from cpo_pipe.eval.report.report import write_report
+from cpo_pipe.eval.report.tables import unmeasured
+from cpo_pipe.pipeline.api.model import ApiModel
+from cpo_pipe.pipeline.negatives.generate import Plan
+from cpo_pipe.pipeline.quality.measure import measure_quality
+from cpo_pipe.recipe.render import recipe_text
+from cpo_pipe.resolve import Resolver, of
+from cpo_pipe.run_log import RunLog, versions
+from cpo_pipe.trainer.checkpoint import METRICS_FILE
+
+log = logging.getLogger(__name__)
+
+REPORTED_GROUPS = 50
+
+
+def write_run_report(
+    resolver: Resolver, run_log: RunLog, evaluation: Evaluation, systems: Mapping[str, Model | ApiModel]
+) -> Path:
+    """Write report.html and the files beside it, unless they are there as they would be written; return its path."""
+    recipe, run_dir = resolver.recipe, run_log.run_dir
+    plan, groups, notes = _shown_groups(resolver)
+    trained = resolver.finished_trainings()
+    artifacts = _artifacts(resolver, evaluation, systems, plan, groups, trained)
+    path, reference = run_dir / "report.html", resolver.reference_logprobs()
+    text = recipe_text(recipe)
+    identity = digest([artifacts, text, versions(), notes, reference.num_rows() if reference else 0])
+    if run_log.has_report(identity):  # drawing takes longer than all the rest of a run with nothing to do
+        return path
+    quality = measure_quality(plan.selection, plan.sources, groups, reference) if groups is not None else None
+    first = plan.selection.slice(0, REPORTED_GROUPS)
+    config = resolver.evaluate_section()
+    data = ReportData(
+        identity=identity,
+        run=recipe.name,
+        created=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        versions=versions(),
+        recipe=text,
+        artifacts=artifacts,
+        baseline=config.baseline,
+        metrics=evaluation.metrics(),
+        comparisons=evaluation.comparisons(),
+        agreements=evaluation.agreements(),
+        published=recipe.published,
+        shared_metrics=evaluation.shared_metrics,
+        score_metrics=evaluation.score_metrics,
+        notes=[*([recipe.note] if recipe.note else []), *evaluation.notes, *notes],
+        examples=evaluation.examples,
+        outputs=evaluation.outputs(),
+        verdicts=evaluation.verdicts(),
+        ensembles={
+            name: [(alpha, ensemble_system(name, alpha)) for alpha in sorted(ensemble.alphas)]
+            for name, ensemble in config.ensembles.items()
+        },
+        stages=run_log.stages(),
+        trainings={name: pq.read_table(model.path / METRICS_FILE) for name, model in trained.items()},
+        quality=quality.table if quality else None,
+        quality_notes=quality.notes if quality else (),
+        group_examples=first if groups is not None else None,
+        groups=groups.read(first["example_id"]) if groups is not None else None,
+    )
+    for figure in unmeasured(data):
+        log.warning("published: %s is not measured by this run", figure)
+    written = [*write_exports(run_dir, data), path]
+    write_report(path, data)
+    run_log.record_report(identity, {str(file.relative_to(run_dir)): sha256_file(file) for file in written})
+    return path
+
+
+def _shown_groups(resolver: Resolver) -> tuple[Plan, Rows | None, list[str]]:
+    """Return negatives and groups of the recipe; None for groups that are missing, with a note that says why."""
+    nothing = Plan(pa.table({}), []), None
+    if resolver.recipe.negatives is None:
+        return *nothing, []
+    try:
+        return *resolver.groups(resolver.negatives_owners()[0]), []
+    except MissingInput as missing:
+        return *nothing, [f"No negatives are shown: {missing}"]
+
+
+def _artifacts(
+    resolver: Resolver,
+    evaluation: Evaluation,
+    systems: Mapping[str, Model | ApiModel],
+    plan: Plan,
+    groups: Rows | None,
+    trained: Mapping[str, Model],
+) -> dict[str, str]:
+    """Return where each artifact that the report is about lies in the store, by what it is."""
+    artifacts = {"examples": resolver.examples().artifact.name}
+    if groups is not None:
+        shared = of(resolver.negatives_owners()[0])
+        artifacts |= {
+            f"negatives{shared}": ", ".join(source.rows.name for source in plan.sources),
+            f"groups{shared}": groups.name,
+        }
+    for training in resolver.negatives_owners()[1:] if resolver.recipe.negatives is not None else ():
+        with suppress(MissingInput):
+            own, own_groups = resolver.groups(training)
+            artifacts |= {
+                f"negatives{of(training)}": ", ".join(source.rows.name for source in own.sources),
+                f"groups{of(training)}": own_groups.name,
+            }
+    artifacts |= {f"training {name}": _origin(resolver, model) for name, model in trained.items()}
+    artifacts |= {f"system {name}": _origin(resolver, model) for name, model in systems.items()}
+    return artifacts | {"metrics": evaluation.artifact.name}
+
+
+def _origin(resolver: Resolver, model: Model | ApiModel) -> str:
+    """Return where a model is in the store; of one from elsewhere its name and fingerprint."""
+    if isinstance(model, ApiModel):
+        return f"{model.config.model} at {model.config.url}"
+    if model.path.is_relative_to(resolver.store.local):
+        return str(model.path.relative_to(resolver.store.local))
+    return f"{model.name} ({model.fingerprint})"

@@ -1,0 +1,126 @@
+"""What all commands share: log lines while they work, a failure as one line with its exit status, common options."""
+
+import errno
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.logging import RichHandler
+
+from cpo_pipe.data.errors import InputError, RunError
+from cpo_pipe.data.execution import processes
+from cpo_pipe.data.progress import console
+from cpo_pipe.data.store.paths import named_folder
+from cpo_pipe.data.text import one_line, say, visible
+
+StoreOption = Annotated[
+    str,
+    typer.Option(
+        "--store", envvar="CPO_PIPE_STORE", help="Folder of the artifact store, or a URL such as s3://bucket/folder."
+    ),
+]
+
+
+def folder(text: str) -> Path:
+    """Return the folder that an option names; refuse an empty text, which `Path` takes for the current folder."""
+    try:
+        return named_folder(text, "it")
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default="off")]
+DEFAULT_STORE = "cpo-store"
+
+# A path that cannot be used as asked: the user's to mend.
+_PATH_TROUBLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+                 errno.ELOOP}  # fmt: skip
+_DISK_FULL = ("No space left on device", "Disk quota exceeded")
+
+
+class _Record(logging.LogRecord):
+    """A log record, also of a library with a handler of its own, whose text can do nothing to a terminal."""
+
+    def getMessage(self) -> str:
+        text = super().getMessage()
+        return one_line(text) if self.name.startswith("cpo_pipe") else visible(text)
+
+
+class _Formatter(logging.Formatter):
+    """Shows a traceback, too, as text that can do nothing to a terminal."""
+
+    def formatException(self, ei: Any) -> str:
+        return visible(super().formatException(ei))
+
+
+@contextmanager
+def _visible_logs(handler: logging.Handler) -> Iterator[None]:
+    """Send the log, and the warnings of Python's libraries, to a handler as text that can do nothing to a terminal."""
+    handler.setFormatter(_Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    before = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(_Record)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        logging.setLogRecordFactory(before)
+
+
+@contextmanager
+def reported(debug: bool) -> Iterator[None]:
+    """Log to the terminal; show a failure as one line: exit 2 for the user's mistake, 1 for the run's."""
+    terminal = RichHandler(console=console, show_path=False, show_level=False, markup=False, highlighter=None,
+                           log_time_format="%H:%M:%S")  # fmt: skip
+    handler = terminal if console.is_terminal else logging.StreamHandler(sys.stderr)
+    logging.getLogger("cpo_pipe").setLevel(
+        logging.ERROR if not processes.is_main() else logging.DEBUG if debug else logging.INFO
+    )
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        with _visible_logs(handler):
+            yield
+    except KeyboardInterrupt as error:
+        if processes.is_main():
+            say(f"stopped{error}; what was made is kept: run the same command again to go on", file=sys.stderr)
+        raise typer.Exit(130) from error
+    except typer.Exit:
+        raise
+    except BrokenPipeError as error:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(141) from error
+    except Exception as error:
+        if debug:
+            say(traceback.format_exc(), file=sys.stderr)
+        status, text = _failure(error)
+        say(f"error: {one_line(text)}", file=sys.stderr)
+        raise typer.Exit(status) from error
+
+
+def _stop(*_: object) -> None:
+    """End as by Ctrl-C, whose signal is ignored where a script started this in the background (`cpo-pipe … &`)."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
+
+
+def _failure(error: Exception) -> tuple[int, str]:
+    """Exit status and message of an error."""
+    if isinstance(error, InputError | RunError):
+        return 2 if isinstance(error, InputError) else 1, str(error)
+    # Libraries written in Rust and C++ have their own types for a full disk.
+    if any(sign in str(error) for sign in _DISK_FULL):
+        return 1, "the disk is full; what was made before is kept: free some space and run the same command again"
+    if isinstance(error, OSError) and error.errno in _PATH_TROUBLE:
+        reason = (error.strerror or "").lower()
+        return 2, f"{error.filename}: {reason}; give a path that can be used (--store, --run-dir, or in the recipe)"
+    text = str(error).strip() or "no message"
+    return 1, f"{type(error).__name__}: {text[:500]} (--debug shows the traceback)"

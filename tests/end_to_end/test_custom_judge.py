@@ -1,0 +1,70 @@
+"""A judge of the user's own, the one of the guide, from the recipe to the metrics and the report."""
+
+import json
+import re
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.support.project import Project
+
+GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "custom-judge.md"
+KIND = "my_judges:OnTopic"
+
+
+@pytest.fixture
+def own(made: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """A finished project with the guide's module beside its recipe."""
+    code = re.search(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    assert code is not None
+    made.write("my_judges.py", code[1])
+    monkeypatch.syspath_prepend(str(made.root))
+    monkeypatch.setenv("COLUMNS", "200")  # wide enough for the names of all columns
+    return made
+
+
+def judges(settings: str) -> list[str]:
+    return ["tiny.yaml", "--set", f"evaluate.judges={settings}"]
+
+
+def test_an_own_judge_has_metrics_and_a_place_in_the_report(own: Project) -> None:
+    done = own.cli("evaluate", *judges(f"{{topic: {{kind: '{KIND}', min_letters: 2}}, exact: {{}}}}"))
+    assert done.status == 0, done.err
+    assert "topic coverage" in done.out, "a column of the table on the terminal"
+    folder = own.root / "runs" / "tiny"
+    found = {(row["system"], row["metric"]): row for row in pq.read_table(folder / "metrics.parquet").to_pylist()}
+    outputs = json.loads((folder / "model_outputs" / "cpo" / "greedy.json").read_text())
+    scores = []
+    for output in outputs:
+        words = {word for word in output["instruction"].split() if len(word) >= 2}
+        scores.append(len(words & {*output["output"].split()}) / max(1, len(words)))
+    assert found["cpo", "topic coverage"]["value"] == pytest.approx(sum(scores) / len(scores))
+    assert {metric for system, metric in found if system == "cpo" and metric.startswith("topic ")} == {
+        "topic coverage", "topic win", "topic tie", "topic loss", "topic win rate"
+    }  # fmt: skip
+    report = (folder / "report.html").read_text()
+    assert "share of the prompt&#39;s words that the output uses" in report
+    assert "wins and half of the ties, 0 to 1; above 0.5 is better than the baseline (judge topic)" in report
+    resolved = (folder / "recipe.yaml").read_text()
+    assert f"kind: {KIND}" in resolved
+    assert "ignore shorter words" in resolved, "its settings are described"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            f"{{topic: {{kind: '{KIND}', pattern: '(a)'}}}}",
+            "evaluate.judges.topic.pattern is not a known key; known are",
+        ),
+        (f"{{topic: {{kind: '{KIND}', letters: 3}}}}", "evaluate.judges.topic.letters is not a known key"),
+        (f"{{topic: {{kind: '{KIND}', min_letters: 0}}}}", "evaluate.judges.topic.min_letters is 0: input should be"),
+        ("{topic: {kind: 'my_judges:Other'}}", "evaluate.judges.topic: judge my_judges:Other cannot be imported"),
+        ("{topic: {kind: 'my_judges:OnTopicJudge'}}", "must be a subclass of cpo_pipe.eval.judges.base.JudgeConfig"),
+    ],
+)
+def test_an_own_judge_that_does_not_fit_is_one_line(own: Project, settings: str, message: str) -> None:
+    refused = own.cli("evaluate", *judges(settings))
+    assert refused.status == 2
+    assert message in refused.error()

@@ -1,0 +1,576 @@
+"""`cpo-pipe export`: what is written, that the hub and TRL take it, and that it comes back as a pool."""
+
+import base64
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import DatasetCard, constants
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cpo_pipe.data.store import Store
+from cpo_pipe.pipeline.convert.sentencepiece import write_tokenizer
+from cpo_pipe.pipeline.export import export as export_module
+from cpo_pipe.pipeline.export import writer
+from cpo_pipe.pipeline.export.card import size_category
+from cpo_pipe.pipeline.export.pairs import PairCounts, pair_rows
+from cpo_pipe.recipe.load import load_recipe
+from cpo_pipe.run import Run
+from cpo_pipe.trainer.checkpoint import METRICS_FILE
+from tests.support.old_models import LIKE, as_pickles, with_sentencepiece
+from tests.support.project import Project
+
+BATCH = ("--set", "negatives={sources: {batch: {count: 2}, truncation: {count: 1}}}")
+"""Negatives that all end, and need no model."""
+
+
+def grouped(project: Project, *options: str) -> Run:
+    """Make the groups of the project's recipe."""
+    for stage in ("prepare", "generate-negatives", "rank"):
+        result = project.cli(stage, "tiny.yaml", *options)
+        assert result.status == 0, result.err
+    return opened(*options)
+
+
+def opened(*options: str) -> Run:
+    return Run(load_recipe("tiny.yaml", list(options[1::2])), "tiny.yaml", Store("cpo-store"), Path("runs/tiny"))
+
+
+def exported(project: Project, *options: str, out: str = "out") -> list[dict[str, Any]]:
+    result = project.cli("export", "tiny.yaml", "--out", out, *options)
+    assert result.status == 0, result.err
+    files = sorted((project.root / out).glob("data/*.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
+
+
+def groups_of(run: Run) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Example and candidates of each group, in the order of the selection."""
+    sources, groups = run.resolver.groups()
+    found = groups.read(sources.selection["example_id"]).to_pylist()
+    return [(e, g["candidates"]) for e, g in zip(sources.selection.to_pylist(), found, strict=True)]
+
+
+def row_of(example: dict[str, Any], one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "prompt": example["rendered"],
+        "chosen": one["text"],
+        "rejected": other["text"],
+        "example_id": example["example_id"],
+        "chosen_strategy": one["strategy"],
+        "rejected_strategy": other["strategy"],
+        "similarity": other["similarity"],
+    }
+
+
+TEMPLATE = ("--set", "data.template='Q: {prompt} A:'")
+
+
+def test_a_row_is_the_target_and_a_negative(project: Project) -> None:
+    options = (*BATCH, *TEMPLATE, "--set", "rank={}")
+    run = grouped(project, *options)
+    groups = groups_of(run)
+    rows = exported(project, *options)
+    assert rows == [row_of(e, candidates[0], other) for e, candidates in groups for other in candidates[1:]]
+    assert len(rows) > 32
+    assert all(
+        row["prompt"] == f"Q: {e['prompt']} A:"
+        for e, _ in groups
+        for row in rows
+        if row["example_id"] == e["example_id"]
+    )
+    assert all(-1 <= row["similarity"] <= 1 for row in rows)
+    assert not any("endoftext" in row["chosen"] + row["rejected"] for row in rows)
+
+
+def test_messages_have_the_prompt_before_the_template(project: Project) -> None:
+    options = (*BATCH, *TEMPLATE)
+    run = grouped(project, *options)
+    plain = exported(project, *options)
+    rows = exported(project, *options, "--conversational", out="talk")
+    prompts = {example["example_id"]: example["prompt"] for example, _ in groups_of(run)}
+    assert rows == [
+        row
+        | {
+            "prompt": [{"role": "user", "content": prompts[row["example_id"]]}],
+            "chosen": [{"role": "assistant", "content": row["chosen"]}],
+            "rejected": [{"role": "assistant", "content": row["rejected"]}],
+        }
+        for row in plain
+    ]
+    trl = pytest.importorskip("trl")
+    assert all(trl.is_conversational(row) for row in datasets.load_dataset("talk", split="train"))
+
+
+def test_pairs_are_chosen_by_strategy(project: Project) -> None:
+    project.write("weak.jsonl", "".join(json.dumps({"prompt": f"{word} {n}", "text": f" weak {n}"}) + "\n"
+                                        for word in ("the", "quick", "brown") for n in range(24)))  # fmt: skip
+    options = ("--set", "negatives={sources: {batch: {count: 2}, weak: {strategy: pool, file: weak.jsonl}}}")
+    run = grouped(project, *options)
+    rows = exported(project, *options, "--pair", "target,weak", "--pair", "batch,weak")
+    expected = []
+    for example, candidates in groups_of(run):
+        by = {label: [c for c in candidates if c["strategy"] == label] for label in ("target", "batch", "weak")}
+        for chosen in ("target", "batch"):
+            expected += [row_of(example, one, other) for one in by[chosen] for other in by["weak"]]
+    assert rows == expected
+    assert {(row["chosen_strategy"], row["rejected_strategy"]) for row in rows} == {
+        ("target", "weak"),
+        ("batch", "weak"),
+    }
+    card = Path("out/README.md").read_text()
+    assert f"| target | weak | {sum(row['chosen_strategy'] == 'target' for row in rows)} |" in card
+    assert "- `weak`: the file weak.jsonl" in card
+
+
+def test_what_does_not_end_is_left_out_and_counted(made: Project) -> None:
+    pairs = [(e, candidates[0], other) for e, candidates in groups_of(opened()) for other in candidates[1:]]
+    ending = [pair for pair in pairs if pair[2]["token_ids"][-1] == 0]
+    assert 0 < len(ending) < len(pairs), "the sampled texts are of both kinds"
+    result = made.cli("export", "tiny.yaml", "--out", "out")
+    assert result.status == 0
+    assert f"export: {len(pairs) - len(ending)} pairs are omitted" in result.err
+    rows = pq.read_table("out/data/train-00000.parquet").to_pylist()
+    assert rows == [row_of(*pair) for pair in ending]
+    card = Path("out/README.md").read_text()
+    assert f"{len(pairs) - len(ending)} pairs with a text that does not end" in card
+    assert f"{len(rows)} pairs of {len({row['example_id'] for row in rows})} prompts" in card
+
+
+def test_texts_that_trl_tokenizes_otherwise_are_counted(project: Project) -> None:
+    """A target without a space before it goes together with the prompt's last word."""
+    rows = [{"prompt": f"ov{'er' * (n % 2)} {n} qu", "target": "ick" if n % 2 else " ick"} for n in range(24)]
+    project.write("pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--set", "negatives={sources: {batch: {count: 1}}}")
+    run = grouped(project, *options)
+    tokenizer = AutoTokenizer.from_pretrained(project.model)
+    used = [(e, c) for e, candidates in groups_of(run) if len(candidates) > 1 for c in candidates]
+    otherwise = [
+        1 for e, c in used if tokenizer.encode(e["rendered"] + c["text"]) != [*e["prompt_ids"], *c["token_ids"][:-1]]
+    ]
+    result = project.cli("export", "tiny.yaml", "--out", "out", *options)
+    assert 0 < len(otherwise) < len(used)
+    assert f"TRL will give {len(otherwise)} of {len(used)} texts other token ids" in result.err
+
+
+def with_tokenizer(project: Project, kind: str) -> Any:
+    """A tokenizer of SentencePiece in the project's folder `sp`, as `cpo-pipe convert` makes it."""
+    as_pickles(project.model, project.root / "old")
+    with_sentencepiece(project.root / "old", **LIKE[kind])
+    write_tokenizer(project.root / "old")
+    return AutoTokenizer.from_pretrained("old")
+
+
+@pytest.mark.parametrize("kind", ["OpenLLaMA", "Llama", "no space before a text"])
+def test_of_sentencepiece_models_texts_are_written_so_that_trl_makes_their_ids(project: Project, kind: str) -> None:
+    """Decoded alone a text loses the space at its start, which it was trained with; a pool takes it off again."""
+    tokenizer = with_tokenizer(project, kind)
+    project.write("pairs.jsonl", "".join(json.dumps({"prompt": f"Say {n}:\n", "target": f"thermal tasks {n}"}) + "\n"
+                                         for n in range(24)))  # fmt: skip
+    options = (*BATCH, "--set", "data.tokenizer=old")
+    groups = groups_of(grouped(project, *options))
+    result = project.cli("export", "tiny.yaml", "--out", "out", *options)
+    assert result.status == 0, result.err
+    # A cut within a word may go together with nothing else; most texts are exact.
+    said = re.search(r"TRL will give (\d+) of (\d+) texts other", result.err)
+    assert said is None or int(said[1]) < 0.1 * int(said[2])
+    rows = pq.read_table("out/data/train-00000.parquet").to_pylist()
+    ids = {e["example_id"]: [*e["prompt_ids"], *candidates[0]["token_ids"]] for e, candidates in groups}
+    for row in rows:
+        whole = row["prompt"] + row["chosen"] + str(tokenizer.eos_token)
+        assert tokenizer(whole)["input_ids"] == ids[row["example_id"]]
+    # What is not exact has the space, too: it would else be told by that.
+    assert all(row["rejected"].startswith(" ") == row["chosen"].startswith(" ") for row in rows)
+    pools = "worse: {strategy: pool, file: out, columns: {prompt: prompt, text: rejected}, count: 3}"
+    back = ("--set", f"negatives={{sources: {{{pools}}}}}", *options[2:])
+    again = {e["example_id"]: {tuple(c["token_ids"]) for c in cs[1:]} for e, cs in groups_of(grouped(project, *back))}
+    exact = [tuple(c["token_ids"]) in again[e["example_id"]]
+             for e, cs in groups for c in cs[1:] if c["strategy"] == "batch"]  # fmt: skip
+    assert all(exact)
+
+
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% if m['role'] == 'assistant' %}"
+    "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def with_chat(project: Project, template: str | None) -> None:
+    """The project's tokenizer with another chat template, in the folder `chat`."""
+    tokenizer = AutoTokenizer.from_pretrained(project.model)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained("chat")
+
+
+OTHER = (*BATCH, "--set", "data.tokenizer=chat")
+CHAT = (*OTHER, "--set", "data.template=chat")
+
+
+def test_what_a_chat_template_renders_is_exact_as_messages_and_as_text(project: Project) -> None:
+    with_chat(project, CHATML)
+    run = grouped(project, *CHAT)
+    for options in ((), ("--conversational",)):
+        out = f"out{len(options)}"
+        result = project.cli("export", "tiny.yaml", "--out", out, *CHAT, *options)
+        assert result.status == 0, result.err
+        assert "other token ids" not in result.err
+        card = Path(out, "README.md").read_text()
+        assert re.search(r" 0 of \d+ texts get other token ids", card)
+        assert ("EOS token; TRL appends" in card) is not bool(options)
+    tokenizer = AutoTokenizer.from_pretrained("chat")
+    ids = {e["example_id"]: [*e["prompt_ids"], *candidates[0]["token_ids"]] for e, candidates in groups_of(run)}
+    for row in pq.read_table("out0/data/train-00000.parquet").to_pylist():
+        assert tokenizer(row["prompt"] + row["chosen"] + tokenizer.eos_token)["input_ids"] == ids[row["example_id"]]
+
+
+def test_a_chat_template_that_changes_what_it_is_given_is_counted(project: Project) -> None:
+    with_chat(project, CHATML.replace("{{ m['content'] }}", "{{ m['content'] | trim }}"))
+    grouped(project, *CHAT)
+    result = project.cli("export", "tiny.yaml", "--out", "out", *CHAT, "--conversational")
+    assert result.status == 0, result.err
+    assert re.search(r"TRL will give (\d+) of \1 texts other token ids .* it renders messages by the", result.err)
+
+
+def test_messages_without_a_chat_template_are_warned_of(project: Project) -> None:
+    with_chat(project, None)
+    grouped(project, *OTHER)
+    result = project.cli("export", "tiny.yaml", "--out", "out", *OTHER, "--conversational")
+    assert "the tokenizer of the examples has no chat template; TRL needs one to render messages" in result.err
+
+
+def test_one_text_in_two_ways_of_writing_is_no_pair_and_another_end_than_eos_is_one(project: Project) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(project.model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"], "unk_token": "<|what|>"})
+    turn, unknown = tokenizer.convert_tokens_to_ids(["<|turn|>", "<|what|>"])
+    words = tokenizer.encode(" quick brown")
+    letters = [token for letter in " quick brown" for token in tokenizer.encode(letter)]
+    assert words != letters
+    candidates = [
+        {"text": " quick brown", "token_ids": [*words, 0], "strategy": "target", "similarity": 1.0},
+        {"text": " quick brown", "token_ids": [*letters, 0], "strategy": "autoregressive", "similarity": 1.0},
+        {"text": " quick", "token_ids": [*tokenizer.encode(" quick"), turn], "strategy": "batch", "similarity": 0.5},
+        {"text": " qu", "token_ids": tokenizer.encode(" qu"), "strategy": "batch", "similarity": 0.5},
+        {"text": " qu", "token_ids": [*tokenizer.encode(" qu"), unknown], "strategy": "batch", "similarity": 0.5},
+    ]
+    group = {"example_id": "e", "prompt_ids": tokenizer.encode("the"), "candidates": candidates}
+    counts = PairCounts()
+    rows = list(pair_rows([group], [{"prompt": "the", "rendered": "the"}], [], False, tokenizer, counts))
+    assert [(row["chosen"], row["rejected"]) for row in rows] == [(" quick brown", " quick")]
+    assert (counts.equal, counts.endless, counts.groups, counts.pairs.total()) == (1, 2, 1, 1)
+
+
+def test_the_hub_and_datasets_take_it(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "ROWS_PER_FILE", 10)
+    monkeypatch.setattr(export_module, "SLICE", 3)
+    grouped(project, *BATCH)
+    rows = exported(project, *BATCH)
+    files = sorted(path.name for path in Path("out/data").iterdir())
+    assert files == [f"train-{n:05}.parquet" for n in range(len(files))]
+    assert len(files) > 2
+    assert datasets.load_dataset("out", split="train").to_list() == rows
+    assert datasets.load_dataset("parquet", data_files="out/data/*.parquet", split="train").to_list() == rows
+    card = DatasetCard.load("out/README.md")
+    assert card.data.size_categories == ["n<1K"]
+    assert card.data.license is None
+    assert {"cpo-pipe", "dpo", "preference"} <= set(card.data.tags)
+    (split,) = card.data.dataset_info["splits"]
+    assert split["num_examples"] == len(rows)
+    assert "source: pairs.jsonl" in card.text
+    assert "No licence is named" in card.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "size"),
+    [(999, "n<1K"), (1000, "1K<n<10K"), (99_999, "10K<n<100K"), (5_000_000, "1M<n<10M"), (10**8, "100M<n<1B")],
+)
+def test_sizes_are_called_as_the_hub_does(rows: int, size: str) -> None:
+    assert size_category(rows) == size
+
+
+BAD = [
+    (["--pair", "target"], "--pair target: must be CHOSEN,REJECTED, such as target,truncation"),
+    (["--pair", "target,batch,batch"], "--pair target,batch,batch: must be CHOSEN,REJECTED"),
+    (["--pair", "target,bach"], "--pair target,bach: unknown label 'bach'; did you mean batch?"),
+    (["--pair", "target,weak"], "unknown label 'weak'; choose from target, batch, truncation"),
+    (["--pair", "batch,batch"], "--pair batch,batch: chosen and rejected must differ"),
+    (["--pair", "target,batch", "--pair", "batch,target"], "--pair batch,target: duplicate pair, perhaps reversed"),
+    (["--public"], "--public: not used without --push; remove it"),
+    (["--push", "a/b/c"], "--push a/b/c: not a hub name"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), BAD)
+def test_bad_options_are_one_line(project: Project, options: list[str], said: str) -> None:
+    """Before anything is looked for: here no group is made."""
+    result = project.cli("export", "tiny.yaml", "--out", "out", *BATCH, *options)
+    assert result.status == 2
+    assert said in result.error()
+    assert not Path("out").exists()
+
+
+def test_what_is_missing_is_said(project: Project) -> None:
+    result = project.cli("export", "tiny.yaml", "--out", "out", *BATCH)
+    assert result.status == 2
+    assert "cpo-pipe prepare tiny.yaml" in result.error()
+    without = ("--set", "negatives=null", "--set", "train.cpo={init: start, objective: mle}")
+    result = project.cli("export", "tiny.yaml", "--out", "out", *without)
+    assert result.status == 2
+    assert "negatives: the recipe has no such section" in result.error()
+
+
+def test_nothing_is_written_over_and_nothing_is_left(made: Project) -> None:
+    result = made.cli("export", "tiny.yaml", "--out", "runs")
+    assert result.status == 2
+    assert "--out runs: already exists; name a folder that is new or empty" in result.error()
+    before = sorted(path.name for path in made.root.iterdir())
+    short = (
+        "--set",
+        "negatives.sources.autoregressive.max_new_tokens=1",
+        "--set",
+        "negatives.sources.autoregressive.count=1",
+    )
+    grouped(made, *short)
+    assert not any(c["token_ids"][-1] == 0 for _, candidates in groups_of(opened(*short)) for c in candidates[1:])
+    result = made.cli("export", "tiny.yaml", "--out", "out", *short)
+    assert result.status == 2
+    assert "no pair to write: " in result.error()
+    assert sorted(path.name for path in made.root.iterdir()) == before
+
+
+# ── TRL ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def trl_losses(policy: Path, reference: Path, beta: float, chat_template: str | None = None) -> list[float]:
+    """The losses of two steps of TRL on what is in `out`, each on all pairs."""
+    trl_side = pytest.importorskip("tests.support.trl_side", reason="trl is not installed")
+
+    class Quiet(trl_side.DPOTrainer):  # type: ignore[misc, name-defined]
+        def _send_telemetry(self) -> None:
+            """Nothing leaves the machine."""
+
+    pairs = datasets.load_dataset("out", split="train")
+    tokenizer = AutoTokenizer.from_pretrained(reference)
+    tokenizer.chat_template = chat_template
+    trainer = Quiet(
+        AutoModelForCausalLM.from_pretrained(policy),
+        ref_model=AutoModelForCausalLM.from_pretrained(reference),
+        args=trl_side.DPOConfig(
+            "trl",
+            beta=beta,
+            max_steps=2,
+            learning_rate=1e-3,
+            per_device_train_batch_size=len(pairs),
+            max_length=None,
+            bf16=False,
+            gradient_checkpointing=False,
+            disable_dropout=True,
+            logging_steps=1,
+            save_strategy="no",
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=pairs,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_trl_trains_on_it_and_its_first_loss_is_ours(project: Project, new_model: Callable[..., Path]) -> None:
+    """The policy is another model than the reference: else the first loss is log 2, whatever the pairs are."""
+    other, beta = new_model(seed=7), 0.05
+    options = ("--set", "negatives={sources: {batch: {count: 3}}}")
+    run = grouped(project, *options)
+    count = sum(len(candidates) - 1 for _, candidates in groups_of(run))
+    training = (
+        f"train.dpo={{init: {other}, objective: dpo, reference: {project.model}, beta: {beta}, max_steps: 1, "
+        f"learning_rate: 1e-3, batch_size: {count}, pairs: [[target, batch]]}}"
+    )
+    options = (*options, "--set", training)
+    result = project.cli("train", "tiny.yaml", "dpo", *options)
+    assert result.status == 0, result.err
+    metrics = pq.read_table(opened(*options).resolver.model("dpo").path / METRICS_FILE).to_pylist()
+    result = project.cli("export", "tiny.yaml", "--out", "out", *options)
+    assert "other token ids" not in result.err, "what TRL tokenizes are the same ids"
+    first, second = trl_losses(other, project.model, beta)
+    assert first == pytest.approx(metrics[0]["loss"], rel=1e-4)
+    assert abs(first - 0.6931) > 0.01, "not the loss of equal models"
+    assert second < first
+
+
+def test_trl_trains_on_messages(project: Project, new_model: Callable[..., Path]) -> None:
+    grouped(project, *BATCH)
+    exported(project, *BATCH, "--conversational")
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    first, second = trl_losses(new_model(seed=7), project.model, 0.05, template)
+    assert abs(first - 0.6931) > 0.01
+    assert second < first
+
+
+# ── and back ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_an_export_is_a_pool_again(project: Project, conversational: bool) -> None:
+    grouped(project, *BATCH)
+    rows = exported(project, *BATCH, *(["--conversational"] if conversational else []))
+    texts = {row["example_id"]: [] for row in rows}
+    for row in rows:
+        rejected = row["rejected"]
+        texts[row["example_id"]].append(rejected[0]["content"] if conversational else rejected)
+    pools = (
+        "worse: {strategy: pool, file: out, columns: {prompt: prompt, text: rejected}, count: 3}, "
+        "better: {strategy: pool, file: out/data/train-00000.parquet, columns: {text: chosen}, count: 4}"
+    )
+    options = ("--set", f"negatives={{sources: {{{pools}}}}}", "--set", "rank={drop_duplicates: false}")
+    run = grouped(project, *options)
+    for example, candidates in groups_of(run):
+        found = {label: [c["text"] for c in candidates if c["strategy"] == label] for label in ("worse", "better")}
+        assert found["worse"] == texts[example["example_id"]]
+        assert found["better"] == [example["target"]] * len(found["worse"])
+
+
+# ── the hub ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+OLD = ["data/train-00000.parquet", "data/train-00007.parquet", "notes.txt"]
+"""Files of a data set that is there."""
+
+
+class Hub:
+    """What of the hub's API an upload of small files takes."""
+
+    def __init__(self, private: bool | None, refuses: bool):
+        self.private, self.refuses = private, refuses
+        self.created: list[dict[str, Any]] = []
+        self.files: dict[str, bytes] = {}
+        self.deleted: list[str] = []
+        self.tokens: set[str | None] = set()
+
+    def answer(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
+        if self.refuses:
+            return 401, {"error": "Invalid username or password."}
+        if path == "/api/repos/create":
+            self.created.append(json.loads(body))
+            url = {"url": f"{constants.ENDPOINT}/datasets/me/pairs", "id": "me/pairs", "name": "me/pairs"}
+            if self.private is not None:
+                return 409, {**url, "error": "You already created this dataset repo"}
+            self.private = self.created[-1].get("visibility") == "private"
+            return 200, url
+        if path == "/api/datasets/me/pairs/settings":
+            assert self.files, "it is public only once it is whole"
+            self.private = json.loads(body)["visibility"] == "private"
+            return 200, {}
+        if method == "GET" and "/tree/" in path:
+            return 200, [{"type": "file", "path": old, "oid": "0" * 40, "size": 1} for old in OLD]
+        if method == "GET" and path.startswith("/api/datasets/me/pairs"):
+            return 200, {"id": "me/pairs", "private": self.private, "sha": "0" * 40, "siblings": [], "tags": [],
+                         "downloads": 0, "likes": 0, "disabled": False, "gated": False}  # fmt: skip
+        if path == "/api/validate-yaml":  # the card's facts, which the hub's client sends before the card
+            return 200, {"errors": [], "warnings": []}
+        if path == "/api/datasets/me/pairs/preupload/main":
+            files = json.loads(body)["files"]
+            return 200, {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                                   for file in files]}  # fmt: skip
+        if path.startswith("/api/datasets/me/pairs/commit/main"):
+            for line in body.splitlines():
+                item = json.loads(line)
+                if item["key"] == "file":
+                    self.files[item["value"]["path"]] = base64.b64decode(item["value"]["content"])
+                if item["key"] == "deletedFile":
+                    self.deleted.append(item["value"]["path"])
+            return 200, {
+                "commitUrl": f"{constants.ENDPOINT}/datasets/me/pairs/commit/1",
+                "commitOid": "1" * 40,
+                "success": True,
+            }
+        return 404, {"error": f"{method} {path}"}
+
+
+@contextmanager
+def hub(monkeypatch: pytest.MonkeyPatch, private: bool | None = None, refuses: bool = False) -> Iterator[Hub]:
+    """A hub on loopback, which is the one that huggingface_hub then knows; `private`: of a data set that is there."""
+    state = Hub(private, refuses)
+
+    class Handler(BaseHTTPRequestHandler):
+        def _answer(self) -> None:
+            if "/commit/" in self.path:
+                state.tokens.add(self.headers.get("Authorization"))
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            status, answer = state.answer(self.command, self.path, body)
+            content = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = do_PUT = do_HEAD = _answer
+
+        def log_message(self, *_: Any) -> None:
+            """Quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    try:
+        yield state
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_it_is_uploaded(project: Project, monkeypatch: pytest.MonkeyPatch, public: bool) -> None:
+    grouped(project, *BATCH)
+    with hub(monkeypatch) as there:
+        result = project.cli(
+            "export", "tiny.yaml", "--out", "out", *BATCH, "--push", "me/pairs", *["--public"] * public
+        )
+        assert result.status == 0, result.err
+    (created,) = there.created
+    assert (created["name"], created["organization"], created["type"]) == ("pairs", "me", "dataset")
+    assert (created.get("visibility") == "private") is not public
+    assert there.files == {
+        str(path.relative_to("out")): path.read_bytes() for path in Path("out").rglob("*") if path.is_file()
+    }
+    assert there.deleted == ["data/train-00007.parquet"], "of an export before, and nothing else"
+    assert there.tokens == {"Bearer hf_mine"}
+    assert "hf_mine" not in result.out + result.err + Path("out/README.md").read_text()
+
+
+def test_what_is_public_is_added_to_only_where_that_is_meant(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    grouped(project, *BATCH)
+    with hub(monkeypatch, private=False) as there:
+        result = project.cli("export", "tiny.yaml", "--out", "out", *BATCH, "--push", "me/pairs")
+        assert result.status == 2
+        assert "--push me/pairs: the data set exists and is public; add --public" in result.error()
+        assert not there.files
+        assert project.cli("export", "tiny.yaml", "--out", "more", *BATCH, "--push", "me/pairs", "--public").status == 0
+        assert there.files
+    with hub(monkeypatch, private=True) as there:
+        assert project.cli("export", "tiny.yaml", "--out", "again", *BATCH, "--push", "me/pairs").status == 0
+        assert there.files
+        assert there.private
+        assert project.cli("export", "tiny.yaml", "--out", "told", *BATCH, "--push", "me/pairs", "--public").status == 0
+        assert not there.private
+
+
+def test_what_the_hub_refuses_is_written(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    grouped(project, *BATCH)
+    with hub(monkeypatch, refuses=True):
+        result = project.cli("export", "tiny.yaml", "--out", "out", *BATCH, "--push", "me/pairs")
+    assert result.status == 1
+    assert "--push me/pairs: the hub did not take it (" in result.error()
+    assert "`hf upload me/pairs out --repo-type dataset` uploads it" in result.error()
+    assert Path("out/README.md").is_file()

@@ -1,0 +1,59 @@
+"""Blocks from outside the package, those of the guide, together: from the recipe to report, model card and export."""
+
+import re
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.support.project import Project
+
+GUIDE = Path(__file__).parents[2] / "docs" / "guide"
+MODULES = {
+    "custom-strategy": "my_strategies",
+    "custom-objective": "ipo",
+    "custom-ranker": "my_rankers",
+    "custom-judge": "my_judges",
+}
+SETTINGS = [
+    "negatives.sources.shuffled={strategy: 'my_strategies:Shuffled', count: 2}",
+    "train.own={init: start, reference: start, objective: 'ipo:IPO', tau: 0.5, max_steps: 2, batch_size: 4}",
+    "rank={by: 'my_rankers:Overlap', words: false}",
+    "evaluate.judges={topic: {kind: 'my_judges:OnTopic', min_letters: 2}}",
+    "evaluate.systems.own={model: own}",
+]
+
+
+def test_own_blocks_go_from_the_recipe_to_report_card_and_export(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for page, module in MODULES.items():
+        (code,) = re.findall(r"```python\n(.*?)```", (GUIDE / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
+        project.write(f"{module}.py", code)
+    monkeypatch.syspath_prepend(str(project.root))
+    options = [part for setting in SETTINGS for part in ("--set", setting)]
+    done = project.cli("run", "tiny.yaml", *options)
+    assert done.status == 0, done.err
+
+    (groups,) = (project.store / "groups").glob("*")
+    rows = [row for group in pq.read_table(groups / "shards").to_pylist() for row in group["candidates"]]
+    assert {row["strategy"] for row in rows} == {"target", "autoregressive", "shuffled"}
+    assert all(0 <= row["similarity"] <= 1 and row["rank"] is not None for row in rows), "the scores of Overlap"
+
+    folder = project.root / "runs" / "tiny"
+    metrics = {(row["system"], row["metric"]) for row in pq.read_table(folder / "metrics.parquet").to_pylist()}
+    assert {("own", "topic coverage"), ("own", "topic win rate")} <= metrics
+    report = (folder / "report.html").read_text(encoding="utf-8")
+    for name in ("shuffled", "ipo:IPO", "my_rankers:Overlap", "topic coverage"):
+        assert name in report, name
+
+    cards = [path.read_text(encoding="utf-8") for path in (project.store / "checkpoints").glob("*/README.md")]
+    (card,) = [card for card in cards if "squared distance of each log-ratio margin to its goal" in card]
+    assert "Azar et al. 2023" in card
+
+    exported = project.cli("export", "tiny.yaml", "--out", "out", "--pair", "target,shuffled", *options)
+    assert exported.status == 0, exported.err
+    pairs = [row for file in sorted((project.root / "out" / "data").glob("*.parquet"))
+             for row in pq.read_table(file).to_pylist()]  # fmt: skip
+    assert {(row["chosen_strategy"], row["rejected_strategy"]) for row in pairs} == {("target", "shuffled")}
+    assert "shuffled" in (project.root / "out" / "README.md").read_text(encoding="utf-8")

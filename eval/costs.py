@@ -9,6 +9,7 @@ from cpo_pipe.data.examples import Examples
 from cpo_pipe.data.execution.base import LocalExecutor
 from cpo_pipe.data.models.model import Model
 from cpo_pipe.data.store import Rows, Store
+from cpo_pipe.data.text import say
 from cpo_pipe.eval.config import GROUND_TRUTH, Evaluate
 from cpo_pipe.eval.evaluate import plan_evaluation
 from cpo_pipe.eval.generate import read_outputs
@@ -115,6 +116,28 @@ def evaluation_costs(
             rows = store.rows("verdicts", judge.spec())
             add(f"judge {judge.name}", judge.api, rows, judge_cost(judge, drafts, max_new_tokens, rows))
     return costs, {key: missing for key, written in texts.items() if asking and (missing := written.count(None))}
+
+
+def print_costs(
+    costs: Sequence[tuple[str, ApiModel, Cost]], missing: Mapping[tuple[str, str], int], max_new_tokens: int
+) -> None:
+    """Print the result of `evaluation_costs`, with prices where the recipe gives them."""
+    if not costs:
+        say("nothing that this recipe evaluates costs anything")
+        return
+    for what, api, cost in costs:
+        price = api.price(cost.tokens)
+        dollars = f": about {price:.4g} US dollars" if price is not None else ""
+        say(
+            f"{what} (apis.{api.name}): {cost.calls:,} calls to be made, about "
+            f"{cost.tokens.prompt:,} prompt tokens, at most {cost.tokens.written:,} written{dollars}"
+        )
+    say(f"prompt tokens are estimated: one for every {TOKEN_BYTES} bytes of UTF-8")
+    for (name, decoding), count in missing.items():
+        say(
+            f"{name}, {decoding}: {count:,} outputs are not there yet; to judges each counts as {max_new_tokens} "
+            "tokens, the most that it can have"
+        )
 
 
 def outputs_cost(api: ApiModel, examples: pa.Table, missing: Sequence[int], max_new_tokens: int) -> Cost:

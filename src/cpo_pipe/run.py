@@ -10,10 +10,8 @@ import pyarrow.parquet as pq
 
 from cpo_pipe.data.errors import InputError, MissingInput
 from cpo_pipe.data.execution.base import Executor, LocalExecutor
-from cpo_pipe.data.models.end_tokens import end_tokens, write_end_tokens
-from cpo_pipe.data.models.model import Model
-from cpo_pipe.data.models.tokenizer import copy_tokenizer
-from cpo_pipe.data.output_folder import check_new, new_folder
+from cpo_pipe.data.models.copy_model import copy_model
+from cpo_pipe.data.output_folder import check_new
 from cpo_pipe.data.store import Store, atomic
 from cpo_pipe.data.text import nearest, one_line, say
 from cpo_pipe.pipeline.api.model import ApiModel
@@ -32,8 +30,6 @@ from cpo_pipe.trainer.objectives.preference import PreferenceTraining
 from cpo_pipe.trainer.train import train
 
 log = logging.getLogger(__name__)
-
-MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "README.md")
 
 
 class Run:
@@ -189,34 +185,16 @@ class Run:
 
     def evaluation_costs(self) -> None:
         """Print what `evaluate` would still ask of APIs, as systems and as judges; nothing is asked, made or loaded."""
-        from cpo_pipe.eval.costs import TOKEN_BYTES, evaluation_costs
+        from cpo_pipe.eval.costs import evaluation_costs, print_costs
 
         config = self.resolver.evaluate_section()
         systems = self.resolver.available_systems()
         max_new_tokens = config.max_new_tokens or self.recipe.data.longest_target()
         costs, missing = evaluation_costs(
-            config,
-            self.store,
-            self.resolver.examples(),
-            systems,
-            max_new_tokens=max_new_tokens,
-            models=self.resolver.judge_models(config, only_apis=True),
-            apis=self.resolver.apis,
-        )
-        for what, api, cost in costs:
-            price = api.price(cost.tokens)
-            dollars = f": about {price:.4g} US dollars" if price is not None else ""
-            say(
-                f"{what} (apis.{api.name}): {cost.calls:,} calls to be made, about "
-                f"{cost.tokens.prompt:,} prompt tokens, at most {cost.tokens.written:,} written{dollars}"
-            )
-        if not costs:
-            say("nothing that this recipe evaluates costs anything")
-            return
-        say(f"prompt tokens are estimated: one for every {TOKEN_BYTES} bytes of UTF-8")
-        for (name, decoding), count in missing.items():
-            say(f"{name}, {decoding}: {count:,} outputs are not there yet; to judges each counts as {max_new_tokens} "
-                  "tokens, the most that it can have")  # fmt: skip
+            config, self.store, self.resolver.examples(), systems, max_new_tokens=max_new_tokens,
+            models=self.resolver.judge_models(config, only_apis=True), apis=self.resolver.apis,
+        )  # fmt: skip
+        print_costs(costs, missing, max_new_tokens)
 
     def merge(self, name: str, out: Path) -> None:
         """Write the model of a system to a folder of its own, with the tokenizer of the examples.
@@ -233,18 +211,8 @@ class Run:
         model = self.resolver.system(name, systems[name])
         if isinstance(model, ApiModel):
             raise InputError(f"system {name}: is an API, whose weights are not here; name another system")
-        self._write_model(model, out)
+        copy_model(model, self.resolver.examples().tokenizer, out)
         say(one_line(f"system {name}: written to {out}"))
-
-    def _write_model(self, model: Model, out: Path) -> None:
-        tokenizer = self.resolver.examples().tokenizer
-        model.check_weights()
-        with new_folder(out) as scratch:
-            for pattern in MODEL_FILES:
-                for file in model.path.glob(pattern):
-                    shutil.copyfile(file, scratch / file.name)
-            copy_tokenizer(tokenizer.path, scratch)
-            write_end_tokens(scratch, end_tokens(scratch, tokenizer))
 
     def export(
         self,

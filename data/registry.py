@@ -54,6 +54,8 @@ class Registry(Generic[Block]):
         if inspect.isabstract(found):
             missing = listed(sorted(found.__abstractmethods__))
             raise ValueError(f"{self.kind} {name} is incomplete; implement {missing}")
+        if unset := sorted(variable for variable in found.__class_vars__ if not hasattr(found, variable)):
+            raise ValueError(f"{self.kind} {name} is incomplete; set {listed(unset)}")
         if not (found.__doc__ or "").strip():
             raise ValueError(f"{self.kind} {name} has no docstring; describe it in one line")
         return found

@@ -480,7 +480,7 @@ def test_ensembles_of_apis_are_refused_before_anything_is_asked(made) -> None:
     for section in sections:
         result = made.cli("evaluate", "tiny.yaml", *api, "--set", f"evaluate.{section}")
         assert result.status == 2
-        assert "names mini, which is an API: only a model with its weights here will do" in result.error()
+        assert "names mini, which is an API; name a model whose weights are here" in result.error()
 
 
 def test_an_adapter_is_a_system(made) -> None:

@@ -36,8 +36,16 @@ class Resolver:
     Where a method takes `training`, None means those that are shared.
     """
 
-    def __init__(self, recipe: Recipe, store: Store, source: str, options: Sequence[str]):
-        """`source` and `options` are the recipe and the options of the command line, which messages repeat."""
+    def __init__(self, recipe: Recipe, store: Store, source: str, options: Sequence[str], *, fetch: bool = True):
+        """Resolve the names of a recipe.
+
+        Args:
+            recipe: the recipe.
+            store: where artifacts are.
+            source: the recipe as given on the command line, which messages repeat.
+            options: the options of the command line, likewise.
+            fetch: download hub models and merge adapters that are named; else they count as missing.
+        """
         self.recipe = recipe
         self.store = store
         self.trainings = recipe.trainings()
@@ -47,8 +55,7 @@ class Resolver:
         self._options = options
         self._examples: Examples | None = None
         self._models: dict[str, Model] = {}
-        self._fetches = True
-        """Whether hub models are downloaded and adapters merged."""
+        self._fetch = fetch
 
     def command(self, stage: str, *names: str) -> str:
         """Return the command line that makes a stage of this recipe, for messages."""
@@ -205,12 +212,9 @@ class Resolver:
 
     def available_systems(self) -> dict[str, Model | ApiModel | None]:
         """Return the model of each system; None where it is not downloaded, trained or merged. Makes nothing."""
-        self._fetches = False
-        try:
-            systems = self.evaluate_section().all_systems()
-            return {name: self._available(name, system) for name, system in systems.items()}
-        finally:
-            self._fetches = True
+        there = Resolver(self.recipe, self.store, self._source, self._options, fetch=False)
+        systems = self.evaluate_section().all_systems()
+        return {name: there._available(name, system) for name, system in systems.items()}
 
     def _available(self, name: str, system: System) -> Model | ApiModel | None:
         try:
@@ -249,7 +253,7 @@ class Resolver:
     def _locate(self, name: str) -> Model:
         """Return the model of a folder or hub name, whatever its tokenizer is."""
         try:
-            return locate_model(name, self.store, make=self._fetches)
+            return locate_model(name, self.store, make=self._fetch)
         except MissingInput:
             raise
         except InputError as error:

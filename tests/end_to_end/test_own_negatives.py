@@ -99,7 +99,7 @@ def test_stages_do_what_all_trainings_want_and_only_that(project: Project) -> No
             "train.mix.curriculum={by: margin, stages: 3}",
             "train.mix: max_steps is 1, but curriculum.stages is 3: the hardest",
         ),
-        ("train.mix.pairs=[[target, autoregressive]]", "train.mix.pairs: no candidate is of 'autoregressive'; there"),
+        ("train.mix.pairs=[[target, autoregressive]]", "train.mix.pairs: unknown label 'autoregressive'; choose"),
     ],
 )
 def test_what_is_not_there_is_refused(project: Project, change: str, message: str) -> None:

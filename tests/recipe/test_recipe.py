@@ -376,17 +376,17 @@ def test_rounds_are_done_in_order_and_other_trainings_start_from_any() -> None:
         ({"iterations": 0}, "iterations is 0: input should be greater than 0"),
         (
             {"iterations": 2, "train": {"base": MLE}},
-            "iterations is 2, but no training learns from negatives: leave it out",
+            "iterations is 2, but no training learns from negatives; remove it",
         ),
         # Names with an @ are those of iterations (and, among systems, of ensembles).
         ({"iterations": 2, "train": {"base": MLE, "cpo": CPO, "cpo@2": MLE}}, "train.cpo@2 is 'cpo@2': string should"),
         ({"iterations": 2, "apis": {"cpo@2": {"url": "http://x/v1", "model": "m"}}}, "apis.cpo@2 is 'cpo@2': string"),
         ({"iterations": 2, **evaluation(systems={"base": {"model": "cpo@3"}})},
-         "evaluate.systems.base names cpo@3, but iterations is 2 and of the training cpo there is cpo, cpo@2: name "
-         "what there is, or raise iterations"),
+         "evaluate.systems.base names cpo@3, but iterations is 2; choose from cpo, cpo@2, or "
+         "raise iterations"),
         ({"train": {"base": {**MLE, "init": "cpo@2"}, "cpo": CPO}}, "train.base names cpo@2, but iterations is 1"),
         ({"iterations": 2, **evaluation(ensembles={"mix": {"of": ["base@2", "cpo"], "alphas": [0.5]}})},
-         "evaluate.ensembles.mix names base@2, but iterations is 2 and of the training base there is base: name"),
+         "evaluate.ensembles.mix names base@2, but iterations is 2; choose from base, or"),
         ({"iterations": 2, "negatives": {"sources": {"autoregressive": {"model": "cpo@1"}}}},
          "negatives.sources.autoregressive.model names cpo@1, but iterations is 2"),
         # The first round's negatives would come from the second.
@@ -557,7 +557,7 @@ def test_a_list_of_judges_is_short_for_those_without_settings() -> None:
         ({"openai": {"api": "mini", "model": "base"}}, "evaluate.judges.openai.model: not used by judge "),
         ({"openai": {}}, "evaluate.judges.openai.api is missing"),
         ({"local": {}}, "evaluate.judges.local.model is missing"),
-        ({"openai": {"api": "mimi"}}, "evaluate.judges.openai.api 'mimi' is not among `apis`; did you mean mini?"),
+        ({"openai": {"api": "mimi"}}, "evaluate.judges.openai.api 'mimi' is not in `apis`; did you mean mini?"),
         ({"local": {"model": "mini"}}, "evaluate.judges.local names mini, which is an API: only a model with its"),
         ({"openai": {"api": "mini", "template": "{prompt} {output_a}"}},
          "evaluate.judges.openai.template: '{prompt} {output_a}' is not dolly, wiki, strict or a text with {prompt}, "),

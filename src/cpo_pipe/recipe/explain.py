@@ -103,7 +103,7 @@ def follow(location: Sequence[int | str], value: Any) -> tuple[list[str], Any, R
 
 
 def members(kind: Any) -> list[Any]:
-    """The members of a union but for None; a type that is no union is its only branch."""
+    """Return the members of a union without None; of another type, the type alone."""
     if get_origin(kind) in (Union, UnionType):
         return [branch for branch in get_args(kind) if branch is not NoneType]
     return [kind]

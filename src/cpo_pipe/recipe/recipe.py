@@ -1,6 +1,7 @@
 """The recipe: one YAML file that drives a run.
 
-Each section stands next to the code it configures; the rules across sections are here.
+Each section is declared next to the code that it configures. This module composes them and checks the rules across
+sections.
 """
 
 import graphlib
@@ -27,7 +28,7 @@ class Recipe(Section):
     """A whole run."""
 
     name: Name = Field("recipe", description="names the run's folder (default: the file's name)")
-    note: str | None = Field(None, description="what else there is to know of it; the report has it, too")
+    note: str | None = Field(None, description="remarks, which the report shows")
     data: Annotated[Data, PRESETS] = Field(description="ground-truth pairs")
     apis: dict[Name, Api] = Field(default_factory=dict, description="models behind OpenAI-compatible servers, by name")
     train: dict[Name, Annotated[Training, OBJECTIVES]] = Field(description="named trainings")
@@ -55,7 +56,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
         if twice := sorted(self.apis.keys() & self.train.keys()):
-            raise ValueError(f"apis: {twice[0]} is also the name of a training; call one of them otherwise")
+            raise ValueError(f"apis: {twice[0]} is also the name of a training; rename one of them")
         if self.negatives is not None:
             self._check_apis(self.negatives)
         for name, judge in self.evaluate.judges.items() if self.evaluate is not None else ():
@@ -74,15 +75,15 @@ class Recipe(Section):
                     "use another objective, or remove rank.by"
                 )
         self.training_order()
-        self._check_rounds()
+        self._check_iterations()
         return self
 
-    def _check_rounds(self) -> None:
-        """Refuse iterations of nothing, and models that are called like a round that there is not."""
+    def _check_iterations(self) -> None:
+        """Refuse iterations without a training on negatives, and names of iterations that do not exist."""
         if self.iterations > 1 and not any(
             isinstance(training, PreferenceTraining) for training in self.train.values()
         ):
-            raise ValueError(f"iterations is {self.iterations}, but no training learns from negatives: leave it out")
+            raise ValueError(f"iterations is {self.iterations}, but no training learns from negatives; remove it")
         named = self._local_models()
         if self.negatives is not None:
             named |= {
@@ -95,14 +96,14 @@ class Recipe(Section):
         for place, model in ((place, model) for place, models in named.items() for model in models):
             base, separator, number = model.rpartition("@")
             if separator and number.isdecimal() and base in self.train and model not in trainings:
-                there = [name for name in trainings if name.partition("@")[0] == base]
+                existing = [name for name in trainings if name.partition("@")[0] == base]
                 raise ValueError(
-                    f"{place} names {model}, but iterations is {self.iterations} and of the training {base} there is "
-                    f"{listed(there)}: name what there is, or raise iterations"
+                    f"{place} names {model}, but iterations is {self.iterations}; choose from {listed(existing)}, or "
+                    "raise iterations"
                 )
 
     def _check_sources(self, name: str, training: Training) -> None:
-        """Refuse negatives and pairs of what there is not, and a curriculum by what nobody measured."""
+        """Refuse negatives and pairs of unknown sources, and a curriculum by a measure that is not available."""
         if not isinstance(training, PreferenceTraining):
             return
         if self.negatives is not None:
@@ -111,8 +112,8 @@ class Recipe(Section):
             known = (self.negatives_of(name) or self.negatives).labels()
             for label in (label for pair in training.pairs for label in pair):
                 if label not in known:
-                    hint = nearest(label, known) or f"there are {listed(known)}"
-                    raise ValueError(f"train.{name}.pairs: no candidate is of {label!r}; {hint}")
+                    hint = nearest(label, known) or f"choose from {listed(known)}"
+                    raise ValueError(f"train.{name}.pairs: unknown label {label!r}; {hint}")
         by = training.curriculum.by if training.curriculum is not None else None
         if by == "similarity" and not self.rank.ranks:
             raise ValueError(
@@ -143,16 +144,14 @@ class Recipe(Section):
                 raise ValueError(f"train.{name}.negatives.{source}: {message}") from error
 
     def _check_local(self) -> None:
-        """Refuse APIs where weights are needed, before any of them is paid."""
+        """Refuse APIs where weights are needed."""
         for place, models in self._local_models().items():
             for model in models:
                 if model in self.apis:
-                    raise ValueError(
-                        f"{place} names {model}, which is an API: only a model with its weights here will do"
-                    )
+                    raise ValueError(f"{place} names {model}, which is an API; name a model whose weights are here")
 
     def _local_models(self) -> dict[str, list[str]]:
-        """Names of the models whose weights are needed, by where the recipe names them."""
+        """Return the names of the models whose weights are needed, by the key that names them."""
         needed = {f"train.{name}": training.upstream() for name, training in self.train.items()}
         if self.evaluate is not None:
             needed |= {f"evaluate.systems.{name}": [*(system.merge or ())]
@@ -171,13 +170,13 @@ class Recipe(Section):
 
     def _check_api(self, place: str, name: str) -> None:
         if name not in self.apis:
-            hint = nearest(name, self.apis) or f"there are {listed(self.apis)}"
-            raise ValueError(f"{place} {name!r} is not among `apis`; {hint}")
+            hint = nearest(name, self.apis) or f"choose from {listed(self.apis)}"
+            raise ValueError(f"{place} {name!r} is not in `apis`; {hint}")
 
     def trainings(self) -> dict[str, Training]:
-        """The trainings by name, the later iterations last.
+        """Return the trainings by name, later iterations last.
 
-        Round 2 of `cpo` is `cpo@2`: no name in `train` has an @, and α in an ensemble's NAME@α is at most 1.
+        Iteration 2 of `cpo` is `cpo@2`: no name in `train` has an @, and α in an ensemble's NAME@α is at most 1.
         """
         trainings = dict(self.train)
         for number in range(2, self.iterations + 1):
@@ -188,13 +187,13 @@ class Recipe(Section):
         return trainings
 
     def strengths_of(self, name: str) -> dict[str, float]:
-        """How good what a training compares is, by label, where the recipe says so."""
+        """Return the strength of each label that a training compares, where the recipe gives it."""
         negatives = self.negatives_of(name)
         known = negatives.strengths() if negatives is not None else {}
         return {label: known[label] for label in self._compared(name) if label in known}
 
     def _compared(self, name: str) -> list[str]:
-        """The labels of what a training learns from: those of its pairs, or else all of its groups'."""
+        """Return the labels of the candidates that a training learns from."""
         training = self._training(name)
         if isinstance(training, PreferenceTraining) and training.pairs is not None:
             return list(dict.fromkeys(label for pair in training.pairs for label in pair))
@@ -202,7 +201,7 @@ class Recipe(Section):
         return negatives.labels() if negatives is not None else []
 
     def negatives_of(self, name: str) -> Negatives | None:
-        """The negatives that a training learns from: its own choice, in a later round made by the round before."""
+        """Return the negatives that a training learns from; in a later iteration the one before samples them."""
         return self._negatives_of(name, self._training(name))
 
     def _training(self, name: str) -> Training:
@@ -215,7 +214,7 @@ class Recipe(Section):
         return chosen if name in self.train else chosen.with_generator(str(training.init))
 
     def training_order(self) -> list[str]:
-        """Names of the trainings, each after those it needs; of all iterations."""
+        """Return the names of the trainings of all iterations, each after those that it needs."""
         trainings = self.trainings()
         graph = {
             name: [model for model in self._models_before(name, training) if model in trainings]

@@ -16,10 +16,12 @@ from cpo_pipe.data.text import nearest
 from cpo_pipe.eval.config import System
 from cpo_pipe.pipeline.negatives.autoregressive import Autoregressive
 from cpo_pipe.pipeline.negatives.pool import Pool
+from cpo_pipe.pipeline.rank.embedding import EmbeddingScorer
 from cpo_pipe.pipeline.rank.none import NoScorer
 from cpo_pipe.recipe.load import load_recipe, parse_recipe
 from cpo_pipe.recipe.recipe import Recipe
 from cpo_pipe.recipe.render import recipe_text
+from cpo_pipe.trainer.objectives.dpo import DPO
 
 DATA = {"source": "pairs.jsonl", "tokenizer": "folder", "train": 8, "test": 2}
 MLE = {"init": "folder", "objective": "mle"}
@@ -475,7 +477,11 @@ def test_the_answer_of_the_gsm8k_recipe() -> None:
 def test_every_field_is_described() -> None:
     from cpo_pipe.data.config import Section
 
-    sections = [Recipe, *Section.__subclasses__()]
+    def below(section: type[Section]) -> list[type[Section]]:
+        return [found for child in section.__subclasses__() for found in (child, *below(child))]
+
+    sections = [section for section in below(Section) if section.__module__.startswith("cpo_pipe.")]
+    assert {Recipe, DPO, EmbeddingScorer, Autoregressive} <= {*sections}
     undescribed = [f"{s.__name__}.{name}" for s in sections for name, f in s.model_fields.items() if not f.description]
     assert undescribed == []
 
@@ -558,7 +564,7 @@ def test_a_list_of_judges_is_short_for_those_without_settings() -> None:
         ({"openai": {}}, "evaluate.judges.openai.api is missing"),
         ({"local": {}}, "evaluate.judges.local.model is missing"),
         ({"openai": {"api": "mimi"}}, "evaluate.judges.openai.api 'mimi' is not in `apis`; did you mean mini?"),
-        ({"local": {"model": "mini"}}, "evaluate.judges.local names mini, which is an API: only a model with its"),
+        ({"local": {"model": "mini"}}, "evaluate.judges.local names mini, which is an API; name a model whose weig"),
         ({"openai": {"api": "mini", "template": "{prompt} {output_a}"}},
          "evaluate.judges.openai.template: '{prompt} {output_a}' is not dolly, wiki, strict or a text with {prompt}, "),
         ({"exact": {"pattern": "("}}, "evaluate.judges.exact.pattern: '(' is not a regular expression (missing ) at "),

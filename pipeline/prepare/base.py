@@ -1,5 +1,6 @@
 """The `data` section of a recipe, and what each preset implements."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -121,22 +122,23 @@ class Data(Section):
 
     # ── what the shape of the data (pairs, articles) decides ─────────────────────────────────────────────────────
 
+    @abstractmethod
     def corpus(self, texts: Texts) -> Iterator[str]:
         """Yield the texts of a row that a tokenizer is trained on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rendering(self) -> Spec:
         """Return what decides an example's token ids besides its texts and the tokenizer; it has a `template`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def limits(self) -> Spec:
         """Return what else decides which rows are rejected."""
-        raise NotImplementedError
 
+    @abstractmethod
     def longest_target(self) -> int:
         """Return the most tokens of a target without its EOS: the default limit of continuations."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(
         self,
         rows: Iterator[Texts | Refusal],
@@ -152,4 +154,3 @@ class Data(Section):
             rendering: of the examples, with the date of a chat template that has one.
             advance: takes the number of rows that are done.
         """
-        raise NotImplementedError

@@ -1,5 +1,6 @@
 """What a scorer is: the `rank` section of a recipe, and what orders the negatives of a group."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -38,13 +39,13 @@ class Scorer(Section):
     )
     batch_size: Positive = Field(64, description="groups scored at a time; does not change the order")
 
+    @abstractmethod
     def spec(self, store: Store) -> Spec | None:
         """Return what decides the scores, as values that JSON can hold. Groups are made again when it changes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def open(self, store: Store) -> ScoreGroups:
         """Return the function that scores. It must be picklable, and load what is heavy when it is first called."""
-        raise NotImplementedError
 
     def embedder(self, store: Store) -> Embedder | None:
         """Return the embedding model that scores, if one does: evaluation marks the metrics that use the same."""

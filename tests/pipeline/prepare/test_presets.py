@@ -41,12 +41,12 @@ def test_a_preset_of_the_users_own(tmp_path, store, byte_tokenizer, monkeypatch)
 
 
 def test_an_incomplete_preset_is_refused_when_the_recipe_is_read(tmp_path, monkeypatch):
-    code = 'from cpo_pipe.pipeline.prepare.base import Data\nclass Bare(Data):\n    """Rows."""\n    def limits(self): ...\n'
-    (tmp_path / "bare_data.py").write_text(code)
+    code = 'from cpo_pipe.pipeline.prepare.base import Data\nclass Bare(Data):\n    """Rows."""\n'
+    (tmp_path / "bare_data.py").write_text(code + "    def limits(self): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
     content = {
         "data": {"preset": "bare_data:Bare", "source": "a.jsonl", "tokenizer": "t", "train": 1},
-        "train": {"mle": {"init": "m"}},
+        "train": {"mle": {"objective": "mle", "init": "m"}},
     }
     message = r"data: preset bare_data:Bare is incomplete; implement corpus, encode, longest_target, rendering"
     with pytest.raises(InputError, match=message):

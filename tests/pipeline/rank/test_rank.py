@@ -301,7 +301,7 @@ def test_an_incomplete_scorer_is_refused_when_the_recipe_is_read(
     monkeypatch.syspath_prepend(tmp_path)
     content = {
         "data": {"source": "a.jsonl", "tokenizer": "t", "train": 1},
-        "train": {"mle": {"init": "m"}},
+        "train": {"mle": {"objective": "mle", "init": "m"}},
         "rank": {"by": "silent_ranker:Silent"},
     }
     with pytest.raises(InputError, match="rank: scorer silent_ranker:Silent is incomplete; implement open"):
@@ -313,3 +313,8 @@ def test_scores_must_be_one_finite_number_for_each_text() -> None:
         group = [{"candidate_id": "a", "text": "t"}, {"candidate_id": "b", "text": "u"}]
         with pytest.raises(InputError, match="one finite number for each text"):
             add_ranks([group], [Scores(similarity)])
+    group = [{"candidate_id": "a", "text": "t"}, {"candidate_id": "b", "text": "u"}]
+    with pytest.raises(InputError, match="returned 0 Scores for 1 groups"):
+        add_ranks([group], [])
+    with pytest.raises(InputError, match="must set `truncated` for each text"):
+        add_ranks([group], [Scores([1.0, 0.5], [True])])

@@ -64,8 +64,8 @@ Encoded = Example | ShortEnd | Refusal
 class Data(Section):
     """Where ground truth comes from, how it becomes token ids and how it is split. The base class of all presets.
 
-    Plain pairs are `Pairs`, plain articles `Articles`. A data set of its own derives from one of them and overrides the
-    defaults of fields (source, columns, template) and, where it has a split of its own, `split_sizes`.
+    Plain pairs are `Pairs`, plain articles `Articles`. A preset for a data set derives from one of them. It overrides
+    defaults of fields (source, columns, template) and, if the data set has its own split, `split_sizes`.
     """
 
     preset: str = Field(

@@ -31,7 +31,7 @@ class Scorer(Section):
     """How negatives are ranked, and which are dropped. The base class of all scorers."""
 
     ranks: ClassVar[bool] = True
-    """Whether groups get an order at all."""
+    """Whether the scorer orders the negatives."""
 
     by: str = Field("embedding", description="scorer: `embedding`, `none` (no order), or your own as `module:Class`")
     drop_duplicates: bool = Field(
@@ -41,7 +41,7 @@ class Scorer(Section):
 
     @abstractmethod
     def spec(self, store: Store) -> Spec | None:
-        """Return what decides the scores, as values that JSON can hold. Groups are made again when it changes."""
+        """Return what decides the scores, as values that JSON can hold. A change invalidates groups."""
 
     @abstractmethod
     def open(self, store: Store) -> ScoreGroups:

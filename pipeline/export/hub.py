@@ -15,7 +15,7 @@ def check_repo(repo: str) -> None:
         InputError: it cannot.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(repo)

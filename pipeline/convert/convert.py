@@ -1,4 +1,4 @@
-"""Command `convert`: models whose weights are pickles (`pytorch_model.bin`) as safetensors, which the others read.
+"""Command `convert`: models whose weights are pickles (`pytorch_model.bin`) as safetensors, which other commands read.
 
 A pickle is a program. It is read by an interpreter that knows tensors and nothing else (`weights_only`).
 """
@@ -60,7 +60,7 @@ def convert(name: str, out: Path, shard_size: str | int = SHARD_SIZE) -> None:
         if any((scratch / file).is_file() for file in TOKENIZER_FILES):
             try:
                 TokenizerFiles(scratch, "").load()
-            except InputError as error:  # the weights are of use without it: another one may be given
+            except InputError as error:  # the weights are useful without it: the user may give another
                 reason = str(error).partition(": ")[2]
                 log.warning("model %s: its tokenizer does not load (%s); the weights are converted", name, reason)
         _write_weights(pickles, scratch, shard_size)
@@ -84,7 +84,7 @@ class PickledWeights:
     """The pickles of a model."""
 
     name: str
-    """The model's; for messages only."""
+    """The model's name, for messages."""
     files: list[Path]
 
     @classmethod
@@ -103,15 +103,17 @@ class PickledWeights:
         if not (folder / _INDEX).is_file():
             raise InputError(f"model {name}: has neither {_PICKLE} nor {_INDEX}; nothing to convert")
         weight_map = read_json(folder / _INDEX).get("weight_map", {})
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(file, str) for file in weight_map.values())
+        ):
             raise InputError(f"model {name}: {_INDEX} names no files; download it again")
         files = [folder / file for file in sorted(set(weight_map.values()))]
         for file in files:
-            # The index is the author's. It may name files of the folder, and none elsewhere.
+            # The index is untrusted: it may name only files in the folder.
             if file.parent != folder or not file.is_file():
                 raise InputError(f"model {name}: {file.name} is missing, which {_INDEX} names; download it again")
-        if not files:
-            raise InputError(f"model {name}: {_INDEX} names no file; download it again")
         return cls(name, files)
 
     def load(self, file: Path) -> "dict[str, torch.Tensor]":
@@ -152,7 +154,7 @@ class PickledWeights:
             return TensorInfo(file, tensor.to("meta"), storage)
 
         found: dict[str, TensorInfo] = {}
-        for file in self.files:  # no tensor outlives its turn: one pickle is in memory at a time
+        for file in self.files:  # keep no tensor's content: one pickle is in memory at a time
             found |= {key: info(file, tensor) for key, tensor in self.load(file).items()}
         return found
 

@@ -28,7 +28,7 @@ TEXTS = (
     "ＡＢＣ", "日本語 テスト", "日本  語", "🦊🐶 👩\u200d👧", "Привет  мир", "a\u00a0b", "a\u3000b", "a\u200bb",
     "\ufeffBOM", "x\u2028y",
 )  # fmt: skip
-"""Texts that conversions of SentencePiece models often encode otherwise."""
+"""Texts that conversions of SentencePiece models often encode differently."""
 
 _BPE, _NORMAL, _USER_DEFINED = 2, 1, 4
 """Numbers of SentencePiece's enumerations: a model type and two piece types."""
@@ -37,7 +37,7 @@ _BPE, _NORMAL, _USER_DEFINED = 2, 1, 4
 def write_tokenizer(folder: Path) -> None:
     """Write a tokenizer.json that encodes as the folder's SentencePiece model does, if the folder has one.
 
-    A tokenizer.json that does so already is not changed. Control tokens written in a text, such as `</s>`, are tokens
+    A tokenizer.json that already does so is not changed. Control tokens written in a text, such as `</s>`, are tokens
     to transformers and only text to SentencePiece.
 
     Args:

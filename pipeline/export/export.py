@@ -1,4 +1,4 @@
-"""Command `export`: groups as preference data that TRL's DPOTrainer, and others, train on: prompt, chosen, rejected."""
+"""Command `export`: groups as preference data for TRL's DPOTrainer and others: prompt, chosen, rejected."""
 
 import logging
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.models.tokenizer import TokenizerFiles
-from cpo_pipe.data.output_folder import check_new, new_folder
+from cpo_pipe.data.output_folder import new_folder
 from cpo_pipe.data.progress import track
 from cpo_pipe.data.store import Rows
 from cpo_pipe.pipeline.export.card import data_card
@@ -49,7 +49,6 @@ def export(
     Raises:
         InputError: `out` has something in it, or there is no pair.
     """
-    check_new(out)
     encoder, counts = tokenizer.load(), PairCounts()
     if conversational and not encoder.chat_template:
         log.warning("export: the tokenizer of the examples has no chat template; TRL needs one to render messages")

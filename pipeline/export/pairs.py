@@ -41,7 +41,7 @@ def parse_pairs(texts: Sequence[str], known: Sequence[str]) -> list[Pair]:
         known: the labels of candidates.
 
     Raises:
-        InputError: a text is no pair, a label is unknown, or a pair is given twice.
+        InputError: a text is not a pair, a label is unknown, or a pair is given twice.
     """
     pairs: list[Pair] = []
     for text in texts:
@@ -77,7 +77,7 @@ def pair_rows(
         pairs: which pairs; empty: the target with each negative.
         conversational: texts as messages.
         tokenizer: of the examples.
-        counts: counts that are added to.
+        counts: updated in place.
     """
     # A sample may end by another control token than EOS, such as one that ends a turn.
     no_end = {tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}

@@ -1,4 +1,4 @@
-"""Articles, cut into chunks of which the first tokens are the prompt and the others the target."""
+"""Articles, cut into chunks. The first tokens of a chunk are its prompt, the others its target."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ class Articles(Data):
         rendering: Spec,
         advance: Callable[[int], None],
     ) -> Iterator[Encoded]:
-        """Yield an example of each chunk; of a batch of articles the refused ones come first."""
+        """Yield an example for each chunk; refused articles come first in their batch."""
         eos = templates.eos_token_id(tokenizer)
         is_control = templates.finder(templates.special_tokens(tokenizer))
         for batch in batches(rows, BATCH):

@@ -1,5 +1,6 @@
 """The `data` section of a recipe, and what each preset implements."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -63,8 +64,8 @@ Encoded = Example | ShortEnd | Refusal
 class Data(Section):
     """Where ground truth comes from, how it becomes token ids and how it is split. The base class of all presets.
 
-    Plain pairs are `Pairs`, plain articles `Articles`. A data set of its own derives from one of them and overrides the
-    defaults of fields (source, columns, template) and, where it has a split of its own, `split_sizes`.
+    Plain pairs are `Pairs`, plain articles `Articles`. A preset for a data set derives from one of them. It overrides
+    defaults of fields (source, columns, template) and, if the data set has its own split, `split_sizes`.
     """
 
     preset: str = Field(
@@ -121,22 +122,23 @@ class Data(Section):
 
     # ── what the shape of the data (pairs, articles) decides ─────────────────────────────────────────────────────
 
+    @abstractmethod
     def corpus(self, texts: Texts) -> Iterator[str]:
         """Yield the texts of a row that a tokenizer is trained on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rendering(self) -> Spec:
         """Return what decides an example's token ids besides its texts and the tokenizer; it has a `template`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def limits(self) -> Spec:
         """Return what else decides which rows are rejected."""
-        raise NotImplementedError
 
+    @abstractmethod
     def longest_target(self) -> int:
         """Return the most tokens of a target without its EOS: the default limit of continuations."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(
         self,
         rows: Iterator[Texts | Refusal],
@@ -152,4 +154,3 @@ class Data(Section):
             rendering: of the examples, with the date of a chat template that has one.
             advance: takes the number of rows that are done.
         """
-        raise NotImplementedError

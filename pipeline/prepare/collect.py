@@ -1,4 +1,4 @@
-"""What became of the rows: examples in a scratch file, of which only the keys are in memory, and rejected rows."""
+"""Collect encoded rows: examples in a scratch file, with only their keys in memory, and rejected rows."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ class ExampleCollector:
         self._writer.close()
 
     def add(self, encoded: Encoded) -> None:
-        """Take an example, reject one that was there before, or count what is none."""
+        """Add an example, reject a duplicate or a refused row, or count a short end."""
         if isinstance(encoded, ShortEnd):
             self.short_ends += 1
             return
@@ -66,10 +66,10 @@ class ExampleCollector:
             self._flush()
 
     def check(self, max_rejected: float, run_dir: Path | None) -> None:
-        """Refuse to go on when too many rows were rejected, or none is left; they are then written to `run_dir`.
+        """Refuse a source with too many rejected rows or no examples; write the rejected rows to `run_dir`.
 
         Raises:
-            InputError: that is so.
+            InputError: too many rows were rejected, or no examples are left.
         """
         file = run_dir / "rejected.parquet" if run_dir is not None else None
         if file is not None:

@@ -68,7 +68,7 @@ class Pairs(Data):
         rendering: Spec,
         advance: Callable[[int], None],
     ) -> Iterator[Encoded]:
-        """Yield an example of each row, or why it is rejected; of a batch of rows those refused before come first."""
+        """Yield an example or a refusal for each row; rows refused on reading come first in their batch."""
         as_text = templates.breaker(tokenizer)  # control tokens in the data are text; those of the template are meant
         eos = templates.eos_token_id(tokenizer)
         is_control = templates.finder(templates.special_tokens(tokenizer))

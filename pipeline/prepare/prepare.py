@@ -25,7 +25,7 @@ from cpo_pipe.pipeline.prepare.split import SPLITS, split_ends, split_ranges, wa
 log = logging.getLogger(__name__)
 
 RULES = 3
-"""Raise when the same rows come to mean other examples: what was prepared before is then made again."""
+"""Raise it when the same rows yield other examples; this invalidates examples prepared before."""
 
 
 def prepare(config: Data, store: Store, run_dir: Path | None = None) -> Examples:
@@ -62,7 +62,7 @@ def find_examples(config: Data, store: Store) -> Examples | None:
     """Return the examples that a recipe's `data` section describes, or None where the store has none.
 
     Raises:
-        InputError: as `prepare` does.
+        InputError: for the reasons that `prepare` raises it.
     """
     source = config.open_source()
     return _found(config, source, _content(config, source, store), store)
@@ -146,7 +146,7 @@ def _check_found(examples: Examples, config: Data, source: Source) -> None:
 
 
 def _report(facts: dict[str, Any], found: str = "") -> None:
-    """Log how many examples there are, and which texts are encoded otherwise than they are written."""
+    """Log how many examples there are, and which texts are not encoded as written."""
     splits = ", ".join(f"{number:,} {name}" for name, number in facts["examples"].items())
     rejected = facts["rejected"]
     line = f"examples: {splits}; {sum(rejected.values()):,} rejected"

@@ -9,7 +9,7 @@ from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.text import one_line
 
 NAMED_REASONS = 3
-"""Reasons of which a row is shown when too many rows are rejected."""
+"""Number of reasons that the message about too many rejected rows gives an example of."""
 
 
 def check_rejected(
@@ -20,7 +20,7 @@ def check_rejected(
     rejected: Sequence[Mapping[str, Any]],
     file: Path | None,
 ) -> None:
-    """Refuse a source of which too many rows were rejected.
+    """Refuse a source with too many rejected rows.
 
     Args:
         limit: the largest share of rejected rows, `data.max_rejected`.
@@ -31,7 +31,7 @@ def check_rejected(
         file: where they are written; None: nowhere.
 
     Raises:
-        InputError: more rows were rejected.
+        InputError: the share of rejected rows exceeds the limit.
     """
     count = sum(reasons.values())
     if count > limit * (kept + count):

@@ -1,4 +1,4 @@
-"""The split into train, validation and test: by the hash of the prompt, so that equal prompts are on one side."""
+"""The split into train, validation and test: by the hash of the prompt, so that equal prompts are in one split."""
 
 import logging
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ def split_ends(
 ) -> tuple[int, int, int]:
     """Return where the train, validation and test splits end among examples ordered by the hash of their prompt.
 
-    A boundary between equal prompts moves behind them.
+    A boundary between equal prompts moves to the last of them.
 
     Args:
         prompt_hashes: of the examples, in order.
@@ -38,9 +38,7 @@ def split_ends(
     test_end = rows if test is None else min(validation_end + test, rows)
     for name, size in (("validation", validation_end - train_end), ("test", test_end - validation_end)):
         if asked[name] and not size:
-            raise InputError(
-                f"{wanted}: of {rows:,} rows none is left for data.{name}; ask for fewer, or give more rows"
-            )
+            raise InputError(f"{wanted}: no row of {rows:,} is left for data.{name}; ask for fewer, or give more rows")
     return train_end, validation_end, test_end
 
 

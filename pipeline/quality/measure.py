@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from cpo_pipe.data.models.embedder import tied
 from cpo_pipe.data.progress import track
 from cpo_pipe.data.store import Rows
-from cpo_pipe.pipeline.quality.schema import ALL, QUALITY, TARGET
+from cpo_pipe.pipeline.negatives.config import TARGET
+from cpo_pipe.pipeline.negatives.strategy import Source
+from cpo_pipe.pipeline.quality.schema import ALL, QUALITY
 from cpo_pipe.pipeline.quality.warnings import quality_warnings
 
 SLICE = 1024
@@ -34,22 +36,6 @@ DISTINCT_GROUPS = 1024
 SIMILARITY_EDGES = np.linspace(-1, 1, 41)
 RATIO_EDGES = np.exp2((np.arange(-16, 18) - 0.5) / 4)
 """Quarters of an octave from 1/16 to 16, the middle one around 1. Values outside count in the first or last bin."""
-
-
-class Source(Protocol):
-    """The negatives of one source."""
-
-    @property
-    def label(self) -> str:
-        """Return the name that groups give them."""
-
-    @property
-    def rows(self) -> Rows:
-        """Return their artifact."""
-
-    @property
-    def count(self) -> int:
-        """Return how many of each example's negatives a group takes."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +57,7 @@ def measure_quality(
         selection: the examples of the groups (EXAMPLES schema).
         sources: the negatives of each source, in the order in which `rank` takes them; complete.
         groups: the groups of all examples; complete.
-        reference: log π_ref of the candidates, if any. Groups without it are left out of the figures about it.
+        reference: log π_ref of the candidates, if any. Figures about it omit groups without it.
     """
     tally = _Tally([source.label for source in sources])
     ids = selection["example_id"].to_pylist()
@@ -104,7 +90,7 @@ def measure_quality(
 
 
 class _Tally:
-    """Sums of figures over sources and slices; NaN is an unknown value and is left out."""
+    """Sums of figures over sources and slices; NaN is an unknown value and is omitted."""
 
     def __init__(self, labels: Sequence[str]):
         self.labels = labels

@@ -1,11 +1,9 @@
-"""The schema of `quality.parquet`: one row per source of negatives, then ALL and TARGET."""
+"""The schema of `quality.parquet`: one row per source of negatives, then `all` and, for comparison, `target`."""
 
 from collections.abc import Mapping
 
 import pyarrow as pa
 
-TARGET = "target"
-"""The row of the targets themselves, for comparison; also the strategy of a group's target."""
 ALL = "all"
 """The row of all negatives together."""
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from cpo_pipe.pipeline.quality.schema import ALL, TARGET
+from cpo_pipe.pipeline.negatives.config import TARGET
+from cpo_pipe.pipeline.quality.schema import ALL
 
 EASY = 0.9
 """A rule that reads no text (the longer one, the likelier one) is right or wrong in more than this share of pairs, so

@@ -6,5 +6,9 @@ from cpo_pipe.pipeline.rank.none import NoScorer
 from cpo_pipe.pipeline.rank.scorer import Scorer
 
 SCORERS: Registry[Scorer] = Registry(
-    "scorer", "by", Scorer, {"embedding": EmbeddingScorer, "none": NoScorer}, default="embedding"
+    "scorer",
+    "by",
+    Scorer,  # type: ignore[type-abstract]
+    {"embedding": EmbeddingScorer, "none": NoScorer},
+    default="embedding",
 )

@@ -12,6 +12,7 @@ from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.fingerprint import candidate_id
 from cpo_pipe.data.models.end_tokens import without_end
 from cpo_pipe.data.store import Rows
+from cpo_pipe.pipeline.negatives.config import TARGET
 from cpo_pipe.pipeline.negatives.strategy import Source
 from cpo_pipe.pipeline.rank.scorer import Scores
 
@@ -24,7 +25,7 @@ def collect_candidates(
 ) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
     """Return the unranked candidates of each example, target first, and the rows of the negatives that were dropped.
 
-    Candidates are compared without the token that ends them: a copy of the target is one whatever ends it.
+    Candidates are compared without their end tokens: a copy of the target that ends otherwise is still a copy.
     """
     negatives: dict[str, list[dict[str, Any]]] = {example["example_id"]: [] for example in examples}
     for source in sources:
@@ -36,7 +37,7 @@ def collect_candidates(
     dropped: list[dict[str, Any]] = []
     for example in examples:
         prompt_ids, target = example["prompt_ids"], tuple(without_end(example["target_ids"], example["ends"]))
-        candidates = [_candidate(prompt_ids, example["target"], example["target_ids"], "target")]
+        candidates = [_candidate(prompt_ids, example["target"], example["target_ids"], TARGET)]
         seen = {target}
         for row in negatives[example["example_id"]]:
             ids = tuple(without_end(row["token_ids"], row["finish_reason"] == "stop"))
@@ -66,15 +67,20 @@ def add_ranks(groups: Sequence[list[dict[str, Any]]], scores: Sequence[Scores]) 
     """Set `similarity`, `truncated` and `rank` in place: target first, then by falling score, ties by candidate id.
 
     Raises:
-        InputError: a scorer gave no finite number for each candidate.
+        InputError: the scorer did not return one finite number for each candidate, or flags of another number of texts.
     """
+    if len(scores) != len(groups):
+        raise InputError(f"rank.by: the scorer returned {len(scores)} Scores for {len(groups)} groups; correct it")
     for group, of_group in zip(groups, scores, strict=True):
         if len(of_group.similarity) != len(group) or not np.isfinite(of_group.similarity).all():
             raise InputError("rank.by: the scorer must give one finite number for each text of a group; correct it")
         for candidate, similarity in zip(group, of_group.similarity, strict=True):
             candidate["similarity"] = float(similarity)
-        for candidate, truncated in zip(group, of_group.truncated or [], strict=False):
-            candidate["truncated"] = bool(truncated)
+        if of_group.truncated is not None:
+            if len(of_group.truncated) != len(group):
+                raise InputError("rank.by: the scorer must set `truncated` for each text of a group or not at all")
+            for candidate, truncated in zip(group, of_group.truncated, strict=True):
+                candidate["truncated"] = bool(truncated)
         negatives = sorted(group[1:], key=lambda candidate: (-candidate["similarity"], candidate["candidate_id"]))
         for position, candidate in enumerate([group[0], *negatives]):
             candidate["rank"] = position

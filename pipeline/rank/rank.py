@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 SLICE = 512
 """Examples whose negatives are read together."""
 RULES = 3
-"""Raise when the same negatives come to make other groups, or candidates get other columns."""
+"""Raise it when the same negatives yield other groups, or candidates get other columns."""
 
 
 def plan_groups(config: Scorer, store: Store, plan: Plan) -> tuple[Rows, Rows]:

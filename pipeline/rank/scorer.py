@@ -1,5 +1,6 @@
 """What a scorer is: the `rank` section of a recipe, and what orders the negatives of a group."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -30,7 +31,7 @@ class Scorer(Section):
     """How negatives are ranked, and which are dropped. The base class of all scorers."""
 
     ranks: ClassVar[bool] = True
-    """Whether groups get an order at all."""
+    """Whether the scorer orders the negatives."""
 
     by: str = Field("embedding", description="scorer: `embedding`, `none` (no order), or your own as `module:Class`")
     drop_duplicates: bool = Field(
@@ -38,13 +39,13 @@ class Scorer(Section):
     )
     batch_size: Positive = Field(64, description="groups scored at a time; does not change the order")
 
+    @abstractmethod
     def spec(self, store: Store) -> Spec | None:
-        """Return what decides the scores, as values that JSON can hold. Groups are made again when it changes."""
-        raise NotImplementedError
+        """Return what decides the scores, as values that JSON can hold. A change invalidates groups."""
 
+    @abstractmethod
     def open(self, store: Store) -> ScoreGroups:
         """Return the function that scores. It must be picklable, and load what is heavy when it is first called."""
-        raise NotImplementedError
 
     def embedder(self, store: Store) -> Embedder | None:
         """Return the embedding model that scores, if one does: evaluation marks the metrics that use the same."""

@@ -11,7 +11,7 @@ from cpo_pipe.pipeline.prepare.presets.python_docs import PythonDocs
 PRESETS: Registry[Data] = Registry(
     "preset",
     "preset",
-    Data,
+    Data,  # type: ignore[type-abstract]
     {"pairs": Pairs, "text": Articles, "dolly": Dolly, "gsm8k": GSM8K, "python-docs": PythonDocs},
     default="pairs",
 )

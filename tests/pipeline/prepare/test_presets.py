@@ -6,6 +6,7 @@ import pytest
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.pipeline.prepare.prepare import prepare
+from cpo_pipe.recipe.load import parse_recipe
 from tests.support.ground_truth import by_split, data, jsonl
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
@@ -37,6 +38,19 @@ def test_a_preset_of_the_users_own(tmp_path, store, byte_tokenizer, monkeypatch)
     examples = prepare(quiz, store)
     assert {name: len(rows) for name, rows in by_split(examples).items()} == {"train": 3, "validation": 0, "test": 2}
     assert all(text.startswith("Q: ") for text in examples.read("train")["rendered"].to_pylist())
+
+
+def test_an_incomplete_preset_is_refused_when_the_recipe_is_read(tmp_path, monkeypatch):
+    code = 'from cpo_pipe.pipeline.prepare.base import Data\nclass Bare(Data):\n    """Rows."""\n'
+    (tmp_path / "bare_data.py").write_text(code + "    def limits(self): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    content = {
+        "data": {"preset": "bare_data:Bare", "source": "a.jsonl", "tokenizer": "t", "train": 1},
+        "train": {"mle": {"objective": "mle", "init": "m"}},
+    }
+    message = r"data: preset bare_data:Bare is incomplete; implement corpus, encode, longest_target, rendering"
+    with pytest.raises(InputError, match=message):
+        parse_recipe(content, "r.yaml")
 
 
 @needs_shared

@@ -23,7 +23,7 @@ def test_equal_prompts_stay_on_one_side(rows, train, validation):
     try:
         parts = sides(rows, train, validation)
     except InputError as error:
-        assert "none is left for data.validation" in str(error)  # noqa: PT017
+        assert "is left for data.validation" in str(error)  # noqa: PT017
         return
     assert len(parts[0]) >= train
     assert sum(map(len, parts)) == len(rows)
@@ -58,8 +58,8 @@ def test_boundary_moves_behind_equal_prompts():
     [
         ((5, 2, None), r"data\.train 5 \+ data\.validation 2: only 6 rows are left to split"),
         ((None, 2, 4), r"data\.validation 2 \+ data\.test 4: only 6 rows are left to split"),
-        ((6, 0, 3), r"data\.train 6 \+ data\.test 3: of 6 rows none is left for data\.test"),
-        ((3, 3, 1), r"data\.train 3 \+ data\.validation 3 \+ data\.test 1: of 6 rows none is left for data\.test"),
+        ((6, 0, 3), r"data\.train 6 \+ data\.test 3: no row of 6 is left for data\.test"),
+        ((3, 3, 1), r"data\.train 3 \+ data\.validation 3 \+ data\.test 1: no row of 6 is left for data\.test"),
     ],
 )
 def test_splits_that_cannot_be_filled(numbers, message):

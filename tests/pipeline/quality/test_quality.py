@@ -9,16 +9,13 @@ import pytest
 
 from cpo_pipe.data.schemas import EXAMPLES
 from cpo_pipe.data.store import Rows, Store
+from cpo_pipe.pipeline.negatives.config import TARGET
+from cpo_pipe.pipeline.negatives.strategy import Source
 from cpo_pipe.pipeline.quality import measure
 from cpo_pipe.pipeline.quality.measure import Quality, measure_quality
-from cpo_pipe.pipeline.quality.schema import ALL, QUALITY, TARGET
+from cpo_pipe.pipeline.quality.schema import ALL, QUALITY
 from cpo_pipe.pipeline.quality.warnings import quality_warnings
-
-
-class Pool(NamedTuple):
-    label: str
-    rows: Rows
-    count: int
+from cpo_pipe.pipeline.samples import SampleRequest
 
 
 class Made(NamedTuple):
@@ -54,7 +51,9 @@ class Bench:
         self.targets, self.made = targets, pools
         self.store = Store(root)
         self.groups = self.store.rows("groups", {"a": 1})
-        self.pools = [Pool(label, self._negatives(label, made), count) for label, (made, count) in pools.items()]
+        self.sources = [
+            Source(label, SampleRequest(self._negatives(label, made), count)) for label, (made, count) in pools.items()
+        ]
         rows = [self._example(name, ids) for name, ids in targets.items()]
         self.selection = pa.Table.from_pylist(rows, schema=EXAMPLES)
         with self.groups.writer() as writer:
@@ -63,7 +62,7 @@ class Bench:
     def measure(self, reference: dict[str, float] | None = None) -> tuple[Quality, dict[str, dict[str, Any]]]:
         """`reference`: log π_ref of the targets of the groups that have any."""
         rows = None if reference is None else self._reference(reference)
-        found = measure_quality(self.selection, self.pools, self.groups, rows)
+        found = measure_quality(self.selection, self.sources, self.groups, rows)
         return found, {row["strategy"]: row for row in found.table.to_pylist()}
 
     def _example(self, name: str, target: list[int]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from cpo_pipe.pipeline.rank.none import NoScorer
 from cpo_pipe.pipeline.rank.rank import plan_groups, rank
 from cpo_pipe.pipeline.rank.scorer import Scores
 from cpo_pipe.pipeline.samples import SampleRequest
+from cpo_pipe.recipe.load import parse_recipe
 from tests.support.project import Project
 
 TARGET = [7, 8, 0]
@@ -292,8 +293,28 @@ def test_a_scorer_of_the_users_own(project: Project, monkeypatch: pytest.MonkeyP
     assert "rank.word is not a known key; did you mean words?" in wrong.err
 
 
+def test_an_incomplete_scorer_is_refused_when_the_recipe_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = 'from cpo_pipe.pipeline.rank.scorer import Scorer\nclass Silent(Scorer):\n    """Ranks by nothing."""\n'
+    (tmp_path / "silent_ranker.py").write_text(code + "    def spec(self, store): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    content = {
+        "data": {"source": "a.jsonl", "tokenizer": "t", "train": 1},
+        "train": {"mle": {"objective": "mle", "init": "m"}},
+        "rank": {"by": "silent_ranker:Silent"},
+    }
+    with pytest.raises(InputError, match="rank: scorer silent_ranker:Silent is incomplete; implement open"):
+        parse_recipe(content, "r.yaml")
+
+
 def test_scores_must_be_one_finite_number_for_each_text() -> None:
     for similarity in ([1.0], [1.0, float("nan")]):
         group = [{"candidate_id": "a", "text": "t"}, {"candidate_id": "b", "text": "u"}]
         with pytest.raises(InputError, match="one finite number for each text"):
             add_ranks([group], [Scores(similarity)])
+    group = [{"candidate_id": "a", "text": "t"}, {"candidate_id": "b", "text": "u"}]
+    with pytest.raises(InputError, match="returned 0 Scores for 1 groups"):
+        add_ranks([group], [])
+    with pytest.raises(InputError, match="must set `truncated` for each text"):
+        add_ranks([group], [Scores([1.0, 0.5], [True])])

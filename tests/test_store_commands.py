@@ -584,7 +584,7 @@ def test_diff_says_where_the_specs_differ(used) -> None:
         (["verify", "groups/", "nothing/at-all"], "artifact nothing/at-all: not in"),
         (["gc", "--delete", "--store", "absent"], "--store absent: no such folder"),
         (["diff", "groups/"], "Missing argument"),
-        (["diff", "groups/", "negatives/"], "are of different kinds; give two of one kind"),
+        (["diff", "groups/", "negatives/"], "are of different kinds; name two of one kind"),
         (["tidy"], "No such command"),
     ],
 )

@@ -46,7 +46,7 @@ def identity() -> str:
 
 @cache
 def collect() -> tuple[str, ...]:
-    """Return the articles: one per module that has prose in its docstrings, in the order of paths, then one per topic."""
+    """Return the articles: one per module with prose in its docstrings, in the order of paths, then one per topic."""
     root = _root()
     seen: set[str] = set()
     articles = []

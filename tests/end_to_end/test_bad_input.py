@@ -153,9 +153,9 @@ def test_vllm_where_it_is_not_installed(made) -> None:
 # ── the data ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 DATA_FILES = {
-    "empty.jsonl": (b"", "data.source empty.jsonl: there are no rows in it"),
-    "header.csv": (b"prompt,target\n", "data.source header.csv: there are no rows in it"),
-    "empty.csv": (b"", "data.source empty.csv: there are no rows in it"),
+    "empty.jsonl": (b"", "data.source empty.jsonl: has no rows"),
+    "header.csv": (b"prompt,target\n", "data.source header.csv: has no rows"),
+    "empty.csv": (b"", "data.source empty.csv: has no rows"),
     "other.csv": (b"question,target\na,b\n", "no column 'prompt' (data.columns.prompt); the columns there are"),
     "open.csv": (b'prompt,target\na,"b\nc,d\n', "the quote opened at open.csv:2 is not closed"),
     "text.jsonl": (b"hello\n" * 9, "9 of 9 rows were rejected (9 not JSON), more than data.max_rejected 0.1 allows"),

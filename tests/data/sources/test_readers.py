@@ -211,7 +211,7 @@ def test_text_file_read_as_pairs_names_the_preset(tmp_path):
 )
 def test_no_rows_is_an_error(tmp_path, name, content):
     required = {"target": "text"} if name.endswith(".txt") else PAIR
-    with pytest.raises(InputError, match="there are no rows in it"):
+    with pytest.raises(InputError, match="has no rows"):
         read(write(tmp_path / name, content), required)
 
 

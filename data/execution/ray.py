@@ -35,7 +35,7 @@ class RayExecutor:
     """Does the work in Ray's workers."""
 
     def __init__(self, workers: int | None = None, worker_gpus: float | None = None):
-        """`workers`: by default one per GPU, or per core without GPUs; `worker_gpus`: each, by default 1 if there are any."""
+        """`workers`: by default one per GPU, or per core without GPUs; `worker_gpus`: each, by default 1 if any."""
         self._workers, self._worker_gpus = workers, worker_gpus
 
     def run(self, work: Work, batches: Iterable[pa.Table], label: str, total: int) -> None:

@@ -21,7 +21,7 @@ class Examples:
     """Folder with examples.parquet, tokenizer/ and, where rows were refused, rejected.parquet."""
     tokenizer: TokenizerFiles
     rendering: Spec
-    """What decides an example's prompt ids beyond its id: template, tokenizer and, for cut text, where it is cut."""
+    """The fields that determine an example's prompt ids: template, tokenizer and, for cut text, where it is cut."""
 
     def read(self, split: str, limit: int | None = None, columns: list[str] | None = None) -> pa.Table:
         """Return the split's selection, in its fixed order: the first `limit` examples of the EXAMPLES schema."""
@@ -31,14 +31,14 @@ class Examples:
         return table if limit is None else table.slice(0, limit)
 
     def count(self, split: str) -> int:
-        """Return examples of a split."""
+        """Return the number of examples in a split."""
         return int(self.read(split, columns=["example_id"]).num_rows)
 
 
 def draw(examples: pa.Table, count: int, seed: int) -> pa.Table:
     """Return `count` examples drawn by a seed, in their order: those whose ids hash lowest with it.
 
-    The order of the source changes none, other rows move few, and a larger draw contains the smaller ones.
+    The draw does not depend on the order of the source, and a larger draw contains the smaller ones.
     """
     ids = enumerate(examples["example_id"].to_pylist())
     lowest = heapq.nsmallest(count, ((digest(["draw", seed, example_id]), row) for row, example_id in ids))

@@ -15,10 +15,10 @@ from cpo_pipe.data.errors import InputError, RunError, cause
 log = logging.getLogger(__name__)
 
 Spec = dict[str, Any]
-"""The fields that decide an artifact's values, and none that don't. Plain JSON values only."""
+"""The fields that determine the values of an artifact, and no others. Plain JSON values only."""
 
 SAMPLES_PER_ROW = 1 << 16
-"""Seeds of one example's samples are consecutive; this many are set aside for each example."""
+"""Seeds of one example's samples are consecutive; each example has this many."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -151,7 +151,7 @@ class FileHashes:
 
 
 def _read_cache(path: Path) -> dict[str, list[str]]:
-    """Return the cached hashes; of a damaged cache none."""
+    """Return the cached hashes; a damaged cache counts as empty."""
     if not path.exists():
         return {}
     try:
@@ -176,7 +176,7 @@ def check_unchanged(path: Path, recorded: str) -> None:
     """Refuse a file whose bytes no longer have the SHA-256 `recorded`; a process reads each file once.
 
     Raises:
-        RunError: they do not.
+        RunError: the SHA-256 differs.
     """
     found = sha256_once(path)
     if found == recorded:
@@ -214,19 +214,19 @@ def model_fingerprint(folder: Path, hash_file: Callable[[Path], str]) -> str:
     return digest({"config": config, "weights": [list(file) for file in weights.items()]})
 
 
-def read_json(path: Path, remedy: str = "download or save the model again") -> dict[str, Any]:
-    """Return the object in a small JSON file.
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a small JSON file of a model or tokenizer.
 
     Raises:
-        InputError: the file holds none. The message ends with `remedy`.
-        FileNotFoundError: there is no file.
+        InputError: the file does not hold a JSON object.
+        FileNotFoundError: the file is missing.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({cause(error)}); {remedy}") from error
+        raise InputError(f"{path}: not valid JSON ({cause(error)}); download or save the model again") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: not a JSON object; {remedy}")
+        raise InputError(f"{path}: not a JSON object; download or save the model again")
     return content
 
 
@@ -234,7 +234,7 @@ def tokenizer_fingerprint(folder: Path, hash_file: Callable[[Path], str]) -> str
     """Return the identity of a tokenizer: the content of its files.
 
     Raises:
-        InputError: the folder has none.
+        InputError: the folder has no tokenizer files.
     """
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not files:

@@ -10,10 +10,10 @@ from cpo_pipe.data.store import atomic
 
 
 def check_new(out: Path) -> None:
-    """Refuse a folder that is not empty.
+    """Refuse a path that exists, unless it is an empty folder.
 
     Raises:
-        InputError: it is not, or it is no folder.
+        InputError: the path is a file or a folder that is not empty.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"--out {out}: already exists; name a folder that is new or empty")

@@ -1,7 +1,7 @@
 r"""Text that others wrote, made safe to show on a terminal, in a log line and in Markdown.
 
-Control characters can move the cursor, set the window's title or overwrite a line; direction characters reorder what
-stands around them. All text for people goes through `say` or the log (see `src/cpo_pipe/terminal.py`), or through
+Control characters can move the cursor, set the window's title or overwrite a line; direction characters reorder the
+text around them. All text for people goes through `say` or the log (see `src/cpo_pipe/terminal.py`), or through
 `markdown` and `fenced` into files.
 """
 
@@ -15,7 +15,7 @@ from cpo_pipe.data.config import LONGEST_NAME
 
 
 def nearest(name: str, known: Iterable[str], kind: str = "") -> str:
-    """Return `did you mean X?` for the known name that is most like this one; empty where none is."""
+    """Return `did you mean X?` for the known name that is most like this one; an empty string if none is."""
     if len(name) > LONGEST_NAME:  # the comparison takes time that grows with the square of the lengths
         return ""
     near = difflib.get_close_matches(name, [other for other in known if len(other) <= LONGEST_NAME], n=1)

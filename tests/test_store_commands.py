@@ -151,7 +151,7 @@ SPECS = [
                 {"count": 3, "negatives": {"strategy": "autoregressive"}, "label": "autoregressive"},
                 {"count": 1, "negatives": {"strategy": "pool"}, "label": "gpt2"},
             ],
-            "embedder": "ef" * 16,
+            "scorer": {"embedder": "ef" * 16},
             "drop_duplicates": False,
         },
         "count 3 + 1, label autoregressive + gpt2, strategy autoregressive + pool, embedder efefefef, "
@@ -584,7 +584,7 @@ def test_diff_says_where_the_specs_differ(used) -> None:
         (["verify", "groups/", "nothing/at-all"], "artifact nothing/at-all: not in"),
         (["gc", "--delete", "--store", "absent"], "--store absent: no such folder"),
         (["diff", "groups/"], "Missing argument"),
-        (["diff", "groups/", "negatives/"], "are of different kinds; give two of one kind"),
+        (["diff", "groups/", "negatives/"], "are of different kinds; name two of one kind"),
         (["tidy"], "No such command"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The executor that the command line's options mean."""
+"""Choose the executor from the options of the command line."""
 
 import importlib.util
 
@@ -7,14 +7,14 @@ from cpo_pipe.data.execution.base import Executor, LocalExecutor
 
 
 def open_executor(name: str, workers: int | None, worker_gpus: float | None) -> Executor:
-    """Return the executor that the command line's options mean.
+    """Return the executor for the options of the command line.
 
     Raises:
-        InputError: there is none of that name, or the options do not fit it.
+        InputError: the name is unknown, Ray is not installed, or an option is for another executor.
     """
     if name == "local":
         if workers is not None or worker_gpus is not None:
-            raise InputError("--workers and --worker-gpus are for --executor ray only: add it, or leave them out")
+            raise InputError("--workers and --worker-gpus need --executor ray; add it, or remove them")
         return LocalExecutor()
     if name != "ray":
         raise InputError(f"--executor {name}: must be local or ray")

@@ -1,7 +1,7 @@
 """Work done by Ray's workers: on the cluster that RAY_ADDRESS names, or else on this machine.
 
-The batches lie as Parquet files beside the output; Ray Data hands their names to actors that have opened the work, and
-starts anew what died. The actors write through the store themselves; a batch that was done twice is harmless there.
+The batches are Parquet files beside the output. Ray Data hands their names to actors that have opened the work, and
+restarts actors that die. The actors write through the store themselves; a batch that is done twice is harmless there.
 On a cluster all nodes must see the store under the same path or URL.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cpo_pipe.data.errors import InputError, RunError, cause
+from cpo_pipe.data.errors import LONGEST_REASON, InputError, RunError, cause
 from cpo_pipe.data.execution.base import Work, do_batch
 from cpo_pipe.data.progress import track
 from cpo_pipe.data.store.paths import AnyPath
@@ -28,14 +28,14 @@ from cpo_pipe.data.text import one_line
 log = logging.getLogger(__name__)
 
 DEATHS = 3
-"""Times that a worker, and a batch that it died of, is tried again before the run fails."""
+"""Times that Ray restarts a dead worker, and retries its batch, before the run fails."""
 
 
 class RayExecutor:
     """Does the work in Ray's workers."""
 
     def __init__(self, workers: int | None = None, worker_gpus: float | None = None):
-        """`workers`: default one for each GPU, or else each core; `worker_gpus`: of each, default 1 where there are."""
+        """`workers`: by default one per GPU, or per core without GPUs; `worker_gpus`: each, by default 1 if any."""
         self._workers, self._worker_gpus = workers, worker_gpus
 
     def run(self, work: Work, batches: Iterable[pa.Table], label: str, total: int) -> None:
@@ -64,13 +64,13 @@ class RayExecutor:
             )
             try:
                 for row in done.iter_rows():
-                    if row["trouble"]:
+                    if row["trace"]:
                         log.debug("%s", row["trace"])
-                        raise (InputError if row["trouble"] == InputError.__name__ else RunError)(row["message"])
+                        raise (InputError if row["is_input_error"] else RunError)(row["message"])
                     meter.advance(row["units"])
             except ray.exceptions.RayError as error:
-                said = one_line(str(error), 300)  # the last of its lines say what happened
-                raise RunError(f"{label}: Ray's workers failed ({said}); what was made is kept") from error
+                reason = one_line(str(error), LONGEST_REASON)
+                raise RunError(f"{label}: Ray's workers failed ({reason}); what was made is kept") from error
 
     def _resources(self) -> tuple[int, float]:
         """Return how many workers, and how many GPUs each."""
@@ -95,7 +95,7 @@ class _Worker:
         self._make: Any = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        row: dict[str, Any] = {"units": 0, "trouble": "", "message": "", "trace": ""}
+        row: dict[str, Any] = {"units": 0, "is_input_error": False, "message": "", "trace": ""}
         try:
             self._make = self._make or self._work.open()
             for file in batch["batch"]:
@@ -105,7 +105,8 @@ class _Worker:
         except Exception as error:
             ours = isinstance(error, InputError | RunError)
             message = str(error) if ours else f"{type(error).__name__}: {cause(error)}"
-            row |= {"trouble": type(error).__name__, "message": message, "trace": traceback.format_exc()}
+            row |= {"is_input_error": isinstance(error, InputError), "message": message}
+            row["trace"] = traceback.format_exc()
         return {name: [value] for name, value in row.items()}
 
 

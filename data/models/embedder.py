@@ -125,7 +125,7 @@ def locate_embedder(name: str, store: Store) -> Embedder:
     """Return the embedding model that `minilm`, a folder or a hub name leads to; loads nothing.
 
     Raises:
-        InputError: there is no such model, it has no safetensors, or it asks to run code of its own.
+        InputError: no such model, it has no safetensors, or it asks to run code of its own.
     """
     folder = _packaged_folder() if name == PACKAGED else fetch_folder(name, "embedding model")
     files = sorted({file for pattern in _IDENTITY for file in folder.rglob(pattern) if file.name not in _PROVENANCE})

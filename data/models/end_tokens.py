@@ -59,7 +59,7 @@ def without_end(token_ids: list[int], ended: bool) -> list[int]:
 def name_end_tokens(network: "PreTrainedModel", ids: Sequence[int]) -> None:
     """Set the end tokens in a network's config and give it a generation config of special tokens alone.
 
-    What its authors would sample with (a temperature, a repetition penalty, tokens to suppress) is left out: it would
+    Sampling settings of its authors (temperature, repetition penalty, suppressed tokens) are removed: they would
     change what is sampled from the network, and transformers refuses to save settings that contradict each other.
     """
     from huggingface_hub.errors import StrictDataclassFieldValidationError

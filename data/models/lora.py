@@ -29,20 +29,20 @@ log = logging.getLogger(__name__)
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _NOT_IDENTITY = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
-"""Of the config: the base counts by its content, and the others change nothing."""
+"""Fields of the config: the base is identified by its content, and the others do not change the weights."""
 
 
 def base_of(name: str, folder: Path) -> tuple[str, str | None]:
     """Return the folder or hub name of the model that an adapter belongs to, and the revision there.
 
     Raises:
-        InputError: its config does not say, it is no LoRA, it has no safetensors, or a model stands beside it.
+        InputError: its config names no base, it is not LoRA, it has no safetensors, or a model is in the same folder.
     """
     config = read_json(folder / CONFIG)
     if not (folder / WEIGHTS).is_file():
         raise InputError(f"model {name}: an adapter without {WEIGHTS}; save it again with peft's save_pretrained")
     if beside := sorted(file.name for file in folder.glob("*.safetensors") if file.name != WEIGHTS):
-        raise InputError(f"model {name}: {WEIGHTS} and {beside[0]} stand side by side; move one to a folder of its own")
+        raise InputError(f"model {name}: {WEIGHTS} and {beside[0]} are in one folder; move one to its own folder")
     if config.get("peft_type") != "LORA":
         raise InputError(f"model {name}: an adapter of the type {config.get('peft_type')}; only LORA can be merged")
     base = config.get("base_model_name_or_path")
@@ -60,7 +60,7 @@ def adapted(name: str, folder: Path, base: Model, store: Store, *, make: bool = 
 
     Raises:
         InputError: peft is not installed, or the adapter does not belong to that base.
-        MissingInput: without `make`, where it is not there.
+        MissingInput: without `make`, if it is missing.
     """
     config = {key: value for key, value in read_json(folder / CONFIG).items() if key not in _NOT_IDENTITY}
     tokenizer = folder if any((folder / file).is_file() for file in TOKENIZER_FILES) else base.path

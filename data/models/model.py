@@ -10,10 +10,7 @@ from pydantic import Field, field_validator
 
 from cpo_pipe.data.config import Section, Seed
 from cpo_pipe.data.errors import InputError, cause
-from cpo_pipe.data.fingerprint import (
-    check_unchanged,
-    read_json,
-)
+from cpo_pipe.data.fingerprint import check_unchanged, read_json
 from cpo_pipe.data.models.remote_code import kernel_fault
 from cpo_pipe.data.store import Artifact, Rows, Store
 
@@ -176,7 +173,7 @@ def check_weights(folder: Path) -> None:
     """Refuse weights that are cut short, incomplete or something else (such as a Git LFS pointer), by their headers.
 
     Raises:
-        InputError: they are.
+        InputError: a file is damaged, not a safetensors file, or missing.
     """
     weights = sorted(folder.glob("*.safetensors"))
     for file in weights:
@@ -191,17 +188,17 @@ def check_weights(folder: Path) -> None:
             raise InputError(f"{index}: its weight_map does not name files; download or save the model again")
         absent = set(listed.values()) - {file.name for file in weights}
         if absent:
-            raise InputError(f"model {folder}: {min(absent)} is not there, which {index.name} names; download it again")
+            raise InputError(f"model {folder}: {min(absent)} is missing, but {index.name} lists it; download it again")
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Return whether the header is one, and the file ends where the header says."""
+    """Return whether the header is valid and the file ends where the header says."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
             header = json.loads(file.read(length)) if length < size else {}
             ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-        except (ValueError, TypeError, KeyError, AttributeError):
+            return bool(ends) and 8 + length + max(ends) == size
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
             return False
-    return bool(ends) and 8 + length + max(ends) == size

@@ -46,7 +46,7 @@ def check_embedder(name: str, folder: Path) -> None:
         try:
             modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
             classes = [str(module["type"]) for module in modules]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise InputError(f"{what}: modules.json lists no modules; download the model again") from error
         _check_classes(what, "modules.json", classes, "sentence_transformers.")
     names = ("config.json", "router_config.json", "sentence_*config.json")

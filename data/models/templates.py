@@ -48,7 +48,7 @@ def render(
         prompt: the prompt as the source has it.
         context: further input; empty where there is none.
         tokenizer: needed for `chat` only.
-        chat_date: the date that a chat template prints (ISO 8601), where it prints one; see `data/chat_date.py`.
+        chat_date: the date that a chat template prints (ISO 8601), where it prints one; see `data/models/chat_date.py`.
 
     Raises:
         InputError: `chat`, and the tokenizer has no chat template, or one that fails.
@@ -86,7 +86,7 @@ def _render_chat(content: str, tokenizer: "PreTrainedTokenizerBase | None", chat
 def encode_prompts(template: str, rendered: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     """Return token ids of rendered prompts: with the BOS token that the tokenizer or the template puts there, once.
 
-    An EOS token that the tokenizer appends is left out.
+    An EOS token that the tokenizer appends is removed.
     """
     # A chat template writes its special tokens, BOS included, into the text itself.
     ids = _encode(rendered, tokenizer, add_special_tokens=template != CHAT)
@@ -162,7 +162,7 @@ def _encode_as_text(
     left = [place for place in held if not control.isdisjoint(ids[place])]
     broken = _encode(list(map(_breaker(tokens), (texts[place] for place in left))), tokenizer, False)
     for place, row in zip(left, broken, strict=True):
-        # A normalizer may make one again of characters like its own; then it is left out.
+        # A normalizer may restore a control token from similar characters; then it is removed.
         ids[place] = [token for token in row if token not in control]
     return ids
 
@@ -208,15 +208,15 @@ def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
 
 
 def finder(tokens: Iterable[str]) -> Callable[[str], bool]:
-    """Return what tells whether any of the tokens is written in a text."""
+    """Return a function that tells whether a text contains any of the tokens."""
     pattern = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
     return lambda text: pattern.search(text) is not None
 
 
 def breaker(tokenizer: "PreTrainedTokenizerBase") -> Callable[[str], str]:
-    """What puts a space behind the first character of each control token in a text, so that it is none: `< |im_end|>`.
+    """Return a function that breaks the control tokens in a text by a space after the first character: `< |im_end|>`.
 
-    For texts that stand among control tokens which are meant. A control token of one character becomes a space.
+    For texts between control tokens that the template writes. A control token of one character becomes a space.
     """
     return _breaker(control_tokens(tokenizer))
 

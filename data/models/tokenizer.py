@@ -44,7 +44,7 @@ class TokenizerFiles:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Put a tokenizer's files beside a checkpoint's weights."""
+    """Copy a tokenizer's files to the folder of a checkpoint."""
     for file in TOKENIZER_FILES:
         if (source / file).is_file():
             shutil.copyfile(source / file, target / file)

@@ -31,12 +31,12 @@ LONGEST_WORD = 4000
 class TrainedBPE:
     """The tokenizer of a corpus, kept as a store artifact of the kind `tokenizers`.
 
-    It is trained on the whole corpus, held-out rows included: which rows are held out depends on what is rejected and,
-    for cut text, on where it is cut, and both depend on the tokenizer. It learns which strings are frequent, no more.
+    It is trained on the whole corpus, including validation and test rows: the split depends on which rows are rejected
+    and, for cut text, on where it is cut, and both depend on the tokenizer. It learns only which strings are frequent.
     """
 
     def __init__(self, corpus: Spec, vocab_size: int, store: Store):
-        """`corpus` is what decides the texts; a small one fills fewer than `vocab_size` entries."""
+        """`corpus` identifies the texts; a small corpus fills fewer than `vocab_size` entries."""
         spec = {"corpus": corpus, "vocab_size": vocab_size, "algorithm": "byte-level-bpe"}
         self._artifact = store.artifact("tokenizers", spec)
         self._vocab_size = vocab_size
@@ -60,7 +60,7 @@ class TrainedBPE:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> int:
-    """Train a byte-level BPE and save it as a transformers tokenizer; returns the number of its entries."""
+    """Train a byte-level BPE and save it as a transformers tokenizer; return the number of its entries."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

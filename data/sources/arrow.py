@@ -20,7 +20,7 @@ def open_parquet(name: str) -> Any:
     """Return an open Parquet file.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not a Parquet file.
     """
     try:
         file = pq.ParquetFile(name)
@@ -34,7 +34,7 @@ def read_parquet(name: str, required: Mapping[str, str], wanted: Sequence[str]) 
     """Yield the rows of a Parquet file, with the `wanted` columns that it has.
 
     Raises:
-        InputError: a required column is not there, a wanted one is there twice, or the file is damaged.
+        InputError: a required column is missing, a wanted one is duplicate, or the file is damaged.
     """
     parquet = open_parquet(name)
     schema = parquet.schema_arrow
@@ -52,7 +52,7 @@ def read_batches(source: str, name: str, batches: Iterable[Any], schema: pa.Sche
         source: the data source, for messages.
         name: the file or split, for the rows' labels.
         batches: read one after the other.
-        schema: its metadata may name the classes that numbers in a column stand for.
+        schema: its metadata may have the class names of integer columns.
 
     Raises:
         InputError: a part of the file is damaged.
@@ -121,7 +121,7 @@ def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
 
 
 def _class_name(value: Any, names: Sequence[str]) -> Any:
-    """Return the name of a class; None of -1, which stands for no class."""
+    """Return the name of a class; None for -1, which means no class."""
     if not isinstance(value, int):
         return value
     return names[value] if 0 <= value < len(names) else None

@@ -14,7 +14,7 @@ from pathlib import Path
 from cpo_pipe.data.fingerprint import digest, sha256_file
 
 _RULES = 1
-"""To be raised when the cleaning below changes what it returns: it is part of the identity."""
+"""Raise when the cleaning below changes what it returns: it is part of the identity."""
 
 # Tests and demos, foreign code, and tables that merely look like modules.
 _SKIPPED = {
@@ -46,7 +46,7 @@ def identity() -> str:
 
 @cache
 def collect() -> tuple[str, ...]:
-    """The articles: one per module that has prose in its docstrings, in the order of paths, then one per topic."""
+    """Return the articles: one per module with prose in its docstrings, in the order of paths, then one per topic."""
     root = _root()
     seen: set[str] = set()
     articles = []

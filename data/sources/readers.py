@@ -39,7 +39,7 @@ class Source:
     """Of a hub data set."""
 
     def identity(self, hash_file: Callable[[Path], str]) -> Spec:
-        """Return what decides its rows: the content of its files or the commit, never its name."""
+        """Return the fields that determine its rows: the content of its files or the commit, never its name."""
         if self.kind == "hub":
             return {"kind": self.kind, "commit": self.commit, "subset": self.subset, "split": self.split}
         if self.kind != "folder":
@@ -73,7 +73,7 @@ class Source:
             limit: rows to read at most.
 
         Raises:
-            InputError: a required column is not there (JSONL: in none of the rows), or there are no rows.
+            InputError: a required column is missing (JSONL: from every row), or there are no rows.
         """
         columns: dict[str, None] = {}
         readable = refused = 0
@@ -85,7 +85,7 @@ class Source:
                 refused += 1
             yield row
         if not readable + refused:
-            raise InputError(f"data.source {self.name}: there are no rows in it; name a source that has some")
+            raise InputError(f"data.source {self.name}: has no rows; name a source that has some")
         if readable:
             require(self.name, required, list(columns))
 
@@ -139,7 +139,7 @@ def locate_source(name: str, subset: str | None = None, split: str = "train", re
     """Return the source that a path or a hub name leads to; a hub data set is pinned to its commit.
 
     Raises:
-        InputError: there is no such file, folder or data set, or the file has a format that is not read.
+        InputError: no such file, folder or data set, or the format is not supported.
     """
     path = Path(name)
     if path.is_dir():
@@ -150,17 +150,18 @@ def locate_source(name: str, subset: str | None = None, split: str = "train", re
             raise InputError(f"data.source {name}: no such file; give the path of a {', '.join(_FILES)} file")
         return Source(name, path.suffix.lower())
     if path.is_file():
-        raise InputError(f"data.source {name}: the suffix {path.suffix!r} is none of {', '.join(_FILES)}; convert it")
+        formats = ", ".join(_FILES)
+        raise InputError(f"data.source {name}: suffix {path.suffix!r} is not supported; convert it to one of {formats}")
     if not _HUB_NAME.fullmatch(name):
         raise InputError(f"data.source {name}: no such file or folder, and not the name of a Hugging Face data set")
     return Source(name, "hub", subset, split, _hub_commit(name, revision))
 
 
 def _refuse_saved(folder: Path, split: str) -> None:
-    """Refuse a folder that `save_to_disk` of the `datasets` library wrote: its files are no Parquet.
+    """Refuse a folder that `save_to_disk` of the `datasets` library wrote: its files are not Parquet.
 
     Raises:
-        InputError: it is one.
+        InputError: the folder has the files that `save_to_disk` writes.
     """
     splits = (folder / "dataset_dict.json").is_file()
     if splits or ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()):

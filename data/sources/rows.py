@@ -18,7 +18,7 @@ _CONTENTS = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
-"""What files begin with that are not text in UTF-8."""
+"""Leading bytes of files that are not text in UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Row:
     """A row as the source has it."""
 
     source: str
-    """Where it stands: `file:line`."""
+    """Its place: `file:line`."""
     values: Mapping[str, Any]
 
 
@@ -48,7 +48,7 @@ def require(source: str, required: Mapping[str, str], there: Sequence[str]) -> N
     """Check that the columns that `data.columns` names are among those that are `there`.
 
     Raises:
-        InputError: one is not.
+        InputError: one is missing.
     """
     missing = {field: column for field, column in required.items() if column not in there}
     if not missing:

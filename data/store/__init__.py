@@ -1,4 +1,4 @@
-"""The store: artifacts as Parquet rows or folders of files, named by a hash of what decides their content."""
+"""The store: artifacts as Parquet rows or folders of files, named by the hash of their spec."""
 
 from cpo_pipe.data.store.artifact import Artifact, ArtifactWriter
 from cpo_pipe.data.store.rows import Rows, ShardWriter

@@ -35,7 +35,7 @@ class Artifact:
         self.path = path
         self.name = self._folder.name
         self.in_progress = self._folder.in_progress
-        """Where what makes it keeps its unfinished state, on this machine."""
+        """Folder of its unfinished state, on this machine."""
         self.spec = spec
         self._hash_file = hash_file
         self._remote = remote
@@ -61,7 +61,7 @@ class Artifact:
         return broken is None
 
     def _broken(self) -> str | None:
-        """Return the first file that is not what the manifest says."""
+        """Return the name of the first file that differs from the manifest, or why the folder is another artifact."""
         manifest = artifact_manifest(self.path / "manifest.json")
         if manifest is None:
             return "manifest.json"
@@ -134,7 +134,7 @@ class Artifact:
         atomic.write_bytes(remote / "manifest.json", (self.path / "manifest.json").read_bytes())
 
     def _downloaded(self, remote: "UPath") -> bool:
-        """Bring this machine's copy to what is recorded over there; whether there is anything, and undamaged."""
+        """Update this machine's copy from the remote store; return whether it is complete and undamaged."""
         try:
             recorded = (remote / "manifest.json").read_bytes()
         except FileNotFoundError:
@@ -156,14 +156,14 @@ class Artifact:
         manifest = artifact_manifest(folder / "manifest.json") or {"files": {}}
         for name in ("spec.json", *manifest["files"]):
             target = folder / name
-            if target.resolve().is_relative_to(folder.resolve()):  # a manifest does not decide where else to write
+            if target.resolve().is_relative_to(folder.resolve()):  # a manifest must not write elsewhere
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with reported(remote), suppress(FileNotFoundError):
                     remote.fs.get_file((remote / name).path, str(target))
 
 
 class ArtifactWriter:
-    """Context of `Artifact.create`. Fill `path`; put what should stand in the manifest into `facts`."""
+    """Context of `Artifact.create`. Write files into `path`, and facts for the manifest into `facts`."""
 
     def __init__(self, artifact: Artifact):
         self._artifact = artifact

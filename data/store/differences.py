@@ -6,7 +6,7 @@ from typing import Any
 from cpo_pipe.data.fingerprint import canonical_json
 
 ABSENT = object()
-"""Stands in a difference for a value that one side lacks."""
+"""The value, in a difference, of the side that lacks the key or item."""
 
 
 def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -60,7 +60,7 @@ class ArtifactFolder:
 
     @property
     def in_progress(self) -> Path:
-        """Return where what makes a directory artifact keeps its unfinished state."""
+        """Return the folder of the unfinished state of a directory artifact."""
         return self.local.parent / ".in-progress" / self.local.name
 
     def exists(self) -> bool:
@@ -104,7 +104,7 @@ class ArtifactFolder:
         """Return the names of the shards that have a manifest, as they are now."""
         folder = self.path / "manifests"
         try:
-            # Asked before every look-up, and much faster than `glob`.
+            # This runs before every look-up; `listdir` is much faster than `glob`.
             files = os.listdir(folder) if isinstance(folder, Path) else folder.fs.ls(folder.path, detail=False)
         except FileNotFoundError:
             return set()
@@ -161,7 +161,7 @@ class ArtifactFolder:
 
 
 def children(folder: AnyPath) -> list[Any]:
-    """Return what is in a folder; nothing where there is no folder."""
+    """Return the contents of a folder; an empty list if the folder does not exist."""
     return list(folder.iterdir()) if folder.is_dir() else []
 
 

@@ -1,4 +1,4 @@
-"""What no run needs, and its deletion."""
+"""Find and delete what no run needs."""
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -44,7 +44,7 @@ def collect(inventory: Inventory, *, delete: bool, forgotten: Collection[str] = 
     Args:
         inventory: of the store.
         delete: delete what is found.
-        forgotten: runs that do not count, by their names.
+        forgotten: names of runs to ignore.
         paid: also answers of an API.
     """
     collected = Collected()
@@ -69,9 +69,9 @@ def collect(inventory: Inventory, *, delete: bool, forgotten: Collection[str] = 
 
 
 def is_paid(artifact: ArtifactFolder) -> bool:
-    """Return whether it holds answers of an API, which cost money to make again; also where nothing says what it holds.
+    """Return whether it holds answers of an API, which cost money to make again; also if its spec is gone.
 
-    So does the date in the prompts of such answers: with another date all of them would be asked for again.
+    The date in the prompts of such answers counts too: with another date all of them would be requested again.
     """
     if artifact.kind == "chat-dates":
         return True
@@ -115,7 +115,7 @@ def _row_leftovers(artifact: ArtifactFolder) -> Iterator[Garbage]:
 
 
 def delete_garbage(artifact: ArtifactFolder, garbage: Iterable[Garbage]) -> None:
-    """Delete it; to be called while the lock is held."""
+    """Delete it; call while the lock is held."""
     for item in garbage:
         _delete(item.path, artifact.lock)
 

@@ -43,8 +43,8 @@ class Keys:
 class Index:
     """The places of all rows of a table: 16 bytes a row, and once each example id with 8 bytes.
 
-    Rows are sorted by example, rest of the key, shard. A key that stands in several shards is there several times, and
-    what comes first is what counts: the row in the shard with the smallest name.
+    Rows are sorted by example, rest of the key, shard. A key in several shards has several rows, and the first one
+    wins: the row in the shard with the smallest name.
     """
 
     shards: Sequence[str]
@@ -225,7 +225,7 @@ def _rest(columns: Sequence[pa.Array], size: int) -> Words:
         hashed = _mixed(hashed, pc.binary_length(column).to_numpy().astype(np.uint64))
         padded = _fixed_width(column)
         for word in padded.view(np.uint64).reshape(size, padded.itemsize // 8).T:
-            # What pads a string depends on its neighbours, so it may not count.
+            # The padding of a string depends on its neighbours, so it must not change the hash.
             hashed = np.where(word, _mixed(hashed, word), hashed)
     return hashed
 

@@ -35,13 +35,13 @@ _HASH = re.compile(r"[0-9a-f]{16}")
 
 
 class Inventory:
-    """A store as it stands. Makes nothing, not even the folder.
+    """The artifacts and registered runs of a store. Creates nothing, not even the folder.
 
     Args:
         root: as of `Store`.
 
     Raises:
-        InputError: there is no such folder, or the URL cannot be reached.
+        InputError: the folder does not exist, or the URL cannot be reached.
     """
 
     def __init__(self, root: str | Path):
@@ -69,7 +69,7 @@ class Inventory:
         ]
 
     def find(self, name: str) -> ArtifactFolder:
-        """Return the artifact of a name: kind/hash, where a hash may be cut and a kind left out.
+        """Return the artifact of a name: kind/hash, or the start of the hash, with or without its kind.
 
         Raises:
             InputError: no artifact has that name, or several.

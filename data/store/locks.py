@@ -31,7 +31,7 @@ def locked(file: Path, what: str) -> Iterator[None]:
 
     Args:
         file: the lock file; its folder is made.
-        what: the name of what it guards, for messages.
+        what: name of the guarded artifact or file, for messages.
 
     Raises:
         InputError: the file cannot be written.

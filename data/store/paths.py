@@ -56,7 +56,7 @@ def named_folder(text: str, option: str) -> Path:
     """Return the folder that an option or variable names, with ~ as the home folder.
 
     Raises:
-        InputError: it names none, or the home folder of no user.
+        InputError: the text is empty, or names the home folder of an unknown user.
     """
     if not text.strip():
         raise InputError(f"{option} is empty, which would mean the current folder; name a folder")
@@ -85,32 +85,30 @@ def _open_url(url: str) -> "UPath":
     with reported(root):
         try:
             files.ls(root.path)
-        except FileNotFoundError:  # nothing is in it yet, or there is no such bucket
+        except FileNotFoundError:  # it is empty, or the bucket does not exist
             try:
                 files.info(root.anchor.rstrip("/") or root.anchor)
             except PermissionError:  # who may use one prefix of a bucket may not always ask for the bucket
                 pass
             except FileNotFoundError:
-                raise InputError(
-                    f"--store {shown(root)}: there is no bucket of this name; create it, or correct the name"
-                ) from None
+                raise InputError(f"--store {shown(root)}: no such bucket; create it, or correct the name") from None
     return root
 
 
 @contextmanager
 def reported(path: AnyPath) -> Iterator[None]:
-    """Turn what a remote root may answer into one line."""
+    """Turn the failures of a remote root into an `InputError` of one line."""
     try:
         yield
     except (FileNotFoundError, InputError):
         raise
     except PermissionError as error:
         raise InputError(
-            f"--store: no permission for {shown(path)} ({_said(error)}); check the credentials in the environment"
+            f"--store: no permission for {shown(path)} ({_reason(error)}); check the credentials in the environment"
         ) from error
     except Exception as error:  # of the libraries below fsspec; not all are OSErrors
         raise InputError(
-            f"--store: {shown(path)} cannot be reached ({_said(error)}); "
+            f"--store: {shown(path)} cannot be reached ({_reason(error)}); "
             "check the network, the endpoint (for S3 AWS_ENDPOINT_URL) and the credentials in the environment"
         ) from error
 
@@ -124,7 +122,7 @@ def _without_credentials(text: str) -> str:
     return re.sub(r"//[^/@\s]*:[^/@\s]*@", "//", text)
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return one_line(_without_credentials(cause(error, None)), LONGEST_REASON)
 
 

@@ -1,7 +1,7 @@
-"""The artifact store: row tables that only grow, and directory artifacts, named by a hash of what decides their values.
+"""The artifact store: row tables that only grow, and directory artifacts, named by the hash of their spec.
 
     <root>/<kind>/<hash>/   rows or a directory artifact: see data/store/folder.py
-    <root>/.runs/*.json     what each run folder asked for
+    <root>/.runs/*.json     the artifacts that each run folder uses
 
 The root is a folder or a URL of an object store. Killed at any instant, a writer loses at most the shard in flight; a
 reader never sees half of anything.
@@ -71,7 +71,7 @@ class Store:
         return Artifact(self.local / name, spec, self.hash_file, remote)
 
     def register_run(self, run_dir: Path) -> None:
-        """Note that a run needs what was asked for and, from now on, what will be: no cleaning removes it.
+        """Register the artifacts that a run has asked for, and will ask for: `store gc` keeps them.
 
         Recorded in <root>/.runs, one file per run folder and machine, before anything is made or read.
         """
@@ -82,7 +82,7 @@ class Store:
         run = {"run_dir": str(self._run_dir), "host": socket.gethostname()}
         path = self.root / ".runs" / f"{digest(run)}.json"
         if isinstance(self.root, Path) and not os.access(self.root, os.W_OK):
-            return  # a store that one may only read: all must be there, and nobody here can clean it
+            return  # a read-only store: everything must be there already, and nobody here can delete from it
         with locked(self.local / ".locks/runs/lock", "the list of runs"):  # two commands may be in one folder
             known = registration(path)
             if known is None and path.exists():

@@ -153,15 +153,15 @@ def test_vllm_where_it_is_not_installed(made) -> None:
 # ── the data ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 DATA_FILES = {
-    "empty.jsonl": (b"", "data.source empty.jsonl: there are no rows in it"),
-    "header.csv": (b"prompt,target\n", "data.source header.csv: there are no rows in it"),
-    "empty.csv": (b"", "data.source empty.csv: there are no rows in it"),
+    "empty.jsonl": (b"", "data.source empty.jsonl: has no rows"),
+    "header.csv": (b"prompt,target\n", "data.source header.csv: has no rows"),
+    "empty.csv": (b"", "data.source empty.csv: has no rows"),
     "other.csv": (b"question,target\na,b\n", "no column 'prompt' (data.columns.prompt); the columns there are"),
     "open.csv": (b'prompt,target\na,"b\nc,d\n', "the quote opened at open.csv:2 is not closed"),
     "text.jsonl": (b"hello\n" * 9, "9 of 9 rows were rejected (9 not JSON), more than data.max_rejected 0.1 allows"),
     "bad.parquet": (b"PAR1 and no more", "data.source bad.parquet: not a Parquet file"),
     "plain.txt": (b"an article", "a .txt file holds articles, not pairs; set data.preset: text"),
-    "rows.json": (b"[]", "data.source rows.json: the suffix '.json' is none of"),
+    "rows.json": (b"[]", "data.source rows.json: suffix '.json' is not supported"),
 }
 
 
@@ -254,7 +254,7 @@ MODELS: dict[Callable[[Path], None], str] = {
     pickled_weights: "model mine: no *.safetensors there; weights are read from safetensors only",
     cut_weights: "model mine: model.safetensors is damaged",
     no_weights_at_all: "model mine: model.safetensors is damaged",
-    a_shard_is_absent: "model mine: model-00002-of-00002.safetensors is not there, which model.safetensors.index.json",
+    a_shard_is_absent: "model mine: model-00002-of-00002.safetensors is missing, but model.safetensors.index.json",
     a_tensor_is_absent: "model mine: its weights lack 1 tensors of its architecture, such as model.norm.weight",
     no_config: "model mine: no config.json there",
     bad_config: "mine/config.json: not valid JSON",

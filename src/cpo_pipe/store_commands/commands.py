@@ -111,7 +111,7 @@ def verify(
         inventory = Inventory(store)
         artifacts = [inventory.find(name) for name in names] if names else inventory.artifacts()
         damaged = []
-        # While a bar is on the screen, rich leads all that is printed there: good on a terminal, but not into a pipe.
+        # While a bar is on the screen, rich redirects what is printed: right on a terminal, but not for a pipe.
         out = None if sys.stdout.isatty() else sys.stdout
         with track("verify (MB)", sum(megabytes(size) for a in artifacts for size in a.files.values())) as meter:
             for artifact in artifacts:
@@ -201,7 +201,7 @@ def diff(
         inventory = Inventory(store)
         one, other = inventory.find(a), inventory.find(b)
         if one.kind != other.kind:
-            raise InputError(f"{one.name} and {other.name} are of different kinds; give two of one kind")
+            raise InputError(f"{one.name} and {other.name} are of different kinds; name two of one kind")
         for artifact in (one, other):
             if artifact.spec is None:
                 raise InputError(f"{artifact.name}: its spec.json is gone or unreadable")
@@ -231,10 +231,10 @@ def _runs(inventory: Inventory) -> Mapping[str, Sequence[Registration]]:
 
 
 def _others(inventory: Inventory) -> Iterator[tuple[str, list[str]]]:
-    """Yield what is verified besides artifacts, with its faults: resume states, registrations, run folders."""
+    """Yield the names and faults of what is verified besides artifacts: resume states, registrations, run folders."""
     for state in inventory.in_progress():
         fault = checksums.fault(state)
-        if state.exists():  # else the training went on meanwhile, or ended
+        if state.exists():  # else the training continued meanwhile, or ended
             name = "/".join(state.parts[-4:])
             remedy = "the next run of that training moves it aside and starts it again"
             yield name, [f"{fault}; {remedy}"] if fault else []
@@ -250,7 +250,7 @@ def _forgotten(runs: Sequence[Registration], named: Sequence[str]) -> set[str]:
     """Return the names of the runs that the user wants forgotten.
 
     Raises:
-        InputError: there is no such run, or its folder is there.
+        InputError: no such run, or its folder exists.
     """
     names = {run.name: run for run in runs}
     for name in named:
@@ -279,7 +279,7 @@ def _record(artifact: ArtifactFolder, summaries: Summaries, runs: Iterable[Regis
 
 def _line(artifact: ArtifactFolder, summaries: Summaries, runs: Sequence[Registration]) -> list[str]:
     name, between = artifact.name, ","
-    if sys.stdout.isatty():  # which has little room, and a hash is not ambiguous so soon
+    if sys.stdout.isatty():  # a terminal has little room, and a few digits of a hash suffice
         name, between = f"{artifact.kind}/{artifact.path.name[:SHORT]}", "\n"
     rows = "-" if artifact.rows is None else f"{artifact.rows:,}"
     size, written = size_text(artifact.size), time_text(artifact.written)

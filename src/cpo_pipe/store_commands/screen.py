@@ -1,4 +1,4 @@
-"""Tables, blocks and units on the screen, plain where the output is no terminal."""
+"""Tables, blocks and units on the screen; plain text if the output is not a terminal."""
 
 import time
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from cpo_pipe.data.text import one_line, say
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Show lines of cells: elsewhere than on a terminal as aligned text, so that lines can be searched and cut.
+    """Print rows of cells; outside a terminal as aligned text, so that lines can be searched and cut.
 
     Args:
-        columns: names; `>name` is set to the right. The last one is in words: on a terminal it stands below the first.
+        columns: names; `>name` is right-aligned. A terminal shows the last one, which is prose, below the first.
         rows: cells of each line.
     """
     if not rows:
@@ -51,7 +51,7 @@ def _print_rich(console: Console, names: Sequence[str], right: Sequence[bool], r
 
 
 def print_block(title: str, content: Any) -> None:
-    """Show JSON values under a title as YAML, in which nothing that could control a terminal stands as it is."""
+    """Print JSON values under a title as YAML, with control characters made visible."""
     if title:
         say()
         Console(soft_wrap=True).print(Text(one_line(title), style="bold"))
@@ -69,7 +69,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def cut(text: str, length: int) -> str:
-    """Return a text, cut behind `length` characters."""
+    """Return a text, cut after `length` characters."""
     return text if len(text) <= length else f"{text[:length]}… ({len(text):,} characters)"
 
 

@@ -27,7 +27,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "tokenizers": ("algorithm", "vocab_size", "corpus.source.kind"),
     "negatives": ("strategy", "generator", *_SAMPLING, "*"),
     "groups": (
-        "candidates.count", "candidates.label", "candidates.negatives.strategy", "embedder", "drop_duplicates",
+        "candidates.count", "candidates.label", "candidates.negatives.strategy", "scorer.embedder", "drop_duplicates",
     ),
     "rejected": ("of",),
     "checkpoints": (
@@ -38,13 +38,11 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "verdicts": ("judge", "*"),
     "metrics": ("baseline", "systems", "judges.judge"),
 }  # fmt: skip
-"""Paths of the fields that are shown, by kind; `*` stands for all other plain fields.
-
-These are shown, too, where no path fits."""
+"""Paths of the fields to show, by kind; `*` means all other plain fields, which are also shown if no path fits."""
 
 
 class Summaries:
-    """Says what specs mean. A model that is a checkpoint of the store goes by the checkpoint's hash."""
+    """Describes specs in one line. A model that is a checkpoint of the store is named by the checkpoint's hash."""
 
     def __init__(self, inventory: Inventory):
         checkpoints = (inventory.root / "checkpoints").is_dir()
@@ -91,7 +89,7 @@ class Summaries:
 
 
 def _at(value: Any, path: list[str]) -> Iterator[Any]:
-    """Yield what stands at a path, in each item of the lists on the way."""
+    """Yield the values at a path, one for each item of the lists on the way."""
     if path and isinstance(value, list):
         for part in value:
             yield from _at(part, path)

@@ -72,7 +72,7 @@ def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
 
 
 def test_options_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(InputError, match="--workers and --worker-gpus are for --executor ray only"):
+    with pytest.raises(InputError, match="--workers and --worker-gpus need --executor ray"):
         open_executor("local", 2, None)
     with pytest.raises(InputError, match="--executor slurm: must be local or ray"):
         open_executor("slurm", None, None)

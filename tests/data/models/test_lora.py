@@ -167,7 +167,7 @@ def test_files_that_are_not_there_or_too_many(tmp_path: Path, store: Store, tiny
     adapter = make_adapter(tmp_path / "adapter", tiny_model)
     beside = shutil.copytree(adapter, tmp_path / "beside")
     shutil.copyfile(tiny_model / "model.safetensors", beside / "model.safetensors")
-    assert "adapter_model.safetensors and model.safetensors stand side by side" in refusal(beside, store)
+    assert "adapter_model.safetensors and model.safetensors are in one folder" in refusal(beside, store)
     cut = shutil.copytree(adapter, tmp_path / "cut")
     (cut / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes()[:-4])
     assert "adapter_model.safetensors is damaged" in refusal(cut, store)

@@ -211,7 +211,7 @@ def test_text_file_read_as_pairs_names_the_preset(tmp_path):
 )
 def test_no_rows_is_an_error(tmp_path, name, content):
     required = {"target": "text"} if name.endswith(".txt") else PAIR
-    with pytest.raises(InputError, match="there are no rows in it"):
+    with pytest.raises(InputError, match="has no rows"):
         read(write(tmp_path / name, content), required)
 
 
@@ -224,7 +224,7 @@ def test_limit_and_count(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [("gone.jsonl", "no such file; give the path"), ("a b", "no such file or folder, and not the name"),
-     ("a.xlsx", "the suffix '.xlsx' is none of .jsonl, .csv, .parquet, .txt")],
+     ("a.xlsx", "suffix '.xlsx' is not supported; convert it to one of .jsonl, .csv, .parquet, .txt")],
 )  # fmt: skip
 def test_sources_that_are_not_there(tmp_path, name, message):
     (tmp_path / "a.xlsx").touch()

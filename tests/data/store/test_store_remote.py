@@ -250,7 +250,7 @@ def test_runs_are_registered(s3: Any, tmp_path: Path) -> None:
     [
         ("nope://bucket/store", r"--store nope://bucket/store: no such protocol as nope"),
         ("s3://", r"--store s3://: names no bucket"),
-        ("s3://absent/store", r"--store s3://absent/store: there is no bucket of this name"),
+        ("s3://absent/store", r"--store s3://absent/store: no such bucket"),
         ("gs://user:word@bucket/store", r"--store gs://bucket/store: a package is missing for gs: .*gcsfs"),
     ],
 )

@@ -90,8 +90,8 @@ def write_merged(
         shard_size: the largest file, in bytes or such as `2GB`.
 
     Raises:
-        InputError: the parts' tensors differ in name or shape, or in value if they are not floats; one is not finite; or
-            a part is quantized.
+        InputError: the parts' tensors differ in name or shape, or in value if they are not floats; one is not finite;
+            or a part is quantized.
     """
     with ExitStack() as stack:
         opened = [_Part(system, model, stack) for model, _ in parts]

@@ -17,10 +17,10 @@ _KINDS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_G
 
 
 def new_accelerator(name: str, config: Training, log_dir: Path | None) -> Accelerator:
-    """The processes of this run, as `accelerate launch` or nothing made them.
+    """Return the Accelerator of this run's processes, started by `accelerate launch` or one alone.
 
     Raises:
-        InputError: accelerate is configured for what this loop does not do, or a tracker is not installed.
+        InputError: accelerate is configured for what this loop does not support, or a tracker is not installed.
     """
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     ours = "bf16" if config.dtype == "bfloat16" else "no"
@@ -29,7 +29,7 @@ def new_accelerator(name: str, config: Training, log_dir: Path | None) -> Accele
             f"train.{name}.dtype is {config.dtype}, but accelerate is configured for mixed_precision {asked}: the "
             "recipe decides the arithmetic; set mixed_precision to no, or the recipe's dtype to bfloat16"
         )
-    for tracker in config.report_to:  # accelerate would leave it out without a word
+    for tracker in config.report_to:  # accelerate would skip it silently
         if importlib.util.find_spec(tracker) is None:
             raise InputError(f"train.{name}.report_to: {tracker} is not installed; pip install {tracker}")
     join()

@@ -77,7 +77,7 @@ class Loop:
         """Whether each process holds only a part of the weights."""
         if self.sharded:
             # FSDP would leave the outermost weights whole after a forward pass, and after one without a backward pass
-            # (held-out groups) use these, stale, in the next step.
+            # (validation) use these, stale, in the next step.
             module.set_reshard_after_forward(True)
         self._optimizer: torch.optim.Optimizer = prepared
         self._resume = ResumeCheckpoint(artifact, accelerator, module, getattr(prepared, "optimizer", prepared))
@@ -88,7 +88,7 @@ class Loop:
         """Take all steps, or those that are left of a training that was stopped, and return their metrics.
 
         Row n is about the weights after n steps: the loss of the batch that step n learns from and, where they are due,
-        measurements of held-out groups and samples. The last row has only the measurements after the last step.
+        measurements of validation groups and samples. The last row has only the measurements after the last step.
 
         Raises:
             RunError: a loss is not finite (the last good state is kept), or the first one shows that policy and
@@ -174,11 +174,11 @@ class Loop:
             ignored = [f"{key} {asked[key]}" for key in kept if asked[key] not in (kept[key], "auto")]
             if ignored:
                 log.warning(
-                    "train %s: %s not taken: it goes on with %s, as it began; to begin anew, remove %s",
+                    "train %s: ignores %s and resumes with %s, as it began; to start from the beginning, remove %s",
                     self.name, ", ".join(ignored), kept, self._resume.folder,
                 )  # fmt: skip
             if facts["threads"] != torch.get_num_threads():
-                log.info("train %s: takes %d threads, as before it was stopped", self.name, facts["threads"])
+                log.info("train %s: uses %d threads, as before it was stopped", self.name, facts["threads"])
                 torch.set_num_threads(facts["threads"])
             self.scorer.logits_bytes = facts["logits_mb"] << 20
             self.facts = facts | now
@@ -320,7 +320,7 @@ class Loop:
     # ── measurements ───────────────────────────────────────────────────────────────────────────────
 
     def _measurements(self, step: int) -> dict[str, float]:
-        """Measure validation groups and samples after `step` steps, where they are due; also before the first step."""
+        """Measure validation groups and samples after `step` steps if they are due; the first are before any step."""
         row: dict[str, float] = {"step": step}
         if step % self.config.eval_steps and step != self.config.max_steps:
             return row

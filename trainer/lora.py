@@ -1,5 +1,6 @@
 """Low-rank adapters (Hu et al. 2021, "LoRA") through peft: added to a model, and merged into its weights at the end."""
 
+import importlib.util
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -23,22 +24,28 @@ class Lora(Section):
     ) = Field("all-linear", description="names of the layers that get one; all-linear: all but the output embedding")
 
 
+def check_peft(name: str) -> None:
+    """Refuse a training with adapters if peft is not installed.
+
+    Raises:
+        InputError: peft is not installed.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise InputError(f'train.{name}.lora: needs peft; run pip install "cpo-pipe[lora]"')
+
+
 def add_adapters(name: str, model: "PreTrainedModel", lora: Lora, seed: int) -> "PeftModel":
     """Freeze the model and add adapters to its layers; at the start they change nothing.
 
     Raises:
-        InputError: peft is not installed, or the model has no such layers.
+        InputError: the model has no such layers, or one is an embedding whose weights are also the other embedding's.
     """
     import torch
+    from peft import LoraConfig, get_peft_model
 
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise InputError(f'train.{name}.lora: needs peft; run pip install "cpo-pipe[lora]"') from error
     layers = [layer for layer, _ in model.named_modules()]
-    for target in (
-        lora.target_modules if isinstance(lora.target_modules, list) else ()
-    ):  # peft accepts a list of which one matches
+    # peft accepts a list if one of its names matches.
+    for target in lora.target_modules if isinstance(lora.target_modules, list) else ():
         if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
             hint = nearest(target, {layer.rpartition(".")[2] for layer in layers}) or "name layers of the model"
             raise InputError(f"train.{name}.lora.target_modules: the model has no layer {target}; {hint}")

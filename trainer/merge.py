@@ -1,6 +1,6 @@
 """Weight-space ensembles: θ = Σ w_i θ_i, such as α θ_MLE + (1 − α) θ_CPO (Feng et al. 2025, §4).
 
-Made tensor by tensor from the parts' safetensors, so that no model is in memory as a whole.
+Computed tensor by tensor from the parts' safetensors, so that no model is in memory as a whole.
 """
 
 import logging
@@ -48,7 +48,7 @@ def ensemble(store: Store, parts: Sequence[tuple[Model, float]], tokenizer: Toke
 
 
 def _end_tokens(parts: Sequence[tuple[Model, float]], tokenizer: TokenizerFiles) -> tuple[int, ...]:
-    """Return those of all parts: an ensemble ends texts as any of them does."""
+    """Return the end tokens of all parts: an ensemble ends texts as any of them does."""
     others = [token for model, _ in parts for token in end_tokens(model.path, None)]
     return joined(tokenizer_eos(tokenizer), others)
 
@@ -80,7 +80,7 @@ def write_merged(
 ) -> None:
     """Write weights and configs of an ensemble, in float32 whatever the parts are.
 
-    In memory are one shard of what is written and one tensor of one part.
+    Memory holds one shard of the ensemble and one tensor of one part.
 
     Args:
         system: its name, for messages.
@@ -90,8 +90,8 @@ def write_merged(
         shard_size: the largest file, in bytes or such as `2GB`.
 
     Raises:
-        InputError: the parts' tensors differ in name, shape, or where they are no floats; one is not finite; or a part
-            is quantized.
+        InputError: the parts' tensors differ in name or shape, or in value if they are not floats; one is not finite;
+            or a part is quantized.
     """
     with ExitStack() as stack:
         opened = [_Part(system, model, stack) for model, _ in parts]
@@ -117,8 +117,8 @@ def _merged(system: str, name: str, parts: Sequence["_Part"], weights: Sequence[
         for other in parts[1:]:
             if not torch.equal(first, other.tensor(name)):
                 raise InputError(
-                    f"system {system}: the tensor {name}, which is no float, differs between {parts[0].model} and "
-                    f"{other.model}: nothing lies between them"
+                    f"system {system}: the tensor {name}, which is not a float, differs between {parts[0].model} and "
+                    f"{other.model}; only equal ones can be merged"
                 )
         return first
     total = first.to(torch.float32, copy=True).mul_(weights[0])  # what was read is the file itself, mapped
@@ -186,13 +186,13 @@ class _Part:
         self._at: dict[str, tuple[Any, str]] = {}
         for path in _weight_files(model.path):
             file = stack.enter_context(safe_open(path, framework="pt"))
-            for key in file.keys():  # noqa: SIM118  (it is no mapping)
+            for key in file.keys():  # noqa: SIM118  (not a mapping)
                 with_prefix = f"{self.skeleton.base_model_prefix}.{key}"  # files of a body without its head lack it
                 name = with_prefix if with_prefix in expected and key not in expected else key
                 if name in expected or not ignored.search(name):
                     self._at[name] = file, key
         self.names = list(self._at)
-        """Without those that are another one."""
+        """Names of the tensors in the files; tied ones that the files lack are not among them."""
         for pair in self.skeleton.all_tied_weights_keys.items():
             for absent, there in (pair, pair[::-1]):
                 if absent not in self._at and there in self._at:

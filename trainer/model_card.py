@@ -79,7 +79,7 @@ def write_card(
 
 
 def _base_model(init: Model | ScratchModel) -> str | None:
-    """The hub model that the weights come from, also by way of trainings; None where there is none, or unknown."""
+    """Return the hub model that the weights come from, also through other trainings; None if it is unknown."""
     if isinstance(init, ScratchModel) or Path(init.name).is_dir():
         return None
     if not (init.path / "manifest.json").exists():

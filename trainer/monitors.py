@@ -1,4 +1,4 @@
-"""Warnings of the known ways in which preference training goes wrong, said once when they show."""
+"""Warnings of the known ways in which preference training goes wrong, each logged once when it shows."""
 
 import logging
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ START_TOLERANCE = 2e-3
 """How far policy and reference may be apart at step 0, in nats per square root of a token; what is really wrong shows
 as a share of a nat per token."""
 START_NOISE = 2.0
-"""What is added to it for rounding, as a multiple of what the self-check measured: both models are rounded, and the
-reference's log-probs may have been computed in another way."""
+"""Added to START_TOLERANCE for rounding, as a multiple of the noise that the self-check measured: both models are
+rounded, and the reference's log-probs may have been computed in another way."""
 ALREADY_RIGHT = 0.8
 """Share of groups whose target the reference prefers, per token, from which there is little to learn."""
 ALONE = 0.2
@@ -38,17 +38,17 @@ REPETITION = 0.2
 
 
 def check_groups(name: str, groups: Groups, total: int) -> None:
-    """Say how many groups have K = 1, and warn of what the groups and the reference's log-probs show.
+    """Log how many groups have K = 1, and warn of too few negatives and of negatives that teach little.
 
     Args:
         name: of the training, for messages.
-        groups: all of the selection with K ≥ 2; what log π_ref shows is only said where they have it.
-        total: groups of the selection, those of K = 1 too.
+        groups: all of the selection with K ≥ 2; without log π_ref only their sizes are checked.
+        total: groups of the selection, including those of K = 1.
     """
     several_G = np.diff(groups.bounds) > 1
     alone = total - int(several_G.sum())
     if alone:
-        log.info("train %s: %d of %d groups have K = 1 and have nothing to prefer", name, alone, total)
+        log.info("train %s: %d of %d groups have K = 1, so no preference loss", name, alone, total)
     if alone > ALONE * total:
         log.warning(
             "train %s: %.0f%% of the groups have no negative left (K = 1), and only an MLE loss uses them: their "
@@ -68,16 +68,16 @@ def check_groups(name: str, groups: Groups, total: int) -> None:
 
 
 def check_pairs(name: str, groups: pa.Table, kinds: Sequence[tuple[str, str]], total: int) -> None:
-    """Say how many pairs of each kind there are, and warn where many prompts have none.
+    """Log how many pairs of each kind there are, and warn if many prompts have no pair.
 
     Args:
         name: of the training, for messages.
         groups: the pairs.
-        kinds: what was asked for, by strategy.
+        kinds: the requested pairs of strategies, [chosen, rejected].
         total: prompts of the selection.
 
     Raises:
-        InputError: of a kind there is none.
+        InputError: no prompt has a pair of one kind.
     """
     prompts = pc.count_distinct(groups["example_id"]).as_py()
     counts = np.bincount(groups[PAIR].to_numpy(), minlength=len(kinds)).tolist()
@@ -88,7 +88,7 @@ def check_pairs(name: str, groups: pa.Table, kinds: Sequence[tuple[str, str]], t
         if not count:
             raise InputError(
                 f"train.{name}.pairs: there is no pair [{chosen}, {rejected}]: no prompt has both (a text that equals "
-                "the target or one before it in its group is dropped); leave it out, or see to its texts"
+                "the target or one before it in its group is dropped); remove the pair, or add such texts"
             )
     if total - prompts > ALONE * total:
         log.warning(
@@ -99,7 +99,7 @@ def check_pairs(name: str, groups: pa.Table, kinds: Sequence[tuple[str, str]], t
 
 
 def _already_right(groups: Groups) -> Flags:
-    """Of each group whether the target's log-prob per token is above that of every negative."""
+    """Return for each group whether the target's log-prob per token is above that of every negative."""
     assert groups.reference_C is not None
     per_token_C = groups.reference_C / Lengths.of(groups.table).candidate_C
     first = groups.bounds[:-1]
@@ -133,10 +133,10 @@ def check_start(name: str, apart: float, noise: float) -> None:
 
 
 class Watch:
-    """Looks at the metrics of each step."""
+    """Warn when the metrics of the steps show that a training goes wrong."""
 
     def __init__(self, name: str, config: Training, metrics: Sequence[dict[str, float]]):
-        """`metrics` are those of the steps already done; what they show was said when they were."""
+        """`metrics` are those of the steps already done; their warnings are not repeated."""
         self._name, self._config = name, config
         self._silent = True
         self._losses: list[float] = []
@@ -144,7 +144,7 @@ class Watch:
         self._first_loss = self._first_drop = 0.0
         self._next_drop = DROP
         self._first_repetition: float | None = None
-        self._said_repetition = False
+        self._warned_repetition = False
         for row in metrics:
             self.step(row)
         self._silent = False
@@ -154,7 +154,7 @@ class Watch:
             log.warning(message, *values)
 
     def step(self, row: dict[str, float]) -> None:
-        """Warn of what the metrics of one more step show."""
+        """Add the metrics of one more step, and warn if they show a fault."""
         if row.get("target_drop_per_token") is not None and not self._config.lowers_target:
             self._drop(row["step"], row["target_drop_per_token"], row["loss"])
         if row.get("repetition") is not None:
@@ -178,7 +178,7 @@ class Watch:
                 self._next_drop *= 2
 
     def _advice(self, loss: float) -> str:
-        """Return what the loss says of a target that gets less likely, and what to do."""
+        """Return how the loss explains a target that gets less likely, and what to change."""
         change = f"from {self._first_loss:.4g} to {loss:.4g}"
         if loss > self._first_loss * (1 + CHANGE):
             return (
@@ -192,8 +192,8 @@ class Watch:
     def _repetition(self, step: float, repetition: float) -> None:
         if self._first_repetition is None:
             self._first_repetition = repetition
-        elif repetition > self._first_repetition + REPETITION and not self._said_repetition:
-            self._said_repetition = True
+        elif repetition > self._first_repetition + REPETITION and not self._warned_repetition:
+            self._warned_repetition = True
             # An MLE loss would work against an objective that lowers the target.
             has_mle = isinstance(self._config, PreferenceTraining) and not self._config.lowers_target
             self._warn(
@@ -205,7 +205,7 @@ class Watch:
 
 
 def repetition(samples: Sequence[Sequence[int]]) -> float:
-    """Share of 4-grams of token ids that stood in the same sample before (rep-4), over all samples."""
+    """Return the share of 4-grams of token ids that repeat an earlier one of the same sample (rep-4)."""
     repeated = total = 0
     for ids in samples:
         grams = [tuple(ids[start : start + 4]) for start in range(len(ids) - 3)]

@@ -72,7 +72,7 @@ class ResumeCheckpoint:
         """Put the last saved state into network and optimizer.
 
         Returns:
-            The metrics of the steps behind it, and the facts saved with it; both empty where there is none, or where it
+            The metrics of the steps before it, and the facts saved with it; both empty without a saved state, or if it
             is damaged and moved aside.
         """
         step = agreed(self._undamaged_step() if self._accelerator.is_main_process else None)
@@ -87,7 +87,7 @@ class ResumeCheckpoint:
         else:
             _fill(state, load_file(saved / "state.safetensors"))
         metrics: Metrics = pq.read_table(saved / "metrics.parquet").to_pylist()
-        log.info("goes on after step %d, where it was stopped", step)
+        log.info("%s: resumes after step %d, where it was stopped", self._artifact.name, step)
         return metrics, facts
 
     def _undamaged_step(self) -> int | None:
@@ -100,7 +100,7 @@ class ResumeCheckpoint:
         if found is None:
             best = json.loads((self.folder / str(step) / "facts.json").read_text())["best"]
             found = None if best is None else checksums.fault(self.folder / best)
-            found = f"of its best weights {found}" if found else None
+            found = f"its best weights: {found}" if found else None
         if found is None:
             for path in self.folder.glob("best-*"):  # written after the state: nothing vouches for them
                 if path.name != best:
@@ -199,7 +199,7 @@ class ResumeCheckpoint:
 
     @contextmanager
     def _written(self, target: Path) -> Iterator[Path | None]:
-        """A scratch folder for the main process (None for the others) that becomes `target` once all have written."""
+        """Yield a scratch folder to the main process, None to the others; it becomes `target` once all have written."""
         scratch = _shared_scratch(target)
         main = self._accelerator.is_main_process
         if main:

@@ -32,7 +32,7 @@ ORDER = 2
 
 # What changes neither the data order nor the arithmetic that decides the weights.
 _NOT_IDENTITY = {
-    "init", "reference", "negatives",  # whose content is
+    "init", "reference", "negatives",  # their content is part of the identity
     "attention", "gradient_checkpointing", "micro_batch_tokens", "logits_mb", "report_to", "eval_steps",
 }  # fmt: skip
 
@@ -174,11 +174,11 @@ def _make(
     from cpo_pipe.trainer.groups import Data, Groups
     from cpo_pipe.trainer.initial_model import check_fits, initial_model
     from cpo_pipe.trainer.loop import Loop
-    from cpo_pipe.trainer.lora import add_adapters, merged
+    from cpo_pipe.trainer.lora import add_adapters, check_peft, merged
     from cpo_pipe.trainer.mapped_groups import DIFFICULTY
     from cpo_pipe.trainer.monitors import check_groups, check_pairs
     from cpo_pipe.trainer.scoring.group_table import Extremes
-    from cpo_pipe.trainer.scoring.logprobs import candidate_logprobs
+    from cpo_pipe.trainer.scoring.logprobs import cached_logprobs, read_logprobs
     from cpo_pipe.trainer.scoring.probes import select_probes
     from cpo_pipe.trainer.validation_split import split_validation
 
@@ -192,6 +192,8 @@ def _make(
         if isinstance(needed, Model):
             check_fits(name, extremes, needed.name, needed.context(), needed.vocabulary())
     pairs = config.pairs if isinstance(config, PreferenceTraining) else None
+    if config.lora is not None:
+        check_peft(name)
     if pairs:
         check_pairs(name, table, pairs, inputs.selection.num_rows)
     trained, validation = split_validation(name, config, table)
@@ -202,7 +204,7 @@ def _make(
     reference_C = None
     if reference is not None:
         how = config.attention, config.micro_batch_tokens, config.logits_mb
-        reference_C = candidate_logprobs(store, reference, config.dtype, table, executor, *how)
+        reference_C = read_logprobs(cached_logprobs(store, reference, config.dtype, table, executor, *how), table)
     everything = Groups.of(table, reference_C)
     if isinstance(config, PreferenceTraining):
         check_groups(name, everything, len(everything) if pairs else inputs.selection.num_rows)

@@ -43,11 +43,10 @@ def continuation_logprobs(
          "candidates": [{"candidate_id": candidate_id(prompt_ids, ids), "token_ids": ids} for ids in group]}
         for (example_id, prompt_ids), group in groups.items()
     ]  # fmt: skip
-    from cpo_pipe.trainer.scoring.logprobs import candidate_logprobs
+    from cpo_pipe.trainer.scoring.logprobs import cached_logprobs, read_logprobs
 
-    values = iter(
-        candidate_logprobs(store, model, "float32", pa.Table.from_pylist(rows, schema=_GROUPS), executor).tolist()
-    )
+    table = pa.Table.from_pylist(rows, schema=_GROUPS)
+    values = iter(read_logprobs(cached_logprobs(store, model, "float32", table, executor), table).tolist())
     for group in groups.values():
         for token_ids in group:
             group[token_ids] = next(values)

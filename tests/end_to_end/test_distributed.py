@@ -193,7 +193,7 @@ def test_stopped_or_one_of_them_killed_they_go_on_bit_for_bit(
         (file,) = (path for path in states.glob(f"*/*/{damaged}") if path.relative_to(states).parts[1].isdigit())
         os.truncate(file, file.stat().st_size // 2)
     said, _ = project.launch(mode, rough, "long").communicate(timeout=300)
-    assert said.count("goes on after step") == (0 if damaged else 1)
+    assert said.count("resumes after step") == (0 if damaged else 1)
     assert said.count("is damaged (") == (1 if damaged else 0)
     undisturbed = {"long": project.trained(mode)["long"]}  # by the test above
     assert_same(project.trained(rough), undisturbed, 0.0)

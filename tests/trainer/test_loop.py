@@ -237,20 +237,20 @@ def test_a_training_stopped_by_signals_ends_bit_for_bit_as_if_it_was_not(
 
     killed = commands(command, step=5, passes=1, signals=[signal.SIGKILL], last_save=3)
     assert killed.status == -signal.SIGKILL
-    assert "goes on after step 2" in killed.said
+    assert "resumes after step 2" in killed.said
     assert [state for state in saved(store) if not state.startswith("best")] == ["4"]
 
     # Within a step: what was accumulated of it is made again, and nothing of it is counted twice.
     stopped = commands(command, step=6, passes=1, signals=[signal.SIGINT])
     assert stopped.status == 130
     assert f"stopped by SIGINT in the training {name}, saved after step 6" in stopped.said
-    assert "goes on after step 4" in stopped.said
+    assert "resumes after step 4" in stopped.said
 
     # What is no part of a training's identity may change in between; it keeps what it began with.
     cut = [f"train.{name}.micro_batch_tokens=64", f"train.{name}.logits_mb=1", f"train.{name}.attention=padded"]
     ended = commands(command_of("train", project / "recipe.yaml", store, name, settings=cut))
     assert ended.status == 0, ended.said
-    assert "goes on after step 6" in ended.said
+    assert "resumes after step 6" in ended.said
     assert saved(store) == []
     assert_same_training(checkpoint_of(store, name), undisturbed(commands, project, name))
 

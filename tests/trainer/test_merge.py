@@ -275,7 +275,7 @@ def test_integers_must_be_equal(tmp_path: Path, tiny_model: Path) -> None:
     ours = merged(tmp_path / "a", one, same)
     assert torch.equal(tensors(ours)["model.counts"], torch.tensor([1, 2]))
     message = refusal(tmp_path / "b", one, changed(tiny_model, tmp_path / "other", counts([1, 3])))
-    assert "the tensor model.counts, which is no float, differs between one and other" in message
+    assert "the tensor model.counts, which is not a float, differs between one and other" in message
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path, tiny_model: Path) -> None:

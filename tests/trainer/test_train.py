@@ -476,8 +476,8 @@ def test_a_stopped_training_goes_on_where_it_was_bit_for_bit(
             with pytest.raises(KeyboardInterrupt):
                 rough.train(objective, **settings)
     artifact = rough.train(objective, **settings)
-    assert "goes on after step 2" in caplog.text
-    assert "goes on after step 7" in caplog.text
+    assert "resumes after step 2" in caplog.text
+    assert "resumes after step 7" in caplog.text
     ours, theirs = weights(artifact), weights(calm)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     untimed = [[{**row, "seconds": 0} for row in metrics(one)] for one in (artifact, calm)]
@@ -498,7 +498,7 @@ def test_a_failed_export_loses_no_step_and_leftovers_go(
             bench.train("cpo")
     caplog.set_level("INFO")
     artifact = bench.train("cpo")
-    assert "goes on after step 2" in caplog.text
+    assert "resumes after step 2" in caplog.text
     assert not artifact.in_progress.exists()
     artifact.in_progress.mkdir(parents=True)  # as if killed between the checkpoint and its removal
     bench.train("cpo")

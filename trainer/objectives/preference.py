@@ -181,18 +181,18 @@ class ReferenceTraining(PreferenceTraining):
 
 
 def relative_rewards(policy_GK: Tensor, reference_GK: Tensor, mask_GK: Tensor, beta: float) -> Tensor:
-    """Return β (log π_θ − log π_ref) of each candidate, and 0 where there is none."""
+    """Return β (log π_θ − log π_ref) of each candidate, and 0 where the mask is False."""
     return (beta * (policy_GK - reference_GK)).masked_fill(~mask_GK, 0)
 
 
 def mean_over_negatives(loss_GN: Tensor, mask_GK: Tensor) -> Tensor:
-    """Return the mean over each group's negatives, and 0 where there is none."""
+    """Return the mean over each group's negatives, and 0 for a group without one."""
     mask_GN = mask_GK[:, 1:]
     return loss_GN.masked_fill(~mask_GN, 0).sum(-1) / mask_GN.sum(-1).clamp(min=1)
 
 
 def excluded(reward_GK: Tensor, mask_GK: Tensor) -> Tensor:
-    """Return the rewards with a floor where there is no candidate, so that its share of a softmax is 0."""
+    """Return the rewards with a floor where the mask is False, so that its share of a softmax is 0."""
     import torch
 
     # A finite floor instead of −inf: logcumsumexp has no gradient through a run of infinities.

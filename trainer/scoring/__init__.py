@@ -2,11 +2,12 @@
 
 The functions that other stages call (see their docstrings for shapes, units and errors):
 
-- `logprobs.candidate_logprobs(store, model, dtype, groups, executor)`: log π(candidate | prompt) of every candidate of
-  a table of groups, summed over its tokens, in nats, shape (C,). What the store has is not computed again.
-- `logprobs.target_logprobs(store, model, examples, executor)`: the same for the targets of examples, in float32, with
+- `logprobs.cached_logprobs(store, model, dtype, groups, executor)`: compute those log-probs of a table of groups that
+  the store lacks, and return the artifact.
+- `logprobs.read_logprobs(rows, groups)`: log π(candidate | prompt) of every candidate from that artifact, summed over
+  its tokens, in nats, shape (C,).
+- `logprobs.target_logprobs(store, model, examples, executor)`: both for the targets of examples, in float32, with
   the number of tokens.
-- `logprobs.cached_logprobs`, `logprobs.read_logprobs`: the two halves, to compute what is missing and to read.
 - `logprobs.load_scorer(model, dtype, probes)`: a frozen model as a `Scorer`, for what is not kept in the store.
 
 What they are made of, each usable on its own:

@@ -10,6 +10,7 @@ Shapes: N tokens of the tree, P of them the prompt, B = N − P; R branches of a
 W channels.
 """
 
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
@@ -35,28 +36,41 @@ class Unsupported(Exception):
     """The backend cannot compute this model; the text says why."""
 
 
-def _cascade(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    cpo_tree: Tree | None = None,
-    **rest: Any,
-) -> tuple[Tensor, None]:
-    tree = _checked(module, key, cpo_tree, attention_mask, dropout, rest)
-    if sliding_window is not None and sliding_window < tree.depth():
-        raise Unsupported(f"its window of {sliding_window} is shorter than a prompt with its candidate")
+Attend = Callable[[Tree, Tensor, Tensor, Tensor, float | None, int | None], Tensor]
+"""Attention over a tree: from query, key and value of all heads, (1, A, N, W) each, a scale and a sliding window."""
+
+
+def _over_tree(attend: Attend) -> Callable[..., tuple[Tensor, None]]:
+    """Return an attention function for transformers: it checks the layer, and calls `attend` with the tree."""
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        cpo_tree: Tree | None = None,
+        **rest: Any,
+    ) -> tuple[Tensor, None]:
+        tree = _checked(module, key, cpo_tree, attention_mask, dropout, rest)
+        query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings leave autocast in float32
+        key, value = (_for_all_heads(tensor, query) for tensor in (key, value))
+        return attend(tree, query, key, value, scaling, sliding_window).transpose(1, 2).contiguous(), None
+
+    return attention
+
+
+def _cascade(tree: Tree, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
+    if window is not None and window < tree.depth():
+        raise Unsupported(f"its window of {window} is shorter than a prompt with its candidate")
     if key.shape[-1] != value.shape[-1]:
         raise Unsupported("its keys and values are of different sizes")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings leave autocast in float32
-    key, value = (_for_all_heads(tensor, query) for tensor in (key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     out: Tensor = _Cascade.apply(query, key, value, tree, scale)  # type: ignore[no-untyped-call]
-    return out.transpose(1, 2).contiguous(), None
+    return out
 
 
 class _Cascade(torch.autograd.Function):
@@ -118,53 +132,27 @@ class _Cascade(torch.autograd.Function):
         return grad_query, grad_key, grad_value, None, None
 
 
-def _split(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    cpo_tree: Tree | None = None,
-    **rest: Any,
-) -> tuple[Tensor, None]:
-    tree = _checked(module, key, cpo_tree, attention_mask, dropout, rest)
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    key, value = (_for_all_heads(tensor, query) for tensor in (key, value))
+def _split(tree: Tree, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
     attend = functional.scaled_dot_product_attention
     trunk, branch = slice(0, tree.prompt), slice(tree.prompt, None)
     query_P, key_P, value_P = (tensor[:, :, trunk] for tensor in (query, key, value))
-    window = sliding_window if sliding_window is not None and sliding_window < tree.depth() else None
+    window = window if window is not None and window < tree.depth() else None
     mask_PP = _visible(0, tree.prompt, tree.prompt, window, query.device) if window else None
-    out = attend(query_P, key_P, value_P, attn_mask=mask_PP, is_causal=window is None, scale=scaling)
+    out = attend(query_P, key_P, value_P, attn_mask=mask_PP, is_causal=window is None, scale=scale)
     if tree.path_RD.numel():
         rows, depth = tree.path_RD.shape
         query_R, key_R, value_R = (_paths(tensor[:, :, branch], tree) for tensor in (query, key, value))
         key_R = torch.cat([key_P.expand(rows, -1, -1, -1), key_R], dim=2)
         value_R = torch.cat([value_P.expand(rows, -1, -1, -1), value_R], dim=2)
         mask = _visible(tree.prompt, depth, tree.prompt + depth, window, query.device)
-        out_R = attend(query_R, key_R, value_R, attn_mask=mask, scale=scaling)
+        out_R = attend(query_R, key_R, value_R, attn_mask=mask, scale=scale)
         out = torch.cat([out, _owned(out_R, tree)], dim=2)
-    return out.transpose(1, 2).contiguous(), None
+    return out
 
 
 def _sequences(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    cpo_tree: Tree | None = None,
-    **rest: Any,
-) -> tuple[Tensor, None]:
-    tree = _checked(module, key, cpo_tree, attention_mask, dropout, rest)
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    key, value = (_for_all_heads(tensor, query) for tensor in (key, value))
+    tree: Tree, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+) -> Tensor:
     out = []
     # `split`, because the gradient of each slice would be a tensor of the whole row.
     lengths = [end - start for start, end in pairwise(tree.start_G)]
@@ -172,11 +160,11 @@ def _sequences(
         *(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True
     ):
         length = query_T.shape[2]
-        window = sliding_window if sliding_window is not None and sliding_window < length else None
-        mask = _visible(0, length, length, window, query.device) if window else None
+        shorter = window if window is not None and window < length else None
+        mask = _visible(0, length, length, shorter, query.device) if shorter else None
         attend = functional.scaled_dot_product_attention
-        out.append(attend(query_T, key_T, value_T, attn_mask=mask, is_causal=window is None, scale=scaling))
-    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+        out.append(attend(query_T, key_T, value_T, attn_mask=mask, is_causal=shorter is None, scale=scale))
+    return torch.cat(out, dim=2)
 
 
 def _visible(first: int, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -284,8 +272,9 @@ def _flex_kernel(compiled: bool) -> Any:
     return torch.compile(flex_attention) if compiled else flex_attention
 
 
-for _name, _function in ((CASCADE, _cascade), (SPLIT, _split), (FLEX, _flex), (SEQUENCES, _sequences)):
-    AttentionInterface.register(_name, _function)
+for _name, _attend in ((CASCADE, _cascade), (SPLIT, _split), (SEQUENCES, _sequences)):
+    AttentionInterface.register(_name, _over_tree(_attend))
+AttentionInterface.register(FLEX, _flex)
 
 
 def dense_mask(tree: Tree, dtype: torch.dtype, model: PreTrainedModel) -> Tensor | dict[str, Tensor]:

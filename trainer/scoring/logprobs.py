@@ -46,26 +46,8 @@ def target_logprobs(store: Store, model: Model, examples: pa.Table, executor: Ex
         RunError: a log-prob is not finite.
     """
     groups = targets(examples, identified=True)
-    values = candidate_logprobs(store, model, "float32", groups, executor)
+    values = read_logprobs(cached_logprobs(store, model, "float32", groups, executor), groups)
     return list(zip(values.tolist(), Lengths.of(groups).candidate_C.tolist(), strict=True))
-
-
-def candidate_logprobs(
-    store: Store,
-    model: Model,
-    dtype: str,
-    groups: pa.Table,
-    executor: Executor,
-    attention: AttentionBackend | Literal["auto"] = "auto",
-    micro_batch_tokens: int = 8192,
-    logits_mb: int = 1024,
-) -> NDArray[np.float64]:
-    """Return log π(candidate | prompt) of all candidates of the groups, in their order, in nats, shape (C,).
-
-    The arguments and errors are those of `cached_logprobs`.
-    """
-    rows = cached_logprobs(store, model, dtype, groups, executor, attention, micro_batch_tokens, logits_mb)
-    return read_logprobs(rows, groups)
 
 
 def cached_logprobs(
@@ -78,7 +60,7 @@ def cached_logprobs(
     micro_batch_tokens: int = 8192,
     logits_mb: int = 1024,
 ) -> Rows:
-    """Compute the log-probs of candidates that are missing, and return the artifact that holds them.
+    """Compute the log-probs of candidates that are missing, and return the artifact; `read_logprobs` reads from it.
 
     Args:
         store: keeps the log-probs.

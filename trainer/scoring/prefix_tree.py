@@ -154,11 +154,6 @@ class _Pairs:
         }
 
 
-def pack_tree(prompt: Sequence[int], candidates: Sequence[Sequence[int]]) -> Packed:
-    """Return one group with each distinct prefix once. Prompt and candidates are not empty."""
-    return pack_trees([(prompt, candidates)])
-
-
 def pack_trees(groups: Sequence[TokenGroup], labels: Labels | None = None) -> Packed:
     """Return groups one after the other in one row, each a tree; only `start_G` and `end_N` cover more than one."""
     ids: list[int] = []

@@ -87,7 +87,7 @@ def evaluation_costs(
     counted: dict[str, Cost] = {}
 
     def add(role: str, api: ApiModel, rows: Rows, cost: Cost) -> None:
-        """Add the cost of a role. Roles that share rows share requests; count a shared request for the first role only."""
+        """Add the cost of a role; of requests that several roles share, each counts for the first role only."""
         before = counted.get(rows.name, Cost(0, Tokens()))
         most = Cost(
             max(cost.calls, before.calls),

@@ -1,4 +1,4 @@
-"""Estimates of what APIs would still be asked, as systems and as judges, before anything is asked."""
+"""Estimate the requests to APIs that an evaluation still needs, for systems and for judges, without sending any."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Cost:
 
     calls: int
     tokens: Tokens
-    """Of prompts, estimated; and the most that can be generated."""
+    """Estimated tokens of the prompts, and the maximum of generated tokens."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def evaluation_costs(
     models: Mapping[str, Model],
     apis: Mapping[str, ApiModel],
 ) -> tuple[list[tuple[str, ApiModel, Cost]], dict[tuple[str, str], int]]:
-    """Return what APIs would still be asked, as systems and then as judges; nothing is asked, generated or loaded.
+    """Return the cost of the missing API requests, of systems and then of judges; send, generate and load nothing.
 
     Args:
         config: the recipe's section.
@@ -58,7 +58,7 @@ def evaluation_costs(
         examples: the prepared examples.
         systems: the models, by system; None if a model is not available yet.
         max_new_tokens: longest output, in tokens; a missing output counts as this many.
-        models: the models that the judges which ask an API name, by name.
+        models: the models that the settings of API judges name, by name.
         apis: the recipe's `apis`, by name.
 
     Returns:
@@ -87,7 +87,7 @@ def evaluation_costs(
     counted: dict[str, Cost] = {}
 
     def add(role: str, api: ApiModel, rows: Rows, cost: Cost) -> None:
-        """Add a cost; of two roles that share rows, the second asks only for what the first does not."""
+        """Add the cost of a role; of requests that several roles share, each counts for the first role only."""
         before = counted.get(rows.name, Cost(0, Tokens()))
         most = Cost(
             max(cost.calls, before.calls),

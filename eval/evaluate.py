@@ -96,7 +96,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """An evaluation resolved to artifacts, made or not."""
+    """An evaluation resolved to artifacts, which may not exist yet."""
 
     config: Evaluate
     selection: pa.Table
@@ -109,7 +109,7 @@ class EvaluationPlan:
     mauve_features: EmbeddingCache | None
     """The features for MAUVE; None without MAUVE, or with too few examples."""
     mauve_spec: Spec
-    """What decides these features."""
+    """Spec of these features."""
     annotations: Annotations | None
 
     def opponents(self, system: str) -> list[str]:

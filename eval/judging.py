@@ -143,12 +143,6 @@ def winners_by_rater(
 # ── stored verdicts of one judge ─────────────────────────────────────────────────────────────────────────────────
 
 
-def judged(judge: Judge, pairs: Sequence[Pair], rows: Rows) -> list[Judgement]:
-    """Return the judgements of `pairs`, in order, after asking for those that `rows` lacks."""
-    make_verdicts(judge, pairs, rows)
-    return read_judgements(judge, pairs, rows)
-
-
 def make_verdicts(judge: Judge, pairs: Sequence[Pair], rows: Rows) -> None:
     """Ask for the missing verdicts. Answers are stored as they come, even if the judge fails later."""
 

@@ -1,11 +1,12 @@
-"""What every judge is: its settings, the dependencies it is opened with, and the verdicts it gives."""
+"""Base classes of judges and of their settings, the dependencies they are opened with, and their verdicts."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_type_hints
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cpo_pipe.data.config import Section
 from cpo_pipe.data.execution.base import Executor
@@ -209,7 +210,7 @@ class ScoreJudge(Judge):
 
 
 class ApiJudge(Judge):
-    """A judge that asks an API, which costs money: `evaluate --dry-run` estimates it."""
+    """A judge that asks an API; `evaluate --dry-run` estimates the cost."""
 
     api: ApiModel
     max_tokens: int
@@ -248,6 +249,22 @@ class JudgeConfig(Section):
     """Whether it needs the model of `evaluate.embedder`."""
     compares_to_target: ClassVar[bool] = False
     """Whether it scores similarity to the target, so that no system can beat the ground truth."""
+
+    @model_validator(mode="after")
+    def _check_opened(self) -> "JudgeConfig":
+        """Refuse an incomplete class of judges when the recipe is read: `open` declares it as its return type."""
+        try:
+            opened = get_type_hints(type(self).open).get("return")
+        except NameError:  # an annotation that only type checkers can resolve
+            return self
+        if inspect.isabstract(opened) and not opened.__subclasses__():
+            missing = ", ".join(sorted(opened.__abstractmethods__))
+            raise ValueError(f"judge {self.kind} is incomplete; implement {missing} in {opened.__name__}")
+        if inspect.isclass(opened) and issubclass(opened, ScoreJudge) and self.score_metric("name") is None:
+            raise ValueError(
+                f"judge {self.kind} is incomplete; implement score_metric, as {opened.__name__} gives scores"
+            )
+        return self
 
     @abstractmethod
     def open(self, name: str, dependencies: JudgeDependencies) -> Judge:

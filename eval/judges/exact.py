@@ -13,7 +13,7 @@ from cpo_pipe.data.fingerprint import Spec
 from cpo_pipe.eval.judges.base import Case, JudgeConfig, JudgeDependencies, ScoreJudge, ScoreMetric
 
 RULES = 2
-"""Raise when the same texts come to be compared differently."""
+"""Version of the comparison. Raise it when the same texts get another verdict."""
 SEARCH_SECONDS = 5.0
 """Time limit of one pattern search in one text: nested repeats can take exponential time."""
 

@@ -19,7 +19,7 @@ from cpo_pipe.eval.judges.base import NOISE, Case, JudgeConfig, JudgeDependencie
 from cpo_pipe.eval.judges.logprobs import Continuations, continuation_logprobs
 
 RULES = 2
-"""Raise when the same texts come to have other log-probabilities."""
+"""Version of the scores. Raise it when the same texts get another score."""
 
 
 class Likelihood(JudgeConfig):

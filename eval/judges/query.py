@@ -21,7 +21,7 @@ TEMPLATES = {
         " Continuation A: {output_a}\n Continuation B: {output_b}\n"
         ' State only "A" or "B" to indicate which continuation is more helpful.\n Better:'
     ),
-    # Ours, against what the others let through: orders in the texts, a taste for the long and for the first.
+    # Ours: robust to instructions in the judged texts, to length and to position.
     "strict": (
         "Two responses to one prompt are to be compared: which is the better answer to it, that is more correct, more "
         "helpful and clearer?\n\n"
@@ -112,14 +112,14 @@ def read_answer(answer: str) -> Literal["A", "B", "TIE"] | None:
     return named[0]  # type: ignore[return-value]  # the pattern has no other
 
 
-def verdict_of(answer: str, **said: str) -> Verdict:
-    """Return the verdict about the pair as shown; `raw` holds the answer without its reasoning, and `said`."""
+def verdict_of(answer: str, **details: str) -> Verdict:
+    """Return the verdict about the pair as shown; `raw` holds the answer without its reasoning, and `details`."""
     if "</think>" in answer:
         thought = _OPENED.match(answer) or _CLOSED.match(answer)
         if thought is None or answer.count("</think>") > 1:  # quoted, perhaps from what is judged
-            return unparseable("no verdict", answer=answer[-KEPT:], **said)
+            return unparseable("no verdict", answer=answer[-KEPT:], **details)
         answer = answer[thought.end() :].lstrip()
-    raw = {"answer": answer[:KEPT], **said}
+    raw = {"answer": answer[:KEPT], **details}
     match read_answer(answer):
         case "A":
             return Verdict("a", None, raw)

@@ -10,7 +10,7 @@ from cpo_pipe.data.fingerprint import Spec
 from cpo_pipe.eval.judges.base import NOISE, Case, JudgeConfig, JudgeDependencies, ScoreJudge, ScoreMetric
 
 RULES = 2
-"""Raise when the same texts come to be compared differently."""
+"""Version of the comparison. Raise it when the same texts get another verdict."""
 
 Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 """Return unit vectors of texts, (n, d)."""

@@ -106,7 +106,7 @@ def causal_features(network: "PreTrainedModel", token_ids: Sequence[Sequence[int
         )
         with torch.no_grad():
             hidden_NTD = body(input_ids=padded_NT, attention_mask=mask_NT, use_cache=False).last_hidden_state
-        if features is None:  # by the states themselves: a config may call their size otherwise
+        if features is None:  # sized by the states: configs differ in the name of their size
             features = np.zeros((len(lengths), hidden_NTD.shape[-1]), np.float32)
         last_ND = hidden_NTD[torch.arange(len(rows)), torch.tensor(lengths[rows]) - 1]
         features[rows] = last_ND.float().cpu().numpy()
@@ -118,10 +118,13 @@ class CausalEncoder(Encoder):
     """Features of texts by a causal model, which is loaded at first use; float32.
 
     A text is cut to the model's context; an empty text is the end token.
+
+    Args:
+        model: the causal model.
+        tokenizer: the model's own.
     """
 
     def __init__(self, model: Model, tokenizer: TokenizerFiles):
-        """`tokenizer` is the model's own."""
         self._model, self._tokenizer = model, tokenizer
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
 

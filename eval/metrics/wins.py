@@ -20,7 +20,7 @@ from cpo_pipe.eval.statistics.tests import holm, sign_flip_p
 OUTCOME = {"a": 1.0, "tie": 0.5, "b": 0.0}
 
 NOTICEABLE = 0.05
-"""The difference of win rates for which the number of examples needed is reported."""
+"""`n_needed` is the number of examples that detects this difference of win rates."""
 
 JUDGED = {
     "win": "share of the examples on which the judge prefers the system",
@@ -120,9 +120,9 @@ class WinRates:
     def add_order(self, judge: str, system: str, decoding: str, judgements: Sequence[Judgement]) -> None:
         """Add how far a judge depends on the order in which it is shown outputs, over the examples that tell.
 
-        Position bias: the share of the verdicts with a winner that prefer the output shown first; 0.5 is none. Flip
-        rate: the share of the pairs whose verdict changes with the order. Unparseable: the share of answers that are no
-        verdict.
+        Position bias: the share of the verdicts with a winner that prefer the output shown first; 0.5 is no bias.
+        Flip rate: the share of the pairs whose verdict changes with the order. Unparseable: the share of the answers
+        that contain no verdict.
         """
         named = [judgement.for_first for judgement in judgements if judgement.for_first[1]]
         if named:

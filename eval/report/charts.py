@@ -76,7 +76,7 @@ Point = tuple[float, float, float | None, float | None]
 """α, the value, and its interval."""
 
 
-def win_rates(title: str, baseline: str, panels: Mapping[str, Sequence[Bar]]) -> Chart:
+def win_rates(title: str, opponent: str, panels: Mapping[str, Sequence[Bar]]) -> Chart:
     """Draw win rates with intervals against a line at one half, a panel per decoding (Feng et al. 2025, figure 1)."""
     with matplotlib.rc_context(STYLE):
         heights = [len(bars) for bars in panels.values()]
@@ -92,11 +92,11 @@ def win_rates(title: str, baseline: str, panels: Mapping[str, Sequence[Bar]]) ->
             axes.set(xlim=(0, 1), ylim=(len(bars) - 0.5, -0.5))
             axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
             axes.set_title(decoding, loc="left", fontsize=10, parse_math=False)
-        axes.set_xlabel(f"win rate against {baseline}; a tie counts half", parse_math=False)
+        axes.set_xlabel(f"win rate against {opponent}; a tie counts half", parse_math=False)
         text = "; ".join(
             f"{bar.label}, {decoding} {_with_interval(bar)}" for decoding, bars in panels.items() for bar in bars
         )
-        return Chart(title, f"Win rates against {baseline}: {text}.", _svg(figure, title))
+        return Chart(title, f"Win rates against {opponent}: {text}.", _svg(figure, title))
 
 
 def alpha_curves(title: str, curves: Sequence[tuple[str, Sequence[Point]]]) -> Chart:

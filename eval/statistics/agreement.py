@@ -67,8 +67,7 @@ def agreement(
         return None
     numbers, cells = np.array(both).T
     _, places = np.unique(numbers, return_inverse=True)
-    counts = np.zeros((9, places.max() + 1))
-    """Number of pairs by both verdicts (first axis) and by example (second)."""
+    counts = np.zeros((9, places.max() + 1))  # pairs by both verdicts (first axis) and by example (second)
     np.add.at(counts, (cells, places), 1)
     same, pairs = counts[::4].sum(axis=0), counts.sum(axis=0)
     # If all examples agree, or none, the bootstrap interval has no width; Wilson's has.
@@ -94,11 +93,11 @@ def agreements(
     rows = []
     for (a, of_a), (b, of_b) in itertools.combinations(verdicts.items(), 2):
         if found := agreement(of_a, of_b, examples, bootstrap):
-            kappa = found.kappa or Estimate(float("nan"), None, None, 0)
+            kappa = found.kappa
             rows.append({
                 "judge_a": a, "judge_b": b,
                 "agreement": found.raw.value, "ci_low": found.raw.low, "ci_high": found.raw.high,
-                "kappa": None if found.kappa is None else kappa.value, "kappa_low": kappa.low, "kappa_high": kappa.high,
+                "kappa": kappa and kappa.value, "kappa_low": kappa and kappa.low, "kappa_high": kappa and kappa.high,
                 "n": found.pairs,
             })  # fmt: skip
     return rows

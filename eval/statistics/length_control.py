@@ -22,9 +22,8 @@ import statistics
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cpo_pipe.eval.statistics.bootstrap import Bootstrap, Estimate
+from cpo_pipe.eval.statistics.bootstrap import Bootstrap, Estimate, Values
 
 MIN_EXAMPLES = 100
 MIN_RARER = 10
@@ -34,8 +33,6 @@ REFITS = 100
 """Bootstrap refits for the standard error; percentiles would need thousands."""
 PENALTY = 0.01
 """Weight of φ² / 2 beside the summed log loss."""
-
-Values = NDArray[np.float64]
 
 
 def length_controlled(
@@ -48,7 +45,7 @@ def length_controlled(
 
     Args:
         outcomes: the system's outcome on each example, from 1 (won) to 0 (lost).
-        longer: characters of the system's output less the baseline's.
+        longer: characters of the system's output minus the baseline's.
         bootstrap: gives the seed, and the interval of a raw win rate.
     """
     scores, delta = np.asarray(outcomes, np.float64), np.asarray(longer, np.float64)

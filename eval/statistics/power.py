@@ -1,4 +1,4 @@
-"""Power analysis: the number of examples that a paired comparison needs, before anything is paid for it."""
+"""Power analysis: the number of examples that a paired comparison needs."""
 
 import math
 
@@ -13,18 +13,9 @@ def examples_needed(difference: float, sd: float) -> int:
 
     Args:
         difference: of the means; for win rates 0.05 is five points.
-        sd: standard deviation of the per-example differences: `outcome_sd` for a system against its baseline; for two
-            systems that of their paired differences, which is smaller because the examples' difficulty cancels out.
+        sd: standard deviation of the paired differences, example by example.
     """
     from scipy.stats import norm
 
     z = norm.ppf(1 - SIGNIFICANCE / 2) + norm.ppf(POWER)
     return max(2, math.ceil((z * sd / difference) ** 2))
-
-
-def outcome_sd(rate: float, ties: float) -> float:
-    """Return the standard deviation of outcomes 1, 0.5, 0 with the mean `rate` and this share of ties.
-
-    The share of wins is rate − ties / 2, so that the variance is wins + ties / 4 − rate².
-    """
-    return math.sqrt(rate - ties / 4 - rate * rate)

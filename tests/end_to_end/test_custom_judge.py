@@ -2,11 +2,13 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
+from cpo_pipe.eval.judges.registry import JUDGES
 from tests.support.project import Project
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "custom-judge.md"
@@ -49,6 +51,50 @@ def test_an_own_judge_has_metrics_and_a_place_in_the_report(own: Project) -> Non
     resolved = (folder / "recipe.yaml").read_text()
     assert f"kind: {KIND}" in resolved
     assert "ignore shorter words" in resolved, "its settings are described"
+
+
+INCOMPLETE = '''
+from cpo_pipe.eval.judges.base import JudgeConfig, JudgeDependencies, ScoreJudge, ScoreMetric
+
+class NotOpened(JudgeConfig):
+    """Open nothing."""
+
+class Unscored(ScoreJudge):
+    def spec(self): return {"judge": "unscored"}
+
+class Half(JudgeConfig):
+    """Open a judge that is abstract."""
+    def open(self, name: str, dependencies: JudgeDependencies) -> Unscored:
+        return Unscored(name, ScoreMetric("x", "x"))
+
+class Scored(Unscored):
+    def scores(self, cases, outputs): return [0.0 for _ in outputs]
+
+class Unnamed(JudgeConfig):
+    """Open a judge of scores, without a metric."""
+    def open(self, name: str, dependencies: JudgeDependencies) -> "Scored":
+        return Scored(name, self.score_metric(name))
+'''
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("NotOpened", "judge incomplete_judges:NotOpened is incomplete; implement open"),
+        ("Unnamed", "judge incomplete_judges:Unnamed is incomplete; implement score_metric, as Scored gives scores"),
+        ("Half", "judge incomplete_judges:Half is incomplete; implement scores in Unscored"),
+    ],
+)
+def test_an_incomplete_judge_is_refused_when_the_recipe_is_read(
+    kind: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subclassed = "class Scored(Unscored)"
+    code = INCOMPLETE if kind != "Half" else INCOMPLETE[: INCOMPLETE.index(subclassed)]
+    (tmp_path / "incomplete_judges.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "incomplete_judges", raising=False)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        JUDGES.parse({"kind": f"incomplete_judges:{kind}"})
 
 
 @pytest.mark.parametrize(

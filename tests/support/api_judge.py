@@ -8,9 +8,9 @@ from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.eval.judges.base import Case, Judgement, Pair
 from cpo_pipe.eval.judges.openai import OpenAiJudge
 from cpo_pipe.eval.judges.query import Query
-from cpo_pipe.eval.judging import judged
 from cpo_pipe.pipeline.api.config import Api
 from cpo_pipe.pipeline.api.model import ApiModel
+from tests.support.verdicts import judged
 
 
 def api(url: str, **config: Any) -> ApiModel:

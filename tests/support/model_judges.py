@@ -15,7 +15,7 @@ from cpo_pipe.eval.judges.base import Case, Judgement, Pair
 from cpo_pipe.eval.judges.likelihood import Likelihood, LikelihoodJudge
 from cpo_pipe.eval.judges.local import LocalJudge
 from cpo_pipe.eval.judges.query import Query
-from cpo_pipe.eval.judging import judged
+from tests.support.verdicts import judged
 
 TEMPLATE = "{prompt}|{output_a}|{output_b}:"
 

@@ -16,7 +16,8 @@ from cpo_pipe.eval.judges.base import Case, Judgement, Pair, ScoreJudge, Verdict
 from cpo_pipe.eval.judges.exact import Exact, ExactJudge
 from cpo_pipe.eval.judges.longer import Longer, LongerJudge
 from cpo_pipe.eval.judges.similarity import Encode, Similarity, SimilarityJudge
-from cpo_pipe.eval.judging import judged, read_judgements
+from cpo_pipe.eval.judging import read_judgements
+from tests.support.verdicts import judged
 
 GSM8K = r"####\s*(-?[\d.,]+)"
 ANGLES = {"target": 0.0, "near": 0.3, "far": 1.2, "as near": -0.3}

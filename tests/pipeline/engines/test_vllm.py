@@ -19,7 +19,7 @@ from cpo_pipe.data.models.model import Model
 from cpo_pipe.data.store import Store
 from cpo_pipe.eval.judges import local
 from cpo_pipe.eval.judges.base import Judgement, Pair, Verdict
-from cpo_pipe.eval.judging import judged, make_verdicts, unjudged
+from cpo_pipe.eval.judging import make_verdicts, unjudged
 from cpo_pipe.pipeline.engines import base
 from cpo_pipe.pipeline.engines.base import EngineWork, LazyEngine, Request, Sampling, open_engine
 from cpo_pipe.pipeline.negatives.config import Negatives
@@ -32,6 +32,7 @@ from tests.support.damage import rot
 from tests.support.model_judges import Bench, case
 from tests.support.models import make_model
 from tests.support.pairs import pairs, write_jsonl
+from tests.support.verdicts import judged
 from tests.support.vllm import LONG, REQUESTS, SAMPLING
 
 pytestmark = [

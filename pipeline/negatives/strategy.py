@@ -1,5 +1,6 @@
 """The base class of strategies, and what they plan: where a source's negatives are kept and what makes them."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
@@ -120,6 +121,7 @@ class Strategy(Section):
         None, description="how good this source is, compared with the others; for a curriculum by strength"
     )
 
+    @abstractmethod
     def plan(self, inputs: Inputs) -> Job:
         """Return where the negatives are kept and what makes them; make none.
 
@@ -129,7 +131,6 @@ class Strategy(Section):
         Raises:
             InputError: the inputs break a rule, or a model or a file is missing.
         """
-        raise NotImplementedError
 
     @property
     def origin(self) -> str:

@@ -26,7 +26,6 @@ class BatchTargets(Strategy):
     """Targets of other training prompts."""
 
     kind: ClassVar[str] = "batch"
-    abbreviation: ClassVar[str] = "BN"
 
     hard_negatives_from: int = Field(
         0, ge=0, description="take the targets nearest to the own one by embedding, of this many drawn (0: as drawn)"

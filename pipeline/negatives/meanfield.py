@@ -35,7 +35,6 @@ class MeanField(Strategy):
     """The target with some tokens drawn again from a model, each given the true tokens before it."""
 
     kind: ClassVar[str] = "meanfield"
-    abbreviation: ClassVar[str] = "MN"
 
     model: Location = Field(
         description="what draws the tokens: a training's name, a folder or a hub name; in a later iteration the model "

@@ -45,7 +45,6 @@ class Pool(EngineSampler):
     """Continuations from another model: a file of them, an API, or a model that runs here."""
 
     kind: ClassVar[str] = "pool"
-    abbreviation: ClassVar[str] = "pool"
 
     model: Location | None = Field(None, description="an API of `apis`, a training's name, a folder or a hub name")
     file: Location | None = Field(

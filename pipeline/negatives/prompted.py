@@ -37,7 +37,6 @@ class Prompted(Sampler):
     """Continuations that an API model is asked for, given the prompt and the target."""
 
     kind: ClassVar[str] = "prompted"
-    abbreviation: ClassVar[str] = "prompted"
 
     model: str = Field(description="an API of `apis` with the endpoint chat")
     template: str = Field(

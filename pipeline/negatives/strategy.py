@@ -108,8 +108,6 @@ class Strategy(Section):
 
     kind: ClassVar[str]
     """The strategy's name, as recorded with each row."""
-    abbreviation: ClassVar[str]
-    """Short name in data cards, such as AN."""
 
     strategy: str = Field(
         "",

@@ -15,7 +15,6 @@ class Truncation(Strategy):
     """The target cut at a random place, with an end token."""
 
     kind: ClassVar[str] = "truncation"
-    abbreviation: ClassVar[str] = "TN"
 
     def plan(self, inputs: Inputs) -> Job:
         """Plan the cuts; they depend on the target, which the example id identifies, and on the seed."""

@@ -21,7 +21,7 @@ def sampled_spec(rendering: Spec, generator: str | Spec, sampling: Sampling, see
 
     Args:
         rendering: how the prompt is written and tokenized.
-        generator: a model's fingerprint, or what identifies an API.
+        generator: a model's fingerprint, or an API's spec.
         sampling: the distribution.
         seed: of all samples.
     """
@@ -74,7 +74,7 @@ class Sampler(Strategy):
 
 
 class EngineSampler(Sampler):
-    """Samples continuations with an engine that runs here."""
+    """Samples continuations with a local engine."""
 
     engine: Literal["auto", "vllm", "transformers"] = Field(
         "auto", description="`auto`: vllm where it is installed and supports the model"

@@ -53,7 +53,7 @@ def _load(files: TokenizerFiles, seed: int) -> NegativesOf:
 
 
 def cuts(example_id: str, tokens: int, n: int, seed: int) -> list[int]:
-    """Return after how many of the target's tokens samples 0 … n − 1 end: each place once before any repeats.
+    """Return how many of the target's tokens samples 0 … n − 1 keep; all numbers occur once before any repeats.
 
     Args:
         example_id: with `seed` it determines the order of the places, so that a larger n only adds to a smaller one.

@@ -74,7 +74,7 @@ def test_a_model_without_a_cache_goes_the_plain_way_and_says_why(
     caplog.set_level("INFO")
     engine = open_(openai_gpt())
     assert engine._way == PLAIN
-    assert "every sample computes its prompt anew" in caplog.text
+    assert "every sample computes its own prompt" in caplog.text
     assert "not used by the model: ['past_key_values']" in caplog.text
     assert_same(answers(engine, REQUESTS, SAMPLING), plainly(engine, REQUESTS))
 

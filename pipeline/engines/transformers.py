@@ -94,7 +94,7 @@ class TransformersEngine:
             start = end
 
     def _fastest_equivalent(self) -> Way:
-        """Return the fastest way whose log-probs are those of `PLAIN`; log the choice where it is not the fastest of all.
+        """Return the fastest way whose log-probs are those of `PLAIN`; log the choice if it is not the first.
 
         Each way is tried, since a list of architectures would miss new ones: two prompts with two samples each, of
         given tokens. One sample ends before the others, so that caches are copied, cut and continued.
@@ -171,7 +171,7 @@ class TransformersEngine:
         prompt_B = torch.tensor([distinct[prompt] for prompt in prompts], device=self._device)
         ids, mask, cache = ids_UP[prompt_B], mask_UP[prompt_B], None
         if way.share and len(prompts) > len(distinct) and ids_UP.shape[1] > 1:
-            # All but the last token; each row continues with that, so that its first new token is a step like the others.
+            # All but the last token; each row continues with that, so its first new token is a step like the others.
             cache = self._generate(ids_UP[:, :-1], mask_UP[:, :-1], 1)
             cache.reorder_cache(prompt_B)  # made for beams, so caches of every kind have it
             ids = ids[:, -1:]

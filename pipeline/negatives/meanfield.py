@@ -37,8 +37,8 @@ class MeanField(Strategy):
     kind: ClassVar[str] = "meanfield"
 
     model: Location = Field(
-        description="the model that redraws the tokens: a training's name, a folder or a hub name; in a later iteration "
-        "the model of the iteration before"
+        description="the model that redraws the tokens: a training's name, a folder or a hub name; in a later "
+        "iteration the model of the iteration before"
     )
     corruption_rate: float = Field(0.15, gt=0, le=1, description="share of the target's tokens that are redrawn")
 

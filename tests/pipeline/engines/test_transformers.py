@@ -86,7 +86,7 @@ def test_a_cache_that_is_copied_wrongly_is_not_shared(
     copy = DynamicCache.reorder_cache
     monkeypatch.setattr(DynamicCache, "reorder_cache", lambda cache, rows: copy(cache, torch.zeros_like(rows)))
     assert TransformersEngine(llama)._way != FASTEST
-    assert "else log-probs were wrong by" in caplog.text
+    assert "otherwise log-probs were wrong by" in caplog.text
 
 
 def test_a_prompt_is_computed_once_and_rows_that_ended_no_more(llama: Model) -> None:

@@ -210,7 +210,7 @@ def test_a_folder_is_its_parquet_files_in_order(bench: Bench, tmp_path: Path) ->
 def test_a_bad_folder_is_one_line(bench: Bench, tmp_path: Path) -> None:
     folder = tmp_path / "pool"
     folder.mkdir()
-    with pytest.raises(InputError, match=r"file .*pool: there are no \*\.parquet files in this folder$"):
+    with pytest.raises(InputError, match=r"file .*pool: no \*\.parquet files in this folder$"):
         bench.from_file(folder)
     write(folder / "a.parquet", [{"prompt": "say 1", "text": "a"}])
     write(folder / "b.parquet", [{"prompt": "say 1", "out": "a"}])

@@ -140,7 +140,7 @@ def generate_outputs(
             made = make_missing(
                 generation.request, selection, asked, LocalExecutor(), batch_size=WINDOW, label=f"evaluate {name}"
             )
-            asked.check()
+            model.check_answered()
         else:
             assert engine is not None
             sampled = EngineWork(rows, engine, sampling, seed, tokenizer)

@@ -15,10 +15,10 @@ WINDOW = 1024
 """Examples that are sorted together by the length of their prompts."""
 
 LOOKUP_SIZE = 1 << 20
-"""Samples that are looked up together among the refused, which bounds the memory for their keys."""
+"""Samples looked up at a time among the refused ones; bounds the memory for their keys."""
 
 SAMPLE_INDICES = "sample_indices"
-"""The column of a batch that says which samples of each example are missing."""
+"""The column of a batch with the indices of each example's missing samples."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class SampleRequest:
     rows: Rows
     n: int
     refused: Rows | None = None
-    """Samples that cannot be made, with the reason (REJECTED schema); None where all can."""
+    """Samples that cannot be made, with the reasons (REJECTED schema); None where all can be made."""
 
     def missing(self, example_ids: pa.ChunkedArray) -> NDArray[np.bool_]:
         """Return which samples are neither made nor refused: (E, n)."""

@@ -1,4 +1,4 @@
-"""What a server answers: texts, why there is none, and errors, in the forms that servers give them."""
+"""Answers of servers: texts, refusals and errors, in the various forms that servers use."""
 
 import json
 import re
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from httpx2 import Response
 
 DETAIL = 200
-"""Characters of a server's message that are shown or kept."""
+"""Longest part of a server's message that is shown or kept, in characters."""
 
 _LIMITS = ("length", "max_tokens", "model_length", "model_context_window_exceeded", "repetition")
 """Values of `finish_reason` where a limit (of tokens, or of repeated ones) cut the text."""
@@ -41,11 +41,11 @@ class Refused(Exception):
 
 
 class Failed(Exception):
-    """A request got no answer, however often it was sent."""
+    """All attempts of a request failed."""
 
 
 class Retryable(Exception):
-    """A request got no answer; another attempt may. Being told to slow down is not counted among its attempts."""
+    """A request failed, and another attempt may succeed. `counts` is false where the server asks to slow down."""
 
     def __init__(self, reason: str, *, counts: bool = True):
         super().__init__(reason)
@@ -75,7 +75,7 @@ class _Message(BaseModel):
 
     @property
     def reasoned(self) -> bool:
-        """Whether the model wrote reasoning that the server keeps apart from the text."""
+        """Whether the answer has reasoning in addition to the text."""
         parts = self.content if isinstance(self.content, list) else []
         return bool(self.reasoning_content or self.reasoning or any(part.type != "text" for part in parts))
 
@@ -90,10 +90,10 @@ class Choice(BaseModel):
     message: _Message | None = None
     """Of a chat."""
     token_ids: list[int] | None = None
-    """Where vLLM was asked for them."""
+    """Of vLLM, if requested."""
     logprobs: Any = None
     error: Any = None
-    """Of a text that the server began and could not finish."""
+    """Of a text that the server could not finish."""
 
     @property
     def written(self) -> str | None:
@@ -116,12 +116,12 @@ class Choice(BaseModel):
 
     @property
     def reasoned(self) -> bool:
-        """Whether there is reasoning beside the text."""
+        """Whether there is reasoning in addition to the text."""
         return self.message is not None and self.message.reasoned
 
     @property
     def refusal(self) -> "Refused | None":
-        """Why there is no text, where asking again would not help."""
+        """The reason for a missing text where a retry would not help; otherwise None."""
         if self._end in _FILTERS:
             return Refused("content filter", self.written or "")
         if self.message is not None and self.message.refusal:
@@ -132,7 +132,7 @@ class Choice(BaseModel):
 
 
 class Answer(BaseModel):
-    """What a server answers to one request; other fields are ignored."""
+    """A server's answer to one request."""
 
     choices: list[Choice] = []
     usage: Any = None
@@ -147,14 +147,14 @@ class Answer(BaseModel):
 
     @property
     def used(self) -> Tokens | None:
-        """The tokens it took, where the server says so."""
+        """The tokens used; None where the server does not report them."""
         usage = self.usage if isinstance(self.usage, dict) else {}
         prompt, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
         return Tokens(prompt, written) if isinstance(prompt, int) and isinstance(written, int) else None
 
     @property
     def error(self) -> "ServerError | None":
-        """The error that it reports although its HTTP status is 200."""
+        """The error that an answer of HTTP status 200 reports; None where it reports none."""
         body = self.model_extra or {}
         begun = next((choice.error for choice in self.choices if choice.error), None)
         if begun or body.get("error"):
@@ -169,13 +169,13 @@ class ServerError:
     """An error as a server reports it."""
 
     status: int | None
-    """HTTP status, or the one in the body of an answer of status 200; None where neither says one."""
+    """HTTP status, or for an answer of status 200 the one in its body; None where it has none."""
     code: str
     message: str
     text: str
     """The body."""
     where: str = "error"
-    """What a message calls it."""
+    """What messages call it, such as HTTP 500."""
     headers: Mapping[str, str] = field(default_factory=dict)
     """Headers of the server behind this one."""
 
@@ -185,18 +185,18 @@ class ServerError:
 
         Args:
             body: what the server sent; any JSON value.
-            status: the HTTP status, where that is an error.
-            text: the body as text, which is shown where it has no message.
+            status: the HTTP status, if it is an error.
+            text: the body as text, shown where the body has no message.
         """
         body = body[0] if isinstance(body, list) and body else body  # Google puts it into a list
         around = body if isinstance(body, dict) else {}
-        said = around.get("error")
-        fields = around | (said if isinstance(said, dict) else {"message": said} if said else {})
+        inner = around.get("error")
+        fields = around | (inner if isinstance(inner, dict) else {"message": inner} if inner else {})
         codes = [value for name in ("code", "status", "status_code", "type") if isinstance(value := fields.get(name),
                  str | int)]  # fmt: skip
         metadata = fields["metadata"] if isinstance(fields.get("metadata"), dict) else {}
         headers = metadata["headers"] if isinstance(metadata.get("headers"), dict) else {}
-        # What a server in between says, and then the one behind it, which knows the reason.
+        # First the message of a proxy, then that of the server behind it, which knows the reason.
         messages = [next((fields[name] for name in _MESSAGES if fields.get(name)), None), metadata.get("raw")]
         text = text or json.dumps(body)
         found = next((code for code in map(_status, codes) if code is not None), None)
@@ -215,12 +215,16 @@ _MESSAGES = ("message", "detail", "msg", "error_msg")
 
 
 def _status(code: str | int) -> int | None:
-    """Return the HTTP status that a code in a body is, or stands for."""
+    """Return the HTTP status of a code in a body; None where it has none."""
     return int(code) if re.fullmatch("[45][0-9]{2}", str(code)) else _STATUSES.get(str(code).lower())
 
 
 def check_answer(answer: Answer, n: int) -> None:
-    """Refuse an answer that is none, in which case another one may be."""
+    """Check that an answer has n valid choices, and sort them.
+
+    Raises:
+        Retryable: the answer is invalid.
+    """
     answer.choices.sort(key=lambda choice: choice.index or 0)
     if len(answer.choices) != n:
         raise Retryable(f"the answer has {len(answer.choices)} choices, not {n}")
@@ -233,7 +237,7 @@ def check_answer(answer: Answer, n: int) -> None:
 
 
 def body_of(response: "Response") -> Any:
-    """Return the JSON in a response; None where there is none."""
+    """Return the JSON in a response; None where it is not JSON."""
     try:
         return response.json()
     except ValueError:
@@ -241,6 +245,6 @@ def body_of(response: "Response") -> Any:
 
 
 def title_of(response: "Response") -> str:
-    """Return the text of a response; of a web page, as proxies send, its title."""
+    """Return the text of a response, or the title of a web page, such as proxies send."""
     title = re.search(r"<title[^>]*>(.*?)</title>", response.text, re.IGNORECASE | re.DOTALL)
     return title[1] if title else response.text or response.reason_phrase

@@ -1,4 +1,4 @@
-"""The caps on what a command may spend on an API, with what requests under way may still use."""
+"""The caps on what a command may spend on an API."""
 
 import asyncio
 
@@ -7,7 +7,7 @@ from cpo_pipe.pipeline.api.model import ApiModel, Tokens
 
 
 class Budget:
-    """Keeps what the requests under way may use below the caps of an API."""
+    """Keeps spent tokens, and the most that requests under way may use, below the caps of an API."""
 
     def __init__(self, api: ApiModel):
         self._api, self._ledger = api, api.ledger
@@ -15,10 +15,10 @@ class Budget:
         self._settled = asyncio.Condition()
 
     async def reserve(self, most: Tokens) -> None:
-        """Wait until so many tokens are below the caps whatever the requests under way will use.
+        """Wait until this many more tokens fit below the caps, whatever the requests under way will use.
 
         Raises:
-            RunError: they are not, although nothing is under way.
+            RunError: they exceed a cap although no request is under way.
         """
 
         def broken() -> str | None:
@@ -31,7 +31,7 @@ class Budget:
             self._reserved += most
 
     async def settle(self, most: Tokens, used: Tokens) -> None:
-        """Replace what was reserved for a request by what it used."""
+        """Replace the tokens reserved for a request with those it used."""
         async with self._settled:
             self._reserved -= most
             self._ledger.used += used
@@ -44,6 +44,6 @@ class Budget:
         else:
             limit, spent = f"{self._api.config.max_tokens:,} tokens", f"{ledger.used.prompt + ledger.used.written:,}"
         return (
-            f"{api}: the cap of {limit} is reached ({spent} spent, {ledger.samples:,} samples made); what was made is "
-            f"kept: raise {api}.{cap} and run the same command again"
+            f"{api}: the cap of {limit} is reached ({spent} spent, {ledger.samples:,} samples made); completed work is "
+            f"kept; raise {api}.{cap} and run the same command again"
         )

@@ -1,4 +1,4 @@
-"""Requests to a model behind an OpenAI-compatible server: one after another attempt, and many at a time."""
+"""Requests to an OpenAI-compatible server: retried, and many at a time."""
 
 import asyncio
 import logging
@@ -38,31 +38,31 @@ T = TypeVar("T")
 Item = TypeVar("Item")
 
 _ROUNDS, _SLOW_ROUNDS = 4, 20
-"""Times that all requests under way may fail, or be told to slow down, in a row before the server counts as down."""
+"""How often in a row all requests under way may fail, or be told to slow down, before the server counts as down."""
 _TOGETHER = 0.1
-"""Seconds for which an answer waits for others to be recorded with it: a shard for each would be too many."""
+"""Seconds that an answer waits for others, so that they share a shard."""
 _OVERHEAD = 256
 """Tokens that a server's chat template may add to a prompt."""
 _AGAIN = (408, 409, 425, 429)
 """Statuses below 500 after which the same request may succeed."""
 _FILTERED = ("content_filter", "content_policy_violation", "invalid_prompt")
-"""Codes of a request that was refused for what it says."""
+"""Error codes of requests refused for their content."""
 _TOO_LONG = re.compile(r"context (length|window)|maximum context|max_model_len|prompt is too long", re.IGNORECASE)
 
 
 class ApiClient:
-    """Asks one server: again where that helps, slower where it says so, and never beyond the caps.
+    """Sends requests to one server: retries failures, pauses where the server asks for it, and obeys the caps.
 
-    It belongs to the event loop that it is first used in.
+    It belongs to the event loop that first uses it.
     """
 
     def __init__(self, api: ApiModel):
-        """Connects only when something is asked."""
+        """Prepare the client; it connects with the first request."""
         from openai import AsyncOpenAI
 
         self._api, self._config, self._ledger = api, api.config, api.ledger
         self._key = api.key()
-        # The package's own retries see neither an answer that is none nor a pause that is meant for all requests.
+        # No retries by the package: it does not recognize invalid answers, and its pauses apply to one request only.
         self._client = AsyncOpenAI(base_url=self._config.url, api_key=self._key or "none", max_retries=0, timeout=None)
         self._budget, self._pace = Budget(api), Pace(api.name)
         self._told_at = -math.inf
@@ -71,32 +71,32 @@ class ApiClient:
     async def chat(
         self, messages: Sequence[Mapping[str, str]], max_tokens: int, n: int = 1, **parameters: Any
     ) -> Answer:
-        """Answers to a conversation.
+        """Return the answers to a conversation.
 
         Args:
             messages: each with `role` and `content`.
-            max_tokens: the longest answer.
-            n: how many.
-            parameters: others that the endpoint takes.
+            max_tokens: length limit of an answer, in tokens.
+            n: number of answers.
+            parameters: other parameters of the endpoint.
 
         Raises:
-            Refused: the server will never answer this.
-            Failed: it did not, however often it was asked.
-            InputError: it answers no such request, whatever the messages.
-            RunError: a cap is reached, or the server stopped answering.
+            Refused: the server will never answer this request.
+            Failed: all attempts failed.
+            InputError: the server rejects such requests, whatever their messages.
+            RunError: a cap is reached, the account has no credit, or the server stopped answering.
         """
         most = Tokens(_most_tokens("".join(message["content"] for message in messages)), n * max_tokens)
         body = {"messages": messages, "max_tokens": max_tokens, "n": n, **parameters}
         return await self._ask("/chat/completions", body, most)
 
     async def complete(self, prompt: str | Sequence[int], max_tokens: int, n: int = 1, **parameters: Any) -> Answer:
-        """Continuations of a text, or of token ids where the server takes them; all else as in `chat`."""
+        """Return continuations of a text, or of token ids where the server takes them; otherwise like `chat`."""
         most = Tokens(_most_tokens(prompt) if isinstance(prompt, str) else len(prompt), n * max_tokens)
         body = {"prompt": prompt, "max_tokens": max_tokens, "n": n, **parameters}
         return await self._ask("/completions", body, most)
 
     async def say(self, text: str, max_tokens: int, n: int = 1, **parameters: Any) -> Answer:
-        """Answers to a text: the message of a user, or what is to be completed, by the endpoint; all else as above."""
+        """Return answers to a text: a user's message, or a text to complete, by the endpoint; otherwise like `chat`."""
         if self._config.endpoint == "completions":
             return await self.complete(text, max_tokens, n, **parameters)
         system = self._config.system
@@ -104,7 +104,7 @@ class ApiClient:
         return await self.chat([*messages, {"role": "user", "content": text}], max_tokens, n, **parameters)
 
     def halt(self) -> None:
-        """Send nothing more; what is under way may still be answered."""
+        """Stop sending requests; those under way may still be answered."""
         self._pace.halt()
 
     async def close(self) -> None:
@@ -112,7 +112,7 @@ class ApiClient:
         await self._client.close()
 
     async def _ask(self, path: str, body: Mapping[str, Any], most: Tokens) -> Answer:
-        """Attempt after attempt; `most` is what one may use."""
+        """Attempt a request until it succeeds; `most` is the most that one attempt may use."""
         try:
             return await self._pace.retry(lambda: self._attempt(path, body, most), self._config.attempts)
         except Retryable as error:
@@ -126,7 +126,7 @@ class ApiClient:
         try:
             await self._pace.turn()
             answer = await self._exchange(path, body)
-            # Of a server that does not say what was used the most is counted, so that the caps hold.
+            # Where the server does not report usage, count the most that it may be, so that the caps hold.
             error = answer.error
             used = answer.used or (Tokens() if error is not None and not answer.choices else most)
             if error is not None:
@@ -140,12 +140,12 @@ class ApiClient:
             ledger.in_vain += 1 / (rounds * self._config.concurrency)
             if ledger.in_vain >= 1:
                 raise RunError(
-                    f"apis.{self._api.name}: the server stopped answering (last error: {trouble}); what was made "
+                    f"apis.{self._api.name}: the server stopped answering (last error: {trouble}); completed work "
                     "is kept; fix the cause and run the same command again"
                 ) from None
             if time.monotonic() >= self._told_at + LOG_SECONDS:
                 self._told_at = time.monotonic()
-                log.info("apis.%s: %s; asking again%s", self._api.name, trouble, "" if trouble.counts else ", slower")
+                log.info("apis.%s: %s; retrying%s", self._api.name, trouble, "" if trouble.counts else ", slower")
             raise
         finally:
             await self._budget.settle(most, used)
@@ -162,7 +162,7 @@ class ApiClient:
             try:
                 async with asyncio.timeout(self._config.timeout):
                     response = await self._client.post(path, cast_to=Response, body=sent)
-            # None of these is chained: what a server says may repeat the key.
+            # Errors are not chained: a server's message may repeat the key.
             except TimeoutError:
                 raise Retryable(f"no answer within {self._config.timeout:g} s") from None
             except APIConnectionError as error:
@@ -183,30 +183,30 @@ class ApiClient:
         """Return the answer in a response of status 200.
 
         Raises:
-            Retryable: there is none.
+            Retryable: the response is not a valid answer.
         """
         try:
             return Answer.model_validate_json(response.content)
         except ValidationError as invalid:
             fault = invalid.errors()[0]
         if fault["type"] == "json_invalid":
-            said = self._clean(title_of(response)) or "nothing"
-            raise Retryable(f"the answer is not JSON but {said}")
+            start = self._clean(title_of(response)) or "nothing"
+            raise Retryable(f"the answer is not JSON but {start}")
         place = ".".join(map(str, fault["loc"]))
         raise Retryable(f"unexpected form of the answer: {place}{': ' if place else ''}{fault['msg']}")
 
-    # ── what the server takes ────────────────────────────────────────────────────────────────────────────────────
+    # ── parameters and errors of the server ──────────────────────────────────────────────────────────────────────
 
     def _as_taken(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """A request under the names that the server knows, without the parameters that it does not."""
+        """Return a request with the server's names of the parameters, and without those that it does not know."""
         sent = {self._names.get(name, name): value for name, value in body.items()} | {"model": self._config.model}
-        if sent["n"] == 1:  # the default everywhere; some servers know no other
+        if sent["n"] == 1:  # the default; some servers accept no n
             del sent["n"]
         sent.pop("", None)
         return sent
 
     def _adapts(self, error: ServerError, sent: Mapping[str, Any]) -> bool:
-        """Whether a request was refused for a parameter of which the client now knows that the server has no such."""
+        """Learn from an error that the server lacks a parameter; return whether the request is worth sending again."""
         text = error.text
         if error.status not in (400, 422) or self._config.server == "vllm":
             return False
@@ -220,7 +220,7 @@ class ApiClient:
         return False
 
     def _verdict(self, error: ServerError) -> Exception:
-        """What an error means."""
+        """Return the exception to raise for an error."""
         status, config, api = error.status, self._config, f"apis.{self._api.name}"
         where, text = self._clean(error.where), self._clean(error.message)
         self._pace.heed(error.headers)
@@ -229,37 +229,37 @@ class ApiClient:
         if status in (None, 400, 413, 422) and (error.code == "context_length_exceeded" or _TOO_LONG.search(text)):
             return Refused("too long", text)
         if status == 402 or error.code == "insufficient_quota":
-            return RunError(f"{api}: the account has no credit left ({text}); what was made is kept: add some and run "
-                            "the same command again")  # fmt: skip
+            return RunError(f"{api}: the account has no credit left ({text}); completed work is kept; add credit and "
+                            "run the same command again")  # fmt: skip
         if status is None or status in _AGAIN or status >= 500:
             return Retryable(f"{where}: {text}", counts=status != 429)
         if status == 401 and self._key is None:
-            return InputError(f"{api}.key: the server wants a key, and the environment variable {config.key} is not "
-                              "set: export it")  # fmt: skip
+            return InputError(f"{api}.key: the server requires a key, but the environment variable {config.key} is "
+                              "not set; export it")  # fmt: skip
         if status == 401:
-            return InputError(f"{api}.key: the server does not accept the key in {config.key}: export a valid one")
+            return InputError(f"{api}.key: the server does not accept the key in {config.key}; export a valid one")
         if status == 404:
-            return InputError(f"{api}: there is no model {config.model} at {config.url} ({text}): correct model, or "
-                              "url, which often ends in /v1")  # fmt: skip
-        return InputError(f"{api}: the server refuses the request ({where}: {text}): change what it names")
+            return InputError(f"{api}: no model {config.model} at {config.url} ({text}); correct model or url, which "
+                              "often ends in /v1")  # fmt: skip
+        return InputError(f"{api}: the server rejects the request ({where}: {text}); change the setting that it names")
 
     def _clean(self, text: str) -> str:
-        """A server's text for people: one line, cut, and without the key, should it repeat that."""
+        """Return a server's text for messages: one line, shortened, and without the key."""
         return one_line(text.replace(self._key, "…") if self._key else text, DETAIL)
 
 
 def _most_tokens(text: str) -> int:
-    """The most tokens that a text can be to a server whose tokenizer is not known: one for each byte."""
+    """Return the most tokens that a text can have with any tokenizer: one for each byte, and those of a template."""
     return len(text.encode()) + _OVERHEAD
 
 
 def ask_all(
     api: ApiModel, items: Iterable[Item], ask: Callable[[ApiClient, Item], Coroutine[Any, Any, T]]
 ) -> Iterator[list[T]]:
-    """What `ask` makes of the items, `concurrency` of them at a time, as it comes and in lists of what came together.
+    """Yield the results of `ask` for the items, `concurrency` of them at a time, in lists of results that are ready.
 
-    When an item raises, nothing more is sent, what is under way is waited for and given out, and then it is raised.
-    When the iterator is closed or interrupted, what came is given out, and what is under way is given up.
+    When an item raises, no more requests are sent; the results of those under way are yielded before the exception is
+    raised. When the iterator is closed or interrupted, results that are ready are yielded and the rest are cancelled.
     """
     waiting, most = iter(items), api.config.concurrency
     under_way: set[asyncio.Task[None]] = set()
@@ -271,7 +271,7 @@ def ask_all(
         ready.append(came)
 
     async def go_on() -> bool:
-        """Until some are ready; returns whether any are still to come."""
+        """Work until some results are ready; return whether more will follow."""
         nonlocal under_way
         end: float | None = None
         while True:

@@ -18,7 +18,7 @@ class Api(Section):
     )
     model: str = Field(description="the model's name there")
     revision: str | None = Field(
-        None, description="your name for what stands behind that name today; another one makes all of its outputs anew"
+        None, description="your label for the current version of the model; another label invalidates its outputs"
     )
     key: str = Field(
         "OPENAI_API_KEY",
@@ -36,15 +36,15 @@ class Api(Section):
     concurrency: Positive = Field(16, description="requests under way at a time")
     timeout: float = Field(120, gt=0, description="seconds that a request may take")
     attempts: Positive = Field(
-        6, description="times that a request is sent before it counts as failed; being told to slow down is not counted"
+        6, description="attempts before a request counts as failed; requests to slow down do not count"
     )
     input_price: float | None = Field(None, ge=0, description="US dollars for a million prompt tokens")
     output_price: float | None = Field(None, ge=0, description="US dollars for a million tokens written")
     max_usd: float | None = Field(
-        None, gt=0, description="stop a command before it spends more US dollars here; each command counts anew"
+        None, gt=0, description="stop a command before it spends more US dollars here; each command starts at zero"
     )
     max_tokens: Positive | None = Field(
-        None, description="stop a command before it uses more tokens here, read and written"
+        None, description="stop a command before it uses more tokens here, of prompts and written"
     )
 
     # Errors show neither value, since either may contain a key. The URL is also stored with the artifacts.
@@ -77,7 +77,7 @@ class Api(Section):
     @model_validator(mode="after")
     def _check(self) -> "Api":
         if self.max_usd is not None and (self.input_price is None or self.output_price is None):
-            raise ValueError("max_usd needs input_price and output_price: without them nothing says what a token costs")
+            raise ValueError("max_usd needs input_price and output_price; set both")
         if self.system is not None and self.endpoint != "chat":
-            raise ValueError("system has no meaning for the endpoint completions: leave it out")
+            raise ValueError("system: not used by the endpoint completions; remove it")
         return self

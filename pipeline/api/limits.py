@@ -1,4 +1,4 @@
-"""When a server is asked again, and how fast."""
+"""Retries, and pauses that a server asks for."""
 
 import asyncio
 import logging
@@ -18,17 +18,17 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BACKOFF = 2.0
-"""Seconds within which a request that failed once is sent again; doubled with each failure."""
+"""Longest pause before the first retry, in seconds; doubled with each failure."""
 LONGEST_BACKOFF = 60.0
 WORTH_SAYING = 5.0
-"""Seconds of waiting that the user is told about."""
+"""Shortest pause that is logged, in seconds."""
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class Pace:
-    """When requests to one server are sent, from whichever task they come."""
+    """Decides when requests to one server are sent. All tasks share it."""
 
     def __init__(self, name: str):
         """`name` is the API's, for messages."""
@@ -37,35 +37,39 @@ class Pace:
         self._resume_at = 0.0
 
     def halt(self) -> None:
-        """Send nothing more; what is under way may still be answered."""
+        """Stop sending requests; those under way may still be answered."""
         self._halted.set()
 
     def heed(self, headers: Mapping[str, str]) -> None:
-        """Remember when the server wants the next request, from whichever task it comes."""
+        """Read from the headers until when the server wants no request; the pause applies to all tasks."""
         wait = wanted_pause(headers)
         if wait >= WORTH_SAYING and time.monotonic() + wait > self._resume_at + WORTH_SAYING:
-            log.info("apis.%s: the server wants no request for %.0f s", self._name, wait)
+            log.info("apis.%s: the server asks for a pause of %.0f s", self._name, wait)
         self._resume_at = max(self._resume_at, time.monotonic() + wait)
 
     async def turn(self) -> None:
-        """Wait until the server wants requests again."""
+        """Wait until the pause that the server asked for is over.
+
+        Raises:
+            Failed: requests are no longer sent.
+        """
         while (wait := self._resume_at - time.monotonic()) > 0 and not self._halted.is_set():
             await self.rest(wait + random.uniform(0, BACKOFF))  # not all at the same moment
         if self._halted.is_set():
-            raise Failed("not sent any more")
+            raise Failed("requests are no longer sent")
 
     async def rest(self, seconds: float) -> None:
-        """Sleep, but not on when nothing is to be sent any more."""
+        """Sleep; `halt` ends the sleep early."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._halted.wait()
 
     async def retry(self, attempt: Callable[[], Awaitable[T]], attempts: int) -> T:
-        """Return the result of an attempt, repeated after `Retryable`, with growing pauses.
+        """Attempt a request until it succeeds, with growing pauses, and return its result.
 
         Args:
             attempt: sends the request once.
-            attempts: times that it may fail; being told to slow down is not counted.
+            attempts: how often it may fail; requests to slow down do not count.
 
         Raises:
             Retryable: all attempts failed.
@@ -88,14 +92,14 @@ class Pace:
             reraise=True,
         )
 
-        async def once() -> T:  # tenacity awaits what it sees to be a coroutine function
+        async def once() -> T:  # tenacity awaits only what it recognizes as a coroutine function
             return await attempt()
 
         return await retrying(once)
 
 
 def wanted_pause(headers: Mapping[str, str]) -> float:
-    """Seconds for which a server wants no request, by the headers of its answer."""
+    """Return the pause in seconds that the headers of an answer ask for; 0 where they ask for none."""
     waits = [0.0]
     with suppress(ValueError):
         waits.append(float(headers.get("retry-after-ms", "")) / 1000)

@@ -1,4 +1,4 @@
-"""The model behind an API, as a recipe names it: its identity, key, prices, and what a command has used."""
+"""A model behind an API: its identity, key, prices, and its usage by a command."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ from cpo_pipe.pipeline.engines.base import Sampling
 
 @dataclass(frozen=True)
 class Tokens:
-    """Of prompts, and written."""
+    """Numbers of tokens: of prompts, and written by the model."""
 
     prompt: int = 0
     written: int = 0
@@ -28,30 +28,30 @@ class Tokens:
 
 @dataclass
 class Ledger:
-    """What a command has had from an API so far."""
+    """Usage of an API by a command so far."""
 
     used: Tokens = field(default_factory=Tokens)
     samples: int = 0
     failed: int = 0
-    """Requests that got no answer however often they were sent."""
+    """Requests whose attempts all failed."""
     last_failure: str = ""
     in_vain: float = 0.0
-    """Requests sent since the last answer, each as its share of those that may be sent in vain."""
+    """Failed attempts since the last answer, as a fraction of those after which the server counts as down."""
     unused_top_k: set[int] = field(default_factory=set)
-    """Those that the user was told about."""
+    """Values of top_k that a message has already reported as unused."""
 
 
 @dataclass(frozen=True)
 class ApiModel:
-    """A model behind a server; made once by a command for each API that it uses, so that caps hold for all it does."""
+    """A model behind a server. A command makes one for each API, so that the caps apply to all its requests."""
 
     name: str
-    """As the recipe calls it; for messages only."""
+    """Its key in `apis`, for messages only."""
     config: Api
     ledger: Ledger = field(default_factory=Ledger, compare=False, repr=False)
 
     def spec(self) -> Spec:
-        """What identifies its distribution, as far as one can know it."""
+        """Return what identifies its distribution, as far as a client can know it."""
         config = self.config
         return {
             "url": config.url.rstrip("/"),
@@ -64,78 +64,79 @@ class ApiModel:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what identifies it."""
+        """The hash of its spec."""
         return digest(self.spec())
 
     def obeyed(self, sampling: Sampling) -> Sampling:
-        """The part of a sampling that the server is asked for, which is what identifies samples.
+        """Return the part of a sampling that the server obeys; it identifies the samples.
 
-        Only vLLM takes top-k. Ends are not asked for by id: the tokenizer's EOS always is one, and the others are the
-        model's own.
+        Only vLLM takes top-k. `stop_ids` are not part of it: the tokenizer's EOS always ends a text, and the model
+        defines the others.
 
         Raises:
-            InputError: it is beam search, which servers do not have.
+            InputError: the sampling is beam search, which servers do not offer.
         """
         if sampling.beams > 1:
             raise InputError(
-                f"apis.{self.name}: beams is {sampling.beams}, but an API has no beam search: leave it out of the "
-                "comparison, or take other decodings"
+                f"apis.{self.name}: beams is {sampling.beams}, but an API has no beam search; remove the API "
+                "from the comparison, or use another decoding"
             )
         return replace(sampling, top_k=sampling.top_k if self.config.server == "vllm" else 0, stop_ids=())
 
     def key(self) -> str | None:
-        """The key in the environment, or None: a server of one's own wants none.
+        """Return the key from the environment; None where it is not set, since a server of your own needs none.
 
         Raises:
-            InputError: the recipe names a variable that is not set, or what is in it cannot be a key.
+            InputError: the recipe names a variable that is not set, or its value cannot be a key.
         """
         variable, named = self.config.key, "key" in self.config.model_fields_set
         key = os.environ.get(variable, "").strip()
         if named and not key:
-            raise InputError(f"apis.{self.name}.key: the environment variable {variable} is not set: export it")
-        if not re.fullmatch(r"[!-~]*", key):  # it could not be sent, and the complaint would show it
+            raise InputError(f"apis.{self.name}.key: the environment variable {variable} is not set; export it")
+        if not re.fullmatch(r"[!-~]*", key):  # the client's error would show it
             raise InputError(
                 f"apis.{self.name}.key: the environment variable {variable} holds spaces, line breaks or characters "
-                "beyond ASCII, as no key does: export it again"
+                "beyond ASCII, which no key contains; export the key again"
             )
         return key or None
 
     def check_client(self) -> None:
-        """Look for what asking takes, before anything is asked.
+        """Check that requests are possible, before the first one.
 
         Raises:
-            InputError: the extra `openai` is not installed, or the key that the recipe names is not there.
+            InputError: the extra `openai` is not installed, or the environment variable that the recipe names is not
+                set or invalid.
         """
         if not all(map(importlib.util.find_spec, ("openai", "tenacity"))):
-            raise InputError(f"apis.{self.name}: its client is not installed: pip install 'cpo-pipe[openai]'")
+            raise InputError(f"apis.{self.name}: its client is not installed; run pip install 'cpo-pipe[openai]'")
         self.key()
 
     def check_answered(self) -> None:
-        """Say what is still missing after the work.
+        """Check after the work that all requests were answered.
 
         Raises:
-            RunError: requests got no answer, however often they were sent; the others went on.
+            RunError: all attempts of some requests failed. The answers to the others are kept.
         """
         ledger = self.ledger
         if ledger.failed:
             raise RunError(
                 f"apis.{self.name}: {ledger.failed:,} requests got no answer, each sent {self.config.attempts} times "
-                f"or more (the last: {ledger.last_failure}); what was made is kept: run the same command again"
+                f"or more (the last: {ledger.last_failure}); completed work is kept; run the same command again"
             )
 
     def neutral(self) -> dict[str, Any]:
-        """Defaults that are to be named: vLLM's server would put those of its model's generation config there."""
+        """Return defaults to send, since vLLM's server would otherwise use those of the model's generation config."""
         return {"top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0} if self.config.server == "vllm" else {}
 
     def price(self, tokens: Tokens) -> float | None:
-        """US dollars for so many tokens; None where the recipe names no prices."""
+        """Return the price of the tokens in US dollars; None where the recipe has no prices."""
         config = self.config
         if config.input_price is None or config.output_price is None:
             return None
         return (tokens.prompt * config.input_price + tokens.written * config.output_price) / 1e6
 
     def cap_below(self, tokens: Tokens) -> str | None:
-        """The cap that so many tokens would break, as the recipe calls it; None if none."""
+        """Return the recipe's key of the cap that this many tokens exceed; None where they exceed none."""
         price = self.price(tokens)
         if self.config.max_usd is not None and price is not None and price > self.config.max_usd:
             return "max_usd"
@@ -144,7 +145,7 @@ class ApiModel:
         return None
 
     def spent(self) -> str:
-        """What the command has used, for people."""
+        """Return the command's usage so far, for messages."""
         used = self.ledger.used
         price = self.price(used)
         dollars = f", {price:.4g} US dollars" if price is not None else ""

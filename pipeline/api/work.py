@@ -1,4 +1,4 @@
-"""Work that asks an API for samples and turns its answers into rows."""
+"""Work that requests samples from an API and makes rows of its answers."""
 
 import logging
 import re
@@ -28,56 +28,49 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ApiWork:
-    """Work that asks an API model for continuations.
+    """Work that requests continuations from an API model.
 
-    `server: vllm` is asked for all of an example's samples in one request, of which it gives sample k the seed plus k,
-    as the engine here does. Of other servers nobody knows what they do with a seed and several samples: each is a
-    request of its own, so that a sample does not depend on how many were asked for beside it.
+    With `server: vllm` one request covers all samples of an example: vLLM samples the k-th with the seed plus k, like
+    the local engine. Other servers do not document how a seed applies to several samples, so each sample is a request
+    of its own and does not depend on how many others there are.
     """
 
     rows: Rows
     refused: Rows
-    """Samples that the API will never give (REJECTED schema)."""
+    """Samples that the API will never return (REJECTED schema)."""
     api: ApiModel
     sampling: Sampling
     seed: int
     tokenizer: TokenizerFiles
     """Of the examples."""
     message: Callable[[Mapping[str, Any]], str]
-    """From an example (EXAMPLES schema) to what a chat is asked; completions continue `rendered`."""
+    """From an example (EXAMPLES schema) to the user's message of a chat; completions continue `rendered`."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """What is the same in all rows."""
+    """Columns with the same value in all rows."""
     at_once: bool = True
 
     @property
     def outputs(self) -> list[Rows]:
-        """Reasons of the refused, and the samples."""
+        """Refused samples with their reasons, and the samples."""
         return [self.refused, self.rows]
 
     def open(self) -> Make:
-        """Load the tokenizer and look for the key.
+        """Check the client and the key, and load the tokenizer.
 
         Raises:
-            InputError: the extra `openai` is not installed, or the key that the recipe names is not there.
+            InputError: the extra `openai` is not installed, or the environment variable that the recipe names is not
+                set or invalid.
         """
         self.api.check_client()
         top_k, told = self.sampling.top_k, self.api.ledger.unused_top_k
         if top_k and not self.api.obeyed(self.sampling).top_k and top_k not in told:
             told.add(top_k)
-            log.info("apis.%s: top_k %d is not used: only server: vllm takes it", self.api.name, top_k)
+            log.info("apis.%s: top_k %d is not used; only server: vllm takes it", self.api.name, top_k)
         return _RowMaker(self)
-
-    def check(self) -> None:
-        """Say what is still missing after the work.
-
-        Raises:
-            RunError: requests got no answer, however often they were sent; the others went on.
-        """
-        self.api.check_answered()
 
 
 def prompt_of(example: Mapping[str, Any]) -> str:
-    """The message that is an example's prompt as it is."""
+    """Return the example's prompt, as the message of a chat."""
     return str(example["prompt"])
 
 
@@ -92,7 +85,7 @@ class _Request:
 
 
 class _RowMaker:
-    """What makes rows, with what it needs loaded."""
+    """Makes the rows of a batch."""
 
     def __init__(self, work: ApiWork):
         self._work, self._config = work, work.api.config
@@ -148,7 +141,7 @@ class _RowMaker:
         return parameters
 
     def _seed(self, seed: int) -> int:
-        """The seed that is sent: above 2^53 some servers would round it, and take neighbours for the same."""
+        """Return the seed to send: some servers round those above 2^53, which would make neighbours equal."""
         return seed if self._config.server == "vllm" else seed % (1 << 31)
 
     def _made(self, came: Sequence[tuple[_Request, Answer | Refused | Failed]]) -> Made:
@@ -169,7 +162,7 @@ class _RowMaker:
         return Made([refused, rows], len(rows) + len(refused))
 
     def _row(self, item: _Request, k: int, answer: Answer) -> dict[str, Any] | Refused:
-        """A row of sample k of an answer (NEGATIVES schema)."""
+        """Return the row of sample k of an answer (NEGATIVES schema), or why there is none."""
         choice = answer.choices[k]
         if choice.refusal is not None:
             return choice.refusal
@@ -190,10 +183,10 @@ class _RowMaker:
         }
 
     def _written(self, choice: Choice, example: Mapping[str, Any]) -> tuple[str, list[int], bool]:
-        """Text, token ids and whether it ends there.
+        """Return the text, its token ids, and whether it ends there.
 
-        A chat model does not write where the prompt stops, so its text gets the white space with which the target
-        begins, and ends without any; a completion stays as it is.
+        A chat model's text does not continue the prompt directly: leading white space is replaced by the target's, and
+        trailing white space is removed. A completion is kept as it is.
         """
         ends = not choice.cut
         if self._by_ids:
@@ -211,29 +204,29 @@ class _RowMaker:
         return str(self._tokenizer.decode(token_ids[:limit], skip_special_tokens=True)), token_ids[:limit], False
 
     def _decoded(self, choice: Choice) -> str:
-        """The text of token ids.
+        """Return the text of a choice's token ids.
 
         Raises:
-            InputError: they are not those of the examples' tokenizer, or there are none.
+            InputError: the server gives no token ids, or they are not those of the examples' tokenizer.
         """
         ids, api = choice.token_ids, f"apis.{self._work.api.name}"
         if ids is None:
-            raise InputError(f"{api}.server is vllm, but the server gives no token ids: set it to openai")
+            raise InputError(f"{api}.server is vllm, but the server gives no token ids; set it to openai")
         written = str(self._tokenizer.decode(without_end(ids, not choice.cut), skip_special_tokens=True))
         if _bare(written) != _bare(choice.text or ""):
             raise InputError(
-                f"{api}: the server's tokenizer is not that of the examples: serve a model that has it, or set "
+                f"{api}: the server's tokenizer is not that of the examples; serve a model that has it, or set "
                 f"{api}.endpoint to chat, or {api}.server to openai"
             )
         return written
 
 
 def _bare(text: str) -> str:
-    """A text without what may differ between two ways of decoding the same tokens: spaces and broken characters."""
+    """Remove what may differ between two decodings of the same tokens: spaces and broken characters."""
     return re.sub(r"[\s\ufffd]", "", text)
 
 
 def _logprob(logprobs: Any) -> float | None:
-    """Of a completion's tokens, summed, in nats, where the server says it."""
+    """Return the summed log-prob of a completion's tokens, in nats; None where the server does not report it."""
     each = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
     return float(sum(each)) if each and None not in each else None

@@ -1,4 +1,4 @@
-"""What an engine is, which one is taken, and how it samples what is missing."""
+"""The interface of engines, the choice of one, and the work that samples with it."""
 
 import importlib.util
 import logging
@@ -31,18 +31,18 @@ class Sampling:
     top_k: int
     """Sample among the k likeliest tokens; 0: all."""
     top_p: float = 1.0
-    """Sample among the fewest tokens whose probability together reaches p; 1: all."""
+    """Sample among the fewest tokens whose total probability reaches p; 1: all."""
     beams: int = 1
-    """Beam search with so many beams, which has one sample and no temperature; 1: none."""
+    """Beams of beam search, which gives one sample and has no temperature; 1: no beam search."""
     max_new_tokens: int
     stop_ids: tuple[int, ...]
-    """Token ids that end a continuation; the one that did stays in its token ids."""
+    """Token ids that end a continuation; its token ids include the one that ended it."""
 
     def __post_init__(self) -> None:
         assert self.beams == 1 or self.temperature == 0
 
     def spec(self) -> Spec:
-        """Its part of an artifact's spec; what is off, or ignored by greedy decoding, is left out."""
+        """Return its part of an artifact's spec, without settings that are off or that greedy decoding ignores."""
         common = {"max_new_tokens": self.max_new_tokens, "stop_ids": sorted(self.stop_ids)}
         if self.beams > 1:
             return {"temperature": 0, "beams": self.beams, **common}
@@ -66,7 +66,7 @@ class Sample:
     """One continuation."""
 
     token_ids: list[int]
-    """With the stop token at the end where `finish_reason` is `stop`."""
+    """They end with the stop token where `finish_reason` is `stop`."""
     finish_reason: str
     """`stop` or `length`."""
     logprob: float
@@ -74,29 +74,29 @@ class Sample:
 
 
 class Engine(Protocol):
-    """Something that samples. A sample depends on its prompt, seed and sampling only, not on its batch."""
+    """Samples from a model. A sample depends only on its prompt, seed and sampling, not on its batch."""
 
     description: str
     """Engine, version and dtype, as recorded with each row."""
     searches: bool
-    """Whether it knows beam search."""
+    """Whether it supports beam search."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
-        """Place and samples of each request, as they are ready."""
+        """Yield the index and the samples of each request, as they are ready."""
         ...
 
 
 def open_engine(choice: str, model: Model, context: int | None = None, searches: bool = False) -> Engine:
-    """Load the engine for a model; `auto` is vllm where it is installed and supports the model, and says what it took.
+    """Load the engine for a model; `auto` takes vllm if it is installed and supports the model, and logs its choice.
 
     Args:
         choice: `auto`, `vllm` or `transformers`.
-        model: what samples.
-        context: tokens of the longest prompt with what follows it, where that is known.
-        searches: whether it is for beam search, which `auto` leaves to transformers: vLLM's has other rules.
+        model: the model to sample from.
+        context: tokens of the longest prompt and its continuation together, if known.
+        searches: whether the engine is for beam search; `auto` then takes transformers, since vLLM's search differs.
 
     Raises:
-        InputError: the engine asked for is not installed or does not support the model.
+        InputError: the requested engine is not installed or does not support the model.
     """
     if choice == "transformers":
         return _transformers(model)
@@ -115,7 +115,7 @@ def open_engine(choice: str, model: Model, context: int | None = None, searches:
             log.info("engine: vllm")
             return VllmEngine(model, context)
         if choice == "vllm":
-            raise InputError(f"engine is vllm, which does not support {model.name} ({why}): use engine transformers")
+            raise InputError(f"engine is vllm, which does not support {model.name} ({why}); use engine transformers")
         log.info("engine: transformers (vllm does not support %s: %s)", model.name, why)
     else:
         log.info("engine: transformers (vllm is not installed)")
@@ -129,7 +129,7 @@ def _transformers(model: Model) -> Engine:
 
 
 def check_context(selection: pa.Table, model: Model, new_tokens: int, field: str) -> int:
-    """Refuse prompts that leave a model no room to write.
+    """Refuse prompts that leave no room for new tokens in a model's context.
 
     Returns:
         Tokens of the longest prompt and `new_tokens` together.
@@ -145,28 +145,28 @@ def check_context(selection: pa.Table, model: Model, new_tokens: int, field: str
         both = f"both {field} and data.max_prompt_tokens, to {context} together"
         raise InputError(
             f"{field} is {new_tokens} and the longest prompt has {longest} tokens, but the context of {model.name} is "
-            f"{context} tokens: lower {', or '.join(fixes) or both}"
+            f"{context} tokens; lower {', or '.join(fixes) or both}"
         )
     return int(longest + new_tokens)
 
 
 class LazyEngine:
-    """The engine of a model, loaded when it is first used; pickled without what is loaded.
+    """Loads the engine of a model at its first use; pickled without the engine.
 
-    There is one at a time: for beam search one that knows none gives way.
+    It holds one engine at a time: one without beam search is dropped when beam search is needed.
     """
 
     def __init__(self, choice: str, model: Model, context: int | None = None):
-        """As for `open_engine`."""
+        """Keep the arguments of `open_engine`."""
         self.model = model
         self._arguments = choice, model, context
         self._engine: Engine | None = None
 
     def __call__(self, sampling: Sampling) -> Engine:
-        """The engine for a sampling."""
+        """Return the engine for a sampling."""
         searches = sampling.beams > 1
         if self._engine is not None and searches and not self._engine.searches:
-            self._engine = None  # before the other is loaded: there may not be memory for both
+            self._engine = None  # first free its memory, which may not suffice for both
         if self._engine is None:
             self._engine = open_engine(*self._arguments, searches)
         return self._engine
@@ -177,7 +177,7 @@ class LazyEngine:
 
 @dataclass(frozen=True)
 class EngineWork:
-    """Work that samples continuations of `prompt_ids` with an engine that runs here."""
+    """Work that samples continuations of `prompt_ids` with a local engine."""
 
     rows: Rows
     engine: LazyEngine
@@ -186,7 +186,7 @@ class EngineWork:
     tokenizer: TokenizerFiles
     """Of prompts and samples."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """What is the same in all rows."""
+    """Columns with the same value in all rows."""
     at_once: bool = False
 
     @property
@@ -202,7 +202,7 @@ class EngineWork:
             found = list(requests(batch, self.seed))
             for place, samples in engine.generate([request for _, _, request in found], self.sampling):
                 example_id, first, request = found[place]
-                # The end token need not be a special one, which decoding would leave out.
+                # Decoding would keep an end token that is not a special token.
                 texts = [without_end(sample.token_ids, sample.finish_reason == "stop") for sample in samples]
                 rows = [
                     {
@@ -224,7 +224,7 @@ class EngineWork:
 
 
 def requests(batch: pa.Table, seed: int) -> Iterator[tuple[str, int, Request]]:
-    """Example id, first sample index and request of each run of consecutive samples in a batch of `make_missing`."""
+    """Yield example id, first sample index and request for each run of consecutive samples in a batch of examples."""
     columns = (batch[name].to_pylist() for name in ("example_id", "prompt_ids", SAMPLE_INDICES))
     for example_id, prompt_ids, indices in zip(*columns, strict=True):
         start = 0

@@ -18,33 +18,33 @@ from cpo_pipe.pipeline.engines.base import Request, Sample, Sampling
 log = logging.getLogger(__name__)
 
 BATCH_TOKENS = 1 << 14
-"""Tokens of all samples decoded side by side, prompts and limits together: bounds the memory of the KV cache."""
+"""Tokens of a batch, prompts and limits together; bounds the memory of the KV cache."""
 
 SEGMENT = 8
-"""Tokens decoded between two looks at which rows have ended: those leave the batch."""
+"""Tokens decoded between two checks for rows that have ended, which then leave the batch."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """How rows are computed side by side."""
+    """A way of batching rows."""
 
     share: bool
-    """A prompt is computed once for all its rows, whose caches start as copies of its own."""
+    """Compute a prompt once, and copy its cache for each of its rows."""
     pad: bool
-    """Prompts of unlike length, the shorter padded on the left; otherwise only equally long ones."""
+    """Batch prompts of different lengths, padded on the left; otherwise only prompts of equal length."""
 
 
 PLAIN = Way(share=False, pad=False)
 WAYS = {
     Way(share=True, pad=True): "a prompt is computed once for all its samples",
-    Way(share=True, pad=False): "only prompts of one length are computed side by side",
-    PLAIN: "every sample computes its prompt anew, beside prompts of its length only",
+    Way(share=True, pad=False): "only prompts of equal length are batched",
+    PLAIN: "every sample computes its own prompt, and only prompts of equal length are batched",
 }
-"""From the fastest to the one that asks nothing of a model, in words."""
+"""Descriptions, from the fastest way to the one that every model supports."""
 
 
 class TransformersEngine:
-    """Samples row by row with a seed of its own, by the first way that the model computes exactly."""
+    """Samples each row with its own seed, by the fastest way that is numerically equivalent to `PLAIN`."""
 
     searches = True
 
@@ -53,19 +53,19 @@ class TransformersEngine:
         dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
         network: Any = model.load(dtype)  # transformers types neither `to` nor `generate` well
         self._model = network.to(self._device).eval()
-        # What the model's authors would sample with (a repetition penalty, say) must not leak into what was asked for.
+        # The authors' sampling defaults, such as a repetition penalty, must not change the requested distribution.
         self._model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         state_space = "cache_params" in inspect.signature(network.forward).parameters
         self._cache_name = "cache_params" if state_space else "past_key_values"
-        self._way = self._first_exact()
+        self._way = self._fastest_equivalent()
         self.description = f"transformers {transformers.__version__}, {str(dtype).removeprefix('torch.')}"
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
-        """Place and samples of each request, as they are ready."""
+        """Yield the index and the samples of each request, as they are ready."""
         assert sampling.beams == 1 or all(request.n == 1 for request in requests)
         rows = [(place, k) for place, request in enumerate(requests) for k in range(request.n)]
         prompts = [tuple(request.prompt_ids) for request in requests]
-        # Long prompts first, equal ones together: little padding, and what needs the most memory is known at once.
+        # Long prompts first, equal ones together: little padding, and a lack of memory shows at once.
         rows.sort(key=lambda row: (-len(prompts[row[0]]), prompts[row[0]], row))
         waiting: dict[int, list[Sample]] = {}
         for batch in self._batches([len(prompts[place]) for place, _ in rows], sampling):
@@ -83,7 +83,7 @@ class TransformersEngine:
                     yield place, waiting.pop(place)
 
     def _batches(self, lengths: Sequence[int], sampling: Sampling) -> Iterator[slice]:
-        """Rows to decode side by side, of rows whose prompts have these lengths, the longest first."""
+        """Yield batches of rows whose prompts have these lengths, the longest first."""
         start = 0
         while start < len(lengths):
             tokens = (lengths[start] + sampling.max_new_tokens) * sampling.beams
@@ -93,11 +93,11 @@ class TransformersEngine:
             yield slice(start, end)
             start = end
 
-    def _first_exact(self) -> Way:
-        """The first way whose log-probs are those of the plain one; says so where that is not the fastest.
+    def _fastest_equivalent(self) -> Way:
+        """Return the fastest way whose log-probs are those of `PLAIN`; log the choice if it is not the first.
 
-        By trying, since no list of architectures knows the next one: two prompts of two samples each, of given tokens,
-        one of which ends before the others, so that caches are copied, cut and gone on with.
+        Each way is tried, since a list of architectures would miss new ones: two prompts with two samples each, of
+        given tokens. One sample ends before the others, so that caches are copied, cut and continued.
         """
         stop, tolerance = 1, 1e-4 if self._model.dtype == torch.float32 else 5e-2
         prompts = [(2, 3, 4, 5, 6, 7)] * 2 + [(5, 3)] * 2
@@ -117,8 +117,8 @@ class TransformersEngine:
                 error = ((logprobs(way) - expected) / expected.abs().clamp(min=1)).abs().max().item()
                 if error < tolerance:
                     break
-                why = f"else log-probs were wrong by {error:.1%}"
-            except Exception as refusal:  # whatever a model says whose cache is of another kind
+                why = f"otherwise log-probs were wrong by {error:.1%}"
+            except Exception as refusal:  # models with another kind of cache raise various errors
                 why = f"{type(refusal).__name__}: {cause(refusal)}"
         if why:
             log.info("engine transformers: %s (%s)", WAYS[way], why)
@@ -126,11 +126,11 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _search(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling) -> "GivenChoice":
-        """What beam search finds after each prompt, yet to be decoded for its log-probs.
+        """Return the continuations that beam search finds; decoding them then gives their log-probs.
 
-        By transformers' own search and defaults: candidates compare by log-prob per token (`length_penalty` 1), and a
-        prompt is done when none that goes on is better, as it stands, than the worst of the finished ones, as many as
-        there are beams (`early_stopping` false).
+        The search is transformers' own with its defaults: candidates are compared by log-prob per token
+        (`length_penalty` 1), and a prompt is done when it has as many finished candidates as beams and no unfinished
+        one currently beats the worst of them (`early_stopping` false).
         """
         ids_BP, mask_BP = self._padded(prompts)
         stop_ids = list(sampling.stop_ids)
@@ -145,13 +145,13 @@ class TransformersEngine:
                 max_new_tokens=sampling.max_new_tokens,
                 eos_token_id=stop_ids or None,
                 pad_token_id=stop_ids[0] if stop_ids else None,
-                use_cache=self._way.share,  # otherwise caches may not be what they should be
+                use_cache=self._way.share,  # otherwise the caches may be wrong
             ),
         )
         return GivenChoice(found[:, ids_BP.shape[1] :].tolist(), stop_ids, self._device)
 
     def _padded(self, prompts: Collection[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and mask of prompts, padded on the left, each (prompts, tokens of the longest)."""
+        """Return token ids and mask of the prompts, padded on the left, each (prompts, tokens of the longest)."""
         width = max(map(len, prompts))
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -162,7 +162,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _decode(self, prompts: Sequence[tuple[int, ...]], choice: "Choice", way: Way, segment: int = SEGMENT) -> None:
-        """Continue each row's prompt; `choice` then has the samples.
+        """Continue each row's prompt; `choice` collects the samples.
 
         Shapes: B rows, of which R go on; U distinct prompts, P tokens of the longest.
         """
@@ -171,9 +171,9 @@ class TransformersEngine:
         prompt_B = torch.tensor([distinct[prompt] for prompt in prompts], device=self._device)
         ids, mask, cache = ids_UP[prompt_B], mask_UP[prompt_B], None
         if way.share and len(prompts) > len(distinct) and ids_UP.shape[1] > 1:
-            # All but the last token, with which each row then goes on: its first new token is a step like the others.
+            # All but the last token; each row continues with that, so its first new token is a step like the others.
             cache = self._generate(ids_UP[:, :-1], mask_UP[:, :-1], 1)
-            cache.reorder_cache(prompt_B)  # meant for beams, and thus known to caches of every kind
+            cache.reorder_cache(prompt_B)  # made for beams, so caches of every kind have it
             ids = ids[:, -1:]
         while True:
             steps = min(segment, choice.remaining) if way.share else choice.remaining
@@ -191,11 +191,11 @@ class TransformersEngine:
         """Decode `steps` tokens, fewer if all rows end before.
 
         Args:
-            ids: What the cache does not hold yet of the rows' tokens, (R, tokens).
-            mask: 1 for what is not padding, (R, tokens in the cache and in `ids`).
-            steps: How many tokens.
-            choice: What chooses them; None for whichever.
-            cache: That of the tokens before `ids`; changed.
+            ids: the rows' tokens that the cache does not contain yet, (R, tokens).
+            mask: 0 for padding and 1 otherwise, (R, tokens in the cache and in `ids`).
+            steps: number of tokens.
+            choice: chooses the tokens; None where any will do.
+            cache: of the tokens before `ids`; changed in place.
 
         Returns:
             The cache, without the last token chosen.
@@ -206,7 +206,7 @@ class TransformersEngine:
             logits_processor=[choice] if choice else [],
             stopping_criteria=[AllEnded(choice)] if choice else [],
             generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
-                do_sample=False,  # `choice` has sampled: what it leaves is one token a row
+                do_sample=False,  # `choice` has sampled: one token per row is left
                 max_new_tokens=steps,
                 return_dict_in_generate=True,
             ),
@@ -223,16 +223,16 @@ class Choice(LogitsProcessor, ABC):
     def __init__(self, rows: int, tokens: int, stop_ids: Sequence[int], device: torch.device):
         self.stop_ids = stop_ids
         self.remaining = tokens
-        """Steps that are left."""
+        """Number of steps left."""
         self.ended_R = torch.zeros(rows, dtype=torch.bool, device=device)
-        """Whether a row has an end token; what it goes on with is not looked at."""
+        """Whether a row has an end token; later tokens of the row are ignored."""
         self._row_R = torch.arange(rows, device=device)
         self._stop_ids = torch.tensor(stop_ids, dtype=torch.long, device=device)
         self._token_BT = torch.zeros(rows, tokens, dtype=torch.long, device=device)
         self._logprob_BT = torch.zeros(rows, tokens, device=device)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Scores (R, V) in, scores with one finite entry per row out."""
+        """Choose tokens from scores (R, V); return scores with one finite entry per row."""
         scores_RV, step = scores.float(), self._step
         token_R = self.choose(scores_RV, self._row_R, step)
         self._token_BT[self._row_R, step] = token_R
@@ -244,20 +244,20 @@ class Choice(LogitsProcessor, ABC):
 
     @abstractmethod
     def choose(self, scores_RV: torch.Tensor, row_R: torch.Tensor, step: int) -> torch.Tensor:
-        """The tokens (R,) that rows `row_R` go on with."""
+        """Return the next tokens (R,) of rows `row_R`."""
 
     def last(self) -> torch.Tensor:
-        """The tokens chosen last, (R, 1)."""
+        """Return the tokens chosen last, (R, 1)."""
         return self._token_BT[self._row_R, self._step - 1, None]
 
     def drop_ended(self) -> torch.Tensor:
-        """Leave out the rows that have ended; returns the places (R after) of the others among those before."""
+        """Drop the rows that have ended; return the indices of the others, (R after), among the rows before."""
         going = (~self.ended_R).nonzero().squeeze(-1)
         self._row_R, self.ended_R = self._row_R[going], self.ended_R[going]
         return going
 
     def samples(self) -> list[Sample]:
-        """One of each row, in order."""
+        """Return the sample of each row, in order."""
         rows = zip(self._token_BT.tolist(), self._logprob_BT.double().cpu(), strict=True)
         return [_finish(token_ids, logprobs, self.stop_ids) for token_ids, logprobs in rows]
 
@@ -267,13 +267,13 @@ class Choice(LogitsProcessor, ABC):
 
 
 class AllEnded(StoppingCriteria):
-    """Ends decoding with the last of the rows; one that has ended goes on until then or until it is dropped."""
+    """Stops decoding when all rows have ended."""
 
     def __init__(self, choice: Choice):
         self._choice = choice
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
-        """Which rows have ended, (R,)."""
+        """Return which rows have ended, (R,)."""
         return self._choice.ended_R  # type: ignore[return-value]
 
 
@@ -287,7 +287,7 @@ class SeededChoice(Choice):
             self._uniform_BT = torch.stack([_uniform(seed, sampling.max_new_tokens) for seed in seeds]).to(device)
 
     def choose(self, scores_RV: torch.Tensor, row_R: torch.Tensor, step: int) -> torch.Tensor:
-        """By temperature, top-k (k of the V tokens) and top-p."""
+        """Sample by temperature, top-k (k of the V tokens) and top-p."""
         if self._sampling.temperature == 0:
             return scores_RV.argmax(-1)
         k = min(self._sampling.top_k or scores_RV.shape[-1], scores_RV.shape[-1])
@@ -301,19 +301,19 @@ class SeededChoice(Choice):
 
 
 class GivenChoice(Choice):
-    """Takes the tokens it is given, (B, T)."""
+    """Chooses given tokens, (B, T)."""
 
     def __init__(self, token_ids: list[list[int]], stop_ids: Sequence[int], device: torch.device):
         super().__init__(len(token_ids), len(token_ids[0]), stop_ids, device)
         self._given_BT = torch.tensor(token_ids, device=device)
 
     def choose(self, scores_RV: torch.Tensor, row_R: torch.Tensor, step: int) -> torch.Tensor:
-        """The next of each row's."""
+        """Return the next given token of each row."""
         return self._given_BT[row_R, step]
 
 
 def _finish(token_ids: list[int], logprobs: torch.Tensor, stop_ids: Sequence[int]) -> Sample:
-    """Cut a row of the batch where its own text ended."""
+    """Return the sample of a row, cut after its first stop token."""
     end = next((at + 1 for at, token in enumerate(token_ids) if token in stop_ids), None)
     length = end if end is not None else len(token_ids)
     reason = "stop" if end is not None else "length"
@@ -321,5 +321,5 @@ def _finish(token_ids: list[int], logprobs: torch.Tensor, stop_ids: Sequence[int
 
 
 def _uniform(seed: int, count: int) -> torch.Tensor:
-    """`count` uniform numbers in [0, 1) of one row's own generator."""
+    """Return `count` uniform numbers in [0, 1) from a generator with this seed."""
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

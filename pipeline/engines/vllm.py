@@ -17,7 +17,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # likewise read by torch
-# What it says before it has configured its logging, and what Python says about it.
+# Its messages before it has configured its logging, and Python's warnings about it.
 logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
 warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
@@ -41,7 +41,7 @@ CPU_CACHE_BYTES = 1 << 30
 
 
 def unsupported(model: Model) -> str | None:
-    """Why vLLM does not run this model on this machine, or None if it does."""
+    """Return why vLLM does not run this model on this machine; None if it does."""
     config = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
     architectures = config.architectures or ["unknown"]
     if not any(name in ModelRegistry.get_supported_archs() for name in architectures):
@@ -59,7 +59,7 @@ def unsupported(model: Model) -> str | None:
 
 
 class VllmEngine:
-    """Child k of a request uses seed + k (vLLM's own rule); prompts go in as token ids."""
+    """Samples with vLLM; sample k of a request uses seed + k (vLLM's own rule), and prompts are token ids."""
 
     searches = False
 
@@ -67,9 +67,9 @@ class VllmEngine:
         """Load the model.
 
         Args:
-            model: The model.
-            context: Tokens of the longest prompt and its continuation together. None: as many as the model's context
-                and the memory of the cache allow, for which vLLM sets buffers aside.
+            model: the model.
+            context: tokens of the longest prompt and its continuation together. None: as many as the model's context
+                and the memory of the cache allow, for which vLLM reserves buffers.
         """
         model.check_weights()
         on_gpu = torch.cuda.is_available()
@@ -97,7 +97,7 @@ class VllmEngine:
         self.description = f"vllm {__version__}, {settings['dtype']}"
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
-        """Place and samples of each request, as they are ready."""
+        """Yield the index and the samples of each request, as they are ready."""
         assert sampling.beams == 1
         greedy = sampling.temperature == 0
         parameters = [
@@ -109,7 +109,7 @@ class VllmEngine:
                 top_p=1.0 if greedy else sampling.top_p,
                 max_tokens=sampling.max_new_tokens,
                 stop_token_ids=list(sampling.stop_ids),
-                ignore_eos=True,  # the end tokens of the model's config: only those asked for end a text
+                ignore_eos=True,  # only `stop_ids` end a text, not the end tokens of the model's config
                 logprobs=0,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
@@ -128,9 +128,9 @@ class VllmEngine:
     def next_logprobs(
         self, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
     ) -> Iterator[tuple[int, list[float]]]:
-        """Place of each prompt, as they are ready, and the log-probs of its `tokens`, each as the next one after it.
+        """Yield the index of each prompt, as they are ready, and the log-probs of its `tokens`, each as its next token.
 
-        Under the raw model (temperature 1, all tokens), in nats.
+        The log-probs are those of the raw model (temperature 1, all tokens), in nats.
         """
         parameters = [
             SamplingParams(
@@ -150,7 +150,7 @@ class VllmEngine:
     def _answers(
         self, prompts: Sequence[Sequence[int]], parameters: Sequence[SamplingParams]
     ) -> Generator[tuple[int, RequestOutput], None, None]:
-        """Place and answer of each prompt, as they are ready: LLM.generate keeps all until the last is there."""
+        """Yield the index and answer of each prompt, as they are ready; LLM.generate would wait for the last."""
         engine = self._llm.llm_engine
         ids = [
             engine.add_request(str(place), TokensPrompt(prompt_token_ids=list(prompt)), chosen)

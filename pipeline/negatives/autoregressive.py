@@ -14,7 +14,6 @@ class Autoregressive(EngineSampler):
     """Continuations sampled from a model given the prompt."""
 
     kind: ClassVar[str] = "autoregressive"
-    abbreviation: ClassVar[str] = "AN"
 
     model: Location = Field(
         description="the generator: a training's name, an API of `apis`, a folder or a hub name; in a later iteration "

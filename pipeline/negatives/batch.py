@@ -19,17 +19,16 @@ from cpo_pipe.pipeline.negatives.strategy import ExampleWork, Inputs, Job, Negat
 log = logging.getLogger(__name__)
 
 DRAW_SIZE = 32
-"""Random numbers drawn at a time; fixed, so that a larger n goes on where a smaller one stopped."""
+"""Random numbers drawn at a time; fixed, so that a larger n continues a smaller one."""
 
 
 class BatchTargets(Strategy):
     """Targets of other training prompts."""
 
     kind: ClassVar[str] = "batch"
-    abbreviation: ClassVar[str] = "BN"
 
     hard_negatives_from: int = Field(
-        0, ge=0, description="take the targets nearest to the own one by embedding, of this many drawn (0: as drawn)"
+        0, ge=0, description="draw this many targets and take those nearest to the own one by embedding (0: as drawn)"
     )
     embedder: Location = Field("minilm", description="sentence-transformers model of `hard_negatives_from`")
 
@@ -63,7 +62,7 @@ class BatchTargets(Strategy):
 def batch_spec(
     rendering: Spec, seed: int, pool: str, hard_negatives_from: int = 0, embedder: Embedder | None = None
 ) -> Spec:
-    """Return the identity of the draws, of which the whole pool (a hash of its ids) is a part."""
+    """Return the identity of the draws; it contains `pool`, a hash of the ids of all examples drawn from."""
     spec: Spec = {"strategy": BatchTargets.kind, "prompt": rendering, "seed": seed, "pool": pool}
     if embedder is not None:
         spec |= {"hard_negatives_from": hard_negatives_from, "embedder": embedder.fingerprint}
@@ -132,7 +131,7 @@ class BatchDraws:
     """EXAMPLES schema; the pool."""
     seed: int
     hard_negatives_from: int = 0
-    """Of so many drawn the nearest by embedding are taken; 0: as drawn."""
+    """Number of targets drawn, of which those most similar by embedding are taken; 0: as drawn."""
     embedder: Embedder | None = None
     """For `hard_negatives_from`."""
     key: str = "negatives.sources.batch"
@@ -145,8 +144,8 @@ class BatchDraws:
         place = {example_id: row for row, example_id in enumerate(ids)}
         embeddings = EmbeddingCache(self.embedder) if self.embedder is not None else None
         if embeddings is not None:
-            # All in one order: a vector's last digits depend on what is computed beside it, and with them the order of
-            # targets that are equal to the embedding model, such as those unlike in case only.
+            # In one fixed order: a vector's last digits depend on its batch, and they decide the order of targets that
+            # the embedding model does not distinguish, such as those that differ only in case.
             distinct = sorted(set(targets))
             embeddings.add(distinct, "targets embedded")
             if self.embedder is not None and (count := embeddings.truncated(distinct)):

@@ -16,7 +16,7 @@ RESERVED = (TARGET, "all")
 
 
 class Negatives(Section):
-    """Which negatives a group gets."""
+    """The negatives of a group."""
 
     seed: Seed = Field(0, description="seed of all samples")
     max_examples: Positive | None = Field(
@@ -26,7 +26,7 @@ class Negatives(Section):
         None, description="how good the targets are, as the sources' strength; for a curriculum by strength"
     )
     sources: dict[Name, Annotated[Strategy, STRATEGIES]] = Field(
-        description="where they come from, by name; of equal negatives the first source's is kept"
+        description="sources of negatives, by name; of equal negatives the first source's is kept"
     )
 
     @field_validator("sources", mode="before")

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """The negatives of a run: its selection of examples and where they get them from."""
+    """The negatives of a run: the selected examples and a job for each source."""
 
     selection: pa.Table
     jobs: list[Job]
@@ -27,7 +27,7 @@ class Plan:
 
     @property
     def sources(self) -> list[Source]:
-        """Where the negatives are kept."""
+        """The sources of the jobs."""
         return [job.source for job in self.jobs]
 
     def spec(self) -> list[Spec]:
@@ -43,7 +43,7 @@ class Plan:
 
 
 def plan_negatives(config: Negatives, store: Store, examples: Examples, find: FindModel, max_tokens: int) -> Plan:
-    """Return which negatives a run needs and what makes them; make none.
+    """Return the negatives that a run needs and the jobs that make them; make none.
 
     Args:
         config: the recipe's section.
@@ -69,8 +69,8 @@ def generate_negatives(plan: Plan, executor: Executor) -> None:
     """Make the missing negatives of a run, source by source.
 
     Raises:
-        InputError: the engine asked for does not support the model; a pool's file breaks a rule; or the training
-            examples are too few for the batch negatives asked for.
+        InputError: the requested engine does not support the model, a pool's file breaks a rule, or there are too few
+            training examples for the requested batch negatives.
         RunError: an API did not answer some requests.
     """
     ids = plan.selection["example_id"]

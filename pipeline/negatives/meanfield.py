@@ -1,4 +1,4 @@
-"""Mean-field negatives (MN): the target with some tokens drawn again from the model, given the true ones before (§3).
+"""Mean-field negatives (MN): the target with some tokens redrawn by a model, given the true tokens before them (§3).
 
 Shapes: L tokens of the target without its end token, V vocabulary.
 """
@@ -28,20 +28,19 @@ if TYPE_CHECKING:  # torch is imported only when there is something to make
     from transformers import PreTrainedModel
 
 LOGITS = 1 << 27
-"""Logits in memory at once."""
+"""Most logits in memory at once."""
 
 
 class MeanField(Strategy):
-    """The target with some tokens drawn again from a model, each given the true tokens before it."""
+    """The target with some tokens redrawn by a model, each given the true tokens before it."""
 
     kind: ClassVar[str] = "meanfield"
-    abbreviation: ClassVar[str] = "MN"
 
     model: Location = Field(
-        description="what draws the tokens: a training's name, a folder or a hub name; in a later iteration the model "
-        "of the iteration before"
+        description="the model that redraws the tokens: a training's name, a folder or a hub name; in a later "
+        "iteration the model of the iteration before"
     )
-    corruption_rate: float = Field(0.15, gt=0, le=1, description="share of the target's tokens drawn again")
+    corruption_rate: float = Field(0.15, gt=0, le=1, description="share of the target's tokens that are redrawn")
 
     def plan(self, inputs: Inputs) -> Job:
         """Plan the draws."""
@@ -56,7 +55,7 @@ class MeanField(Strategy):
     @property
     def origin(self) -> str:
         """The target and the model."""
-        return f"the ground truth, in part drawn again from {self.model}"
+        return f"the ground truth, partly redrawn by {self.model}"
 
     def models(self) -> list[str]:
         """Return the model."""
@@ -65,7 +64,7 @@ class MeanField(Strategy):
     def check_apis(self, apis: Mapping[str, Api]) -> None:
         """Refuse an API."""
         if self.model in apis:
-            raise ValueError(f"model {self.model} is an API, which gives no distributions; name a model with weights")
+            raise ValueError(f"model {self.model} is an API, which returns no distributions; name a model with weights")
 
     def with_generator(self, model: str) -> Self:
         """Return the strategy with another model."""
@@ -81,9 +80,9 @@ def meanfield_spec(rendering: Spec, generator: str, share: float, stop_ids: Sequ
 def target_logits(
     model: "PreTrainedModel", prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
 ) -> "list[Tensor]":
-    """For each target the logits of its positions, each given the true tokens before it: (L, V), float32, on the CPU.
+    """Return each target's logits, given the true tokens before each position: (L, V), float32, on the CPU.
 
-    One teacher-forced forward pass over right-padded rows.
+    Computes one teacher-forced forward pass over right-padded rows.
     """
     import torch
 
@@ -99,9 +98,9 @@ def target_logits(
 
 
 def redraw(target: Sequence[int], logits_LV: "Tensor", share: float, stop_ids: Sequence[int], seed: int) -> list[int]:
-    """One sample: `share` of the positions (one at least), each with one draw from the full softmax without end tokens.
+    """Redraw `share` of the positions (at least one), each from the full softmax without end tokens.
 
-    A draw may be the token that was there; a sample that changed nothing is dropped by rank as a copy of the target.
+    A draw may be the original token; rank drops a sample without changes as a copy of the target.
     """
     rng = np.random.default_rng(seed)
     count = max(1, round(share * len(target)))
@@ -117,7 +116,7 @@ def redraw(target: Sequence[int], logits_LV: "Tensor", share: float, stop_ids: S
 
 @dataclass(frozen=True)
 class MeanFieldWork:
-    """Work that draws tokens of the targets of examples again."""
+    """Work that redraws tokens of the examples' targets."""
 
     rows: Rows
     model: Model
@@ -173,7 +172,7 @@ class MeanFieldWork:
 
 
 def _passes(lengths: Sequence[int], model: "PreTrainedModel") -> list[list[int]]:
-    """Rows (by their numbers, like lengths side by side) whose logits fit into memory together."""
+    """Return batches of rows, by their numbers, of similar length, whose logits fit into memory together."""
     budget = max(LOGITS // model.config.get_text_config().vocab_size, 1)
     plan: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda number: lengths[number]):

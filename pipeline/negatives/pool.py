@@ -1,7 +1,7 @@
 """Negatives from other models (Xu et al. 2024): a file of continuations, an API, or a model that runs here.
 
-A model may have a tokenizer of its own. Its token ids mean nothing to the model that is trained: its continuations are
-taken as text and encoded as targets are.
+A model may have a tokenizer of its own. Its token ids mean nothing to the trained model, so its continuations are taken
+as text and encoded like targets.
 """
 
 import logging
@@ -38,19 +38,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ENCODING = 3
-"""Raise when the same texts come to be other token ids."""
+"""Raise when the encoding of a text changes."""
 
 
 class Pool(EngineSampler):
     """Continuations from another model: a file of them, an API, or a model that runs here."""
 
     kind: ClassVar[str] = "pool"
-    abbreviation: ClassVar[str] = "pool"
 
     model: Location | None = Field(None, description="an API of `apis`, a training's name, a folder or a hub name")
     file: Location | None = Field(
         None,
-        description="a .jsonl or .parquet file with continuations that are there already, a .json file with a list, "
+        description="a .jsonl or .parquet file with existing continuations, a .json file with a list, "
         "or a folder of .parquet files, such as `cpo-pipe export` writes",
     )
     columns: Columns = Field(default_factory=Columns, description="column mapping of the file")
@@ -65,7 +64,7 @@ class Pool(EngineSampler):
         return self
 
     def plan(self, inputs: Inputs) -> Job:
-        """Plan what the file has, or samples of the model."""
+        """Plan to read the file, or to sample from the model."""
         if self.file is not None:
             return self._plan_file(inputs, PoolFile(inputs.key, Path(self.file), self.columns))
         assert self.model is not None
@@ -135,9 +134,9 @@ def as_targets(
 
     Args:
         texts: the continuations.
-        ends: whether each is whole, so that an EOS token follows it.
-        tokenizer: of the model that is trained. The space that it puts before a text takes the place of one there.
-        max_tokens: longer ones, the EOS token counted, are cut to so many and do not end.
+        ends: whether each is complete, so that an EOS token follows it.
+        tokenizer: the trained model's. Where it adds a space before a text, a leading space of the text is removed.
+        max_tokens: length limit with the EOS token; longer continuations are cut to it and do not end.
     """
     end = templates.eos_token_id(tokenizer)
     texts = [templates.without_eos(text, tokenizer) for text in texts]
@@ -153,7 +152,7 @@ def as_targets(
 
 
 def _refusal(example_id: str, sample_index: int, reason: str, detail: str) -> dict[str, Any]:
-    """A row of the REJECTED schema."""
+    """Return a row of the REJECTED schema."""
     return {"source": refused_source(sample_index), "example_id": example_id, "reason": reason, "detail": detail[:200]}
 
 
@@ -162,32 +161,32 @@ def _refusal(example_id: str, sample_index: int, reason: str, detail: str) -> di
 
 @dataclass(frozen=True)
 class PoolFileWork:
-    """Work that takes sample k of an example from a file: the k-th continuation that it has for the example."""
+    """Work that reads sample k of an example from a file: the file's k-th continuation for the example."""
 
     rows: Rows
     refused: Rows
     """Samples that the file does not have (REJECTED schema)."""
     file: PoolFile
     sha256: str
-    """Of the file."""
+    """The file's hash when the work was planned."""
     selection: pa.Table
     """`example_id` and `prompt` of all examples."""
     count: int
-    """Samples that each example is to get."""
+    """Samples per example."""
     tokenizer: TokenizerFiles
     max_tokens: int
     at_once: bool = False
 
     @property
     def outputs(self) -> list[Rows]:
-        """Reasons of the refused, and the negatives."""
+        """Refused samples with their reasons, and the negatives."""
         return [self.refused, self.rows]
 
     def open(self) -> Make:
         """Read the file and load the tokenizer.
 
         Raises:
-            InputError: the file breaks a rule, or has nothing for any of the examples.
+            InputError: the file breaks a rule, or has no continuation for any example.
         """
         self.file.check_unchanged(self.sha256)
         key = self.file.match_column()
@@ -200,7 +199,7 @@ class PoolFileWork:
         if found.control_tokens:
             log.warning(
                 "%s.file %s: %d continuations have special tokens in their text; they are text to the "
-                "model, but for an EOS token at the end", self.file.key, self.file.path, found.control_tokens,
+                "model, except for an EOS token at the end", self.file.key, self.file.path, found.control_tokens,
             )  # fmt: skip
 
         def make(batch: pa.Table) -> Iterator[Made]:
@@ -224,7 +223,11 @@ class PoolFileWork:
         return make
 
     def _report(self, key: str, counts: NDArray[np.int64]) -> None:
-        """Say how much of the selection the file has."""
+        """Warn where the file covers only a part of the selection.
+
+        Raises:
+            InputError: it has no continuation for any example.
+        """
         there, whole, what = int((counts > 0).sum()), int((counts == self.count).sum()), key.replace("_", " ") + "s"
         if not there:
             theirs, _ = next(self.file.continuations(key))
@@ -245,43 +248,43 @@ class PoolFileWork:
 
 @dataclass(frozen=True)
 class PoolModelWork:
-    """Work that samples with a model whose tokenizer is its own, and encodes its texts as targets are."""
+    """Work that samples from a model with a tokenizer of its own, and encodes its texts like targets."""
 
     rows: Rows
     refused: Rows
-    """Samples that cannot be made, such as those of prompts that leave the model no room (REJECTED schema)."""
+    """Samples that cannot be made, for example because a prompt fills the model's context (REJECTED schema)."""
     engine: LazyEngine
     own_tokenizer: TokenizerFiles
     template: str
-    """With `chat` a prompt is rendered by the model's own chat template, otherwise as for the model that is trained."""
+    """`chat`: the model's own chat template renders the prompt; otherwise it is rendered as for the trained model."""
     sampling: Sampling
-    """In the model's own tokens; `max_new_tokens` is also the limit after encoding anew."""
+    """In the model's own tokens; `max_new_tokens` also limits the text's tokens in the trained model's tokenizer."""
     seed: int
     tokenizer: TokenizerFiles
-    """Of the model that is trained."""
+    """The trained model's."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """What is the same in all rows."""
+    """Columns with the same value in all rows."""
     chat_date: str | None = None
-    """That the model's own chat template prints."""
+    """The date that the model's chat template inserts."""
     at_once: bool = False
 
     @property
     def outputs(self) -> list[Rows]:
-        """Reasons of the refused, and the negatives."""
+        """Refused samples with their reasons, and the negatives."""
         return [self.refused, self.rows]
 
     def open(self) -> Make:
         """Load the engine and both tokenizers.
 
         Raises:
-            InputError: the model's tokenizer lacks the chat template that it needs.
+            InputError: data.template is chat, but the model's tokenizer has no chat template.
         """
         own, tokenizer = self.own_tokenizer.load(), self.tokenizer.load()
         chat = self.template == templates.CHAT
         if chat and not own.chat_template:
             raise InputError(
                 f"model {self.engine.model.name}: data.template is chat, but its tokenizer has no chat template; "
-                "take the chat version of the model, or another template"
+                "use a chat version of the model, or another template"
             )
         sample = EngineWork(self.rows, self.engine, self.sampling, self.seed, self.own_tokenizer, self.columns).open()
         context, new = self.engine.model.context(), self.sampling.max_new_tokens
@@ -308,14 +311,14 @@ class PoolModelWork:
         def encode(
             samples: Sequence[Mapping[str, Any]], prompts: Mapping[str, list[int]]
         ) -> list[list[dict[str, Any]]]:
-            """Refused rows and negatives."""
+            """Return rows of refused samples, and negatives."""
             ends = [sample["finish_reason"] == "stop" for sample in samples]
             texts = []
             for sample, whole in zip(samples, ends, strict=True):
-                # An answer in a chat begins a text; what follows a prompt goes on with it, with a space perhaps.
+                # An answer in a chat begins a text; other continuations follow the prompt, perhaps after a space.
                 before = [] if chat else prompts[sample["example_id"]]
                 text = text_behind(before, sample["token_ids"][:-1] if whole else sample["token_ids"], own)
-                texts.append(text if whole else text.rstrip("\ufffd"))  # of a character that was cut through
+                texts.append(text if whole else text.rstrip("\ufffd"))  # the first bytes of a character that was cut
             refused, rows = [], []
             for sample, (text, ids, whole) in zip(samples, as_targets(texts, ends, tokenizer, new), strict=True):
                 if ids:
@@ -328,15 +331,15 @@ class PoolModelWork:
         return make
 
     def _prompts(self, batch: pa.Table, own: "PreTrainedTokenizerBase") -> list[list[int]]:
-        """The examples' prompts in the model's own tokens."""
+        """Encode the examples' prompts with the model's own tokenizer."""
         prompts, rendered = (batch[name].to_pylist() for name in ("prompt", "rendered"))
         return templates.encode_prompts_again(self.template, prompts, rendered, own, self.chat_date)
 
 
 def text_behind(prompt_ids: Sequence[int], token_ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The text that tokens add to a prompt.
+    """Return the text that tokens add to a prompt.
 
-    Decoded together: SentencePiece-like tokenizers take the space off the start of what they decode.
+    Both are decoded together, since SentencePiece-like tokenizers remove a leading space from what they decode.
     """
     before, both = (
         str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -346,9 +349,9 @@ def text_behind(prompt_ids: Sequence[int], token_ids: Sequence[int], tokenizer: 
 
 
 def _doubles_space(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether encoding puts a space before a text, and another one before a text that begins with one (Llama).
+    """Return whether encoding adds a space before a text, also before one that begins with a space (Llama).
 
-    What continues a prompt with a space begins with the tokenizer's own one then.
+    For such a tokenizer, the space that it adds is the one between prompt and continuation.
     """
     text, spaced = templates.encode_texts(["a", " a"], tokenizer)
     return text != spaced and text_behind(text, text, tokenizer) == " a"

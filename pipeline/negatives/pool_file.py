@@ -27,9 +27,9 @@ from cpo_pipe.data.text import listed, nearest
 
 FORMATS = (".jsonl", ".parquet", ".json")
 _ROLES = {"prompt": "user", "text": "assistant"}
-"""Whose message a column of conversations has."""
+"""The role of the message in a column of conversations."""
 READ_AT_ONCE = 1024
-"""Rows of a Parquet file that are read together."""
+"""Rows of a Parquet file that are read at a time."""
 
 
 class Columns(Section):
@@ -37,8 +37,8 @@ class Columns(Section):
 
     prompt: str = Field(
         "prompt",
-        description="column with the prompt, as data.source has it, or one message of the user; a file with a column "
-        "example_id is matched by that",
+        description="column with the prompt, as in data.source, or one message of the user; a file with a column "
+        "example_id is matched by that column",
     )
     context: str | None = Field(None, description="column with the prompt's context, where it is not in the prompt")
     text: str = Field("text", description="column with a continuation, a list of them, or one message of the assistant")
@@ -57,24 +57,24 @@ class PoolFile:
     columns: Columns
 
     def sha256(self, hash_file: Callable[[Path], str]) -> str:
-        """Hash of its bytes; of a folder, of its files in their order.
+        """Return a hash of the file's bytes, or of the files of a folder.
 
         Raises:
-            InputError: there is no such file, or its format is not read.
+            InputError: the file is missing, or its format is not supported.
         """
         if self.path.is_dir():
             return digest([hash_file(file) for file in self._folder()])
         if not self.path.is_file():
             raise self.error(f"no such file; give the path of a {', '.join(FORMATS)} file")
         if self.path.suffix.lower() not in FORMATS:
-            raise self.error(f"the suffix {self.path.suffix!r} is none of {', '.join(FORMATS)}; convert it")
+            raise self.error(f"the suffix {self.path.suffix!r} is not one of {', '.join(FORMATS)}; convert the file")
         return hash_file(self.path)
 
     def check_unchanged(self, sha256: str) -> None:
-        """Verify the file before reading texts: it must match `sha256`.
+        """Verify before texts are read that the file still has this hash.
 
         Raises:
-            InputError: it is not.
+            InputError: it has another one.
         """
         if self.sha256(sha256_once) != sha256:
             for file in self._folder() if self.path.is_dir() else [self.path]:
@@ -82,38 +82,38 @@ class PoolFile:
             raise self.error("has changed since it was hashed; restore it, or run the command again to use it as it is")
 
     def _folder(self) -> list[Path]:
-        """The Parquet files of a folder and its subfolders, such as of a data set of the hub."""
+        """Return the Parquet files of a folder and its subfolders, such as a data set of the hub."""
         files = sorted(self.path.rglob("*.parquet"))
         if not files:
             saved = (self.path / "state.json").is_file() or (self.path / "dataset_dict.json").is_file()
-            fix = "; save_to_disk wrote it: write it again with to_parquet" if saved else ""
-            raise self.error(f"there are no *.parquet files in this folder{fix}")
+            fix = "; save_to_disk wrote it; export the data set with to_parquet" if saved else ""
+            raise self.error(f"no *.parquet files in this folder{fix}")
         return files
 
     def error(self, fault: str) -> InputError:
-        """What is wrong with it, in one line."""
+        """Return an error that names the file, in one line."""
         return InputError(f"{self.key}.file {self.path}: {fault}")
 
     def check(self) -> None:
-        """Look at the first row: what is wrong with all is known before other negatives are made.
+        """Read the first row, to find faults of the whole file before other negatives are made.
 
         Raises:
-            InputError: it has no rows, it cannot be read, or the first row breaks a rule.
+            InputError: the file has no rows or cannot be read, or the first row breaks a rule.
         """
         next(self.continuations(self.match_column()), None)
 
     def match_column(self) -> str:
-        """The column of the EXAMPLES schema that says whose its continuations are: `example_id` where it has one.
+        """Return the column of the EXAMPLES schema to match rows by: `example_id` if the file has it, or `prompt`.
 
         Raises:
-            InputError: it has no rows, or cannot be read.
+            InputError: the file has no rows or cannot be read.
         """
         for _, row in self._rows():
             return "example_id" if "example_id" in row else "prompt"
         raise self.error("there are no rows in it")
 
     def continuations(self, key: str) -> Iterator[tuple[str, str]]:
-        """Whose (by that column of the EXAMPLES schema) and text of each, in the order of the file.
+        """Yield the key (a value of `match_column`) and the text of each continuation, in the order of the file.
 
         Raises:
             InputError: a column is missing, a value is not text, or the file cannot be read.
@@ -127,14 +127,14 @@ class PoolFile:
                 yield owner, text
 
     def _texts(self, place: str, row: Mapping[str, Any], field: str) -> list[str]:
-        """The text of a column; of the continuations' own also a list of them; either also as a message."""
+        """Return the texts in a column: one, or for `text` perhaps a list; each may be a message."""
         value = self._value(place, row, field)
         if _is_conversation(value) and field in _ROLES:
             if len(value) > 1 or value[0].get("role") != _ROLES[field]:
                 roles = ", ".join(str(message.get("role")) for message in value)
                 raise self.error(
                     f"{place}: {self._column(field)!r} is a conversation of {shown(roles)}: must be one message of "
-                    f"the {_ROLES[field]}; leave out what has more"
+                    f"the {_ROLES[field]}; remove the others"
                 )
             value = value[0].get("content")
         texts = value if field == "text" and isinstance(value, list) else [value]
@@ -153,10 +153,10 @@ class PoolFile:
         return row[column]
 
     def _column(self, field: str) -> str:
-        return str(getattr(self.columns, field, field))  # `example_id` is called so everywhere
+        return str(getattr(self.columns, field, field))  # the name of `example_id` is fixed
 
     def _rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Where each row stands, and its values."""
+        """Yield the place of each row, for messages, and its values."""
         kinds = {".jsonl": self._jsonl, ".parquet": self._parquet, ".json": self._json}
         if not self.path.is_dir() and self.path.suffix.lower() == ".jsonl" and (content := other_content(self.path)):
             raise self.error(f"contains {content}; save it as text in UTF-8")
@@ -189,7 +189,7 @@ class PoolFile:
             there = [name for name in file.schema_arrow.names if name in wanted]
             if twice := duplicate(there):
                 raise self.error(f"has two columns named {twice!r}; rename or remove one")
-            # Of a file that lacks one all are read: the message then says which there are.
+            # If a column is missing, all are read, so that the message can list them.
             batches = file.iter_batches(READ_AT_ONCE, columns=there if len(there) > 1 else None)
             rows = chain.from_iterable(map(batch_rows, batches))
             yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
@@ -197,28 +197,28 @@ class PoolFile:
     def _json(self) -> Iterator[tuple[str, Any]]:
         content = json.loads(self.path.read_bytes())
         if not isinstance(content, list):
-            raise self.error("must be a list of objects; of one object a line make a .jsonl file")
+            raise self.error("must be a list of objects; rename a file with one object per line to .jsonl")
         yield from ((f"row {number}", row) for number, row in enumerate(content, 1))
 
 
 class Continuations:
     """The first continuations that a file has for each of some keys.
 
-    The texts are in a scratch file: a million prompts with eleven continuations each are gigabytes. In memory are the
-    keys' hashes and where each text stands.
+    The texts are in a scratch file, since a million prompts with eleven continuations each take gigabytes. Only hashes
+    of the keys and the texts' offsets are in memory.
     """
 
     def __init__(
         self, keys: Iterable[str], limit: int, found: Iterable[tuple[str, str]], is_control: Callable[[str], bool]
     ):
-        """Of the texts `found`, each after its key, the first `limit` of each of the `keys` are kept."""
+        """Keep the first `limit` texts of each of the `keys`; `found` yields pairs of a key and a text."""
         self._number = {key: number for number, key in enumerate(dict.fromkeys(map(_short, keys)))}
         self._scratch = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this lives
         weakref.finalize(self, self._scratch.close)
         self._end = array("q", [0])
         owners, counts = array("i"), array("i", bytes(4 * len(self._number)))
         self.control_tokens = 0
-        """How many of those kept have control tokens in their text."""
+        """Number of kept texts that contain control tokens."""
         for key, text in found:
             number = self._number.get(_short(key))
             if number is not None and counts[number] < limit:
@@ -227,12 +227,12 @@ class Continuations:
                 self.control_tokens += is_control(text)
                 self._end.append(self._end[-1] + self._scratch.write(text.encode()))
         self.counts = np.array(counts, np.int64)
-        """How many were kept, by key."""
+        """Number of kept texts of each key."""
         self._order = np.argsort(owners, kind="stable")
         self._first = np.cumsum(self.counts) - self.counts
 
     def text(self, key: str, k: int) -> str | None:
-        """The k-th of a key, from 0; None where there is none."""
+        """Return the k-th text of a key, from 0; None where the key has fewer."""
         number = self._number[_short(key)]
         if k >= self.counts[number]:
             return None
@@ -243,21 +243,21 @@ class Continuations:
 
 
 def _is_conversation(value: object) -> bool:
-    """Whether it is messages, as chat templates take them."""
+    """Return whether a value is a list of messages, as chat templates take them."""
     return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
 
 
 def _is_text(value: object) -> bool:
-    """Whether it is a string that can be encoded: JSON can name halves of characters."""
+    """Return whether a value is a string that can be encoded; JSON can contain lone surrogates."""
     return isinstance(value, str) and is_encodable(value)
 
 
 def shown(value: object) -> str:
     """Return a value as a message shows it."""
-    text = repr(value) if isinstance(value, str) else reprlib.repr(value)  # which looks at no more than it shows
+    text = repr(value) if isinstance(value, str) else reprlib.repr(value)  # reprlib reads no more than it shows
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _short(key: str) -> bytes:
-    """A hash that takes the place of a prompt."""
+    """Return a hash that replaces a key in memory."""
     return hashlib.blake2b(key.encode(), digest_size=16).digest()

@@ -1,4 +1,4 @@
-"""Negatives that an API model is asked for, given the prompt and the target."""
+"""Negatives that an API model writes on request, given the prompt and the target."""
 
 import re
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ from cpo_pipe.pipeline.negatives.sampler import Sampler
 from cpo_pipe.pipeline.negatives.strategy import Inputs, Job
 
 TEMPLATES = {
-    # As the CPO paper asks GPT-3.5 for DPO's one negative, to the letter.
+    # Word for word the CPO paper's request to GPT-3.5 for DPO's one negative.
     "unhelpful": (
         "Given the ground truth instruction and response, can you generate a not helpful response?\n"
         " Instruction: {prompt}\nResponse: {target}\nNot helpful response:"
     ),
-    # CLAIR (D'Oosterlinck et al. 2024) has a response made better by as few changes as possible, so that a pair differs
-    # in what matters alone; here it is the good response that is there, so it is made worse.
+    # CLAIR (D'Oosterlinck et al. 2024) improves a response with as few changes as possible, so that a pair differs only
+    # in what matters. Here the good response exists, so it is made worse.
     "minimal-edit": (
         "Below are a prompt and a good response to it. Make the response worse: change as few words as you can, so "
         "that it becomes less correct, less clear or less helpful, and keep everything else word for word, with its "
@@ -34,10 +34,9 @@ TEMPLATES = {
 
 
 class Prompted(Sampler):
-    """Continuations that an API model is asked for, given the prompt and the target."""
+    """Continuations that an API model writes on request, given the prompt and the target."""
 
     kind: ClassVar[str] = "prompted"
-    abbreviation: ClassVar[str] = "prompted"
 
     model: str = Field(description="an API of `apis` with the endpoint chat")
     template: str = Field(
@@ -69,7 +68,7 @@ class Prompted(Sampler):
         return [self.model]
 
     def check_apis(self, apis: Mapping[str, Api]) -> None:
-        """Refuse a model that is no API for chats."""
+        """Refuse a model that is not an API with the endpoint chat."""
         if self.model not in apis:
             hint = nearest(self.model, apis) or f"there are {listed(apis)}"
             raise ValueError(f"model {self.model!r} is not among `apis`; {hint}")
@@ -79,7 +78,7 @@ class Prompted(Sampler):
 
 @dataclass(frozen=True)
 class Message:
-    """Puts an example into a template."""
+    """Fills in a template from an example."""
 
     template: str
     """A name in TEMPLATES, or a text with {prompt} and perhaps {target}."""
@@ -90,7 +89,7 @@ class Message:
         return TEMPLATES.get(self.template, self.template)
 
     def __call__(self, example: Mapping[str, Any]) -> str:
-        """Return the message for an example (EXAMPLES schema), with its prompt as the source has it."""
+        """Return the message for an example (EXAMPLES schema), with its prompt as in the source."""
         # One pass, and not str.format: braces in the template's or the example's own text are only text.
         return re.sub(r"\{(prompt|target)\}", lambda place: str(example[place[1]]), self.text)
 
@@ -98,7 +97,7 @@ class Message:
 def prompted_spec(rendering: Spec, api: ApiModel, message: Message, sampling: Sampling, seed: int) -> Spec:
     """Return the identity of the answers: API, message and sampling.
 
-    It holds the template's text, not its name, so that another wording makes other negatives.
+    It contains the template's text, not its name, so that a changed wording invalidates the negatives.
     """
     return {
         "strategy": Prompted.kind,

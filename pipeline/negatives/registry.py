@@ -12,7 +12,7 @@ from cpo_pipe.pipeline.negatives.truncation import Truncation
 STRATEGIES = Registry[Strategy](
     "strategy",
     "strategy",
-    Strategy,
+    Strategy,  # type: ignore[type-abstract]
     {
         "autoregressive": Autoregressive,
         "batch": BatchTargets,

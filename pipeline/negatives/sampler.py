@@ -21,7 +21,7 @@ def sampled_spec(rendering: Spec, generator: str | Spec, sampling: Sampling, see
 
     Args:
         rendering: how the prompt is written and tokenized.
-        generator: a model's fingerprint, or what identifies an API.
+        generator: a model's fingerprint, or an API's spec.
         sampling: the distribution.
         seed: of all samples.
     """
@@ -60,8 +60,8 @@ class Sampler(Strategy):
         Args:
             inputs: what to plan with.
             api: the API.
-            message: from an example (EXAMPLES schema) to what a chat is asked.
-            spec: identity of the rows, where `message` is not the prompt as it is.
+            message: from an example (EXAMPLES schema) to the user's message of a chat.
+            spec: identity of the rows; needed where `message` is not the prompt.
         """
         sampling = self.sampling(inputs)
         spec = spec or sampled_spec(inputs.examples.rendering, api.spec(), api.obeyed(sampling), inputs.seed)
@@ -70,11 +70,11 @@ class Sampler(Strategy):
         work = ApiWork(rows, refused, api, sampling, inputs.seed, inputs.examples.tokenizer, message, columns)
         # Requests wait for their server, not for a core: one process sends them all, which also enforces the caps.
         return Job(inputs.source(rows, self.count, refused), work, WINDOW, in_process=True,
-                      check_results=work.check)  # fmt: skip
+                      check_results=api.check_answered)  # fmt: skip
 
 
 class EngineSampler(Sampler):
-    """Samples continuations with an engine that runs here."""
+    """Samples continuations with a local engine."""
 
     engine: Literal["auto", "vllm", "transformers"] = Field(
         "auto", description="`auto`: vllm where it is installed and supports the model"

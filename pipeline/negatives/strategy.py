@@ -1,5 +1,6 @@
 """The base class of strategies, and what they plan: where a source's negatives are kept and what makes them."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
@@ -28,7 +29,7 @@ class FindModel(Protocol):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a strategy plans a source's negatives with."""
+    """The inputs of a strategy's plan for one source."""
 
     name: str
     """The source's name in the recipe."""
@@ -51,7 +52,7 @@ class Inputs:
         return self.store.rows("negatives", spec)
 
     def refused(self, spec: Spec) -> Rows:
-        """Return the artifact of those that cannot be made, with the reasons (REJECTED schema)."""
+        """Return the artifact of negatives that cannot be made, with the reasons (REJECTED schema)."""
         return self.store.rows("rejected", {"of": spec})
 
     def source(self, rows: Rows, count: int, refused: Rows | None = None) -> "Source":
@@ -65,7 +66,7 @@ def _no_check() -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a source's negatives are kept, and how many an example gets."""
+    """The location of a source's negatives, and how many an example gets."""
 
     label: str
     """The source's name, by which groups and trainings refer to it."""
@@ -84,31 +85,29 @@ class Source:
 
 @dataclass(frozen=True)
 class Job:
-    """What makes a source's negatives."""
+    """The work that makes a source's negatives, and how to run it."""
 
     source: Source
     work: Work
     batch_size: int = 64
     """Examples per call of the work."""
     in_process: bool = False
-    """Make them in this process whatever the executor is: requests to an API, or work that needs all examples."""
+    """Run the work in this process, whatever the executor is: requests to an API, or work that needs all examples."""
     check_inputs: Callable[[], None] = _no_check
-    """Raises InputError for what can be found out before any source is made."""
+    """Raises InputError for faults that can be found before the first source is made."""
     check_results: Callable[[], None] = _no_check
     """Raises RunError for negatives that could not be made this time."""
 
 
 class Strategy(Section):
-    """How the negatives of one source are made: a section of `negatives.sources`, and what it does.
+    """Makes the negatives of one source; its fields are the settings of a section of `negatives.sources`.
 
-    A strategy is a subclass in a module of its own with an entry in `STRATEGIES` (registry.py). Its fields are settings
-    in the recipe, and the first line of its docstring describes it.
+    A strategy is a subclass in a module of its own with an entry in `STRATEGIES` (registry.py). The first line of its
+    docstring describes it.
     """
 
     kind: ClassVar[str]
     """The strategy's name, as recorded with each row."""
-    abbreviation: ClassVar[str]
-    """Short name in data cards, such as AN."""
 
     strategy: str = Field(
         "",
@@ -120,6 +119,7 @@ class Strategy(Section):
         None, description="how good this source is, compared with the others; for a curriculum by strength"
     )
 
+    @abstractmethod
     def plan(self, inputs: Inputs) -> Job:
         """Return where the negatives are kept and what makes them; make none.
 
@@ -127,28 +127,27 @@ class Strategy(Section):
         example must not depend on `count`.
 
         Raises:
-            InputError: the inputs break a rule, or a model or a file is missing.
+            InputError: the inputs break a rule, or a model or file is missing.
         """
-        raise NotImplementedError
 
     @property
     def origin(self) -> str:
-        """What wrote the texts, for data cards."""
+        """The origin of the texts, for data cards."""
         return (type(self).__doc__ or self.strategy).strip().partition("\n")[0].rstrip(".")
 
     def models(self) -> list[str]:
-        """Return the names of the models and APIs that it needs."""
+        """Return the names of the models and APIs that the strategy needs."""
         return []
 
     def check_apis(self, apis: Mapping[str, Api]) -> None:
-        """Refuse a model that is an API, or is none, where that cannot work.
+        """Refuse an API, or a model that is not an API, where the strategy cannot use it.
 
         Raises:
             ValueError: the message names the setting, what is wrong with it, and what to do.
         """
 
     def with_generator(self, model: str) -> Self:
-        """Return the strategy for a later iteration, whose generator is `model`; unchanged where it has none."""
+        """Return the strategy for a later iteration, with `model` as its generator if it has one."""
         return self
 
     def with_count(self, count: int) -> Self:
@@ -161,7 +160,7 @@ class Strategy(Section):
 
 
 NegativesOf = Callable[[dict[str, Any], list[int]], Sequence[Mapping[str, Any]]]
-"""From an example (EXAMPLES schema) and sample indices to as many rows (NEGATIVES schema)."""
+"""From an example (EXAMPLES schema) and sample indices to one row per index (NEGATIVES schema)."""
 
 
 @dataclass(frozen=True)

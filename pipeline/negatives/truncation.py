@@ -15,7 +15,6 @@ class Truncation(Strategy):
     """The target cut at a random place, with an end token."""
 
     kind: ClassVar[str] = "truncation"
-    abbreviation: ClassVar[str] = "TN"
 
     def plan(self, inputs: Inputs) -> Job:
         """Plan the cuts; they depend on the target, which the example id identifies, and on the seed."""
@@ -54,7 +53,7 @@ def _load(files: TokenizerFiles, seed: int) -> NegativesOf:
 
 
 def cuts(example_id: str, tokens: int, n: int, seed: int) -> list[int]:
-    """Return after how many of the target's tokens samples 0 … n − 1 end: each place once before any repeats.
+    """Return how many of the target's tokens samples 0 … n − 1 keep; all numbers occur once before any repeats.
 
     Args:
         example_id: with `seed` it determines the order of the places, so that a larger n only adds to a smaller one.

@@ -171,7 +171,7 @@ def test_what_identifies_a_model() -> None:
 
 def test_beam_search_is_refused() -> None:
     api = ApiModel("gpt", Api(url="http://x/v1", model="m", server="vllm"))
-    with pytest.raises(InputError, match=r"^apis\.gpt: beams is 4, but an API has no beam search: leave it out"):
+    with pytest.raises(InputError, match=r"^apis\.gpt: beams is 4, but an API has no beam search; remove the API"):
         api.obeyed(replace(SAMPLING, temperature=0, beams=4))
 
 
@@ -312,10 +312,10 @@ def test_a_request_that_fails_does_not_stop_the_others(tmp_path: Path, tokenizer
         assert not run.refusals(table)
         assert server.prompts()["p7"] == 3
         with pytest.raises(RunError) as caught:
-            run.work.check()
+            run.api.check_answered()
         assert str(caught.value) == (
-            "apis.gpt: 1 requests got no answer, each sent 3 times or more (the last: HTTP 500: p7 is too much); what "
-            "was made is kept: run the same command again"
+            "apis.gpt: 1 requests got no answer, each sent 3 times or more (the last: HTTP 500: p7 is too much); "
+            "completed work is kept; run the same command again"
         )
         assert run.make(table) == 1, "it is asked for again"
 
@@ -360,7 +360,7 @@ def test_being_told_to_slow_down_inside_an_answer(
         run = Run(tmp_path, tokenizer, server.url, attempts=1, concurrency=1, **free)
         run.make(table)
         assert run.texts(table) == expected(3)
-        assert re.search(r"apis.gpt: error (429|rate_limit_error): slow; asking again, slower", caplog.text)
+        assert re.search(r"apis.gpt: error (429|rate_limit_error): slow; retrying, slower", caplog.text)
     with serve(lambda seen: Reply(body)) as server:
         run = Run(tmp_path / "other", tokenizer, server.url, attempts=1, concurrency=2)
         with pytest.raises(RunError, match=r"stopped answering \(last error: error (429|rate_limit_error): slow\)"):
@@ -403,7 +403,7 @@ def test_what_an_answer_says_that_is_none(body: bytes, said: str, tmp_path: Path
         run.make(examples(6))
         assert server.prompts()["p0"] == 2
         with pytest.raises(RunError) as caught:
-            run.work.check()
+            run.api.check_answered()
         assert f"(the last: {said})" in str(caught.value)
 
 
@@ -475,14 +475,15 @@ def test_refused_samples_are_not_asked_for_again(tmp_path: Path, tokenizer: Toke
 
 
 FATAL = [
-    (401, "bad", None, InputError, "apis.gpt.key: the server does not accept the key in MY_KEY: export a valid one"),
-    (403, "no", None, InputError, "apis.gpt: the server refuses the request (HTTP 403: no): change what it names"),
-    (404, "gone", None, InputError, "apis.gpt: there is no model m at URL (gone): correct model, or url, which often "
-     "ends in /v1"),
-    (400, "temperature must be 1", None, InputError, "apis.gpt: the server refuses the request (HTTP 400: "
-     "temperature must be 1): change what it names"),
-    (429, "pay", "insufficient_quota", RunError, "apis.gpt: the account has no credit left (pay); what was made is "
-     "kept: add some and run the same command again"),
+    (401, "bad", None, InputError, "apis.gpt.key: the server does not accept the key in MY_KEY; export a valid one"),
+    (403, "no", None, InputError, "apis.gpt: the server rejects the request (HTTP 403: no); change the "
+     "setting that it names"),
+    (404, "gone", None, InputError, "apis.gpt: no model m at URL (gone); correct model or url, which often ends in "
+     "/v1"),
+    (400, "temperature must be 1", None, InputError, "apis.gpt: the server rejects the request (HTTP 400: "
+     "temperature must be 1); change the setting that it names"),
+    (429, "pay", "insufficient_quota", RunError, "apis.gpt: the account has no credit left (pay); completed work is "
+     "kept; add credit and run the same command again"),
 ]  # fmt: skip
 
 
@@ -559,11 +560,13 @@ def test_keys(tmp_path: Path, tokenizer: TokenizerFiles, monkeypatch: pytest.Mon
         Run(tmp_path, tokenizer, server.url).make(table)  # a server that wants none needs none
     with serve(script) as server:
         run = Run(tmp_path / "other", tokenizer, server.url)
-        with pytest.raises(InputError, match=r"apis.gpt.key: the server wants a key, and .* OPENAI_API_KEY is not set"):
+        with pytest.raises(
+            InputError, match=r"apis.gpt.key: the server requires a key, but .* OPENAI_API_KEY is not set"
+        ):
             run.make(table)
         named = Run(tmp_path / "other", tokenizer, server.url, key="MY_KEY")
         asked = len(server.seen)
-        with pytest.raises(InputError, match=r"apis.gpt.key: the environment variable MY_KEY is not set: export it"):
+        with pytest.raises(InputError, match=r"apis.gpt.key: the environment variable MY_KEY is not set; export it"):
             named.make(table)
         assert len(server.seen) == asked
         monkeypatch.setenv("MY_KEY", f"{SECRET} {SECRET}")
@@ -650,7 +653,7 @@ def test_a_cap_holds(
         assert made == len(server.delivered) - 1
         (name,) = {"max_tokens", "max_usd"} & set(cap)
         assert str(caught.value) == (
-            f"apis.gpt: the cap of {said} is reached ({spent} spent, {made} samples made); what was made is kept: "
+            f"apis.gpt: the cap of {said} is reached ({spent} spent, {made} samples made); completed work is kept; "
             f"raise apis.gpt.{name} and run the same command again"
         )
         again = Run(tmp_path, tokenizer, server.url, concurrency=8, **cap)  # a new command
@@ -757,7 +760,9 @@ def test_closed_in_the_middle(tmp_path: Path, tokenizer: TokenizerFiles, caplog:
 def test_without_the_extra(tmp_path: Path, tokenizer: TokenizerFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openai" else find(name))
-    with pytest.raises(InputError, match=r"apis.gpt: its client is not installed: pip install 'cpo-pipe\[openai\]'"):
+    with pytest.raises(
+        InputError, match=r"apis.gpt: its client is not installed; run pip install 'cpo-pipe\[openai\]'"
+    ):
         Run(tmp_path, tokenizer, "http://127.0.0.1:1/v1").make(examples(1))
 
 
@@ -809,7 +814,7 @@ class TestVllm:
         assert plain.make(table, 2) == 8
         assert [row["logprob"] for row in plain.made(table)] == [None] * 8
         other = Run(tmp_path / "other", tokenizer, url, sampling, model="n")
-        with pytest.raises(InputError, match="there is no model n at"):
+        with pytest.raises(InputError, match="no model n at"):
             other.make(table)
 
     def test_a_server_with_another_tokenizer(self, vllm_server: tuple[Path, str], tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_a_model_without_a_cache_goes_the_plain_way_and_says_why(
     caplog.set_level("INFO")
     engine = open_(openai_gpt())
     assert engine._way == PLAIN
-    assert "every sample computes its prompt anew" in caplog.text
+    assert "every sample computes its own prompt" in caplog.text
     assert "not used by the model: ['past_key_values']" in caplog.text
     assert_same(answers(engine, REQUESTS, SAMPLING), plainly(engine, REQUESTS))
 
@@ -86,7 +86,7 @@ def test_a_cache_that_is_copied_wrongly_is_not_shared(
     copy = DynamicCache.reorder_cache
     monkeypatch.setattr(DynamicCache, "reorder_cache", lambda cache, rows: copy(cache, torch.zeros_like(rows)))
     assert TransformersEngine(llama)._way != FASTEST
-    assert "else log-probs were wrong by" in caplog.text
+    assert "otherwise log-probs were wrong by" in caplog.text
 
 
 def test_a_prompt_is_computed_once_and_rows_that_ended_no_more(llama: Model) -> None:

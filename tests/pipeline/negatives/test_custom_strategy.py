@@ -29,3 +29,5 @@ def test_a_strategy_from_outside_the_package_makes_groups(project: Project, monk
     assert "negatives.sources.mixed.kep is not a known key; did you mean keep?" in wrong.err
     wrong = project.cli("rank", "tiny.yaml", "--set", "negatives.sources.mixed={strategy: 'my_strategies:random'}")
     assert "strategy my_strategies:random must be a subclass of" in wrong.err
+    wrong = project.cli("rank", "tiny.yaml", "--set", "negatives.sources.mixed={strategy: 'my_strategies:Strategy'}")
+    assert "strategy my_strategies:Strategy is incomplete; implement plan" in wrong.err

@@ -188,7 +188,7 @@ def test_other_weights_under_the_same_name_make_all(workplace: Workplace, new_mo
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(workplace: Workplace) -> None:
-    with pytest.raises(InputError, match=r"max_new_tokens is 127 .* context of .* is 128 tokens: lower"):
+    with pytest.raises(InputError, match=r"max_new_tokens is 127 .* context of .* is 128 tokens; lower"):
         workplace.generate(pairs(4), n=1, max_new_tokens=127)
     assert workplace.count() == 0
 

@@ -210,7 +210,7 @@ def test_a_folder_is_its_parquet_files_in_order(bench: Bench, tmp_path: Path) ->
 def test_a_bad_folder_is_one_line(bench: Bench, tmp_path: Path) -> None:
     folder = tmp_path / "pool"
     folder.mkdir()
-    with pytest.raises(InputError, match=r"file .*pool: there are no \*\.parquet files in this folder$"):
+    with pytest.raises(InputError, match=r"file .*pool: no \*\.parquet files in this folder$"):
         bench.from_file(folder)
     write(folder / "a.parquet", [{"prompt": "say 1", "text": "a"}])
     write(folder / "b.parquet", [{"prompt": "say 1", "out": "a"}])
@@ -332,7 +332,7 @@ BAD = {
     "a list of prompts": ('{"prompt": ["say 1"], "text": "a"}', "line 1: 'prompt' is ['say 1']: must be text"),
     "a conversation": (
         '{"prompt": [{"role": "user", "content": "say 1"}, {"role": "assistant", "content": "b"}], "text": "a"}',
-        "line 1: 'prompt' is a conversation of 'user, assistant': must be one message of the user; leave out what has",
+        "line 1: 'prompt' is a conversation of 'user, assistant': must be one message of the user; remove the",
     ),
     "a system message": (
         '{"prompt": [{"role": "system", "content": "say 1"}], "text": "a"}',
@@ -373,12 +373,12 @@ BAD = {
     ),
     "no list": (
         '{"prompt": "say 1", "text": "a"}',
-        "must be a list of objects; of one object a line make a .jsonl file",
+        "must be a list of objects; rename a file with one object per line to .jsonl",
         "pool.json",
     ),
     "not JSON": ("[1, ", "cannot be read (", "pool.json"),
     "no Parquet": (PARQUET, "cannot be read (Parquet magic bytes not found", "pool.parquet"),
-    "a suffix": ("a,b", "the suffix '.csv' is none of .jsonl, .parquet, .json; convert it", "pool.csv"),
+    "a suffix": ("a,b", "the suffix '.csv' is not one of .jsonl, .parquet, .json; convert the file", "pool.csv"),
 }
 
 
@@ -700,7 +700,7 @@ def test_names_and_strengths_are_not_identity_of_negatives(pools: Project) -> No
 
 BAD_RUNS = {
     "negatives.sources.strong.file=gone.jsonl": "negatives.sources.strong.file gone.jsonl: no such file",
-    "negatives.sources.strong.file=tiny.yaml": "negatives.sources.strong.file tiny.yaml: the suffix '.yaml' is none of",
+    "negatives.sources.strong.file=tiny.yaml": "negatives.sources.strong.file tiny.yaml: the suffix '.yaml' is not one",
     "negatives.sources.strong.columns={text: txt}": "line 1: no column 'txt' (negatives.sources.strong.columns.text);",
     "negatives.sources.weak.model=gone/model": "model gone/model: no such folder or training",
     "negatives.sources.weak.strategy=pol": "negatives.sources.weak: unknown strategy 'pol'; did you mean pool?",

@@ -151,7 +151,7 @@ SPECS = [
                 {"count": 3, "negatives": {"strategy": "autoregressive"}, "label": "autoregressive"},
                 {"count": 1, "negatives": {"strategy": "pool"}, "label": "gpt2"},
             ],
-            "embedder": "ef" * 16,
+            "scorer": {"embedder": "ef" * 16},
             "drop_duplicates": False,
         },
         "count 3 + 1, label autoregressive + gpt2, strategy autoregressive + pool, embedder efefefef, "

@@ -42,15 +42,15 @@ typecheck:
 # Speed, as ratios measured side by side in one run
 bench: bench-pipeline bench-train
 
-# Of negatives, ranking and the store at scale (half an hour; vLLM's part where it is installed)
+# Speed of negatives, ranking and the store at scale (half an hour; vLLM's part runs where vLLM is installed)
 bench-pipeline:
     OMP_NUM_THREADS=1 python -m pytest tests/benchmarks -o python_files="bench_*.py" -o python_functions="bench_*" -s
 
-# The report in a browser: 5,000 examples of 4 systems, its size and the time until it is open (needs chromium)
+# The report in a browser: its size and loading time with 5,000 examples of 4 systems (needs chromium)
 bench-report:
     python -m pytest tests/benchmarks/bench_report.py -o python_functions="bench_*" -s
 
-# What is too long for CI
+# Tests that are too long for CI
 soak:
     python -m pytest -m soak -s -rA
 
@@ -58,10 +58,10 @@ soak:
 exactness:
     python -m tests.benchmarks.exactness
 
-# The training step beside TRL's DPOTrainer: time, memory, the loop (an hour and more; needs the extra bench)
+# The training step beside TRL's DPOTrainer: time, memory, the loop (over an hour)
 bench-train *ARGS:
     OMP_NUM_THREADS=1 python -m tests.benchmarks.train_step {{ARGS}}
 
-# The papers' comparisons at the scale small, over five seeds: docs/results.md (over an hour on two cores; goes on where it was stopped)
+# The papers' comparisons at the scale small, over five seeds: docs/results.md (over an hour on two cores; a second call resumes)
 results *ARGS:
     python -m tests.benchmarks.results {{ARGS}}

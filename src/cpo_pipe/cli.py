@@ -1,4 +1,4 @@
-"""The command line: parses, calls, and turns failures into one line and an exit status."""
+"""The command line: parse arguments, call a stage, turn failures into one line and an exit status."""
 
 import inspect
 import io
@@ -24,7 +24,7 @@ from cpo_pipe.run import Run
 from cpo_pipe.store_commands import store_app
 from cpo_pipe.terminal import DEFAULT_STORE, DebugOption, StoreOption, folder, reported
 
-# Read by these libraries when they are imported: our own messages say what matters.
+# These libraries read them at import. Our own messages take the place of theirs.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -48,7 +48,7 @@ SetOption = Annotated[
     ),
 ]
 ScaleOption = Annotated[
-    str | None, typer.Option("--scale", metavar="NAME", help="Take this scale of the recipe.", show_default="full")
+    str | None, typer.Option("--scale", metavar="NAME", help="Use this scale of the recipe.", show_default="full")
 ]
 RunDirOption = Annotated[
     Path | None,
@@ -64,17 +64,17 @@ ExecutorOption = Annotated[
     str,
     typer.Option(
         metavar="local|ray",
-        help="Where work on rows is done: here, or by Ray's workers (on the cluster of RAY_ADDRESS, or this machine).",
+        help="Where rows are computed: in this process, or in Ray workers (cluster of RAY_ADDRESS, or this machine).",
     ),
 ]
 WorkersOption = Annotated[
-    int | None, typer.Option(min=1, help="Ray's workers.", show_default="one for each GPU, or else core")
+    int | None, typer.Option(min=1, help="Number of Ray workers.", show_default="one per GPU, or per core without GPUs")
 ]
 WorkerGpusOption = Annotated[
-    float | None, typer.Option(min=0, help="GPUs of a Ray worker, such as 0.5.", show_default="1, where there are GPUs")
+    float | None, typer.Option(min=0, help="GPUs per Ray worker, such as 0.5.", show_default="1 where there are GPUs")
 ]
 
-OutOption = Annotated[Path, typer.Option(parser=folder, metavar="PATH", help="A folder that is new or empty.")]
+OutOption = Annotated[Path, typer.Option(parser=folder, metavar="PATH", help="A new or empty folder to write to.")]
 
 # Typer's usage errors (an unknown option, a missing argument): click's class in some versions, a copy in others.
 _UsageError: Any = typer.BadParameter.__base__
@@ -84,7 +84,7 @@ _UsageError: Any = typer.BadParameter.__base__
 def init(
     name: Annotated[str, typer.Argument(help="Name of a built-in recipe.")],
     full: Annotated[
-        bool, typer.Option("--full", help="Every key with its meaning, not only those that are set.")
+        bool, typer.Option("--full", help="Print every key with its meaning, not only those that are set.")
     ] = False,
 ) -> None:
     """Print a built-in recipe to start from: `cpo-pipe init NAME > my.yaml`."""
@@ -102,16 +102,16 @@ def convert(
     out: OutOption,
     debug: DebugOption = False,
 ) -> None:
-    """Write a model of pickles as safetensors, which the other commands read; its SentencePiece model made exact."""
+    """Write pickled weights as safetensors, which the other commands read, and an exact SentencePiece tokenizer."""
     with reported(debug):
         convert_model(model, out)
 
 
 def _stage(function: Callable[..., None], recipe: str | None = None) -> None:
-    """Register a command that is given a `Run`, with the argument and the options that make one.
+    """Register a stage as a command, with the argument and the options from which its `Run` is made.
 
-    Typer reads a command's signature: here the recipe (unless it is fixed), what the function takes besides the run,
-    and the options that all of these commands have.
+    Typer reads a command's signature: here the recipe (unless it is fixed), the function's parameters after the run,
+    and the options that all stages have.
     """
 
     def command(
@@ -148,7 +148,7 @@ def prepare(run: Run) -> None:
 
 
 def generate_negatives(run: Run) -> None:
-    """Make the synthetic negatives that are missing."""
+    """Make the missing synthetic negatives."""
     run.generate_negatives()
 
 
@@ -158,7 +158,7 @@ def rank(run: Run) -> None:
 
 
 def quality(run: Run) -> None:
-    """Show how good the negatives are: copies, lengths, likelihoods, diversity, K; before any GPU time is spent."""
+    """Show copies, lengths, likelihoods and diversity of the negatives, before a training is paid for."""
     run.quality()
 
 
@@ -179,9 +179,7 @@ def evaluate(
     run: Run,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run", help="Make nothing; print the calls, tokens and price of systems and judges of APIs."
-        ),
+        typer.Option("--dry-run", help="Only print the calls, tokens and price of systems and judges behind APIs."),
     ] = False,
 ) -> None:
     """Compare the systems on held-out prompts and write report.html."""
@@ -193,9 +191,7 @@ def evaluate(
 
 def merge(
     run: Run,
-    system: Annotated[
-        str, typer.Argument(help="A system of `evaluate`: of the ensemble `mix` that at α = 0.5 is called mix@0.5.")
-    ],
+    system: Annotated[str, typer.Argument(help="A system of `evaluate`; the ensemble `mix` at α = 0.5 is mix@0.5.")],
     out: OutOption,
 ) -> None:
     """Write the model of a system, such as a weight-space ensemble, to a folder that transformers and vLLM load."""
@@ -209,21 +205,27 @@ def export(
         list[str],
         typer.Option(
             metavar="CHOSEN,REJECTED",
-            help="Which pairs of a group, by the names of sources, such as target,weak. Repeatable.",
+            help="A pair of sources to export, such as target,weak. Repeatable.",
             show_default="the target with each negative",
         ),
     ] = [],  # noqa: B006  (typer copies it)
     conversational: Annotated[
-        bool, typer.Option("--conversational", help="Texts as messages, prompts as before the template.")
+        bool,
+        typer.Option("--conversational", help="Write texts as messages, and prompts as they are before the template."),
     ] = False,
     push: Annotated[
-        str, typer.Option(metavar="REPO", help="Also upload it to this data set of the hub.", show_default="no")
+        str, typer.Option(metavar="REPO", help="Also upload to this data set on the hub.", show_default="no")
     ] = "",
     public: Annotated[
-        bool, typer.Option("--public", help="Make that data set a public one, or add to one that is.")
+        bool, typer.Option("--public", help="Make that data set public, or add to a public one.")
     ] = False,
     training: Annotated[
-        str, typer.Option(metavar="NAME", help="Whose groups, of trainings that have their own.", show_default="shared")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Export the groups of this training, which has negatives of its own.",
+            show_default="shared",
+        ),
     ] = "",
 ) -> None:
     """Write the groups as preference data (prompt, chosen, rejected) that TRL trains on."""
@@ -231,12 +233,12 @@ def export(
 
 
 def run_(run: Run) -> None:
-    """Do all that is missing, in order."""
+    """Run all stages in order; each makes only what is missing."""
     run.everything()
 
 
 def demo(run: Run) -> None:
-    """The whole method on the documentation of the running Python: nothing is downloaded, minutes on two cores."""
+    """Run the whole method on the documentation of your Python: no download, some minutes on two cores."""
     run.everything()
 
 
@@ -249,9 +251,9 @@ app.add_typer(store_app, name="store")
 def _open(
     recipe: str, scale: str | None, overrides: list[str], store: str, run_dir: Path | None, executor: Executor
 ) -> Run:
-    """The run that the options mean."""
+    """Return the run that the options describe."""
     loaded = load_recipe(recipe, overrides, scale)
-    # What the commands that messages name need besides the recipe, to mean the same run.
+    # Messages name commands; these options make such a command mean the same run.
     options = ["--scale", scale] if scale is not None else []
     options += [part for override in overrides for part in ("--set", override)]
     if store != os.environ.get("CPO_PIPE_STORE", DEFAULT_STORE):
@@ -262,15 +264,15 @@ def _open(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `cpo-pipe`; returns the exit status."""
+    """Run `cpo-pipe` and return the exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # in an ASCII locale escapes take the place of other characters
+    if isinstance(sys.stdout, io.TextIOWrapper):  # in an ASCII locale, escape other characters
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = app(arguments or ["--help"], prog_name="cpo-pipe", standalone_mode=False)
     except _UsageError as error:
         say(f"error: {one_line(error.format_message())} (--help shows how)", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # before a command has begun
+    except KeyboardInterrupt:  # before a command begins
         return 130
     return status if isinstance(status, int) else 0

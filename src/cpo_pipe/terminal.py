@@ -1,4 +1,4 @@
-"""What all commands share: log lines while they work, a failure as one line with its exit status, common options."""
+"""Shared by all commands: log lines, failures as one line with an exit status, and common options."""
 
 import errno
 import logging
@@ -39,14 +39,14 @@ def folder(text: str) -> Path:
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default="off")]
 DEFAULT_STORE = "cpo-store"
 
-# A path that cannot be used as asked: the user's to mend.
+# Errors of a path that the user can correct.
 _PATH_TROUBLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
                  errno.ELOOP}  # fmt: skip
 _DISK_FULL = ("No space left on device", "Disk quota exceeded")
 
 
 class _Record(logging.LogRecord):
-    """A log record, also of a library with a handler of its own, whose text can do nothing to a terminal."""
+    """A log record whose text cannot control a terminal, also for libraries with a handler of their own."""
 
     def getMessage(self) -> str:
         text = super().getMessage()
@@ -54,7 +54,7 @@ class _Record(logging.LogRecord):
 
 
 class _Formatter(logging.Formatter):
-    """Shows a traceback, too, as text that can do nothing to a terminal."""
+    """Format tracebacks, too, as text that cannot control a terminal."""
 
     def formatException(self, ei: Any) -> str:
         return visible(super().formatException(ei))
@@ -62,7 +62,7 @@ class _Formatter(logging.Formatter):
 
 @contextmanager
 def _visible_logs(handler: logging.Handler) -> Iterator[None]:
-    """Send the log, and the warnings of Python's libraries, to a handler as text that can do nothing to a terminal."""
+    """Send the log and the warnings of libraries to a handler, as text that cannot control a terminal."""
     handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     before = logging.getLogRecordFactory()
@@ -77,7 +77,7 @@ def _visible_logs(handler: logging.Handler) -> Iterator[None]:
 
 @contextmanager
 def reported(debug: bool) -> Iterator[None]:
-    """Log to the terminal; show a failure as one line: exit 2 for the user's mistake, 1 for the run's."""
+    """Log to the terminal; show a failure as one line and exit: 2 for invalid input, 1 for a failure at run time."""
     terminal = RichHandler(console=console, show_path=False, show_level=False, markup=False, highlighter=None,
                            log_time_format="%H:%M:%S")  # fmt: skip
     handler = terminal if console.is_terminal else logging.StreamHandler(sys.stderr)
@@ -106,14 +106,14 @@ def reported(debug: bool) -> Iterator[None]:
 
 
 def _stop(*_: object) -> None:
-    """End as by Ctrl-C, whose signal is ignored where a script started this in the background (`cpo-pipe … &`)."""
+    """Stop as Ctrl-C does, also where SIGINT is ignored: a script started this in the background (`cpo-pipe … &`)."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         raise KeyboardInterrupt
     signal.raise_signal(signal.SIGINT)
 
 
 def _failure(error: Exception) -> tuple[int, str]:
-    """Exit status and message of an error."""
+    """Return the exit status and the message of an error."""
     if isinstance(error, InputError | RunError):
         return 2 if isinstance(error, InputError) else 1, str(error)
     # Libraries written in Rust and C++ have their own types for a full disk.

@@ -56,7 +56,9 @@ def store(context: typer.Context) -> None:
 @store_app.command()
 def ls(
     kind: Annotated[str | None, typer.Argument(help="Kind of artifact.", show_default="all")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For scripts, with the specs.", show_default="off")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON with the specs, for scripts.", show_default="off")
+    ] = False,
     store: StoreOption = DEFAULT_STORE,
     debug: DebugOption = False,
 ) -> None:
@@ -80,7 +82,7 @@ def show(
     store: StoreOption = DEFAULT_STORE,
     debug: DebugOption = False,
 ) -> None:
-    """Show one artifact: its spec, its files, what was noted when it was made, its first rows."""
+    """Show one artifact: its spec, files, notes and first rows."""
     with reported(debug):
         inventory = Inventory(store)
         artifact, summaries = inventory.find(name), Summaries(inventory)
@@ -132,25 +134,26 @@ def verify(
 
 @store_app.command()
 def gc(
-    delete: Annotated[bool, typer.Option("--delete", help="Delete it.", show_default="only list it")] = False,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete what is listed.", show_default="only list it")
+    ] = False,
     forget: Annotated[
         list[str],
-        typer.Option(metavar="RUN", help="A run folder that is missing, to release what only it used. Repeatable."),
+        typer.Option(metavar="RUN", help="Release what only this missing run folder used. Repeatable."),
     ] = [],  # noqa: B006  (typer copies it)
     paid: Annotated[
-        bool, typer.Option("--paid", help="Also answers of APIs, which cost money.", show_default="keep them")
+        bool, typer.Option("--paid", help="Include answers of APIs, which cost money.", show_default="keep them")
     ] = False,
     store: StoreOption = DEFAULT_STORE,
     debug: DebugOption = False,
 ) -> None:
-    """List what no run needs, or delete it: artifacts that no run folder uses, and what killed processes left.
+    """List what no run needs, or delete it: artifacts that no run folder uses, and files that killed processes left.
 
-    A run registers what it uses before it makes or reads it, also where nothing
-    is missing: an artifact, however new, stays as long as that is registered.
-    A run folder that is missing may have been moved, and folders of other
-    machines cannot be seen: what they use stays until you --forget them.
-    Answers of APIs stay until you add --paid. What a process is at work on is
-    skipped.
+    A run registers every artifact before it makes or reads it. A registered
+    artifact is kept. A run folder that is missing may have been moved, and
+    folders of other machines cannot be seen: their artifacts are kept until
+    you --forget them. Answers of APIs are kept until you add --paid. Artifacts
+    that a process is working on are skipped.
     """
     with reported(debug):
         inventory = Inventory(store)
@@ -196,7 +199,7 @@ def diff(
     store: StoreOption = DEFAULT_STORE,
     debug: DebugOption = False,
 ) -> None:
-    """Say why two artifacts of one kind are not the same: where their specs differ."""
+    """Show why two artifacts of one kind differ: the fields of their specs that are not equal."""
     with reported(debug):
         inventory = Inventory(store)
         one, other = inventory.find(a), inventory.find(b)

@@ -1,4 +1,4 @@
-"""Tables, blocks and units on the screen; plain text if the output is not a terminal."""
+"""Print tables, blocks and units; as plain text where the output is not a terminal."""
 
 import time
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from cpo_pipe.data.text import one_line, say
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of cells; outside a terminal as aligned text, so that lines can be searched and cut.
+    """Print rows of cells. Where the output is not a terminal, print aligned text, which other programs can parse.
 
     Args:
-        columns: names; `>name` is right-aligned. A terminal shows the last one, which is prose, below the first.
-        rows: cells of each line.
+        columns: names; `>name` is aligned right. The last column is prose: a terminal shows it below the first one.
+        rows: the cells of each row.
     """
     if not rows:
         return
@@ -45,13 +45,13 @@ def _print_rich(console: Console, names: Sequence[str], right: Sequence[bool], r
         table.add_column(name, justify="right" if right[place] else "left", min_width=widest)
     for first, *cells, words in rows:
         table.add_row(Text.assemble(first, "\n", (words, "dim")), *map(Text, cells))
-    # What needs more room than the terminal has is wrapped by it, never cut.
+    # The terminal wraps a table that is wider than itself; nothing is cut.
     needed = Measurement.get(console, console.options.update(width=10_000), table).minimum
     console.print(table, width=max(needed, console.width), crop=False)
 
 
 def print_block(title: str, content: Any) -> None:
-    """Print JSON values under a title as YAML, with control characters made visible."""
+    """Print JSON values under a title as YAML, with control characters escaped."""
     if title:
         say()
         Console(soft_wrap=True).print(Text(one_line(title), style="bold"))
@@ -62,7 +62,7 @@ def print_block(title: str, content: Any) -> None:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes lists of plain values in one line."""
+    """Write lists of plain values on one line."""
 
     def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
         return super().represent_sequence(tag, sequence, not any(isinstance(part, dict | list) for part in sequence))
@@ -79,7 +79,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def size_text(size: float) -> str:
-    """Return a size in one word, so that columns can be told apart at spaces."""
+    """Return a size with its unit, without a space, so that spaces separate columns."""
     units = ["B", "kB", "MB", "GB", "TB"]
     while size >= 999.5 and len(units) > 1:
         size, units = size / 1000, units[1:]

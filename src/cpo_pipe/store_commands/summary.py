@@ -1,4 +1,4 @@
-"""What an artifact is, in one line: the fields of its spec that tell it from others."""
+"""Summarize an artifact in one line: the fields of its spec that tell it from others."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from cpo_pipe.data.store.inventory import Inventory
 from cpo_pipe.data.text import one_line
 
 SHORT = 8
-"""Digits of a hash that people are shown."""
+"""Digits of a hash that are shown."""
 LONGEST = 60
 """Characters that are shown of a text in a spec, such as an instruction's template."""
 
@@ -27,7 +27,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "tokenizers": ("algorithm", "vocab_size", "corpus.source.kind"),
     "negatives": ("strategy", "generator", *_SAMPLING, "*"),
     "groups": (
-        "candidates.count", "candidates.label", "candidates.negatives.strategy", "scorer.embedder", "drop_duplicates",
+        "candidates.count", "candidates.label", "candidates.negatives.strategy", "scorer.scorer", "scorer.embedder",
+        "drop_duplicates",
     ),
     "rejected": ("of",),
     "checkpoints": (
@@ -38,11 +39,13 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "verdicts": ("judge", "*"),
     "metrics": ("baseline", "systems", "judges.judge"),
 }  # fmt: skip
-"""Paths of the fields to show, by kind; `*` means all other plain fields, which are also shown if no path fits."""
+"""Paths of the fields that are shown, by kind; `*` means all other plain fields.
+
+Where no path fits, all plain fields are shown."""
 
 
 class Summaries:
-    """Describes specs in one line. A model that is a checkpoint of the store is named by the checkpoint's hash."""
+    """Show specs as text. A model that is a checkpoint of the store is shown by the checkpoint's hash."""
 
     def __init__(self, inventory: Inventory):
         checkpoints = (inventory.root / "checkpoints").is_dir()
@@ -52,7 +55,7 @@ class Summaries:
         }
 
     def summary(self, artifact: ArtifactFolder) -> str:
-        """Return what an artifact is, in a line."""
+        """Return one line that says what an artifact is."""
         if artifact.spec is None:
             return "its spec.json is gone or unreadable"
         fields = list(self._fields(artifact.spec, FIELDS.get(artifact.kind, ())))
@@ -89,7 +92,7 @@ class Summaries:
 
 
 def _at(value: Any, path: list[str]) -> Iterator[Any]:
-    """Yield the values at a path, one for each item of the lists on the way."""
+    """Yield the values at a path; a list on the way contributes each of its items."""
     if path and isinstance(value, list):
         for part in value:
             yield from _at(part, path)

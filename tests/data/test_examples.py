@@ -72,5 +72,5 @@ def test_what_stands_in_another_row_or_column_is_another_selection(other: dict[s
     assert selection_hash(pa.table(one, schema=schema)) != selection_hash(pa.table(other, schema=schema))
 
 
-def test_the_addresses_of_trainings_stay() -> None:
+def test_the_hashes_of_trainings_stay() -> None:
     assert selection_hash(examples(2)) == "ddda4f57a3965ec0d6b1225f66ee1ffe"

@@ -51,7 +51,7 @@ def ok(result) -> Any:
     return result
 
 
-def test_three_rounds(project) -> None:
+def test_three_iterations(project) -> None:
     """Each from the model before: its negatives, its start and its reference; and each round's artifacts its own."""
     options = (*iterations(3), *LATEST, "--set", "train.cpo.batch_size=16")  # all groups in the first step
     ok(project.cli("run", "tiny.yaml", *options))
@@ -99,7 +99,7 @@ def test_three_rounds(project) -> None:
 
 
 @pytest.mark.slow
-def test_another_round_makes_nothing_of_those_before(made) -> None:
+def test_another_iteration_makes_nothing_of_those_before(made) -> None:
     ok(made.cli("run", "tiny.yaml", *iterations(2)))
     kept, kinds = made.made(), ("negatives", "groups", "checkpoints")
     counts = {kind: len(hashes(made, kind)) for kind in kinds}
@@ -155,7 +155,7 @@ def test_stage_by_stage_each_says_what_it_waits_for(project) -> None:
 
 
 @pytest.mark.parametrize("stopped", slow_except(["negatives", "training"], "training"))
-def test_a_run_that_is_stopped_between_rounds_goes_on(made, monkeypatch: pytest.MonkeyPatch, stopped: str) -> None:
+def test_a_run_that_is_stopped_between_iterations_goes_on(made, monkeypatch: pytest.MonkeyPatch, stopped: str) -> None:
     from cpo_pipe import run
 
     stage = {"negatives": "generate_negatives", "training": "train"}[stopped]
@@ -196,7 +196,7 @@ def test_chains_do_not_mix_and_without_a_reference_only_the_start_is_replaced(ma
     assert "train tuned@2" not in stages(made)
 
 
-def test_negatives_that_no_model_writes_are_the_same_in_each_round(made) -> None:
+def test_negatives_that_no_model_writes_are_the_same_in_each_iteration(made) -> None:
     options = ("--set", "negatives.sources={batch: {count: 1}, truncation: {count: 1}}", *iterations(2))
     ok(made.cli("run", "tiny.yaml", *options))
     done = stages(made)

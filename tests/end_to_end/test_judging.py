@@ -213,7 +213,7 @@ def test_an_unused_top_k_is_said_once_for_each(made: Project) -> None:
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """All that is there, but for the memo of files' hashes."""
+    """All that is there, except the cache of files' hashes."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")

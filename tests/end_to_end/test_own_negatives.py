@@ -78,7 +78,7 @@ def test_stages_do_what_all_trainings_want_and_only_that(project: Project) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("train.an.negatives={autoregresive: 1}", "train.an.negatives: unknown source 'autoregresive'; did you mean"),
+        ("train.an.negatives={autoregresive: 1}", "unknown source 'autoregresive'; did you mean autoregressive?"),
         ("train.an.negatives={x: 1}", "train.an.negatives: unknown source 'x'; choose from autoregressive, batch"),
         ("train.an.negatives={batch: 0}", "train.an.negatives.batch is 0: input should be greater than 0"),
         (

@@ -1,6 +1,8 @@
 """Blocks from outside the package, those of the guide, together: from the recipe to report, model card and export."""
 
+import json
 import re
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -36,13 +38,18 @@ def test_own_blocks_go_from_the_recipe_to_report_card_and_export(
     assert done.status == 0, done.err
 
     (groups,) = (project.store / "groups").glob("*")
-    rows = [row for group in pq.read_table(groups / "shards").to_pylist() for row in group["candidates"]]
-    assert {row["strategy"] for row in rows} == {"target", "autoregressive", "shuffled"}
-    assert all(0 <= row["similarity"] <= 1 and row["rank"] is not None for row in rows), "the scores of Overlap"
+    made = [group["candidates"] for group in pq.read_table(groups / "shards").to_pylist()]
+    assert {row["strategy"] for rows in made for row in rows} == {"target", "autoregressive", "shuffled"}
+    for target, *negatives in made:
+        for row in negatives:
+            shared = SequenceMatcher(None, row["text"], target["text"]).ratio()
+            assert row["similarity"] == pytest.approx(shared), "Overlap by characters: its setting arrived"
 
     folder = project.root / "runs" / "tiny"
     metrics = {(row["system"], row["metric"]) for row in pq.read_table(folder / "metrics.parquet").to_pylist()}
     assert {("own", "topic coverage"), ("own", "topic win rate")} <= metrics
+    specs = [json.loads(path.read_text(encoding="utf-8")) for path in project.store.glob("verdicts/*/spec.json")]
+    assert [spec["min_letters"] for spec in specs] == [2]
     report = (folder / "report.html").read_text(encoding="utf-8")
     for name in ("shuffled", "ipo:IPO", "my_rankers:Overlap", "topic coverage"):
         assert name in report, name
@@ -50,6 +57,7 @@ def test_own_blocks_go_from_the_recipe_to_report_card_and_export(
     cards = [path.read_text(encoding="utf-8") for path in (project.store / "checkpoints").glob("*/README.md")]
     (card,) = [card for card in cards if "squared distance of each log-ratio margin to its goal" in card]
     assert "Azar et al. 2023" in card
+    assert "tau: 0.5\n" in card
 
     exported = project.cli("export", "tiny.yaml", "--out", "out", "--pair", "target,shuffled", *options)
     assert exported.status == 0, exported.err

@@ -326,7 +326,7 @@ RANKED = {"init": {"architecture": "gpt2"}, "objective": "cpo-ranked", "referenc
 SLIC = {"init": "base", "objective": "slic"}
 
 
-def test_a_round_follows_the_one_before() -> None:
+def test_an_iteration_follows_the_one_before() -> None:
     recipe = parse_recipe(
         content(train={"base": MLE, "cpo": {**CPO, "learning_rate": 0.5}, "slic": SLIC}, iterations=3), "r"
     )
@@ -344,7 +344,7 @@ def test_a_round_follows_the_one_before() -> None:
     assert trainings["cpo@3"] == recipe.train["cpo"].model_copy(update={"init": "cpo@2", "reference": "cpo@2"})
 
 
-def test_the_model_of_the_round_before_generates_and_the_rest_of_negatives_stays() -> None:
+def test_the_model_of_the_iteration_before_generates_and_the_rest_of_negatives_stays() -> None:
     sources: dict[str, dict[str, Any]] = {
         "autoregressive": {"model": "base", "count": 3, "top_k": 7},
         "other": {"strategy": "meanfield", "model": "base"},
@@ -363,7 +363,7 @@ def test_the_model_of_the_round_before_generates_and_the_rest_of_negatives_stays
         assert recipe.negatives_of(name) == parse_recipe(expected, "r").negatives
 
 
-def test_rounds_are_done_in_order_and_other_trainings_start_from_any() -> None:
+def test_iterations_are_done_in_order_and_other_trainings_start_from_any() -> None:
     train = {"last": {**MLE, "init": "cpo@3"}, "cpo": CPO, "base": MLE, "side": {**CPO, "init": "cpo@2"}}
     order = parse_recipe(content(train=train, iterations=3), "r").training_order()
     assert sorted(order) == sorted(["last", "cpo", "base", "side", "cpo@2", "cpo@3", "side@2", "side@3"])
@@ -395,11 +395,11 @@ def test_rounds_are_done_in_order_and_other_trainings_start_from_any() -> None:
         ({"iterations": 2, "negatives": {"sources": {"autoregressive": {"model": "cpo@2"}}}}, "train has a cycle: "),
     ],
 )  # fmt: skip
-def test_rounds_that_there_are_not(sections: dict[str, Any], message: str) -> None:
+def test_iterations_that_there_are_not(sections: dict[str, Any], message: str) -> None:
     assert refusal(**sections).startswith(message)
 
 
-def test_every_place_for_a_model_takes_a_round() -> None:
+def test_every_place_for_a_model_takes_an_iteration() -> None:
     judges = {"likelihood": {"model": "cpo@2"}}
     systems = {"base": {"model": "cpo@2"}, "both": {"merge": {"cpo": 0.5, "cpo@2": 0.5}}}
     ensembles = {"cpo": {"of": ["cpo@2", "base"], "alphas": [0, 1]}}
@@ -551,16 +551,19 @@ def test_a_list_of_judges_is_short_for_those_without_settings() -> None:
         ({"mine": {}}, "evaluate.judges.mine: kind is missing; choose from exact, similarity, "),
         ({"mine": {"kind": "exakt"}}, "evaluate.judges.mine: unknown judge 'exakt'; did you mean exact?"),
         ([{"exact": {}}], "evaluate.judges: a list only names kinds; for settings give a mapping"),
-        ({"longer": {"pattern": "(a)"}}, "evaluate.judges.longer.pattern: not used by judge "),
+        ({"longer": {"pattern": "(a)"}}, 'evaluate.judges.longer.pattern: not used by judge "longer" (but by exact)'),
         ({"exact": {"both_orders": False}},
          'evaluate.judges.exact.both_orders: not used by judge "exact" (but by openai, local); remove it'),
-        ({"likelihood": {"model": "base", "engine": "vllm"}}, "evaluate.judges.likelihood.engine: not used by judge "),
-        ({"local": {"model": "base", "temperature": None}}, "evaluate.judges.local.temperature: not used by judge "),
-        ({"local": {"model": "base", "max_tokens": 9}}, "evaluate.judges.local.max_tokens: not used by judge "),
+        ({"likelihood": {"model": "base", "engine": "vllm"}},
+         'evaluate.judges.likelihood.engine: not used by judge "likelihood" ('),
+        ({"local": {"model": "base", "temperature": None}},
+         'evaluate.judges.local.temperature: not used by judge "local" (but by openai)'),
+        ({"local": {"model": "base", "max_tokens": 9}},
+         'evaluate.judges.local.max_tokens: not used by judge "local" (but by openai)'),
         ({"local": {"model": "base", "engine": "trt"}}, "evaluate.judges.local.engine is 'trt': input should be 'au"),
         ({"openai": {"api": "mini", "temperature": -1}}, "evaluate.judges.openai.temperature is -1: input should be "),
         ({"openai": {"api": "mini", "max_tokens": 0}}, "evaluate.judges.openai.max_tokens is 0: input should be "),
-        ({"openai": {"api": "mini", "model": "base"}}, "evaluate.judges.openai.model: not used by judge "),
+        ({"openai": {"api": "mini", "model": "base"}}, 'evaluate.judges.openai.model: not used by judge "openai" ('),
         ({"openai": {}}, "evaluate.judges.openai.api is missing"),
         ({"local": {}}, "evaluate.judges.local.model is missing"),
         ({"openai": {"api": "mimi"}}, "evaluate.judges.openai.api 'mimi' is not in `apis`; did you mean mini?"),
@@ -607,7 +610,7 @@ def test_what_no_run_can_use_is_refused_at_load(tmp_path: Path, override: str, m
     assert len(str(caught.value)) < 500
 
 
-def test_100_rounds_of_100_trainings_and_4000_alphas_take_no_time(tmp_path: Path) -> None:
+def test_100_iterations_of_100_trainings_and_4000_alphas_take_no_time(tmp_path: Path) -> None:
     """Both took minutes or more: each training, and each α, was looked for among all."""
     ensembles = {"e": {"of": ["base", "x"], "alphas": [number / 4000 for number in range(4000)]}}
     train = {"base": MLE, **{f"c{number}": CPO for number in range(100)}}

@@ -20,6 +20,8 @@ from cpo_pipe.trainer import samples
 from cpo_pipe.trainer.checkpoint import METRICS_FILE
 from cpo_pipe.trainer.objectives import OBJECTIVES
 from cpo_pipe.trainer.train import Inputs, train
+from cpo_pipe.trainer.validation_split import split_validation
+from tests.support.architectures import table
 
 CANDIDATES = {
     "a": ([5, 6, 7], [[9, 10, 0], [11, 12, 13, 14], [3, 0], [20, 21, 0]], [0, 2, 3, 1]),
@@ -111,6 +113,15 @@ def measured(artifact: Artifact, column: str) -> dict[int, float]:
 
 def weights(artifact: Artifact) -> dict[str, torch.Tensor]:
     return load_file(artifact.path / "model.safetensors")
+
+
+def validation_ids(bench: Bench, count: int) -> set[str]:
+    """Return which groups of a bench are for validation."""
+    config = OBJECTIVES.parse({"init": "m", "objective": "cpo", "reference": "m", "validation": count})
+    groups = table({name: (prompt, candidates) for name, (prompt, candidates, _) in bench.candidates.items()})
+    trained, validation = split_validation("t", config, groups)
+    assert sorted([*trained, *validation]) == list(range(groups.num_rows))
+    return set(groups["example_id"].take(validation).to_pylist())
 
 
 def naive_logprob(model: torch.nn.Module, prompt: list[int], continuation: list[int]) -> torch.Tensor:

@@ -182,7 +182,7 @@ def test_each_pair_has_the_log_probs_of_its_own_candidates(bench: Models) -> Non
     assert start["loss"] == pytest.approx(math.log(2), abs=1e-3)
 
 
-def test_no_prompt_is_trained_on_and_validation(bench: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_prompt_is_in_training_and_validation(bench: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     groups: list[Any] = []
     start = Loop.__init__
 

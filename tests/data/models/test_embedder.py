@@ -55,9 +55,9 @@ def test_texts_longer_than_the_window_are_flagged(store: Store) -> None:
     vectors, truncated = embedder.embed(words)  # a token at each end leaves room for 254 words
     assert truncated.tolist() == [False, True, True, True, False, True]
     np.testing.assert_allclose(vectors[2], vectors[3], atol=1e-6)  # what differs is not seen
-    memo = EmbeddingCache(embedder)
-    memo.encode(words)
-    assert (memo.truncated(words), memo.truncated(["cat", words[0]]), memo.window()) == (4, 0, 256)
+    cache = EmbeddingCache(embedder)
+    cache.encode(words)
+    assert (cache.truncated(words), cache.truncated(["cat", words[0]]), cache.window()) == (4, 0, 256)
 
 
 def test_a_copy_with_a_larger_window_is_another_model_that_reads_more(store: Store, tmp_path: Path) -> None:
@@ -96,11 +96,11 @@ def test_no_texts_give_no_vectors(store: Store) -> None:
     assert locate_embedder("minilm", store).encode([]).shape == (0, 384)
 
 
-def test_a_memo_embeds_a_text_once(store: Store) -> None:
+def test_a_cache_embeds_a_text_once(store: Store) -> None:
     embedder = locate_embedder("minilm", store)
-    memo = EmbeddingCache(embedder)
-    first = memo.encode(TEXTS)
-    again = memo.encode(["cat", "dog", ""])
+    cache = EmbeddingCache(embedder)
+    first = cache.encode(TEXTS)
+    again = cache.encode(["cat", "dog", ""])
     np.testing.assert_array_equal(again[0], first[1])
     np.testing.assert_array_equal(again[2], first[2])
     np.testing.assert_allclose(again[1], embedder.encode(["dog"])[0], atol=1e-6)
@@ -116,12 +116,12 @@ def test_only_add_shows_a_bar_and_none_for_nothing(store: Store, monkeypatch: py
 
     monkeypatch.setattr(embedding, "track", recorded)
     embedder = locate_embedder("minilm", store)
-    memo = EmbeddingCache(embedder)
-    memo.encode(["cat"])
-    memo.add(["cat", "dog", "dog", "cow"], "embed outputs")
-    memo.add(["cow", "cat"], "embed outputs")
+    cache = EmbeddingCache(embedder)
+    cache.encode(["cat"])
+    cache.add(["cat", "dog", "dog", "cow"], "embed outputs")
+    cache.add(["cow", "cat"], "embed outputs")
     assert bars == [("embed outputs", 2)]
-    np.testing.assert_allclose(memo.encode(["dog", "cow"]), embedder.encode(["dog", "cow"]), atol=1e-6)
+    np.testing.assert_allclose(cache.encode(["dog", "cow"]), embedder.encode(["dog", "cow"]), atol=1e-6)
     assert len(bars) == 1
 
 

@@ -17,7 +17,7 @@ EOS = 0
 
 
 @given(st.lists(st.integers(0, 9), max_size=50), st.integers(2, 12), st.floats(0, 1))
-def test_pieces_are_the_article_without_gaps(ids, size, share):
+def test_chunks_are_the_article_without_gaps(ids, size, share):
     pieces = list(cut(ids, size, share))
     joined = [token for piece in pieces for token in piece.prompt_ids + piece.target_ids]
     assert joined == ids[: len(joined)]
@@ -52,7 +52,7 @@ def test_text_preset_keeps_the_ids_of_the_article(tmp_path, store, byte_tokenize
     assert examples.rendering["prompt_fraction"] == 0.15
 
 
-def test_a_piece_that_is_no_longer_the_end_is_another_example(tmp_path, store, byte_tokenizer):
+def test_a_chunk_that_is_no_longer_the_end_is_another_example(tmp_path, store, byte_tokenizer):
     article = tmp_path / "a.txt"
     shared = {"preset": "text", "source": str(article), "tokenizer": byte_tokenizer, "train": 1, "chunk_tokens": 20}
     article.write_text("abcdefghijklmnopqrst")  # one token per byte: exactly one piece
@@ -65,7 +65,7 @@ def test_a_piece_that_is_no_longer_the_end_is_another_example(tmp_path, store, b
     assert before["example_id"] != after["example_id"]
 
 
-def test_ends_of_articles_too_short_for_a_piece_are_counted(tmp_path, store, byte_tokenizer, caplog):
+def test_ends_of_articles_too_short_for_a_chunk_are_counted(tmp_path, store, byte_tokenizer, caplog):
     articles = ["x" * 49, "y" * 55, "z" * 9, "w" * 40]  # 20 + 20 + 9, 20 + 20 + 15, 9, 20 + 20
     source = jsonl(tmp_path / "a.jsonl", [{"text": text} for text in articles])
     shared = {"preset": "text", "source": source, "tokenizer": byte_tokenizer, "chunk_tokens": 20, "max_rejected": 1}
@@ -76,7 +76,7 @@ def test_ends_of_articles_too_short_for_a_piece_are_counted(tmp_path, store, byt
     assert "2 ends of articles shorter than half a chunk dropped" in caplog.messages[-1]
 
 
-def test_pieces_must_fit_the_limits_and_have_no_template(tmp_path, store, byte_tokenizer):
+def test_chunks_must_fit_the_limits_and_have_no_template(tmp_path, store, byte_tokenizer):
     (tmp_path / "a.txt").write_text("x" * 5000)
     shared = {"preset": "text", "source": str(tmp_path / "a.txt"), "tokenizer": byte_tokenizer, "train": 1}
     with pytest.raises(ValidationError) as error:

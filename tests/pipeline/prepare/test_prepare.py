@@ -203,7 +203,7 @@ def test_a_context_is_no_part_of_the_prompt(tmp_path, store, byte_tokenizer):
 # ── reuse ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_address_depends_on_what_decides_the_values_only(tmp_path, store, byte_tokenizer):
+def test_the_hash_depends_on_what_decides_the_values_only(tmp_path, store, byte_tokenizer):
     source = jsonl(tmp_path / "a.jsonl", pairs(20))
     shared = {"source": source, "tokenizer": byte_tokenizer, "train": 10}
     path = prepare(data(**shared), store).artifact.path

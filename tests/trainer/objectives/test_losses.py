@@ -235,7 +235,7 @@ def test_large_rewards_of_pairs_stay_finite(objective: str) -> None:
     assert (gradient[1, 5:] == 0).all()
 
 
-def test_won_is_strict_and_margin_ignores_padding() -> None:
+def test_reward_accuracy_is_strict_and_reward_margin_ignores_padding() -> None:
     rewards = rows([[0.0, 0.0, 0.0], [1.0, 0.5, 9.0], [2.0, 1.0, -3.0]])
     mask = torch.tensor([[True, True, True], [True, True, False], [True, True, True]])
     assert reward_accuracy(rewards, mask).tolist() == [False, True, True]

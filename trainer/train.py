@@ -78,10 +78,10 @@ def training_spec(config: Training, inputs: Inputs) -> Spec:
 
 
 def _groups_spec(config: Training, groups: Rows) -> Spec:
-    """Return the groups' spec, without the embedder where neither ranks nor similarities decide the weights."""
+    """Return the groups' spec, without the scorer where neither ranks nor similarities decide the weights."""
     assert isinstance(config, PreferenceTraining)
-    embedded = config.curriculum is not None and config.curriculum.by == "similarity"
-    return groups.spec if config.sees_ranks or embedded else {**groups.spec, "embedder": None}
+    scored = config.curriculum is not None and config.curriculum.by == "similarity"
+    return groups.spec if config.sees_ranks or scored else {**groups.spec, "scorer": None}
 
 
 def checkpoint(store: Store, spec: Spec) -> Artifact:

@@ -257,7 +257,7 @@ class JudgeConfig(Section):
             opened = get_type_hints(type(self).open).get("return")
         except NameError:  # an annotation that only type checkers can resolve
             return self
-        if inspect.isabstract(opened) and not opened.__subclasses__():
+        if inspect.isclass(opened) and inspect.isabstract(opened) and not opened.__subclasses__():
             missing = ", ".join(sorted(opened.__abstractmethods__))
             raise ValueError(f"judge {self.kind} is incomplete; implement {missing} in {opened.__name__}")
         if inspect.isclass(opened) and issubclass(opened, ScoreJudge) and self.score_metric("name") is None:

@@ -342,7 +342,7 @@ def test_groups_of_other_token_ids_than_the_examples_now_have_are_refused(bench:
 
 def test_the_order_of_the_negatives_is_no_part_of_a_training_that_does_not_see_it(bench: Bench) -> None:
     def groups(embedder: str) -> Rows:
-        rows = bench.store.rows("groups", {"of": "the test", "embedder": embedder})
+        rows = bench.store.rows("groups", {"of": "the test", "scorer": {"embedder": embedder}})
         with rows.writer() as writer:
             writer.add(bench.groups().read(list(CANDIDATES)).to_pylist())
         return rows
@@ -426,7 +426,7 @@ def test_when_it_is_looked_at_is_identity_only_where_that_chooses_the_weights(be
 def test_what_embedded_the_negatives_counts_where_their_order_does(bench: Bench) -> None:
     def spec(embedder: str, **settings: Any) -> Any:
         config = OBJECTIVES.parse({"init": "m", "objective": "cpo", "reference": "m", **settings})
-        groups = bench.store.rows("groups", {"of": "the test", "embedder": embedder})
+        groups = bench.store.rows("groups", {"of": "the test", "scorer": {"embedder": embedder}})
         return training_spec(config, replace(bench.inputs("cpo"), groups=groups))
 
     pairs = [["target", "a"], ["target", "b"]]

@@ -254,7 +254,7 @@ class JudgeConfig(Section):
     def _check_opened(self) -> "JudgeConfig":
         """Refuse an incomplete class of judges when the recipe is read: `open` declares it as its return type."""
         try:
-            opened = get_type_hints(type(self).open).get("return")
+            opened: Any = get_type_hints(type(self).open).get("return")
         except NameError:  # an annotation that only type checkers can resolve
             return self
         if inspect.isclass(opened) and inspect.isabstract(opened) and not opened.__subclasses__():

@@ -254,13 +254,15 @@ class JudgeConfig(Section):
     def _check_opened(self) -> "JudgeConfig":
         """Refuse an incomplete class of judges when the recipe is read: `open` declares it as its return type."""
         try:
-            opened: Any = get_type_hints(type(self).open).get("return")
+            opened = get_type_hints(type(self).open).get("return")
         except NameError:  # an annotation that only type checkers can resolve
             return self
-        if inspect.isclass(opened) and inspect.isabstract(opened) and not opened.__subclasses__():
-            missing = ", ".join(sorted(opened.__abstractmethods__))
-            raise ValueError(f"judge {self.kind} is incomplete; implement {missing} in {opened.__name__}")
-        if inspect.isclass(opened) and issubclass(opened, ScoreJudge) and self.score_metric("name") is None:
+        if not inspect.isclass(opened):
+            return self
+        missing = sorted(getattr(opened, "__abstractmethods__", ()))
+        if missing and not opened.__subclasses__():
+            raise ValueError(f"judge {self.kind} is incomplete; implement {', '.join(missing)} in {opened.__name__}")
+        if issubclass(opened, ScoreJudge) and self.score_metric("name") is None:
             raise ValueError(
                 f"judge {self.kind} is incomplete; implement score_metric, as {opened.__name__} gives scores"
             )

@@ -56,7 +56,7 @@ class Run:
             from cpo_pipe.eval.annotations import read_annotations
 
             # Damaged annotations are an error now, not after the trainings.
-            read_annotations(Path(self.recipe.evaluate.annotations), self.store.hash_file)
+            read_annotations(self.recipe.evaluate.annotations, self.store.hash_file)
         self.prepare()
         grouped: set[str | None] = set()
         for name in self.recipe.training_order():

@@ -15,7 +15,7 @@ from pydantic import Field
 from cpo_pipe.data.batching import batches_by_length
 from cpo_pipe.data.config import Location
 from cpo_pipe.data.errors import InputError
-from cpo_pipe.data.execution.base import Made, Make
+from cpo_pipe.data.execution.base import Make, NewRows, Work
 from cpo_pipe.data.fingerprint import Spec, row_seed
 from cpo_pipe.data.models.end_tokens import end_tokens, without_end
 from cpo_pipe.data.models.model import Model
@@ -114,7 +114,7 @@ def redraw(target: Sequence[int], logits_LV: "Tensor", share: float, stop_ids: S
 
 
 @dataclass(frozen=True)
-class MeanFieldWork:
+class MeanFieldWork(Work):
     """Work that redraws tokens of the examples' targets."""
 
     rows: Rows
@@ -125,7 +125,6 @@ class MeanFieldWork:
     seed: int
     probes: Probes
     """Probes of all targets, so that every process chooses the same attention backend."""
-    at_once: bool = False
 
     @property
     def outputs(self) -> list[Rows]:
@@ -157,7 +156,7 @@ class MeanFieldWork:
                     engine=engine,
                 )
 
-        def make(batch: pa.Table) -> Iterator[Made]:
+        def make(batch: pa.Table) -> Iterator[NewRows]:
             examples = batch.to_pylist()
             lengths = np.array([len(e["prompt_ids"]) + len(e["target_ids"]) for e in examples])
             for numbers in batches_by_length(lengths, budget):
@@ -167,6 +166,6 @@ class MeanFieldWork:
                     scorer.pack([(e["prompt_ids"], [whole]) for e, whole in zip(chosen, wholes, strict=True)])
                 )
                 rows = [row for each in zip(chosen, wholes, logits, strict=True) for row in negatives_of(*each)]
-                yield Made([rows], len(rows))
+                yield NewRows([rows], len(rows))
 
         return make

@@ -747,6 +747,7 @@ def test_columns_of_one_name_and_folders_of_save_to_disk_are_refused(tmp_path: P
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "state.json").write_text("{}")
     with pytest.raises(
-        InputError, match=r"no .*parquet files in this folder; save_to_disk wrote it: write it again with"
+        InputError,
+        match=r"no .*parquet files in this folder; save_to_disk wrote it; export the data set with to_parquet",
     ):
         bench.from_file(tmp_path / "saved")

@@ -26,8 +26,8 @@ class Examples:
     def read(self, split: str, limit: int | None = None, columns: list[str] | None = None) -> pa.Table:
         """Return the split's selection, in its fixed order: the first `limit` examples of the EXAMPLES schema."""
         # Filtered batch by batch: other splits are never in memory.
-        path, wanted = self.artifact.path / "examples.parquet", pc.field("split") == split
-        table = pq.read_table(path, columns=columns, filters=wanted)
+        path, in_split = self.artifact.path / "examples.parquet", pc.field("split") == split
+        table = pq.read_table(path, columns=columns, filters=in_split)
         return table if limit is None else table.slice(0, limit)
 
     def count(self, split: str) -> int:

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from cpo_pipe.data.config import Location
 from cpo_pipe.data.errors import InputError
-from cpo_pipe.data.execution.base import Made, Make
+from cpo_pipe.data.execution.base import Make, NewRows, Work
 from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec, digest
 from cpo_pipe.data.models import templates
 from cpo_pipe.data.models.chat_date import chat_date
@@ -24,11 +24,11 @@ from cpo_pipe.data.models.tokenizer import TokenizerFiles, tokenizer_in
 from cpo_pipe.data.sources.locate import locate_source
 from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.pipeline.api.model import ApiModel
-from cpo_pipe.pipeline.engines.base import EngineWork, LazyEngine, Sampling
+from cpo_pipe.pipeline.engines.base import Sampling
+from cpo_pipe.pipeline.negatives.autoregressive import EngineSampler
 from cpo_pipe.pipeline.negatives.pool_file import Columns, Continuations, PoolFile, shown
-from cpo_pipe.pipeline.negatives.sampler import EngineSampler
 from cpo_pipe.pipeline.negatives.strategy import Inputs, Job, negative
-from cpo_pipe.pipeline.samples import SAMPLE_INDICES, refused_source
+from cpo_pipe.pipeline.samples import SAMPLE_INDICES, EngineWork, LazyEngine, refused_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -159,7 +159,7 @@ def _refusal(example_id: str, sample_index: int, reason: str, detail: str) -> di
 
 
 @dataclass(frozen=True)
-class PoolFileWork:
+class PoolFileWork(Work):
     """Work that reads sample k of an example from a file: the file's k-th continuation for the example."""
 
     rows: Rows
@@ -174,7 +174,6 @@ class PoolFileWork:
     """Samples per example."""
     tokenizer: TokenizerFiles
     max_tokens: int
-    at_once: bool = False
 
     @property
     def outputs(self) -> list[Rows]:
@@ -204,7 +203,7 @@ class PoolFileWork:
 
         fingerprint = digest(self.identity)
 
-        def make(batch: pa.Table) -> Iterator[Made]:
+        def make(batch: pa.Table) -> Iterator[NewRows]:
             refused, taken, texts = [], [], []
             for example in batch.select(["example_id", "prompt", SAMPLE_INDICES]).to_pylist():
                 for k in example[SAMPLE_INDICES]:
@@ -222,7 +221,7 @@ class PoolFileWork:
                     taken, as_targets(texts, [True] * len(texts), tokenizer, self.max_tokens), strict=True
                 )
             ]
-            yield Made([refused, rows], len(refused) + len(rows))
+            yield NewRows([refused, rows], len(refused) + len(rows))
 
         return make
 
@@ -253,7 +252,7 @@ class PoolFileWork:
 
 
 @dataclass(frozen=True)
-class PoolModelWork:
+class PoolModelWork(Work):
     """Work that samples from a model with a tokenizer of its own, and encodes its texts like targets."""
 
     rows: Rows
@@ -272,7 +271,6 @@ class PoolModelWork:
     """Columns with the same value in all rows."""
     chat_date: str | None = None
     """The date that the model's chat template inserts."""
-    at_once: bool = False
 
     @property
     def outputs(self) -> list[Rows]:
@@ -295,24 +293,24 @@ class PoolModelWork:
         sample = EngineWork(self.rows, self.engine, self.sampling, self.seed, self.own_tokenizer, self.columns).open()
         context, new = self.engine.model.context(), self.sampling.max_new_tokens
 
-        def make(batch: pa.Table) -> Iterator[Made]:
+        def make(batch: pa.Table) -> Iterator[NewRows]:
             prompts = self._prompts(batch, own)
             fits = [bool(ids) and (context is None or len(ids) + new <= context) for ids in prompts]
-            wanted = zip(batch["example_id"].to_pylist(), batch[SAMPLE_INDICES].to_pylist(), prompts, fits, strict=True)
+            columns = batch["example_id"].to_pylist(), batch[SAMPLE_INDICES].to_pylist()
             refused = [
                 _refusal(
                     example_id, k, "prompt too long" if ids else "empty prompt", f"{len(ids)} tokens, of {context}"
                 )
-                for example_id, indices, ids, fit in wanted
+                for example_id, indices, ids, fit in zip(*columns, prompts, fits, strict=True)
                 if not fit
                 for k in indices
             ]
-            yield Made([refused, []], len(refused))
+            yield NewRows([refused, []], len(refused))
             place = batch.schema.get_field_index("prompt_ids")
             batch = batch.set_column(place, "prompt_ids", pa.array(prompts, batch.schema.field(place).type))
             behind = dict(zip(batch["example_id"].to_pylist(), prompts, strict=True))
-            for made in sample(batch.filter(pa.array(fits))) if any(fits) else ():
-                yield Made(encode(made.rows[0], behind), made.units)
+            for new_rows in sample(batch.filter(pa.array(fits))) if any(fits) else ():
+                yield NewRows(encode(new_rows.rows[0], behind), new_rows.units)
 
         def encode(
             samples: Sequence[Mapping[str, Any]], prompts: Mapping[str, list[int]]

@@ -48,7 +48,7 @@ SET_CASES = {
     "train.cpo.objective=cpo-ranked": ("rank", "rank.by is none, but the objective cpo-ranked of train.cpo needs"),
     "train.cpo.reference=null": ("train", "train.cpo.reference is empty: input should be a valid string"),
     "negatives=null": ("train", "negatives is missing: train.cpo has the objective cpo"),
-    "negatives.sources.autoregressive.engine=vlm": ("generate-negatives", "engine is 'vlm': input should be"),
+    "negatives.sources.autoregressive.engine=vlm": ("generate-negatives", "unknown engine 'vlm'; did you mean vllm?"),
     "negatives.sources={}": ("generate-negatives", "negatives.sources: no source; add one"),
     "negatives.sources.autoregressive.max_new_tokens=127": (
         "generate-negatives", "autoregressive.max_new_tokens is 127 and the longest prompt",
@@ -66,7 +66,7 @@ SET_CASES = {
     "data.tokenizer=absent": ("prepare", "tokenizer absent: no such folder"),
     "name=../up": ("prepare", "name is '../up': string should match pattern"),
     "data=3": ("prepare", "data is 3: must be a section"),
-    "data.source=pairs.json": ("prepare", "data.source pairs.json: no such file or folder"),
+    "data.source=pairs.json": ("prepare", "data.source pairs.json: no such file; give the path"),
     "train.start.init=absent/model": ("train", "model absent/model: no such folder or training, and the hub did not"),
     "train.start.init=not a name": ("train", "model not a name: no such folder"),
     "train.cpo.init=stat": ("train", "model stat: no such folder or training, and the hub did not give it"),
@@ -161,7 +161,7 @@ DATA_FILES = {
     "text.jsonl": (b"hello\n" * 9, "9 of 9 rows were rejected (9 not JSON), more than data.max_rejected 0.1 allows"),
     "bad.parquet": (b"PAR1 and no more", "data.source bad.parquet: not a Parquet file"),
     "plain.txt": (b"an article", "a .txt file holds articles, not pairs; set data.preset: text"),
-    "rows.json": (b"[]", "data.source rows.json: suffix '.json' is not supported"),
+    "rows.json": (b"[]", "data.source rows.json: has no rows"),
 }
 
 

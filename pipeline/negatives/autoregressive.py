@@ -74,7 +74,7 @@ class Sampler(Strategy):
         work = ApiWork(rows, refused, api, sampling, inputs.seed, inputs.examples.tokenizer, message, columns)
         # Requests wait for their server, not for a core: one process sends them all, which also enforces the caps.
         return Job(inputs.source(rows, self.count, refused), work, WINDOW, in_process=True,
-                      check_results=api.check_answered)  # fmt: skip
+                      check_inputs=api.check_client, check_results=api.check_answered)  # fmt: skip
 
 
 class EngineSampler(Sampler):

@@ -234,7 +234,7 @@ class Run:
             raise InputError(f"--training {training}: no training on negatives; {hint}")
         owner = self.resolver.negatives_owner(training) if training else self.resolver.negatives_owners()[0]
         negatives = self.resolver.negatives_section(owner)
-        wanted = parse_pairs(pairs, negatives.labels())
+        parsed = parse_pairs(pairs, negatives.labels())
         check_new(out)
         if push:
             check_repo(push)
@@ -242,6 +242,6 @@ class Run:
             raise InputError("--public: not used without --push; remove it")
         plan, groups = self.resolver.groups(owner)
         tokenizer, text = self.resolver.examples().tokenizer, recipe_text(self.recipe)
-        export(out, self.recipe.name, text, negatives, tokenizer, plan.selection, groups, wanted, conversational)
+        export(out, self.recipe.name, text, negatives, tokenizer, plan.selection, groups, parsed, conversational)
         if push:
             upload(out, push, public)

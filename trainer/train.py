@@ -105,7 +105,7 @@ def train(
     Raises:
         InputError: an example does not fit into the model's context, or nothing is left to train on.
         RunError: the loss is not finite, or step 0 shows that policy and reference are not computed alike.
-        Stopped: a signal came; the state is saved, and the next call goes on.
+        Stopped: a signal arrived; the state is saved, and the next call goes on.
     """
     artifact = checkpoint(store, training_spec(config, inputs))
     if not _agreed(artifact.complete()):

@@ -23,7 +23,7 @@ from cpo_pipe.data.models.end_tokens import end_tokens
 from cpo_pipe.data.models.locate import locate_model
 from cpo_pipe.data.models.tokenizer import TokenizerFiles, locate_tokenizer
 from cpo_pipe.data.store import Store
-from cpo_pipe.pipeline.engines.base import LazyEngine, Sampling
+from cpo_pipe.pipeline.engines.base import Sampling
 from cpo_pipe.pipeline.negatives.config import Negatives
 from cpo_pipe.pipeline.negatives.generate import plan_negatives
 from cpo_pipe.pipeline.negatives.pool import (
@@ -39,7 +39,7 @@ from cpo_pipe.pipeline.negatives.pool import (
 from cpo_pipe.pipeline.negatives.pool_file import Columns, PoolFile
 from cpo_pipe.pipeline.prepare.pairs import Pairs
 from cpo_pipe.pipeline.prepare.prepare import prepare
-from cpo_pipe.pipeline.samples import SampleRequest, make_missing
+from cpo_pipe.pipeline.samples import LazyEngine, SampleRequest, make_missing
 from tests.support.pairs import write_jsonl
 from tests.support.project import Project
 
@@ -747,6 +747,7 @@ def test_columns_of_one_name_and_folders_of_save_to_disk_are_refused(tmp_path: P
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "state.json").write_text("{}")
     with pytest.raises(
-        InputError, match=r"no .*parquet files in this folder; save_to_disk wrote it: write it again with"
+        InputError,
+        match=r"no .*parquet files in this folder; save_to_disk wrote it; export the data set with to_parquet",
     ):
         bench.from_file(tmp_path / "saved")

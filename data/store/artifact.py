@@ -14,7 +14,7 @@ from cpo_pipe.data.errors import RunError
 from cpo_pipe.data.fingerprint import FileHashes, Spec, sha256_once
 from cpo_pipe.data.store import atomic, checksums
 from cpo_pipe.data.store.folder import ArtifactFolder
-from cpo_pipe.data.store.locks import locked
+from cpo_pipe.data.store.locks import locked, make_missing
 from cpo_pipe.data.store.paths import reported
 from cpo_pipe.data.store.records import artifact_manifest, with_checksum
 
@@ -86,15 +86,15 @@ class Artifact:
         Returns:
             Whether this call made it.
         """
-        if self.complete():
-            return False
-        with self.lock():
-            if self.complete():  # another process made it while this one waited
-                return False
+
+        def make(_: bool) -> None:
             with self.create() as writer:
                 fill(writer)
-        self.complete()  # of a remote store: another machine may have been first
-        return True
+
+        made = make_missing(lambda: not self.complete(), make, self) is not None
+        if made:
+            self.complete()  # of a remote store: another machine may have been first
+        return made
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -46,7 +46,7 @@ def render(
     Args:
         template: `plain`, `dolly`, `chat`, or a text with {prompt} and perhaps {context}.
         prompt: the prompt as the source has it.
-        context: further input; empty where there is none.
+        context: further input, or empty.
         tokenizer: needed for `chat` only.
         chat_date: the date that a chat template prints (ISO 8601), where it prints one; see `data/models/chat_date.py`.
 
@@ -145,7 +145,7 @@ def encode_as_text(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -
 def _encode_as_text(
     texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", tokens: Mapping[str, int]
 ) -> list[list[int]]:
-    # The unknown token stands for characters, too, unless it is one of the others.
+    # The unknown token also represents characters, unless it is one of the others.
     unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id, tokenizer.bos_token_id}
     control = set(tokens.values()) - unknown
     ids = _encode(texts, tokenizer, add_special_tokens=False)

@@ -51,7 +51,7 @@ class ColumnRequest:
     required: Mapping[str, str]
     """Columns that must be there, by the key of the column mapping that names them."""
     optional: Collection[str] | None = ()
-    """Further columns to read where they are there; None: all columns."""
+    """Further columns to read if they exist; None: all columns."""
     columns_key: str | None = "data.columns"
     """The column mapping in the recipe; None: the names are fixed."""
 

@@ -64,7 +64,7 @@ class Source(ABC):
 
         Args:
             required: columns that must be there, by the key of the column mapping that names them.
-            optional: further columns to read where they are there; None: all.
+            optional: further columns to read if they exist; None: all.
             limit: rows to read at most.
 
         Raises:

@@ -116,7 +116,7 @@ class Data(Section):
         """Return what rows are read from.
 
         Raises:
-            InputError: there is no such source.
+            InputError: the source does not exist.
         """
         assert self.source is not None  # validated
         return locate_source(self.source, subset=self.subset, split=self.source_split, revision=self.revision)

@@ -35,7 +35,7 @@ class Pairs(Data):
     columns: PairColumns = Field(default_factory=PairColumns, description="column mapping")
     template: str = Field(
         "plain",
-        description="`plain` (the prompt as it is), `dolly`, `chat` (the tokenizer's own), or a text with {prompt}",
+        description="`plain` (the prompt unchanged), `dolly`, `chat` (the tokenizer's own), or a text with {prompt}",
     )
 
     @model_validator(mode="after")

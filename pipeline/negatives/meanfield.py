@@ -46,7 +46,7 @@ class MeanField(Strategy):
         """Plan the draws."""
         model, tokenizer = inputs.find(self.model), inputs.examples.tokenizer
         assert isinstance(model, Model)
-        ends = end_tokens(model.path, tokenizer)
+        ends = end_tokens(model.path, tokenizer, inputs.examples.end_tokens)
         spec = meanfield_spec(inputs.examples.rendering, model.fingerprint, self.corruption_rate, ends, inputs.seed)
         rows = inputs.rows(spec)
         work = MeanFieldWork(rows, model, tokenizer, ends, self.corruption_rate, inputs.seed)

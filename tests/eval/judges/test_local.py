@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from cpo_pipe.data.errors import InputError
-from cpo_pipe.data.models.templates import control_tokens
+from cpo_pipe.data.models.control_tokens import control_tokens
 from cpo_pipe.eval.judges.base import Case, Pair
 from cpo_pipe.eval.judges.query import Query
 from tests.support.model_judges import TEMPLATE, Bench, case

@@ -28,11 +28,16 @@ class Examples:
         """The tokens that end targets, the most frequent first."""
         return list(self.artifact.manifest["end_tokens"])
 
+    @property
+    def most_rejected(self) -> int:
+        """The most rejected answers that an example has."""
+        return int(self.artifact.manifest["most_rejected"])
+
     def read(self, split: str, limit: int | None = None, columns: list[str] | None = None) -> pa.Table:
         """Return the split's selection, in its fixed order: the first `limit` examples of the EXAMPLES schema."""
         # Filtered batch by batch: other splits are never in memory.
-        path, wanted = self.artifact.path / "examples.parquet", pc.field("split") == split
-        table = pq.read_table(path, columns=columns, filters=wanted)
+        path, in_split = self.artifact.path / "examples.parquet", pc.field("split") == split
+        table = pq.read_table(path, columns=columns, filters=in_split)
         return table if limit is None else table.slice(0, limit)
 
     def count(self, split: str) -> int:

@@ -4,10 +4,11 @@ A stage says what makes its rows (`Work`) and from what (batches of items); an e
 and writes the rows through the store. How the items are batched, and who makes which, changes no row.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
 
@@ -17,35 +18,33 @@ from cpo_pipe.data.store import Rows, ShardWriter
 
 
 @dataclass(frozen=True)
-class Made:
-    """What was made of some items of a batch."""
+class NewRows:
+    """Rows made of some items of a batch."""
 
     rows: Sequence[Sequence[Mapping[str, Any]]]
-    """For each output of the work its rows."""
+    """The rows for each output of the work."""
     units: int
     """Progress, in the unit that the stage counts."""
 
 
-Make = Callable[[pa.Table], Iterable[Made]]
-"""From a batch of items to what was made of it, as it is ready."""
+Make = Callable[[pa.Table], Iterable[NewRows]]
+"""From a batch of items to their rows, as they are ready."""
 
 
-class Work(Protocol):
-    """What makes rows. It can be pickled; what is heavy is loaded by `open`, once in each process that works."""
+class Work(ABC):
+    """Makes rows. It can be pickled; `open` loads what is heavy, once in each process that works."""
+
+    flush_each: ClassVar[bool] = False
+    """Whether rows are written to the store as soon as they are made, such as answers that cost money."""
 
     @property
+    @abstractmethod
     def outputs(self) -> Sequence[Rows]:
         """Return where the rows go. Rows of an earlier output are recorded before those of a later one."""
-        ...
 
-    @property
-    def at_once(self) -> bool:
-        """Return whether each `Made` is recorded as it comes: what costs money is not to be lost."""
-        ...
-
+    @abstractmethod
     def open(self) -> Make:
-        """Load what is needed and return what makes rows."""
-        ...
+        """Load what is needed and return the function that makes rows."""
 
 
 class Executor(Protocol):
@@ -87,9 +86,9 @@ def _writers(work: Work) -> Iterator[list[ShardWriter]]:
 
 
 def _do(work: Work, make: Make, batch: pa.Table, writers: Sequence[ShardWriter]) -> Iterator[int]:
-    for made in make(batch):
-        for writer, rows in zip(writers, made.rows, strict=True):
+    for new in make(batch):
+        for writer, rows in zip(writers, new.rows, strict=True):
             writer.add(rows)
-        if work.at_once:
+        if work.flush_each:
             writers[-1].flush()
-        yield made.units
+        yield new.units

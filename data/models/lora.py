@@ -97,9 +97,9 @@ def _merged(name: str, folder: Path, base: Model) -> "PreTrainedModel":
     model = _with_adapter(name, folder, base)
     ids = torch.arange(1, 17)[None] % model.get_input_embeddings().weight.shape[0]
     with torch.no_grad():
-        wanted = model(ids).logits
+        expected = model(ids).logits
         whole: PreTrainedModel = model.merge_and_unload()
-        error = float((whole(ids).logits - wanted).abs().max() / wanted.abs().max())
+        error = float((whole(ids).logits - expected).abs().max() / expected.abs().max())
     if not error < 1e-4:  # such as an adapter on an embedding that is input and output at once
         raise InputError(
             f"model {name}: its adapter cannot be merged into {base.name}, whose logits are then off by {error:.1e} of "

@@ -72,8 +72,8 @@ class OpenAiJudge(ApiJudge):
         """
         self.api.check_client()
         try:
-            for came in ask_all(self.api, enumerate(pairs), self._ask):
-                if found := [(place, verdict) for place, verdict in came if verdict is not None]:
+            for answers in ask_all(self.api, enumerate(pairs), self._ask):
+                if found := [(place, verdict) for place, verdict in answers if verdict is not None]:
                     yield found
         finally:
             log.info("apis.%s: %s by this command so far", self.api.name, self.api.spent())

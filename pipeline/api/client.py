@@ -275,8 +275,8 @@ def ask_all(
     errors: list[BaseException] = []
 
     async def keep(item: Item) -> None:
-        came = await ask(client, item)
-        ready.append(came)
+        result = await ask(client, item)
+        ready.append(result)
 
     async def go_on() -> bool:
         """Work until some results are ready; return whether more will follow."""
@@ -304,8 +304,8 @@ def ask_all(
                     more = runner.run(go_on())
                 finally:  # interrupted, too
                     if ready:
-                        came, ready = ready, []
-                        yield came
+                        results, ready = ready, []
+                        yield results
             if errors:
                 raise errors[0]
         finally:

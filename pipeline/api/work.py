@@ -5,12 +5,12 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow as pa
 
 from cpo_pipe.data.errors import InputError
-from cpo_pipe.data.execution.base import Made, Make
+from cpo_pipe.data.execution.base import Make, NewRows, Work
 from cpo_pipe.data.fingerprint import Spec
 from cpo_pipe.data.models.answers import AnswerEncoder, end_token
 from cpo_pipe.data.models.chat import Conversation
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ApiWork:
+class ApiWork(Work):
     """Work that requests continuations from an API model.
 
     With `server: vllm` one request covers all samples of an example: vLLM samples the k-th with the seed plus k, like
@@ -54,7 +54,7 @@ class ApiWork:
     """From an example (EXAMPLES schema) to the messages of a chat; completions continue `rendered`."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Columns with the same value in all rows."""
-    at_once: bool = True
+    flush_each: ClassVar[bool] = True
 
     @property
     def outputs(self) -> list[Rows]:
@@ -102,13 +102,13 @@ class _RowMaker:
         self._by_ids = self._config.server == "vllm" and self._config.endpoint == "completions"
         self._is_control, self._control = finder(special_tokens(self._tokenizer)), 0
 
-    def __call__(self, batch: pa.Table) -> Iterator[Made]:
+    def __call__(self, batch: pa.Table) -> Iterator[NewRows]:
         api = self._work.api
         try:
-            for came in ask_all(api, self._requests(batch), self._ask):
-                made = self._made(came)
-                if made.units:
-                    yield made
+            for outcomes in ask_all(api, self._requests(batch), self._ask):
+                new = self._new_rows(outcomes)
+                if new.units:
+                    yield new
         finally:
             log.info("apis.%s: %s by this command so far", api.name, api.spent())
             if self._control:
@@ -155,10 +155,10 @@ class _RowMaker:
         """Return the seed to send: some servers round those above 2^53, which would make neighbours equal."""
         return seed if self._config.server == "vllm" else seed % (1 << 31)
 
-    def _made(self, came: Sequence[tuple[_Request, Answer | Refused | Failed]]) -> Made:
+    def _new_rows(self, outcomes: Sequence[tuple[_Request, Answer | Refused | Failed]]) -> NewRows:
         rows: list[dict[str, Any]] = []
         refused: list[dict[str, Any]] = []
-        for item, outcome in came:
+        for item, outcome in outcomes:
             if isinstance(outcome, Failed):
                 continue
             for k in range(item.request.n):
@@ -170,7 +170,7 @@ class _RowMaker:
                     })  # fmt: skip
                 else:
                     rows.append(result)
-        return Made([refused, rows], len(rows) + len(refused))
+        return NewRows([refused, rows], len(rows) + len(refused))
 
     def _row(self, item: _Request, k: int, answer: Answer) -> dict[str, Any] | Refused:
         """Return the row of sample k of an answer (NEGATIVES schema), or why there is none."""

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cpo_pipe.data.errors import InputError, RunError
-from cpo_pipe.data.execution.base import Made, Make
+from cpo_pipe.data.execution.base import Make, NewRows, Work
 from cpo_pipe.data.fingerprint import Spec, row_seed
 from cpo_pipe.data.models.end_tokens import without_end
 from cpo_pipe.data.models.model import Model
@@ -176,7 +176,7 @@ class LazyEngine:
 
 
 @dataclass(frozen=True)
-class EngineWork:
+class EngineWork(Work):
     """Work that samples continuations of `prompt_ids` with a local engine."""
 
     rows: Rows
@@ -187,7 +187,6 @@ class EngineWork:
     """Of prompts and samples."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Columns with the same value in all rows."""
-    at_once: bool = False
 
     @property
     def outputs(self) -> list[Rows]:
@@ -198,7 +197,7 @@ class EngineWork:
         """Load the engine and the tokenizer."""
         engine, tokenizer = self.engine(self.sampling), self.tokenizer.load()
 
-        def make(batch: pa.Table) -> Iterator[Made]:
+        def make(batch: pa.Table) -> Iterator[NewRows]:
             found = list(requests(batch, self.seed))
             for place, samples in engine.generate([request for _, _, request in found], self.sampling):
                 example_id, first, request = found[place]
@@ -218,7 +217,7 @@ class EngineWork:
                     }
                     for k, sample in enumerate(samples)
                 ]
-                yield Made([rows], len(rows))
+                yield NewRows([rows], len(rows))
 
         return make
 

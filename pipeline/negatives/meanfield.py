@@ -13,7 +13,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from cpo_pipe.data.config import Location
-from cpo_pipe.data.execution.base import Made, Make
+from cpo_pipe.data.execution.base import Make, NewRows, Work
 from cpo_pipe.data.fingerprint import Spec, row_seed
 from cpo_pipe.data.models.end_tokens import end_tokens
 from cpo_pipe.data.models.model import Model
@@ -115,7 +115,7 @@ def redraw(target: Sequence[int], logits_LV: "Tensor", share: float, stop_ids: S
 
 
 @dataclass(frozen=True)
-class MeanFieldWork:
+class MeanFieldWork(Work):
     """Work that redraws tokens of the examples' targets."""
 
     rows: Rows
@@ -124,7 +124,6 @@ class MeanFieldWork:
     stop_ids: Sequence[int]
     share: float
     seed: int
-    at_once: bool = False
 
     @property
     def outputs(self) -> list[Rows]:
@@ -158,7 +157,7 @@ class MeanFieldWork:
                     engine=engine,
                 )
 
-        def make(batch: pa.Table) -> Iterator[Made]:
+        def make(batch: pa.Table) -> Iterator[NewRows]:
             examples = batch.to_pylist()
             wholes = [e["target_ids"][:-1] if e["ends"] else e["target_ids"] for e in examples]
             for numbers in _passes([len(e["prompt_ids"]) + len(e["target_ids"]) for e in examples], network):
@@ -166,7 +165,7 @@ class MeanFieldWork:
                 prompts, targets = [examples[n]["prompt_ids"] for n in full], [wholes[n] for n in full]
                 logits = dict(zip(full, target_logits(network, prompts, targets), strict=True)) if full else {}
                 rows = [row for n in numbers for row in negatives_of(examples[n], wholes[n], logits.get(n))]
-                yield Made([rows], len(rows))
+                yield NewRows([rows], len(rows))
 
         return make
 

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from cpo_pipe.data.config import Location
 from cpo_pipe.data.errors import InputError
-from cpo_pipe.data.execution.base import Made, Make
+from cpo_pipe.data.execution.base import Make, NewRows, Work
 from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec
 from cpo_pipe.data.models import templates
 from cpo_pipe.data.models.answers import Answer, AnswerEncoder
@@ -164,7 +164,7 @@ def _refusal(example_id: str, sample_index: int, reason: str, detail: str) -> di
 
 
 @dataclass(frozen=True)
-class PoolFileWork:
+class PoolFileWork(Work):
     """Work that reads sample k of an example from a file: the file's k-th continuation for the example."""
 
     rows: Rows
@@ -181,7 +181,6 @@ class PoolFileWork:
     rendering: Spec
     """Of the examples."""
     max_tokens: int
-    at_once: bool = False
 
     @property
     def outputs(self) -> list[Rows]:
@@ -208,7 +207,7 @@ class PoolFileWork:
                 "model, except for an EOS token at the end", self.file.key, self.file.path, found.control_tokens,
             )  # fmt: skip
 
-        def make(batch: pa.Table) -> Iterator[Made]:
+        def make(batch: pa.Table) -> Iterator[NewRows]:
             refused, taken, texts = [], [], []
             for example in batch.select([*ENCODED_FOR, SAMPLE_INDICES]).to_pylist():
                 for k in example[SAMPLE_INDICES]:
@@ -226,7 +225,7 @@ class PoolFileWork:
                     continue
                 rows.append(negative(example, k, 0, strategy=Pool.kind, text=answer.text, token_ids=answer.token_ids,
                                      ends=answer.ends, generator=self.sha256))  # fmt: skip
-            yield Made([refused, rows], len(refused) + len(rows))
+            yield NewRows([refused, rows], len(refused) + len(rows))
 
         return make
 
@@ -255,7 +254,7 @@ class PoolFileWork:
 
 
 @dataclass(frozen=True)
-class PoolModelWork:
+class PoolModelWork(Work):
     """Work that samples from a model with a tokenizer of its own, and encodes its texts like targets."""
 
     rows: Rows
@@ -275,7 +274,6 @@ class PoolModelWork:
     """Columns with the same value in all rows."""
     chat_date: str | None = None
     """The date that the model's chat template inserts."""
-    at_once: bool = False
 
     @property
     def outputs(self) -> list[Rows]:
@@ -298,25 +296,25 @@ class PoolModelWork:
         sample = EngineWork(self.rows, self.engine, self.sampling, self.seed, self.own_tokenizer, self.columns).open()
         context, new = self.engine.model.context(), self.sampling.max_new_tokens
 
-        def make(batch: pa.Table) -> Iterator[Made]:
+        def make(batch: pa.Table) -> Iterator[NewRows]:
             prompts = self._prompts(batch, own)
             fits = [bool(ids) and (context is None or len(ids) + new <= context) for ids in prompts]
-            wanted = zip(batch["example_id"].to_pylist(), batch[SAMPLE_INDICES].to_pylist(), prompts, fits, strict=True)
+            columns = batch["example_id"].to_pylist(), batch[SAMPLE_INDICES].to_pylist()
             refused = [
                 _refusal(
                     example_id, k, "prompt too long" if ids else "empty prompt", f"{len(ids)} tokens, of {context}"
                 )
-                for example_id, indices, ids, fit in wanted
+                for example_id, indices, ids, fit in zip(*columns, prompts, fits, strict=True)
                 if not fit
                 for k in indices
             ]
-            yield Made([refused, []], len(refused))
+            yield NewRows([refused, []], len(refused))
             place = batch.schema.get_field_index("prompt_ids")
             batch = batch.set_column(place, "prompt_ids", pa.array(prompts, batch.schema.field(place).type))
             examples = {example["example_id"]: example for example in batch.select(ENCODED_FOR).to_pylist()}
             behind = dict(zip(examples, prompts, strict=True))
             for made in sample(batch.filter(pa.array(fits))) if any(fits) else ():
-                yield Made(encode(made.rows[0], examples, behind), made.units)
+                yield NewRows(encode(made.rows[0], examples, behind), made.units)
 
         def encode(
             samples: Sequence[Mapping[str, Any]],

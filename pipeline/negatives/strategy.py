@@ -10,7 +10,7 @@ from pydantic import Field
 
 from cpo_pipe.data.config import Section
 from cpo_pipe.data.examples import Examples
-from cpo_pipe.data.execution.base import Made, Make, Work
+from cpo_pipe.data.execution.base import Make, NewRows, Work
 from cpo_pipe.data.fingerprint import Spec
 from cpo_pipe.data.models.model import Model
 from cpo_pipe.data.store import Rows, Store
@@ -111,8 +111,8 @@ class Strategy(Section):
 
     strategy: str = Field(
         "",
-        description="autoregressive, batch, meanfield, truncation, pool, prompted, or a class of yours as module:Class "
-        "(default: the source's name)",
+        description="autoregressive, batch, meanfield, truncation, pool, prompted, rejected, or a class of yours as "
+        "module:Class (default: the source's name)",
     )
     count: int = Field(1, gt=0, lt=1 << 16, description="negatives per prompt")
     strength: float | None = Field(
@@ -164,13 +164,12 @@ NegativesOf = Callable[[dict[str, Any], list[int]], Sequence[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
-class ExampleWork:
+class ExampleWork(Work):
     """Work that makes the negatives of one example at a time."""
 
     rows: Rows
     load: Callable[[], NegativesOf]
     """Load what is needed and return what makes an example's negatives. It is pickled for other processes."""
-    at_once: bool = False
 
     @property
     def outputs(self) -> list[Rows]:
@@ -181,9 +180,9 @@ class ExampleWork:
         """Load what is needed."""
         negatives_of = self.load()
 
-        def make(batch: pa.Table) -> Iterator[Made]:
+        def make(batch: pa.Table) -> Iterator[NewRows]:
             rows = [row for example in batch.to_pylist() for row in negatives_of(example, example[SAMPLE_INDICES])]
-            yield Made([rows], len(rows))
+            yield NewRows([rows], len(rows))
 
         return make
 

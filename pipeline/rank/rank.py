@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cpo_pipe.data.errors import MissingInput
-from cpo_pipe.data.execution.base import Executor, Made, Make
+from cpo_pipe.data.execution.base import Executor, Make, NewRows, Work
 from cpo_pipe.data.fingerprint import Spec
 from cpo_pipe.data.models.embedder import tied, truncation
 from cpo_pipe.data.store import Rows, Store
@@ -82,7 +82,7 @@ def rank(config: Scorer, store: Store, plan: Plan, executor: Executor) -> Rows:
 
 
 @dataclass(frozen=True)
-class GroupWork:
+class GroupWork(Work):
     """Work that makes groups of examples (EXAMPLES schema), and records which negatives were dropped."""
 
     dropped: Rows
@@ -92,7 +92,6 @@ class GroupWork:
     """None: groups are not ranked."""
     drop_duplicates: bool
     batch_size: int
-    at_once: bool = False
 
     @property
     def outputs(self) -> list[Rows]:
@@ -103,7 +102,7 @@ class GroupWork:
         """Return what makes groups; nothing is loaded before the first text."""
         return self._make
 
-    def _make(self, batch: pa.Table) -> Iterator[Made]:
+    def _make(self, batch: pa.Table) -> Iterator[NewRows]:
         examples = batch.to_pylist()
         kept, refused = collect_candidates(examples, self.sources, self.drop_duplicates)
         refused = unrecorded(refused, self.dropped)
@@ -116,7 +115,7 @@ class GroupWork:
                 {"example_id": e["example_id"], "prompt_ids": e["prompt_ids"], "candidates": candidates}
                 for e, candidates in zip(examples[part], kept[part], strict=True)
             ]
-            yield Made([[] if first else refused, groups], len(groups))
+            yield NewRows([[] if first else refused, groups], len(groups))
 
 
 @dataclass

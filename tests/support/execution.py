@@ -11,14 +11,14 @@ from typing import Any
 import pyarrow as pa
 
 from cpo_pipe.data.errors import InputError, RunError
-from cpo_pipe.data.execution.base import Made, Make
+from cpo_pipe.data.execution.base import Make, NewRows, Work
 from cpo_pipe.data.store import Rows, Store
 
 WORKERS = 2
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Work):
     """Notes each example's number twice: in `first` before `second`."""
 
     first: Rows
@@ -26,7 +26,6 @@ class Measured:
     trouble: str = ""
     meeting: str = ""
     """A folder in which the workers wait for each other, however long one takes to start."""
-    at_once: bool = False
 
     @property
     def outputs(self) -> list[Rows]:
@@ -35,7 +34,7 @@ class Measured:
     def open(self) -> Make:
         return self.make
 
-    def make(self, batch: pa.Table) -> Iterator[Made]:
+    def make(self, batch: pa.Table) -> Iterator[NewRows]:
         if self.meeting:
             (Path(self.meeting) / str(os.getpid())).touch()
             end = time.monotonic() + 120
@@ -53,7 +52,7 @@ class Measured:
                 os.kill(os.getpid(), signal.SIGKILL)
             value = {"example_id": f"e{row['number']}", "candidate_id": "c", "logprob": float(row["number"]),
                      "num_tokens": os.getpid()}  # fmt: skip
-            yield Made([[value], [value]], 1)
+            yield NewRows([[value], [value]], 1)
 
 
 def batches(count: int, size: int) -> Iterator[pa.Table]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cpo_pipe.data.errors import RunError
 from cpo_pipe.data.execution import processes
-from cpo_pipe.data.execution.base import Executor, LocalExecutor, Made, Make
+from cpo_pipe.data.execution.base import Executor, LocalExecutor, Make, NewRows, Work
 from cpo_pipe.data.models.model import Model, logprob_rows
 from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.trainer.distributed import join, share, wait
@@ -148,7 +148,7 @@ def load_scorer(
 
 
 @dataclass(frozen=True)
-class LogprobWork:
+class LogprobWork(Work):
     """Work that computes log-probs of candidates; its batches are groups (group_table.py) with candidate ids."""
 
     rows: Rows
@@ -159,7 +159,6 @@ class LogprobWork:
     probes: Probes
     """Probes of all that is missing, so that every process chooses the same backend."""
     logits_mb: int = 1024
-    at_once: bool = False
 
     @property
     def outputs(self) -> Sequence[Rows]:
@@ -173,7 +172,7 @@ class LogprobWork:
         )
         return partial(self._make, scorer)
 
-    def _make(self, scorer: Scorer, batch: pa.Table) -> Iterator[Made]:
+    def _make(self, scorer: Scorer, batch: pa.Table) -> Iterator[NewRows]:
         groups = batch.to_pylist()
         texts = [(group["prompt_ids"], [one["token_ids"] for one in group["candidates"]]) for group in groups]
         (plan,) = micro_batches(texts, scorer.attention, self.micro_batch_tokens)
@@ -184,7 +183,7 @@ class LogprobWork:
             rows = [self._row(groups[index]["example_id"], candidate, value)
                     for index, found in zip(micro, values, strict=True)
                     for candidate, value in zip(groups[index]["candidates"], found.tolist(), strict=True)]  # fmt: skip
-            yield Made([rows], len(micro))
+            yield NewRows([rows], len(micro))
 
     def _row(self, example_id: str, candidate: dict[str, Any], value: float) -> dict[str, Any]:
         key = candidate["candidate_id"]

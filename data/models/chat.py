@@ -136,7 +136,8 @@ class ChatTemplate:
         ends the answer's turn. Where the template writes no such token, the tokenizer's EOS token ends the answer.
 
         Raises:
-            NotRenderable: the template fails, or what it writes before the answer is not how the whole begins.
+            NotRenderable: the template fails or writes nothing of the answer, or the whole conversation does not begin
+                with the prompt.
         """
         prompt = self.prompt(conversation)
         messages = [*map(self._as_text, conversation.messages), self._as_text(answer)]
@@ -146,8 +147,10 @@ class ChatTemplate:
         prompt_ids, ids = self._ids(prompt), self._ids(whole)
         if ids[: len(prompt_ids)] != prompt_ids:
             raise NotRenderable("prompt is not a prefix", self._merged(prompt_ids, ids))
-        answer_ids = ids[len(prompt_ids) :]
-        return prompt, self._without_second_bos(prompt_ids), self._until_end(answer_ids)
+        answer_ids = self._until_end(ids[len(prompt_ids) :])
+        if len(answer_ids) == 1 and content_of(answer).strip():
+            raise NotRenderable("answer is not rendered", "the chat template writes nothing of the assistant's message")
+        return prompt, self._without_second_bos(prompt_ids), answer_ids
 
     def without_end(self, answer: Message) -> Message:
         """Return an answer without end tokens written at its end: what encodes it puts one there."""
@@ -207,17 +210,26 @@ class ChatTemplate:
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Any], add_generation_prompt: bool) -> str:
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
-                    tools=self._as_text(tools, self._break_all) or None,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    **self._arguments,
-                )
-            )
+            return self._rendered(messages, tools, add_generation_prompt)
         except Exception as error:  # a template fails in its own words, or in any of Python's ways
+            written = [_with_written_arguments(message) for message in messages]
+            if written != messages:  # some templates want the arguments of a call as JSON text
+                try:
+                    return self._rendered(written, tools, add_generation_prompt)
+                except Exception:
+                    pass
             raise NotRenderable("chat template fails", cause(error)) from error
+
+    def _rendered(self, messages: Sequence[Message], tools: Sequence[Any], add_generation_prompt: bool) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=self._as_text(tools, self._break_all) or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self._arguments,
+            )
+        )
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -236,6 +248,17 @@ class ChatTemplate:
         place = common_length(prompt_ids, ids)
         alone, together = (self._tokenizer.convert_ids_to_tokens(part[place : place + 1]) for part in (prompt_ids, ids))
         return f"the prompt's token {place} is {alone} alone, but {together} with the answer behind it"
+
+
+def _with_written_arguments(message: Message) -> Message:
+    """Return a message with the arguments of its calls as JSON text."""
+    if not message.get("tool_calls"):
+        return message
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"].get("arguments", {}))}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
 
 
 def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:

@@ -80,6 +80,11 @@ class Pairs(Data):
         if self.template is None and name in ("preference", "prompt-completion"):
             conversational = self._has_messages(source, name)
         template = self.template or (templates.CHAT if conversational or self.system else templates.PLAIN)
+        if template == templates.CHAT and not isinstance(self.tokenizer, str):
+            raise InputError(
+                "data.template is chat, but data.tokenizer trains a tokenizer, which has no chat template; "
+                "name the tokenizer of a chat model, or set data.template to plain, dolly or a text with {prompt}"
+            )
         if self.turns == "every" and name not in ("messages", "sharegpt"):
             raise InputError(f"data.turns is every, but data.format is {name}, whose rows have one answer; remove it")
         return self.model_copy(update={"format": name, "template": template})
@@ -223,7 +228,7 @@ class Pairs(Data):
                 encoded = [{"text": one.text, "token_ids": one.token_ids, "ends": one.ends}
                            for one in rejected if one.token_ids]  # fmt: skip
                 row["rejected"] = encoded or None
-                has_control = any(map(is_control, (pair.full_prompt, pair.target)))
+                has_control = any(map(is_control, (pair.full_prompt, columns["target"])))
                 yield Example(pair.source, row, pair.row or pair.full_prompt, has_control, had_eos)
 
     def _check(self, pair: Texts, columns: Mapping[str, Any]) -> Refusal | None:

@@ -267,7 +267,7 @@ def refuses_the_old(seen: Seen) -> Reply:
 
 def test_a_model_that_thinks_and_takes_no_temperature(tmp_path: Path) -> None:
     with serve(refuses_the_old) as server:
-        with pytest.raises(InputError, match=r"apis.gpt: the server refuses .* 'temperature' does not support 0 with"):
+        with pytest.raises(InputError, match=r"apis.gpt: the server rejects .* 'temperature' does not support 0 with"):
             Bench(tmp_path, server.url)(pairs(1))
         bench = Bench(tmp_path, server.url, max_tokens=4000, temperature=None)
         before = len(server.seen)

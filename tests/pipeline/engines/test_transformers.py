@@ -135,6 +135,6 @@ def test_limits_that_are_advised_can_be_kept(llama: Model, longest: int, new_tok
         check_context(selection, llama, new_tokens, "evaluate.max_new_tokens")
     assert str(error.value) == (
         f"evaluate.max_new_tokens is {new_tokens} and the longest prompt has {longest} tokens, but the context of "
-        f"{llama.name} is 128 tokens: {fix}"
+        f"{llama.name} is 128 tokens; {fix}"
     )
     assert check_context(selection.slice(1), llama, 127, "evaluate.max_new_tokens") == 128

@@ -1,9 +1,9 @@
 """Registries: named implementations of one kind of building block, and users' own by import path.
 
-A block is a `Section` whose settings stand in the recipe beside its name, for example `objective: dpo, beta: 0.1`. Its
-class declares the settings, implements the block and describes it in the first line of its docstring. An entry in the
-registry makes it known by name; `my_package.module:Thing` in place of a name takes a user's class, which needs no
-entry.
+An entry in a registry makes a class known by name; `my_package.module:Thing` in place of a name takes a user's class,
+which needs no entry. The first line of a class's docstring describes it. Most blocks are a `Section` whose settings
+stand in the recipe beside its name, for example `objective: dpo, beta: 0.1`; their class declares the settings and
+implements the block.
 """
 
 import importlib
@@ -17,24 +17,21 @@ from pydantic_core import CoreSchema, core_schema
 from cpo_pipe.data.config import Section
 from cpo_pipe.data.text import abridged, listed, nearest
 
+Base = TypeVar("Base")
 Block = TypeVar("Block", bound=Section)
 
 
-class Registry(Generic[Block]):
+class ClassRegistry(Generic[Base]):
     """Classes by name.
 
     Args:
-        kind: what they are, for messages: `objective`.
-        key: the key of a recipe that names one.
+        kind: what they are, for messages: `engine`.
         base: the class that all of them, also users' own, derive from.
         entries: the classes of this package, by name.
-        default: the name of the class of a mapping that names none; the class must have it as the key's default.
     """
 
-    def __init__(
-        self, kind: str, key: str, base: type[Block], entries: Mapping[str, type[Block]], default: str | None = None
-    ):
-        self.kind, self.key, self.base, self.entries, self.default = kind, key, base, dict(entries), default
+    def __init__(self, kind: str, base: type[Base], entries: Mapping[str, type[Base]]):
+        self.kind, self.base, self.entries = kind, base, dict(entries)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -43,7 +40,7 @@ class Registry(Generic[Block]):
         """Return the first line of a class's docstring."""
         return (self[name].__doc__ or "").strip().partition("\n")[0]
 
-    def __getitem__(self, name: str) -> type[Block]:
+    def __getitem__(self, name: str) -> type[Base]:
         """Return the class of a name, or the one at an import path `module:Class`.
 
         Raises:
@@ -52,15 +49,15 @@ class Registry(Generic[Block]):
         """
         found = self.entries[name] if name in self.entries else self._imported(name)
         if inspect.isabstract(found):
-            missing = listed(sorted(found.__abstractmethods__))
-            raise ValueError(f"{self.kind} {name} is incomplete; implement {missing}")
-        if unset := sorted(variable for variable in found.__class_vars__ if not hasattr(found, variable)):
+            missing: frozenset[str] = getattr(found, "__abstractmethods__", frozenset())
+            raise ValueError(f"{self.kind} {name} is incomplete; implement {listed(sorted(missing))}")
+        if unset := sorted(name for name in getattr(found, "__class_vars__", ()) if not hasattr(found, name)):
             raise ValueError(f"{self.kind} {name} is incomplete; set {listed(unset)}")
         if not (found.__doc__ or "").strip():
             raise ValueError(f"{self.kind} {name} has no docstring; describe it in one line")
         return found
 
-    def _imported(self, name: str) -> type[Block]:
+    def _imported(self, name: str) -> type[Base]:
         if ":" not in name:
             hint = nearest(name, self.entries) or f"choose from {listed(self.entries)}, or name a class as module:Class"
             raise ValueError(f"unknown {self.kind} {abridged(repr(name))}; {hint}")
@@ -75,6 +72,24 @@ class Registry(Generic[Block]):
                 f"{self.kind} {name} must be a subclass of {self.base.__module__}.{self.base.__qualname__}"
             )
         return found
+
+
+class Registry(ClassRegistry[Block]):
+    """Sections by the name in one of their keys.
+
+    Args:
+        kind: what they are, for messages: `objective`.
+        key: the key of a recipe that names one.
+        base: the class that all of them, also users' own, derive from.
+        entries: the classes of this package, by name.
+        default: the name of the class of a mapping that names none; the class must have it as the key's default.
+    """
+
+    def __init__(
+        self, kind: str, key: str, base: type[Block], entries: Mapping[str, type[Block]], default: str | None = None
+    ):
+        super().__init__(kind, base, entries)
+        self.key, self.default = key, default
 
     def parse(self, value: Any, default: str | None = None) -> Block:
         """Return a block of its class from a mapping with its settings.

@@ -9,6 +9,7 @@ from cpo_pipe.data.config import Location, Name, Positive, Section, Seed, Share
 from cpo_pipe.data.text import listed, nearest
 from cpo_pipe.eval.judges.base import JudgeConfig
 from cpo_pipe.eval.judges.registry import JUDGES
+from cpo_pipe.pipeline.engines.registry import AUTO, ENGINES, EngineName
 
 GROUND_TRUTH = "ground-truth"
 """The name of the targets among the systems."""
@@ -139,7 +140,7 @@ class Evaluate(Section):
     )
     bootstrap: Positive = Field(2000, description="resamples of the bootstrap intervals")
     seed: Seed = Field(0, description="seed of sampling and of the bootstrap")
-    engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="as in negatives")
+    engine: EngineName = AUTO
     batch_size: Positive = Field(256, description="prompts per engine call")
 
     @model_validator(mode="after")
@@ -197,9 +198,10 @@ class Evaluate(Section):
             raise ValueError(f"mauve_model is {self.mauve_model}, but mauve_seeds is 0, which means no MAUVE; remove "
                              "one of them")  # fmt: skip
         searching = [name for name, decoding in self.decodings.items() if decoding.beams > 1]
-        if searching and self.engine == "vllm":
-            raise ValueError(f"engine is vllm, but decodings.{searching[0]} is beam search, which only transformers "
-                             "does; set engine to auto or transformers")  # fmt: skip
+        if searching and self.engine != AUTO and not ENGINES[self.engine].beam_search:
+            able = listed(name for name in ENGINES if ENGINES[name].beam_search)
+            raise ValueError(f"engine is {self.engine}, but decodings.{searching[0]} is beam search, which it does not "
+                             f"support; set engine to auto or {able}")  # fmt: skip
         return self
 
     def all_systems(self) -> dict[str, System]:

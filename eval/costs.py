@@ -49,7 +49,7 @@ def evaluation_costs(
     max_new_tokens: int,
     models: Mapping[str, Model],
     apis: Mapping[str, ApiModel],
-) -> tuple[list[tuple[str, ApiModel, Cost]], dict[tuple[str, str], int]]:
+) -> tuple[list[tuple[str, ApiModel, Cost | None]], dict[tuple[str, str], int]]:
     """Return the cost of the missing API requests, of systems and then of judges; send, generate and load nothing.
 
     Args:
@@ -62,7 +62,8 @@ def evaluation_costs(
         apis: the recipe's `apis`, by name.
 
     Returns:
-        Each role (`judge gpt`; `system gpt, greedy`) with its API and cost; and, if judges ask APIs, the number of
+        Each role (`judge gpt`; `system gpt, greedy`) with its API and cost, None for a judge that asks an API but is
+        no `ApiJudge`, which nothing is known about; and, if judges ask APIs, the number of
         missing outputs by system and decoding.
     """
     asking = {name: judge for name, judge in config.judges.items() if judge.apis()}
@@ -83,7 +84,7 @@ def evaluation_costs(
         (name, decoding): [None] * len(cases) for name in systems for decoding in config.decodings
     }
     texts |= {(GROUND_TRUTH, decoding): [case.target for case in cases] for decoding in config.decodings}
-    costs: list[tuple[str, ApiModel, Cost]] = []
+    costs: list[tuple[str, ApiModel, Cost | None]] = []
     counted: dict[str, Cost] = {}
 
     def add(role: str, api: ApiModel, rows: Rows, cost: Cost) -> None:
@@ -115,17 +116,22 @@ def evaluation_costs(
         if isinstance(judge, ApiJudge):
             rows = store.rows("verdicts", judge.spec())
             add(f"judge {judge.name}", judge.api, rows, judge_cost(judge, drafts, max_new_tokens, rows))
+        else:
+            costs += [(f"judge {judge.name}", apis[api], None) for api in asking[judge.name].apis()]
     return costs, {key: missing for key, written in texts.items() if asking and (missing := written.count(None))}
 
 
 def print_costs(
-    costs: Sequence[tuple[str, ApiModel, Cost]], missing: Mapping[tuple[str, str], int], max_new_tokens: int
+    costs: Sequence[tuple[str, ApiModel, Cost | None]], missing: Mapping[tuple[str, str], int], max_new_tokens: int
 ) -> None:
     """Print the result of `evaluation_costs`, with prices where the recipe gives them."""
     if not costs:
         say("nothing that this recipe evaluates costs anything")
         return
     for what, api, cost in costs:
+        if cost is None:
+            say(f"{what} (apis.{api.name}): not estimated; derive the judge from ApiJudge to have it estimated")
+            continue
         price = api.price(cost.tokens)
         dollars = f": about {price:.4g} US dollars" if price is not None else ""
         say(
@@ -135,8 +141,8 @@ def print_costs(
     say(f"prompt tokens are estimated: one for every {TOKEN_BYTES} bytes of UTF-8")
     for (name, decoding), count in missing.items():
         say(
-            f"{name}, {decoding}: {count:,} outputs are not there yet; to judges each counts as {max_new_tokens} "
-            "tokens, the most that it can have"
+            f"{name}, {decoding}: {count:,} outputs are not generated yet; in queries to judges each counts as "
+            f"{max_new_tokens} tokens, the longest allowed"
         )
 
 

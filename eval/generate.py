@@ -19,8 +19,8 @@ from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.eval.config import Evaluate
 from cpo_pipe.pipeline.api.model import ApiModel
 from cpo_pipe.pipeline.api.work import ApiWork, prompt_of
-from cpo_pipe.pipeline.engines.base import EngineWork, LazyEngine, Sampling, check_context
-from cpo_pipe.pipeline.samples import WINDOW, SampleRequest, make_missing, refused_source
+from cpo_pipe.pipeline.engines.base import Sampling, check_context
+from cpo_pipe.pipeline.samples import WINDOW, EngineWork, LazyEngine, SampleRequest, make_missing, refused_source
 
 log = logging.getLogger(__name__)
 

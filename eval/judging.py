@@ -1,7 +1,8 @@
 """Verdicts: stored by example, outputs and order, so that no judge is asked the same question twice."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -14,7 +15,18 @@ from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.data.store.locks import make_missing
 from cpo_pipe.eval.annotations import Annotations
 from cpo_pipe.eval.generate import Outputs, read_targets
-from cpo_pipe.eval.judges.base import AB, ApiJudge, Case, Judge, Judgement, Pair, ScoreJudge, Verdict, Winner
+from cpo_pipe.eval.judges.base import (
+    AB,
+    ApiJudge,
+    Case,
+    Judge,
+    Judgement,
+    Pair,
+    ScoreError,
+    ScoreJudge,
+    Verdict,
+    Winner,
+)
 from cpo_pipe.eval.statistics.agreement import HUMANS
 
 Key = tuple[str, str, str, str]
@@ -64,7 +76,7 @@ def judge_outputs(
         store: where verdicts are stored.
 
     Raises:
-        RunError: an API did not answer every request; its answers are stored.
+        RunError: an API did not answer every request; its answers are stored. Or a score is not finite.
     """
     pairs = {
         (system, decoding, opponent): [
@@ -75,7 +87,8 @@ def judge_outputs(
     }
     rows = {judge.name: store.rows("verdicts", judge.spec()) for judge in judges}
     for judge in judges:
-        make_verdicts(judge, list(chain.from_iterable(pairs.values())), rows[judge.name])
+        with _naming_system(judge, cases, outputs):
+            make_verdicts(judge, list(chain.from_iterable(pairs.values())), rows[judge.name])
     for judge in judges:
         if isinstance(judge, ApiJudge):
             judge.api.check_answered()
@@ -88,10 +101,28 @@ def judge_outputs(
 def score_outputs(
     judge: ScoreJudge, cases: Sequence[Case], outputs: Mapping[tuple[str, str], Outputs]
 ) -> dict[tuple[str, str], list[float]]:
-    """Return a judge's scores by system and decoding, computed in one call so that a model is loaded once."""
-    texts = [text for written in outputs.values() for text in written.texts]
-    scores, n = judge.scores([*cases] * len(outputs), texts), len(cases)
+    """Return a judge's scores by system and decoding, computed in one call so that a model is loaded once.
+
+    Raises:
+        RunError: a score is not finite.
+    """
+    texts, n = [text for written in outputs.values() for text in written.texts], len(cases)
+    with _naming_system(judge, cases, outputs):
+        scores = judge.checked_scores([*cases] * len(outputs), texts)
     return {key: scores[place * n : (place + 1) * n] for place, key in enumerate(outputs)}
+
+
+@contextmanager
+def _naming_system(judge: Judge, cases: Sequence[Case], outputs: Mapping[tuple[str, str], Outputs]) -> Iterator[None]:
+    """Name the system and decoding in the error about a score that is not finite."""
+    try:
+        yield
+    except ScoreError as error:
+        for (system, decoding), written in outputs.items():
+            if (error.example_id, error.output) in zip((case.example_id for case in cases), written.texts, strict=True):
+                writer = f"system {system}, {decoding},"
+                raise ScoreError(judge.name, error.example_id, error.output, error.score, writer) from error
+        raise
 
 
 def verdicts_table(judgements: Mapping[str, Mapping[Comparison, Sequence[Judgement]]], ids: Sequence[str]) -> pa.Table:

@@ -1,15 +1,24 @@
-"""Find which samples of a run's examples are missing, make them and record them."""
+"""Find which samples of a run's examples are missing, make them with an engine, and record them."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from cpo_pipe.data.execution.base import Executor, Work
+from cpo_pipe.data.errors import RunError
+from cpo_pipe.data.execution.base import Executor, Make, NewRows, Work
+from cpo_pipe.data.fingerprint import row_seed
+from cpo_pipe.data.models.end_tokens import without_end
+from cpo_pipe.data.models.model import Model
+from cpo_pipe.data.models.tokenizer import TokenizerFiles
 from cpo_pipe.data.store import Rows, locks
+from cpo_pipe.pipeline.engines.base import Engine, Request, Sampling
+from cpo_pipe.pipeline.engines.registry import choose_engine
 
 WINDOW = 1024
 """Examples that are sorted together by the length of their prompts."""
@@ -86,3 +95,94 @@ def _batches(examples: pa.Table, missing: NDArray[np.bool_], size: int) -> Itera
         window = window.take(pa.array(rows)).append_column(SAMPLE_INDICES, indices)
         for first in range(0, len(rows), size):
             yield window.slice(first, size)
+
+
+class LazyEngine:
+    """Chooses and loads the engine of a model at its first use; pickled without the engine.
+
+    It holds one engine at a time: one without beam search is dropped when beam search is needed.
+    """
+
+    def __init__(self, name: str, model: Model, context: int | None = None):
+        """Keep what the engine is opened with: its name or `auto`, and the arguments of `Engine`."""
+        self.model = model
+        self._arguments = name, model, context
+        self._engine: Engine | None = None
+
+    def __call__(self, sampling: Sampling) -> Engine:
+        """Return the engine for a sampling."""
+        name, model, context = self._arguments
+        beam_search = sampling.beams > 1
+        if self._engine is not None and beam_search and not self._engine.beam_search:
+            self._engine = None  # first free its memory, which may not suffice for both
+        if self._engine is None:
+            self._engine = choose_engine(name, model, beam_search)(model, context)
+        return self._engine
+
+    def __reduce__(self) -> tuple[type["LazyEngine"], tuple[str, Model, int | None]]:
+        return LazyEngine, self._arguments
+
+
+@dataclass(frozen=True)
+class EngineWork(Work):
+    """Work that samples continuations of `prompt_ids` with a local engine."""
+
+    rows: Rows
+    engine: LazyEngine
+    sampling: Sampling
+    seed: int
+    tokenizer: TokenizerFiles
+    """Of prompts and samples."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """Columns with the same value in all rows."""
+
+    @property
+    def outputs(self) -> list[Rows]:
+        """The samples."""
+        return [self.rows]
+
+    def open(self) -> Make:
+        """Load the engine and the tokenizer."""
+        engine, tokenizer = self.engine(self.sampling), self.tokenizer.load()
+
+        def make(batch: pa.Table) -> Iterator[NewRows]:
+            found = list(requests(batch, self.seed))
+            for place, samples in engine.generate([request for _, _, request in found], self.sampling):
+                example_id, first, request = found[place]
+                # Decoding would keep an end token that is not a special token.
+                texts = [without_end(sample.token_ids, sample.finish_reason == "stop") for sample in samples]
+                rows = [
+                    {
+                        **self.columns,
+                        "example_id": example_id,
+                        "sample_index": first + k,
+                        "text": tokenizer.decode(texts[k], skip_special_tokens=True),
+                        "token_ids": sample.token_ids,
+                        "finish_reason": sample.finish_reason,
+                        "logprob": _finite(sample.logprob, example_id),
+                        "seed": request.seed + k,
+                        "engine": engine.description,
+                    }
+                    for k, sample in enumerate(samples)
+                ]
+                yield NewRows([rows], len(rows))
+
+        return make
+
+
+def requests(batch: pa.Table, seed: int) -> Iterator[tuple[str, int, Request]]:
+    """Yield example id, first sample index and request for each run of consecutive samples in a batch of examples."""
+    columns = (batch[name].to_pylist() for name in ("example_id", "prompt_ids", SAMPLE_INDICES))
+    for example_id, prompt_ids, indices in zip(*columns, strict=True):
+        start = 0
+        for end in range(1, len(indices) + 1):
+            if end == len(indices) or indices[end] != indices[end - 1] + 1:
+                first = indices[start]
+                yield example_id, first, Request(prompt_ids, end - start, row_seed(seed, example_id) + first)
+                start = end
+
+
+def _finite(logprob: float, example_id: str) -> float:
+    if not math.isfinite(logprob):
+        raise RunError(f"a sample of example {example_id} has the log-prob {logprob}")
+    return logprob

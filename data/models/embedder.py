@@ -4,7 +4,7 @@ import importlib.util
 import os
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cpo_pipe.data.batching import batches_by_length
 from cpo_pipe.data.errors import InputError, cause
 from cpo_pipe.data.fingerprint import check_unchanged, digest, read_json
 from cpo_pipe.data.models.fetch import fetch_folder
@@ -178,16 +179,6 @@ def _token_lengths(model: "SentenceTransformer", texts: Sequence[str]) -> NDArra
         return np.zeros(0, np.int64)
     encoded = model.tokenizer(list(texts), padding=False, truncation=False, verbose=False)
     return np.array([len(ids) for ids in encoded["input_ids"]], np.int64)
-
-
-def batches_by_length(lengths: NDArray[np.int64], budget: int) -> Iterator[NDArray[np.int64]]:
-    """Yield numbers of texts of like length, as many at a time as fit into `budget` tokens with their padding."""
-    order = np.argsort(lengths, kind="stable")
-    start = 0
-    for end in range(1, len(order) + 1):
-        if end == len(order) or (end + 1 - start) * lengths[order[end]] > budget:
-            yield order[start:end]
-            start = end
 
 
 CHUNK = 256

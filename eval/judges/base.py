@@ -1,6 +1,7 @@
 """Base classes of judges and of their settings, the dependencies they are opened with, and their verdicts."""
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ from typing import Any, ClassVar, Literal, get_type_hints
 
 from pydantic import Field, model_validator
 
-from cpo_pipe.data.config import Section
+from cpo_pipe.data.config import Positive, Section
+from cpo_pipe.data.errors import RunError
 from cpo_pipe.data.execution.base import Executor
 from cpo_pipe.data.fingerprint import Spec
 from cpo_pipe.data.models.embedder import Embedder, EmbeddingCache
@@ -181,6 +183,18 @@ class ScoreMetric:
     """Whether the table on the terminal shows it, not only the report."""
 
 
+class ScoreError(RunError):
+    """A score that cannot be compared: not a number, or infinite."""
+
+    def __init__(self, judge: str, example_id: str, output: str, score: float, writer: str = "an output"):
+        """`writer` names the system whose output has the score."""
+        super().__init__(
+            f"judge {judge}: the score of {writer} for example {example_id} is {score}; scores must be finite numbers, "
+            "so correct the judge"
+        )
+        self.example_id, self.output, self.score = example_id, output, score
+
+
 class ScoreJudge(Judge):
     """The output with the higher score wins; equal scores are a tie.
 
@@ -200,11 +214,29 @@ class ScoreJudge(Judge):
     def scores(self, cases: Sequence[Case], outputs: Sequence[str]) -> list[float]:
         """Return the score of each output for the case at the same index."""
 
+    def checked_scores(self, cases: Sequence[Case], outputs: Sequence[str]) -> list[float]:
+        """Return the score of each output.
+
+        Raises:
+            ScoreError: a score is not finite.
+            RunError: the number of scores is not that of the outputs.
+        """
+        scores = self.scores(cases, outputs)
+        if len(scores) != len(outputs):
+            raise RunError(
+                f"judge {self.name}: {len(scores)} scores for {len(outputs)} outputs; return one for each, so correct "
+                "the judge"
+            )
+        for case, output, score in zip(cases, outputs, scores, strict=True):
+            if not math.isfinite(score):
+                raise ScoreError(self.name, case.example_id, output, score)
+        return scores
+
     def judge(self, pairs: Sequence[Pair]) -> Iterator[list[tuple[int, Verdict]]]:
-        """Yield all verdicts at once; `raw` holds both scores."""
+        """Yield all verdicts together; `raw` holds both scores."""
         cases = [pair.case for pair in pairs]
-        a = self.scores(cases, [pair.output_a for pair in pairs])
-        b = self.scores(cases, [pair.output_b for pair in pairs])
+        a = self.checked_scores(cases, [pair.output_a for pair in pairs])
+        b = self.checked_scores(cases, [pair.output_b for pair in pairs])
         yield [
             (index, Verdict(higher(x, y, self.noise), None, {"a": x, "b": y}))
             for index, (x, y) in enumerate(zip(a, b, strict=True))
@@ -212,11 +244,17 @@ class ScoreJudge(Judge):
 
 
 class ApiJudge(Judge):
-    """A judge that asks an API; `evaluate --dry-run` estimates the cost."""
+    """A judge that asks an API; `evaluate --dry-run` estimates the cost. An `ApiJudgeConfig` opens it.
 
-    api: ApiModel
-    max_tokens: int
-    """The longest answer, in tokens."""
+    Args:
+        name: the judge's name in the recipe.
+        api: the API.
+        max_tokens: the longest answer, in tokens.
+    """
+
+    def __init__(self, name: str, api: ApiModel, max_tokens: int):
+        super().__init__(name)
+        self.api, self.max_tokens = api, max_tokens
 
     @abstractmethod
     def query(self, pair: Pair) -> str:
@@ -268,6 +306,10 @@ class JudgeConfig(Section):
             raise ValueError(
                 f"judge {self.kind} is incomplete; implement score_metric, as {opened.__name__} gives scores"
             )
+        if issubclass(opened, ApiJudge) and not isinstance(self, ApiJudgeConfig):
+            raise ValueError(
+                f"judge {self.kind} is incomplete; derive it from ApiJudgeConfig, as {opened.__name__} asks an API"
+            )
         return self
 
     @abstractmethod
@@ -289,3 +331,14 @@ class JudgeConfig(Section):
     def score_metric(self, name: str) -> ScoreMetric | None:
         """Return the metric of its scores; None unless it is a `ScoreJudge`."""
         return None
+
+
+class ApiJudgeConfig(JudgeConfig):
+    """Settings of an `ApiJudge`."""
+
+    api: str = Field(description="the API, one of `apis`")
+    max_tokens: Positive = Field(description="the longest answer, in tokens")
+
+    def apis(self) -> list[str]:
+        """Return the API."""
+        return [self.api]

@@ -5,10 +5,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from cpo_pipe.data.config import Location
 from cpo_pipe.data.errors import InputError, RunError
@@ -35,12 +35,11 @@ from cpo_pipe.eval.judges.base import (
 )
 from cpo_pipe.eval.judges.logprobs import Continuations, continuation_logprobs
 from cpo_pipe.eval.judges.query import BothOrders, Query, Template
-from cpo_pipe.pipeline.engines.base import open_engine
+from cpo_pipe.pipeline.engines.base import LogprobEngine
+from cpo_pipe.pipeline.engines.registry import AUTO, ENGINES, EngineName, choose_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from cpo_pipe.pipeline.engines.vllm import VllmEngine
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +47,10 @@ LETTERS = "A", "B"
 SPACES = "", " "
 """What may precede a letter."""
 TOGETHER = 64
-"""Verdicts of vLLM that are stored together."""
+"""Verdicts of an engine that are stored together."""
+LOGPROB_ENGINES = [name for name in ENGINES if issubclass(ENGINES[name], LogprobEngine)]
+SCORER = "transformers"
+"""The engine whose log-probs come from the scorer (`trainer/scoring`), also for letters of several tokens."""
 
 
 class Local(JudgeConfig):
@@ -59,7 +61,15 @@ class Local(JudgeConfig):
     )
     template: Template = "strict"
     both_orders: BothOrders = True
-    engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="as in negatives")
+    engine: EngineName = AUTO
+
+    @field_validator("engine")
+    @classmethod
+    def _check_engine(cls, engine: str) -> str:
+        if engine not in (AUTO, SCORER) and not issubclass(ENGINES[engine], LogprobEngine):
+            able = ", ".join([AUTO, *LOGPROB_ENGINES, SCORER])
+            raise ValueError(f"{engine} gives no next-token log-probs (it is no LogprobEngine); choose from {able}")
+        return engine
 
     def models(self) -> list[str]:
         """Return the model."""
@@ -95,7 +105,7 @@ class LocalJudge(Judge):
         executor: Executor,
         chat_date: str | None = None,
     ):
-        """`tokenizer` is the model's own; `engine` is `auto`, `vllm` or `transformers` and decides no verdict."""
+        """`tokenizer` is the model's own; `engine` is an `EngineName` and decides no verdict."""
         super().__init__(name)
         self.query = query
         self.orders: Sequence[str] = (AB, BA) if both_orders else (AB,)
@@ -111,8 +121,8 @@ class LocalJudge(Judge):
     def judge(self, pairs: Sequence[Pair]) -> Iterator[list[tuple[int, Verdict]]]:
         """Yield verdicts; `raw` holds the log-probability of each letter, in nats, and the engine.
 
-        vLLM yields verdicts as they are ready. transformers yields them together: it caches the log-probabilities that
-        they are computed from.
+        An engine's verdicts are yielded as they are ready, those of transformers together: it caches the
+        log-probabilities that they are computed from.
 
         Raises:
             InputError: the engine cannot be used, or a letter cannot follow the query.
@@ -163,52 +173,52 @@ class LocalJudge(Judge):
 
     def _answered(self, asked: Mapping[int, Continuations]) -> Iterator[list[tuple[int, Verdict]]]:
         """Yield the verdicts of the queries that fit the context."""
-        places, wanted = list(asked), list(asked.values())
-        engine = self._vllm(wanted)
+        places, queries = list(asked), list(asked.values())
+        engine = self._open_engine(queries)
         if engine is None:
             description = f"transformers {version('transformers')}, float32"
-            sums = continuation_logprobs(self._store, self._executor, self._model, wanted)
-            yield [(place, _verdict(found, description)) for place, found in zip(places, sums, strict=True)]
+            sums = continuation_logprobs(self._store, self._executor, self._model, queries)
+            yield [(place, _verdict(logprobs, description)) for place, logprobs in zip(places, sums, strict=True)]
             return
-        prompts = [scored.prompt_ids for scored in wanted]
-        letters = [[token for ids in scored.token_ids for token in ids] for scored in wanted]
-        came = []
-        for number, found in engine.next_logprobs(prompts, letters):
-            if not all(map(math.isfinite, found)):
-                raise RunError(f"{self._model.name}: log-probs of the letters after a query are {found}")
-            came.append((places[number], _verdict(found, engine.description)))
-            if len(came) == TOGETHER:
-                yield came
-                came = []
-        if came:
-            yield came
+        prompts = [query.prompt_ids for query in queries]
+        letters = [[token for ids in query.token_ids for token in ids] for query in queries]
+        verdicts = []
+        for number, logprobs in engine.next_logprobs(prompts, letters):
+            if not all(map(math.isfinite, logprobs)):
+                raise RunError(f"{self._model.name}: log-probs of the letters after a query are {logprobs}")
+            verdicts.append((places[number], _verdict(logprobs, engine.description)))
+            if len(verdicts) == TOGETHER:
+                yield verdicts
+                verdicts = []
+        if verdicts:
+            yield verdicts
 
-    def _vllm(self, wanted: Sequence[Continuations]) -> "VllmEngine | None":
-        """Return the vLLM engine, or None for transformers; if `auto` chooses transformers, log why.
+    def _open_engine(self, queries: Sequence[Continuations]) -> LogprobEngine | None:
+        """Return the engine, or None for the scorer; `auto` takes the first that can be used, and logs its choice.
 
         Raises:
-            InputError: the setting is vllm, but vLLM cannot be used.
+            InputError: the engine named cannot be used.
         """
-        if self._engine == "transformers":
+        if self._engine == SCORER:
             return None
-        if any(len(ids) > 1 for scored in wanted for ids in scored.token_ids):
-            why = (
-                "engine is vllm, which gives log-probs of single tokens only, and a letter is several to the tokenizer "
-                f"of {self._model.name}: use engine transformers"
-            )
-        else:
+        reasons: list[str] = []
+        for name in LOGPROB_ENGINES if self._engine == AUTO else [self._engine]:
             try:
-                engine = open_engine("vllm", self._model, max(map(_length, wanted)))
+                if any(len(ids) > 1 for query in queries for ids in query.token_ids):
+                    raise InputError(
+                        f"engine is {name}, which gives log-probs of single tokens only, and a letter is several to "
+                        f"the tokenizer of {self._model.name}: use engine {SCORER}"
+                    )
+                engine = choose_engine(name, self._model)(self._model, max(map(_length, queries)))
             except InputError as refusal:
-                why = str(refusal)
+                if self._engine != AUTO:
+                    raise InputError(f"evaluate.judges.{self.name}.{refusal}") from refusal
+                reasons.append(str(refusal))
             else:
-                from cpo_pipe.pipeline.engines.vllm import VllmEngine
-
-                assert isinstance(engine, VllmEngine)
+                assert isinstance(engine, LogprobEngine)
+                log.info("engine: %s", name)
                 return engine
-        if self._engine == "vllm":
-            raise InputError(f"evaluate.judges.{self.name}.{why}")
-        log.info("engine: transformers (judge %s: %s)", self.name, why)
+        log.info("engine: %s (judge %s: %s)", SCORER, self.name, "; ".join(reasons))
         return None
 
 

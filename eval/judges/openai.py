@@ -7,7 +7,7 @@ from pydantic import Field
 
 from cpo_pipe.data.config import Positive
 from cpo_pipe.data.fingerprint import Spec
-from cpo_pipe.eval.judges.base import AB, BA, ApiJudge, JudgeConfig, JudgeDependencies, Pair, Verdict, unparseable
+from cpo_pipe.eval.judges.base import AB, BA, ApiJudge, ApiJudgeConfig, JudgeDependencies, Pair, Verdict, unparseable
 from cpo_pipe.eval.judges.query import KEPT, BothOrders, Query, Template, verdict_of
 from cpo_pipe.pipeline.api.answers import Failed, Refused
 from cpo_pipe.pipeline.api.client import ApiClient, ask_all
@@ -16,10 +16,9 @@ from cpo_pipe.pipeline.api.model import ApiModel
 log = logging.getLogger(__name__)
 
 
-class OpenAi(JudgeConfig):
+class OpenAi(ApiJudgeConfig):
     """Ask a model behind an OpenAI-compatible API which output is better."""
 
-    api: str = Field(description="the API, one of `apis`")
     template: Template = "strict"
     both_orders: BothOrders = True
     max_tokens: Positive = Field(
@@ -28,10 +27,6 @@ class OpenAi(JudgeConfig):
     temperature: float | None = Field(
         0.0, ge=0, description="softmax temperature; null: none is sent, for models that refuse any"
     )
-
-    def apis(self) -> list[str]:
-        """Return the API."""
-        return [self.api]
 
     def open(self, name: str, dependencies: JudgeDependencies) -> "OpenAiJudge":
         """Return the judge."""
@@ -48,8 +43,7 @@ class OpenAiJudge(ApiJudge):
         self, name: str, api: ApiModel, query: Query, both_orders: bool, max_tokens: int, temperature: float | None
     ):
         """`max_tokens` is the longest answer; with the temperature None the server uses its own."""
-        super().__init__(name)
-        self.api, self.max_tokens = api, max_tokens
+        super().__init__(name, api, max_tokens)
         self._query, self._temperature = query, temperature
         self.orders: Sequence[str] = (AB, BA) if both_orders else (AB,)
 

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cpo_pipe.data.batching import batches_by_length
 from cpo_pipe.data.fingerprint import Spec
 from cpo_pipe.data.models import templates
-from cpo_pipe.data.models.embedder import Embedded, Encoder, batches_by_length
+from cpo_pipe.data.models.embedder import Embedded, Encoder
 from cpo_pipe.data.models.model import Model
 from cpo_pipe.data.models.tokenizer import TokenizerFiles
 from cpo_pipe.eval.generate import Outputs

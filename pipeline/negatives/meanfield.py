@@ -12,23 +12,30 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from cpo_pipe.data.batching import batches_by_length
 from cpo_pipe.data.config import Location
+from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.execution.base import Make, NewRows, Work
 from cpo_pipe.data.fingerprint import Spec, row_seed
-from cpo_pipe.data.models.end_tokens import end_tokens
+from cpo_pipe.data.models.end_tokens import end_tokens, without_end
 from cpo_pipe.data.models.model import Model
 from cpo_pipe.data.models.tokenizer import TokenizerFiles
 from cpo_pipe.data.store import Rows
 from cpo_pipe.pipeline.api.config import Api
 from cpo_pipe.pipeline.negatives.strategy import Inputs, Job, Strategy, negative
 from cpo_pipe.pipeline.samples import SAMPLE_INDICES
+from cpo_pipe.trainer.scoring.group_table import Lengths, targets
+from cpo_pipe.trainer.scoring.probes import Probes, select_probes
 
 if TYPE_CHECKING:  # torch is imported only when there is something to make
     from torch import Tensor
-    from transformers import PreTrainedModel
+
+    from cpo_pipe.trainer.scoring.attention import AttentionBackend
 
 LOGITS = 1 << 27
 """Most logits in memory at once."""
+BACKENDS: "tuple[AttentionBackend, ...]" = ("padded", "plain")
+"""The attention backends that may be used: those whose logits come from the model's own forward pass."""
 
 
 class MeanField(Strategy):
@@ -46,10 +53,19 @@ class MeanField(Strategy):
         """Plan the draws."""
         model, tokenizer = inputs.find(self.model), inputs.examples.tokenizer
         assert isinstance(model, Model)
+        groups = targets(inputs.selection)
+        context, longest = model.context(), int(Lengths.of(groups).longest_G().max())
+        if context is not None and longest > context:
+            raise InputError(
+                f"{inputs.key}.model: the longest prompt and target together have {longest} tokens, but the context of "
+                f"{model.name} is {context} tokens; lower data.max_prompt_tokens and data.max_target_tokens (of cut "
+                "text data.chunk_tokens), or name a model with a longer context"
+            )
         ends = end_tokens(model.path, tokenizer, inputs.examples.end_tokens)
         spec = meanfield_spec(inputs.examples.rendering, model.fingerprint, self.corruption_rate, ends, inputs.seed)
         rows = inputs.rows(spec)
-        work = MeanFieldWork(rows, model, tokenizer, ends, self.corruption_rate, inputs.seed)
+        probes = select_probes(groups)
+        work = MeanFieldWork(rows, model, tokenizer, ends, self.corruption_rate, inputs.seed, probes)
         return Job(inputs.source(rows, self.count), work)
 
     @property
@@ -77,40 +93,23 @@ def meanfield_spec(rendering: Spec, generator: str, share: float, stop_ids: Sequ
             "stop_ids": sorted(stop_ids), "seed": seed}  # fmt: skip
 
 
-def target_logits(
-    model: "PreTrainedModel", prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
-) -> "list[Tensor]":
-    """Return each target's logits, given the true tokens before each position: (L, V), float32, on the CPU.
-
-    Computes one teacher-forced forward pass over right-padded rows.
-    """
-    import torch
-
-    rows = [[*prompt, *target[:-1]] for prompt, target in zip(prompts, targets, strict=True)]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
-    with torch.inference_mode():
-        logits = model(input_ids=ids, use_cache=False).logits
-    return [
-        logits[number, len(prompt) - 1 : len(prompt) - 1 + len(target)].float().cpu()
-        for number, (prompt, target) in enumerate(zip(prompts, targets, strict=True))
-    ]
-
-
 def redraw(target: Sequence[int], logits_LV: "Tensor", share: float, stop_ids: Sequence[int], seed: int) -> list[int]:
     """Redraw `share` of the positions (at least one), each from the full softmax without end tokens.
 
     A draw may be the original token; rank drops a sample without changes as a copy of the target.
     """
+    import torch
+
+    from cpo_pipe.trainer.scoring.head import draw
+
     rng = np.random.default_rng(seed)
     count = max(1, round(share * len(target)))
     places = np.sort(rng.choice(len(target), size=count, replace=False))
-    chances = logits_LV[places].double()
-    chances[:, list(stop_ids)] = -np.inf
-    cumulative = chances.softmax(-1).cumsum(-1).numpy()
+    chances = logits_LV[places].cpu().double()
+    chances[:, list(stop_ids)] = -torch.inf
     drawn = list(target)
-    for place, row, uniform in zip(places, cumulative, rng.random(count), strict=True):
-        drawn[place] = int(np.searchsorted(row, uniform * row[-1], side="right"))
+    for place, (token,) in zip(places, draw(chances, torch.from_numpy(rng.random((count, 1)))).tolist(), strict=True):
+        drawn[place] = token
     return drawn
 
 
@@ -124,6 +123,8 @@ class MeanFieldWork(Work):
     stop_ids: Sequence[int]
     share: float
     seed: int
+    probes: Probes
+    """Probes of all targets, so that every process chooses the same attention backend."""
 
     @property
     def outputs(self) -> list[Rows]:
@@ -132,19 +133,17 @@ class MeanFieldWork(Work):
 
     def open(self) -> Make:
         """Load the model and the tokenizer."""
-        import torch
+        from cpo_pipe.trainer.scoring.logprobs import load_scorer
 
-        network: PreTrainedModel = self.model.load(torch.float32).train(False)
-        network.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+        scorer = load_scorer(self.model, "float32", self.probes, BACKENDS)
+        budget = LOGITS // scorer.model.config.get_text_config().vocab_size
         tokenizer = self.tokenizer.load()
         engine = f"transformers {version('transformers')}, float32"
 
-        def negatives_of(example: dict[str, Any], whole: list[int], logits_LV: "Tensor | None") -> Iterator[Any]:
+        def negatives_of(example: dict[str, Any], whole: list[int], logits_LV: "Tensor") -> Iterator[dict[str, Any]]:
             first_seed = row_seed(self.seed, example["example_id"])
             for k in example[SAMPLE_INDICES]:
-                ids: list[int] = []  # of an empty target
-                if logits_LV is not None:
-                    ids = redraw(whole, logits_LV, self.share, self.stop_ids, first_seed + k)
+                ids = redraw(whole, logits_LV, self.share, self.stop_ids, first_seed + k)
                 yield negative(
                     example,
                     k,
@@ -159,24 +158,14 @@ class MeanFieldWork(Work):
 
         def make(batch: pa.Table) -> Iterator[NewRows]:
             examples = batch.to_pylist()
-            wholes = [e["target_ids"][:-1] if e["ends"] else e["target_ids"] for e in examples]
-            for numbers in _passes([len(e["prompt_ids"]) + len(e["target_ids"]) for e in examples], network):
-                full = [number for number in numbers if wholes[number]]
-                prompts, targets = [examples[n]["prompt_ids"] for n in full], [wholes[n] for n in full]
-                logits = dict(zip(full, target_logits(network, prompts, targets), strict=True)) if full else {}
-                rows = [row for n in numbers for row in negatives_of(examples[n], wholes[n], logits.get(n))]
+            lengths = np.array([len(e["prompt_ids"]) + len(e["target_ids"]) for e in examples])
+            for numbers in batches_by_length(lengths, budget):
+                chosen = [examples[number] for number in numbers]
+                wholes = [without_end(e["target_ids"], e["ends"]) for e in chosen]
+                logits = scorer.logits(
+                    scorer.pack([(e["prompt_ids"], [whole]) for e, whole in zip(chosen, wholes, strict=True)])
+                )
+                rows = [row for each in zip(chosen, wholes, logits, strict=True) for row in negatives_of(*each)]
                 yield NewRows([rows], len(rows))
 
         return make
-
-
-def _passes(lengths: Sequence[int], model: "PreTrainedModel") -> list[list[int]]:
-    """Return batches of rows, by their numbers, of similar length, whose logits fit into memory together."""
-    budget = max(LOGITS // model.config.get_text_config().vocab_size, 1)
-    plan: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda number: lengths[number]):
-        if plan and lengths[row] * (len(plan[-1]) + 1) <= budget:
-            plan[-1].append(row)
-        else:
-            plan.append([row])
-    return plan

@@ -29,11 +29,11 @@ from cpo_pipe.data.models.model import Model
 from cpo_pipe.data.models.tokenizer import TokenizerFiles, tokenizer_in
 from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.pipeline.api.model import ApiModel
-from cpo_pipe.pipeline.engines.base import EngineWork, LazyEngine, Sampling
+from cpo_pipe.pipeline.engines.base import Sampling
+from cpo_pipe.pipeline.negatives.autoregressive import EngineSampler
 from cpo_pipe.pipeline.negatives.pool_file import Columns, Continuations, PoolFile, shown
-from cpo_pipe.pipeline.negatives.sampler import EngineSampler
 from cpo_pipe.pipeline.negatives.strategy import Inputs, Job, negative
-from cpo_pipe.pipeline.samples import SAMPLE_INDICES, refused_source
+from cpo_pipe.pipeline.samples import SAMPLE_INDICES, EngineWork, LazyEngine, refused_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,7 @@ from cpo_pipe.data.text import listed, nearest, one_line
 from cpo_pipe.pipeline.api.config import Api
 from cpo_pipe.pipeline.api.model import ApiModel
 from cpo_pipe.pipeline.engines.base import Sampling
-from cpo_pipe.pipeline.negatives.sampler import Sampler
+from cpo_pipe.pipeline.negatives.autoregressive import Sampler
 from cpo_pipe.pipeline.negatives.strategy import Inputs, Job
 
 TEMPLATES = {

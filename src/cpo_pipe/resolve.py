@@ -102,10 +102,12 @@ class Resolver:
             raise MissingInput(f"the examples are not prepared: run `{self.command('prepare')}`")
         return self._examples
 
-    def negatives(self, training: str | None = None) -> Plan:
-        """Return which negatives the recipe asks for, made or not."""
+    def negatives(self, training: str | None = None, source: str | None = None) -> Plan:
+        """Return which negatives the recipe asks for, of one source or of all, made or not."""
         tokens = self.recipe.data.longest_target()
         section = self.negatives_section(training)
+        if source is not None:
+            section = section.only({source: section.sources[source].count})
         return plan_negatives(section, self.store, self.examples(), self._generator, tokens)
 
     def complete_negatives(self, training: str | None) -> Plan:
@@ -198,7 +200,15 @@ class Resolver:
         names = [name for judge in judges for name in judge.models()]
         if config.mauve_model is not None and not only_apis:
             names.append(config.mauve_model)
-        return {name: self.model(name) if name in self.trainings else self._locate(name) for name in names}
+        return {name: self.judge_model(name) for name in names}
+
+    def judge_model(self, name: str) -> Model:
+        """Return a model that has a tokenizer of its own.
+
+        Raises:
+            MissingInput: it is a training that is not done.
+        """
+        return self.model(name) if name in self.trainings else self._locate(name)
 
     def system(self, name: str, system: System) -> Model | ApiModel:
         """Return the model of a system; an ensemble is merged."""
@@ -214,19 +224,26 @@ class Resolver:
 
     def available_systems(self) -> dict[str, Model | ApiModel | None]:
         """Return the model of each system; None where it is not downloaded, trained or merged. Makes nothing."""
-        there = Resolver(self.recipe, self.store, self._source, self._options, fetch=False)
-        systems = self.evaluate_section().all_systems()
-        return {name: there._available(name, system) for name, system in systems.items()}
+        offline = Resolver(self.recipe, self.store, self._source, self._options, fetch=False)
+        available: dict[str, Model | ApiModel | None] = {}
+        for name, system in self.evaluate_section().all_systems().items():
+            try:
+                available[name] = offline.available_system(system)
+            except MissingInput as missing:
+                log.info("system %s is not available yet: %s", name, missing)
+                available[name] = None
+        return available
 
-    def _available(self, name: str, system: System) -> Model | ApiModel | None:
-        try:
-            if system.model is not None:
-                return self.system("", system)
-            assert system.merge is not None
-            parts = [(self.model(part), weight) for part, weight in system.merge.items()]
-        except MissingInput as missing:
-            log.info("system %s is not there yet: %s", name, missing)
-            return None
+    def available_system(self, system: System) -> Model | ApiModel | None:
+        """Return the model of a system; None for an ensemble that is not merged yet.
+
+        Raises:
+            MissingInput: a model is not downloaded or trained.
+        """
+        if system.model is not None:
+            return self.system("", system)
+        assert system.merge is not None
+        parts = [(self.model(part), weight) for part, weight in system.merge.items()]
         artifact = ensemble(self.store, parts, self.examples().tokenizer)
         return checkpoint_model("", artifact) if artifact.complete() else None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cpo_pipe.checks import check_annotations, check_stages
 from cpo_pipe.data.errors import InputError, MissingInput
 from cpo_pipe.data.execution.base import Executor, LocalExecutor
 from cpo_pipe.data.models.copy_model import copy_model
@@ -52,12 +53,9 @@ class Run:
 
     def everything(self) -> Path | None:
         """Make all that is missing, in order; return the path of the report, if the recipe evaluates."""
-        if self.recipe.evaluate is not None and self.recipe.evaluate.annotations is not None:
-            from cpo_pipe.eval.annotations import read_annotations
-
-            # Damaged annotations are an error now, not after the trainings.
-            read_annotations(Path(self.recipe.evaluate.annotations), self.store.hash_file)
+        check_annotations(self.resolver)
         self.prepare()
+        check_stages(self.resolver)
         grouped: set[str | None] = set()
         for name in self.recipe.training_order():
             owner = self.resolver.negatives_owner(name)

@@ -18,7 +18,7 @@ from cpo_pipe.data.execution.base import LocalExecutor
 from cpo_pipe.data.fingerprint import row_seed
 from cpo_pipe.data.models.locate import locate_model
 from cpo_pipe.data.store import Store
-from cpo_pipe.pipeline.engines import base
+from cpo_pipe.pipeline import samples
 from cpo_pipe.pipeline.negatives.config import Negatives
 from cpo_pipe.pipeline.negatives.generate import generate_negatives, plan_negatives
 from cpo_pipe.pipeline.prepare.pairs import Pairs
@@ -64,7 +64,7 @@ def bench_autoregressive(batch_size: int, tmp_path: Path, monkeypatch: pytest.Mo
     selection = examples.read("train")
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids in selection["prompt_ids"].to_pylist()]
     engine = VllmEngine(model, context=256)
-    monkeypatch.setattr(base, "open_engine", lambda *_: engine)
+    monkeypatch.setattr(samples, "choose_engine", lambda *_: lambda *_: engine)
 
     def stage(seed: int) -> int:
         source = {"model": "m", "count": N, "batch_size": batch_size, "engine": "vllm"}

@@ -48,7 +48,7 @@ SET_CASES = {
     "train.cpo.objective=cpo-ranked": ("rank", "rank.by is none, but the objective cpo-ranked of train.cpo needs"),
     "train.cpo.reference=null": ("train", "train.cpo.reference is empty: input should be a valid string"),
     "negatives=null": ("train", "negatives is missing: train.cpo has the objective cpo"),
-    "negatives.sources.autoregressive.engine=vlm": ("generate-negatives", "engine is 'vlm': input should be"),
+    "negatives.sources.autoregressive.engine=vlm": ("generate-negatives", "unknown engine 'vlm'; did you mean vllm?"),
     "negatives.sources={}": ("generate-negatives", "negatives.sources: no source; add one"),
     "negatives.sources.autoregressive.max_new_tokens=127": (
         "generate-negatives", "autoregressive.max_new_tokens is 127 and the longest prompt",

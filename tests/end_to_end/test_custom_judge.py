@@ -54,7 +54,9 @@ def test_an_own_judge_has_metrics_and_a_place_in_the_report(own: Project) -> Non
 
 
 INCOMPLETE = '''
-from cpo_pipe.eval.judges.base import JudgeConfig, JudgeDependencies, ScoreJudge, ScoreMetric
+from cpo_pipe.eval.judges.base import (
+    ApiJudge, ApiJudgeConfig, JudgeConfig, JudgeDependencies, ScoreJudge, ScoreMetric
+)
 
 class NotOpened(JudgeConfig):
     """Open nothing."""
@@ -74,7 +76,28 @@ class Unnamed(JudgeConfig):
     """Open a judge of scores, without a metric."""
     def open(self, name: str, dependencies: JudgeDependencies) -> "Scored":
         return Scored(name, self.score_metric(name))
+
+class Asking(ApiJudge):
+    def query(self, pair): return pair.output_a
+    def spec(self): return {"judge": "asking"}
+    def judge(self, pairs): yield []
+
+class Keyless(JudgeConfig):
+    """Open a judge that asks an API, without the keys `api` and `max_tokens`."""
+    def open(self, name: str, dependencies: JudgeDependencies) -> Asking:
+        return Asking(name, next(iter(dependencies.apis.values())), 16)
+
+class Complete(ApiJudgeConfig):
+    """Open a judge that asks an API."""
+    def open(self, name: str, dependencies: JudgeDependencies) -> Asking:
+        return Asking(name, dependencies.apis[self.api], self.max_tokens)
 '''
+
+
+def write_module(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "incomplete_judges.py").write_text(code)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "incomplete_judges", raising=False)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +105,10 @@ class Unnamed(JudgeConfig):
     [
         ("NotOpened", "judge incomplete_judges:NotOpened is incomplete; implement open"),
         ("Unnamed", "judge incomplete_judges:Unnamed is incomplete; implement score_metric, as Scored gives scores"),
+        (
+            "Keyless",
+            "judge incomplete_judges:Keyless is incomplete; derive it from ApiJudgeConfig, as Asking asks an API",
+        ),
         ("Half", "judge incomplete_judges:Half is incomplete; implement scores in Unscored"),
     ],
 )
@@ -90,9 +117,7 @@ def test_an_incomplete_judge_is_refused_when_the_recipe_is_read(
 ) -> None:
     subclassed = "class Scored(Unscored)"
     code = INCOMPLETE if kind != "Half" else INCOMPLETE[: INCOMPLETE.index(subclassed)]
-    (tmp_path / "incomplete_judges.py").write_text(code)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "incomplete_judges", raising=False)
+    write_module(code, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match=re.escape(message)):
         JUDGES.parse({"kind": f"incomplete_judges:{kind}"})
 
@@ -114,3 +139,96 @@ def test_an_own_judge_that_does_not_fit_is_one_line(own: Project, settings: str,
     refused = own.cli("evaluate", *judges(settings))
     assert refused.status == 2
     assert message in refused.error()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("max_tokens: 8", "evaluate.judges.ask.api is missing"),
+        ("api: mini", "evaluate.judges.ask.max_tokens is missing"),
+        ("api: mimi, max_tokens: 8", "evaluate.judges.ask.api 'mimi' is not in `apis`; did you mean mini?"),
+    ],
+)
+def test_a_judge_that_asks_an_api_needs_one_and_a_limit(
+    project: Project, settings: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_module(INCOMPLETE, project.root, monkeypatch)
+    api = "apis={mini: {url: 'http://127.0.0.1:9/v1', model: m}}"
+    kind = f"{{ask: {{kind: 'incomplete_judges:Complete', {settings}}}}}"
+    refused = project.cli("run", *judges(kind), "--set", api)
+    assert refused.status == 2
+    assert message in refused.error()
+    assert not project.made()
+
+
+UNKNOWN = '''
+from cpo_pipe.eval.judges.base import Judge, JudgeConfig
+
+class Secret(JudgeConfig):
+    """Ask an API in a way of its own."""
+    api: str
+    def apis(self): return [self.api]
+    def open(self, name, dependencies): return SecretJudge(name)
+
+class SecretJudge(Judge):
+    def spec(self): return {"judge": "secret"}
+    def judge(self, pairs): yield []
+'''
+
+
+def test_the_estimate_names_judges_whose_requests_it_does_not_know(
+    made: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_module(UNKNOWN, made.root, monkeypatch)
+    api = "apis={mini: {url: 'http://127.0.0.1:9/v1', model: m}}"
+    dry = made.cli(
+        "evaluate", *judges("{ask: {kind: 'incomplete_judges:Secret', api: mini}}"), "--set", api, "--dry-run"
+    )
+    assert dry.status == 0, dry.err
+    assert "judge ask (apis.mini): not estimated; derive the judge from ApiJudge to have it estimated" in dry.out
+    assert "nothing that this recipe evaluates costs anything" not in dry.out
+
+
+SCORING = '''
+from cpo_pipe.eval.judges.base import JudgeConfig, JudgeDependencies, ScoreJudge, ScoreMetric
+
+class Broken(JudgeConfig):
+    """Score targets or outputs with a value that is none, or return too few scores."""
+    value: str = "0"
+    targets: bool = False
+    few: bool = False
+    def score_metric(self, name): return ScoreMetric(name + " score", "a score")
+    def open(self, name: str, dependencies: JudgeDependencies) -> "BrokenJudge":
+        return BrokenJudge(name, self)
+
+class BrokenJudge(ScoreJudge):
+    def __init__(self, name, config):
+        super().__init__(name, config.score_metric(name))
+        self.config = config
+    def spec(self): return {"judge": "broken"}
+    def scores(self, cases, outputs):
+        bad = float(self.config.value)
+        targets = [output == case.target for case, output in zip(cases, outputs)]
+        return [bad if target == self.config.targets else 0.0 for target in targets][self.config.few :]
+'''
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("value: nan", r"the score of system \w+, greedy, for example \w+ is nan; scores must be finite numbers"),
+        ("value: inf", r"the score of system \w+, greedy, for example \w+ is inf; "),
+        ("value: '-inf'", r"the score of system \w+, greedy, for example \w+ is -inf; "),
+        ("value: nan, targets: true", r"the score of system ground-truth, greedy, for example \w+ is nan; "),
+        ("few: true", r"7 scores for 8 outputs; return one for each, so correct the judge"),
+    ],
+)
+def test_scores_that_cannot_be_compared_are_an_error(
+    made: Project, settings: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_module(SCORING, made.root, monkeypatch)
+    arguments = judges(f"{{odd: {{kind: 'incomplete_judges:Broken', {settings}}}}}")
+    failed = made.cli("evaluate", *arguments, "--set", "evaluate.baseline=ground-truth")
+    assert failed.status == 1, failed.err
+    assert re.search(f"error: judge odd: {message}", failed.error())
+    assert not [*made.store.glob("verdicts/*/shards/*")][1:], "nothing but the verdicts of the finished run is stored"

@@ -113,7 +113,7 @@ def test_what_failed_is_said_and_asked_again(made: Project) -> None:
         assert len(server.seen) - 2 * 2 * PAIRS == 2 * 2 * PAIRS - kept, "what failed, and nothing else"
 
 
-def test_outputs_that_are_not_there_count_as_the_longest(project: Project) -> None:
+def test_missing_outputs_count_as_the_longest(project: Project) -> None:
     assert project.cli("prepare", "tiny.yaml").status == 0
     with serve() as server:
         arguments = ["tiny.yaml", *options(server.url, "{taste: {kind: openai, api: mini, both_orders: false}}")]
@@ -123,7 +123,8 @@ def test_outputs_that_are_not_there_count_as_the_longest(project: Project) -> No
     head, _, *missing = dry.out.splitlines()
     assert head.startswith(f"judge taste (apis.mini): {PAIRS} calls to be made")
     assert missing == [
-        f"{name}, greedy: 4 outputs are not there yet; to judges each counts as 8 tokens, the most that it can have"
+        f"{name}, greedy: 4 outputs are not generated yet; in queries to judges each counts as 8 tokens, the longest "
+        "allowed"
         for name in ("start", "cpo")
     ]
     assert not (project.root / "runs" / "tiny" / "metrics.parquet").exists()
@@ -157,7 +158,7 @@ def test_systems_that_are_asked_have_their_price_too(made: Project) -> None:
         assert system.startswith("system gpt, greedy (apis.mini): 4 calls to be made, about ")
         prompt = int(system.split("about ")[1].split()[0])
         assert f"at most {4 * 8} written: about {(prompt + 2 * 4 * 8) / 1000:.4g} US dollars" in system
-        assert missing.startswith("gpt, greedy: 4 outputs are not there yet; to judges each counts as 8 tokens")
+        assert missing.startswith("gpt, greedy: 4 outputs are not generated yet; in queries to judges each counts as 8")
 
         done = made.cli("evaluate", *arguments)
         assert done.status == 0, done.err
@@ -240,9 +241,9 @@ def test_what_is_said_beforehand_merges_and_downloads_nothing(made: Project) -> 
                              (after_adapter, ["start", "cpo", "lora", "mix@0.5"])):  # fmt: skip
             dry = made.cli("evaluate", *arguments, *more, "--dry-run")
             assert dry.status == 0, dry.err
-            missing = [line.split(",")[0] for line in dry.out.splitlines() if "outputs are not there yet" in line]
+            missing = [line.split(",")[0] for line in dry.out.splitlines() if "outputs are not generated yet" in line]
             assert missing == absent
-            assert "system lora is not there yet: model adapter: the adapter is not merged with " in dry.err
+            assert "system lora is not available yet: model adapter: the adapter is not merged with " in dry.err
             assert tree(made.root) == before
             assert server.seen == []
         (said,) = [line for line in made.cli("evaluate", *arguments, "--dry-run").out.splitlines() if "taste" in line]
@@ -251,7 +252,7 @@ def test_what_is_said_beforehand_merges_and_downloads_nothing(made: Project) -> 
         assert f"taste (apis.mini): {len(server.seen)} calls to be made" in said
         again = made.cli("evaluate", *arguments, "--dry-run")
         assert "judge taste (apis.mini): 0 calls" in again.out
-        assert "not there yet" not in again.out + again.err
+        assert " yet" not in again.out + again.err
 
 
 def test_what_a_failed_evaluation_cost_is_counted(made: Project) -> None:

@@ -19,7 +19,7 @@ from cpo_pipe.data.schemas import EXAMPLES, METRICS
 from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.eval.config import GROUND_TRUTH
 from cpo_pipe.eval.metrics.mauve import MIN_TEXTS
-from cpo_pipe.pipeline.engines import base
+from cpo_pipe.pipeline import samples
 from tests.support.evaluation import Bench, figures, no_engine
 
 
@@ -76,7 +76,7 @@ def test_outputs_are_what_the_model_writes(bench: Bench) -> None:
 
 def test_a_second_run_makes_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     first = bench.run(decodings=DECODINGS)
-    monkeypatch.setattr(base, "open_engine", no_engine)
+    monkeypatch.setattr(samples, "choose_engine", no_engine)
     again = bench.run(decodings=DECODINGS, nll=no_engine)
     assert again.artifact.path == first.artifact.path
     assert again.metrics().equals(first.metrics())
@@ -84,7 +84,7 @@ def test_a_second_run_makes_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatc
 
 def test_other_figures_reuse_the_outputs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     first = bench.run()
-    monkeypatch.setattr(base, "open_engine", no_engine)
+    monkeypatch.setattr(samples, "choose_engine", no_engine)
     assert bench.run(bootstrap=300).artifact.path != first.artifact.path
     assert bench.run(examples=5).metrics()["n"].unique().to_pylist() == [5]
     assert bench.run(baseline="two").artifact.path != first.artifact.path
@@ -95,7 +95,7 @@ def test_the_seed_changes_samples_but_not_greedy_outputs(bench: Bench, monkeypat
     two = bench.run(decodings=DECODINGS, seed=1).outputs().to_pylist()
     sampled = [a["text"] == b["text"] for a, b in zip(one, two, strict=True) if a["decoding"] == "top-k"]
     assert not all(sampled)
-    monkeypatch.setattr(base, "open_engine", no_engine)
+    monkeypatch.setattr(samples, "choose_engine", no_engine)
     bench.run(seed=2)  # greedy only: nothing to make
 
 
@@ -210,7 +210,7 @@ def test_a_target_that_does_not_fit_is_refused_before_anything_is_made(
     whole = Bench(tmp_path / "one", {"one": new_model()}, 3).examples.read("test")
     longest = max(len(row["prompt_ids"] + row["target_ids"]) for row in whole.to_pylist())
     assert longest > max(len(row["prompt_ids"]) for row in whole.to_pylist()) + 2  # there is room to write
-    monkeypatch.setattr(base, "open_engine", no_engine)
+    monkeypatch.setattr(samples, "choose_engine", no_engine)
     bench = Bench(tmp_path / "two", {"one": new_model(max_position_embeddings=longest - 1)}, 3)
     message = (
         rf"evaluate.split is test, whose longest prompt and target together have {longest} tokens, but the context"
@@ -254,7 +254,7 @@ def test_a_killed_evaluation_keeps_its_outputs(bench: Bench, monkeypatch: pytest
 
     with pytest.raises(KeyboardInterrupt):
         bench.run(nll=killed)
-    monkeypatch.setattr(base, "open_engine", no_engine)
+    monkeypatch.setattr(samples, "choose_engine", no_engine)
     assert bench.run().artifact.complete()
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from cpo_pipe.data.store import Store
 from cpo_pipe.eval.evaluate import Evaluation
-from cpo_pipe.pipeline.engines import base
+from cpo_pipe.pipeline import samples
 from tests.support.evaluation import Bench, no_engine
 
 SWEEP: dict[str, dict[str, Any]] = {
@@ -43,13 +43,13 @@ def made(store: Store) -> dict[str, int]:
 
 
 def test_each_decoding_is_generated_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    open_engine, opened = base.open_engine, []
+    choose_engine, opened = samples.choose_engine, []
 
     def opening(*arguments: Any) -> Any:
         opened.append(arguments[1].path)
-        return open_engine(*arguments)
+        return choose_engine(*arguments)
 
-    monkeypatch.setattr(base, "open_engine", opening)
+    monkeypatch.setattr(samples, "choose_engine", opening)
     without = {name: decoding for name, decoding in SWEEP.items() if name != "top-p"}
     first = texts(bench.run(decodings=without))
     assert opened == [model.path for model in bench.models.values()], "one engine for sampling and beam search"
@@ -65,7 +65,7 @@ def test_each_decoding_is_generated_once(bench: Bench, monkeypatch: pytest.Monke
     assert {name: after[name] for name in before} == before
     assert len(after) == len(before) + 2
 
-    monkeypatch.setattr(base, "open_engine", no_engine)
+    monkeypatch.setattr(samples, "choose_engine", no_engine)
     assert texts(bench.run(decodings=SWEEP, bootstrap=300)) == more
     assert made(bench.store) == after
 
@@ -92,7 +92,7 @@ def test_examples_are_drawn_by_a_seed(bench: Bench, monkeypatch: pytest.MonkeyPa
         return found
 
     whole = ids()
-    monkeypatch.setattr(base, "open_engine", no_engine)  # what was made of the whole is found
+    monkeypatch.setattr(samples, "choose_engine", no_engine)  # what was made of the whole is found
     assert ids(examples=5) == whole[:5]
     drawn = ids(examples=5, sample_seed=1)
     assert len(drawn) == 5

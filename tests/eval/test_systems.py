@@ -8,9 +8,9 @@ import pytest
 
 from cpo_pipe.eval.config import GROUND_TRUTH, Ensemble, Evaluate, System, ensemble_system
 from cpo_pipe.eval.evaluate import Evaluation
+from cpo_pipe.pipeline import samples
 from cpo_pipe.pipeline.api.config import Api
 from cpo_pipe.pipeline.api.model import ApiModel
-from cpo_pipe.pipeline.engines import base
 from tests.support.api_server import Reply, Seen, error, serve, written
 from tests.support.evaluation import Bench, figures, no_engine
 
@@ -155,7 +155,7 @@ def test_an_api_is_a_system(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> No
         assert found["gpt", "greedy", "longer win rate"]["value"] == pytest.approx(rate)
         assert ("gpt", "-", "target NLL") not in found, "it says nothing of texts that are not its own"
         assert ("one", "-", "target NLL") in found
-        monkeypatch.setattr(base, "open_engine", no_engine)
+        monkeypatch.setattr(samples, "choose_engine", no_engine)
         assert bench.run(judges=["longer", "exact"]).artifact.path == result.artifact.path
         assert bench.run(bootstrap=300, judges=["longer"]).artifact.path != result.artifact.path
         assert len(server.seen) == 12, "nothing answered is asked for twice"

@@ -180,8 +180,8 @@ def test_beam_search_needs_no_temperature_and_comes_from_transformers() -> None:
     assert parse_recipe(yaml.safe_load(recipe_text(recipe)), "r") == recipe
     message = refusal(**evaluation(decodings=decodings, engine="vllm"))
     assert message == (
-        "evaluate: engine is vllm, but decodings.d0 is beam search, which only transformers does; set engine to "
-        "auto or transformers"
+        "evaluate: engine is vllm, but decodings.d0 is beam search, which it does not support; set engine to auto or "
+        "transformers"
     )
 
 
@@ -560,7 +560,7 @@ def test_a_list_of_judges_is_short_for_those_without_settings() -> None:
          'evaluate.judges.local.temperature: not used by judge "local" (but by openai)'),
         ({"local": {"model": "base", "max_tokens": 9}},
          'evaluate.judges.local.max_tokens: not used by judge "local" (but by openai)'),
-        ({"local": {"model": "base", "engine": "trt"}}, "evaluate.judges.local.engine is 'trt': input should be 'au"),
+        ({"local": {"model": "base", "engine": "trt"}}, "evaluate.judges.local.engine: unknown engine 'trt'; choose"),
         ({"openai": {"api": "mini", "temperature": -1}}, "evaluate.judges.openai.temperature is -1: input should be "),
         ({"openai": {"api": "mini", "max_tokens": 0}}, "evaluate.judges.openai.max_tokens is 0: input should be "),
         ({"openai": {"api": "mini", "model": "base"}}, 'evaluate.judges.openai.model: not used by judge "openai" ('),

@@ -16,7 +16,7 @@ What they are made of, each usable on its own:
 - `prefix_tree`: a group as a tree of tokens, where each common prefix is computed once.
 - `attention`: attention backends over such trees, registered in transformers.
 - `head`: from hidden states to log-probs, without the logits of the prompt.
-- `scorer`: `Scorer`, an `nn.Module` that packs groups and returns log-probs with gradients.
+- `scorer`: `Scorer`, an `nn.Module` that packs groups and returns log-probs with gradients, or logits without.
 - `probes`, `self_check`: which attention backend is numerically equivalent to the model's own forward pass.
 - `batching`: groups of similar length in forward passes of a token budget.
 - `dropout`: removes dropout from a model.

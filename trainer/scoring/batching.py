@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
+from cpo_pipe.data.batching import batches_by_length
 from cpo_pipe.trainer.scoring.attention import AttentionBackend
 from cpo_pipe.trainer.scoring.group_table import TokenGroup
 
@@ -20,29 +23,24 @@ def micro_batches(
         budget: tokens per forward pass, padding included; a single larger group is still computed.
         processes: number of processes.
     """
+    tokens_G = np.array([_tokens(group, attention) for group in groups], np.int64)
+    rows_G = np.array([len(candidates) for _, candidates in groups], np.int64)
     # Sorted by length: less padding, and processes that finish together.
-    order = sorted(range(len(groups)), key=lambda index: _tokens(groups[index], attention))
-    plans = [_cut(order[process::processes], groups, attention, budget) for process in range(processes)]
+    order = np.argsort(tokens_G, kind="stable")
+    shares = [order[process::processes] for process in range(processes)]
+    if attention in ("cascade", "split", "dense"):
+        plans = [[[index] for index in mine.tolist()] for mine in shares]
+    else:
+        padded = attention in ("padded", "plain")
+        plans = [
+            [
+                mine[batch].tolist()
+                for batch in batches_by_length(tokens_G[mine], budget, rows=rows_G[mine], padded=padded)
+            ]
+            for mine in shares
+        ]
     passes = max(map(len, plans))
     return [plan + [[] for _ in range(passes - len(plan))] for plan in plans]
-
-
-def _cut(
-    order: Sequence[int], groups: Sequence[TokenGroup], attention: AttentionBackend, budget: int
-) -> list[list[int]]:
-    if attention in ("cascade", "split", "dense"):
-        return [[index] for index in order]
-    plan: list[list[int]] = []
-    rows = longest = total = 0
-    for index in order:
-        tokens, count = _tokens(groups[index], attention), len(groups[index][1])
-        rows, longest, total = rows + count, max(longest, tokens), total + tokens
-        if plan and (total if attention in ("flex", "packed") else rows * longest) <= budget:
-            plan[-1].append(index)
-        else:
-            plan.append([index])
-            rows, longest, total = count, tokens, tokens
-    return plan
 
 
 def _tokens(group: TokenGroup, attention: AttentionBackend) -> int:

@@ -70,18 +70,15 @@ class Head:
     @torch.no_grad()
     def sample(self, hidden_SH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, uniform_SM: Tensor) -> Tensor:
         """Return tokens drawn after each hidden state, where its uniform numbers fall in the distribution: (S, M)."""
-        weight_VH = weight_VH.to(_product_dtype(hidden_SH))  # once, not in each chunk
-        chunks = _slices(0, len(hidden_SH), max(CHUNK_BYTES // (8 * len(weight_VH)), 1))
-        return torch.cat([draw(self.logits(hidden_SH[rows], weight_VH, bias_V), uniform_SM[rows]) for rows in chunks])
-
-    @torch.no_grad()
-    def logits(self, hidden_SH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
-        """Return the logits after each hidden state, in float32: (S, V)."""
         dtype = _product_dtype(hidden_SH)
+        weight_HV = weight_VH.to(dtype).t()
+        drawn = []
         with torch.autocast(hidden_SH.device.type, enabled=False):
             bias_V = None if bias_V is None else bias_V * self.scale
-            logits = torch.mm((hidden_SH * self.scale).to(dtype), weight_VH.to(dtype).t())
-            return _finish(logits, bias_V, self.cap)
+            for rows in _slices(0, len(hidden_SH), max(CHUNK_BYTES // (8 * len(weight_VH)), 1)):
+                logits = torch.mm((hidden_SH[rows] * self.scale).to(dtype), weight_HV)
+                drawn.append(draw(_finish(logits, bias_V, self.cap), uniform_SM[rows]))
+        return torch.cat(drawn)
 
 
 def _product_dtype(hidden_SH: Tensor) -> torch.dtype:

@@ -143,7 +143,7 @@ def load_scorer(
     network = model.load(torch.float32).to(join().device)
     remove_dropout(network)
     scorer = Scorer(network, dtype, logits_mb).eval()
-    choose_backend(f"log-probs of {model.name}", scorer, probes, attention, micro_batch_tokens, gradients=False)
+    choose_backend(f"model {model.name}", scorer, probes, attention, micro_batch_tokens, gradients=False)
     return scorer
 
 

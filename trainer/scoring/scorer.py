@@ -89,21 +89,21 @@ class Scorer(nn.Module):
             )
 
     @torch.no_grad()
-    def logits(self, packed: Packed) -> list[Tensor]:
-        """Return the logits from which each candidate's tokens are predicted, in float32: (L, V) for each candidate.
+    def logits(self, packed: Packed) -> Iterator[Tensor]:
+        """Yield the logits from which each candidate's tokens are predicted, (L, V), in float32.
 
-        Those of `padded` are bit for bit those of the model's own forward pass over the padded batch.
+        Only for the backends `padded` and `plain`. With `padded` they are bit for bit those of the model's own forward
+        pass over the padded batch.
         """
         with self._precision(packed.ids.device):
             if self.attention == "plain":
                 logits_SV = torch.cat([logits for _, logits in self._plain_logits(packed)])
-            elif self.attention == "padded":  # of all positions: a product with fewer rows may round differently
+            else:  # at all positions: a product with fewer rows may round differently
+                assert self.attention == "padded"
                 output: Any = self.model(input_ids=packed.ids, use_cache=False)
-                logits_SV = output.logits.flatten(0, 1)[packed.source_S].float()
-            else:
-                logits_SV = self._head.logits(*self._head_inputs(packed))
-        pairs = len(packed.row_E)
-        return [logits_SV[packed.row_E[pair_L[pair_L < pairs]]] for pair_L in packed.pair_KL]
+                logits_SV = output.logits.flatten(0, 1)[packed.source_S]
+        for pair_L in packed.pair_KL:
+            yield logits_SV[packed.row_E[pair_L[pair_L < len(packed.row_E)]]].float()
 
     def set_attention(self, attention: AttentionBackend) -> None:
         """Compute with this backend from now on. `choose_backend` checks whether it is equivalent."""

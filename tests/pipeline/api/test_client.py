@@ -777,7 +777,7 @@ class TestVllm:
     ) -> None:
         from cpo_pipe.data.models.end_tokens import end_tokens
         from cpo_pipe.data.models.locate import locate_model
-        from cpo_pipe.pipeline.engines.base import EngineWork, LazyEngine
+        from cpo_pipe.pipeline.samples import EngineWork, LazyEngine
 
         folder, url = vllm_server
         tokenizer, table = TokenizerFiles(folder, "tiny"), examples(8)

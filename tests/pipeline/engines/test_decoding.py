@@ -18,11 +18,11 @@ from transformers import (
 )
 
 from cpo_pipe.data.models.locate import locate_model
-from cpo_pipe.data.models.model import Model
 from cpo_pipe.data.store import Store
-from cpo_pipe.pipeline.engines import base, transformers
-from cpo_pipe.pipeline.engines.base import LazyEngine, Request, Sampling
-from cpo_pipe.pipeline.engines.transformers import SeededChoice, TransformersEngine
+from cpo_pipe.pipeline.engines import transformers
+from cpo_pipe.pipeline.engines.base import Request, Sampling
+from cpo_pipe.pipeline.engines.decoding import SeededChoice
+from cpo_pipe.pipeline.engines.transformers import TransformersEngine
 from tests.support.answers import answers
 from tests.support.architectures import make, openai_gpt
 
@@ -178,7 +178,7 @@ def test_beam_search_is_that_of_transformers(
     assert assert_search_is_that_of_transformers(engine, folder, searching(beams, stop_ids=())) == {"length"}
     monkeypatch.setattr(transformers, "BATCH_TOKENS", 100)
     rows: list[int] = []
-    engine._model.get_input_embeddings().register_forward_hook(
+    engine._decoder.model.get_input_embeddings().register_forward_hook(
         lambda _module, inputs, _output: rows.append(len(inputs[0]))
     )
     assert_search_is_that_of_transformers(engine, folder, searching(beams))
@@ -216,30 +216,3 @@ def test_beam_search_has_one_answer(open_: Callable[[Path], TransformersEngine],
         answers(open_(tiny_model), [Request(PROMPT, 2, 0)], searching())
     with pytest.raises(AssertionError):
         sampling(beams=2)
-
-
-class Sampler:
-    """Stands in for an engine without beam search."""
-
-    description, searches = "sampler", False
-
-
-def test_an_engine_without_beam_search_gives_way_to_transformers(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
-    model = locate_model(str(tiny_model), Store(tmp_path / "store"))
-    open_engine, opened = base.open_engine, []
-
-    def opening(choice: str, model: Model, context: int | None, searches: bool) -> Any:
-        opened.append(searches)
-        return open_engine(choice, model, context, searches) if searches else Sampler()
-
-    monkeypatch.setattr(base, "open_engine", opening)
-    engine = LazyEngine("auto", model)
-    assert isinstance(engine(sampling()), Sampler)
-    search = engine(searching())
-    assert isinstance(search, TransformersEngine)
-    assert "engine: transformers (beam search)" in caplog.text
-    assert engine(sampling()) is engine(searching()) is search
-    assert opened == [False, True]

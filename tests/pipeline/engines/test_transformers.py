@@ -14,7 +14,8 @@ from cpo_pipe.data.models.model import Model
 from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline.engines import transformers
 from cpo_pipe.pipeline.engines.base import Request, Sample, Sampling, check_context
-from cpo_pipe.pipeline.engines.transformers import PLAIN, TransformersEngine, Way
+from cpo_pipe.pipeline.engines.decoding import PLAIN, Way
+from cpo_pipe.pipeline.engines.transformers import TransformersEngine
 from tests.support.answers import answers
 from tests.support.architectures import VOCABULARY, each, make, openai_gpt
 
@@ -42,12 +43,12 @@ def llama(tiny_model: Path, tmp_path: Path) -> Model:
 
 def plainly(engine: TransformersEngine, requests: list[Request], sampling: Sampling = SAMPLING) -> list[list[Sample]]:
     """One row at a time, its prompt computed anew."""
-    way, engine._way = engine._way, PLAIN
+    way, engine._decoder.way = engine._decoder.way, PLAIN
     samples = [
         [answers(engine, [Request(request.prompt_ids, 1, request.seed + k)], sampling)[0][0] for k in range(request.n)]
         for request in requests
     ]
-    engine._way = way
+    engine._decoder.way = way
     return samples
 
 
@@ -63,7 +64,7 @@ def test_samples_are_those_of_rows_computed_alone(
     open_: Callable[[PreTrainedModel], TransformersEngine], name: str
 ) -> None:
     engine = open_(make(name))
-    assert engine._way == (ONE_LENGTH if name == "Mamba (state space)" else FASTEST)
+    assert engine._decoder.way == (ONE_LENGTH if name == "Mamba (state space)" else FASTEST)
     found = answers(engine, REQUESTS, SAMPLING)
     assert_same(found, plainly(engine, REQUESTS))
 
@@ -73,7 +74,7 @@ def test_a_model_without_a_cache_goes_the_plain_way_and_says_why(
 ) -> None:
     caplog.set_level("INFO")
     engine = open_(openai_gpt())
-    assert engine._way == PLAIN
+    assert engine._decoder.way == PLAIN
     assert "every sample computes its own prompt" in caplog.text
     assert "not used by the model: ['past_key_values']" in caplog.text
     assert_same(answers(engine, REQUESTS, SAMPLING), plainly(engine, REQUESTS))
@@ -85,14 +86,14 @@ def test_a_cache_that_is_copied_wrongly_is_not_shared(
     caplog.set_level("INFO")
     copy = DynamicCache.reorder_cache
     monkeypatch.setattr(DynamicCache, "reorder_cache", lambda cache, rows: copy(cache, torch.zeros_like(rows)))
-    assert TransformersEngine(llama)._way != FASTEST
+    assert TransformersEngine(llama)._decoder.way != FASTEST
     assert "otherwise log-probs were wrong by" in caplog.text
 
 
 def test_a_prompt_is_computed_once_and_rows_that_ended_no_more(llama: Model) -> None:
     engine, prompt, n = TransformersEngine(llama), [*range(5, 45)], 11
     steps: list[tuple[int, ...]] = []
-    hook = engine._model.get_input_embeddings().register_forward_hook(
+    hook = engine._decoder.model.get_input_embeddings().register_forward_hook(
         lambda _module, inputs, _output: steps.append(tuple(inputs[0].shape))
     )
     endless = Sampling(temperature=1.0, top_k=50, max_new_tokens=20, stop_ids=())
@@ -112,7 +113,7 @@ def test_rows_side_by_side_are_bounded_and_change_nothing(llama: Model, monkeypa
     at_once = answers(engine, REQUESTS, SAMPLING)
     monkeypatch.setattr(transformers, "BATCH_TOKENS", 100)
     sizes: list[int] = []
-    engine._model.get_input_embeddings().register_forward_hook(
+    engine._decoder.model.get_input_embeddings().register_forward_hook(
         lambda _module, inputs, _output: sizes.append(len(inputs[0]))
     )
     assert_same(answers(engine, REQUESTS, SAMPLING), at_once)

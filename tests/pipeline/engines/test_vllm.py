@@ -20,13 +20,15 @@ from cpo_pipe.data.store import Store
 from cpo_pipe.eval.judges import local
 from cpo_pipe.eval.judges.base import Judgement, Pair, Verdict
 from cpo_pipe.eval.judging import make_verdicts, unjudged
-from cpo_pipe.pipeline.engines import base
-from cpo_pipe.pipeline.engines.base import EngineWork, LazyEngine, Request, Sampling, open_engine
+from cpo_pipe.pipeline.engines.base import Request, Sampling
+from cpo_pipe.pipeline.engines.registry import ENGINES, choose_engine
+from cpo_pipe.pipeline.engines.transformers import TransformersEngine
+from cpo_pipe.pipeline.engines.vllm import VllmEngine
 from cpo_pipe.pipeline.negatives.config import Negatives
 from cpo_pipe.pipeline.negatives.generate import generate_negatives, plan_negatives
 from cpo_pipe.pipeline.prepare.pairs import Pairs
 from cpo_pipe.pipeline.prepare.prepare import prepare
-from cpo_pipe.pipeline.samples import SampleRequest, make_missing
+from cpo_pipe.pipeline.samples import EngineWork, LazyEngine, SampleRequest, make_missing
 from tests.support.answers import answers
 from tests.support.damage import rot
 from tests.support.model_judges import Bench, case
@@ -46,8 +48,6 @@ Tokens = list[list[list[int]]]
 
 
 def test_damaged_weights_are_not_loaded(tmp_path: Path) -> None:
-    from cpo_pipe.pipeline.engines.vllm import VllmEngine
-
     folder = make_model(tmp_path / "model")
     rot(folder / "model.safetensors", tmp_path / "store")
     with pytest.raises(RunError, match=r"model\.safetensors: damaged"):
@@ -63,8 +63,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 @pytest.fixture(scope="module")
 def tokens(model: Model) -> Tokens:
     """What a call with all requests samples."""
-    from cpo_pipe.pipeline.engines.vllm import VllmEngine
-
     return [[sample.token_ids for sample in answer] for answer in answers(VllmEngine(model), REQUESTS, SAMPLING)]
 
 
@@ -75,7 +73,7 @@ def test_samples_and_logprobs(model: Model, tokens: Tokens, caplog: pytest.LogCa
     from cpo_pipe.trainer.scoring.scorer import Scorer
 
     caplog.set_level("INFO")
-    engine = open_engine("auto", model)
+    engine = choose_engine("auto", model)(model)
     assert "engine: vllm" in caplog.text
     samples = [answers(engine, [request], SAMPLING)[0] for request in REQUESTS[::-1]][::-1]
     assert tokens == [[s.token_ids for s in answer] for answer in samples], "one by one, the last first"
@@ -105,8 +103,6 @@ def test_top_p_is_that_of_the_filters_of_transformers(model: Model) -> None:
         TopPLogitsWarper,
     )
 
-    from cpo_pipe.pipeline.engines.vllm import VllmEngine
-
     draws, ids = 2000, torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(model.path).eval()(ids).logits[:, -1]
@@ -132,13 +128,16 @@ def test_beam_search_is_that_of_transformers_once_vllm_is_gone(
     source = str(write_jsonl(tmp_path / "rows.jsonl", pairs(5)))
     examples = prepare(Pairs(source=source, tokenizer=str(model.path), test=1), store)
     selection = examples.read("train")
-    open_transformers = base._transformers
     there: list[bool] = []
-    monkeypatch.setattr(
-        base,
-        "_transformers",
-        lambda model: [there.append(torch.distributed.is_initialized()), open_transformers(model)][1],
-    )
+
+    class Recorded(TransformersEngine):
+        """transformers, which notes whether vLLM is still there when it is loaded."""
+
+        def __init__(self, model: Model, context: int | None = None):
+            there.append(torch.distributed.is_initialized())
+            super().__init__(model, context)
+
+    monkeypatch.setitem(ENGINES.entries, "transformers", Recorded)
     engine = LazyEngine("auto", model, 60)
     for sampling, name in ((SAMPLING, "vllm"), (replace(SAMPLING, temperature=0, beams=3), "transformers")):
         rows = store.rows("generations", {"sampling": sampling.spec()})
@@ -150,8 +149,6 @@ def test_beam_search_is_that_of_transformers_once_vllm_is_gone(
 
 
 def test_answers_come_as_they_are_ready_and_may_be_given_up(model: Model, tokens: Tokens) -> None:
-    from cpo_pipe.pipeline.engines.vllm import VllmEngine
-
     engine = VllmEngine(model)
     answering = engine.generate(REQUESTS * 40, SAMPLING)  # more samples than vLLM has under way
     place, samples = next(answering)
@@ -165,8 +162,6 @@ def test_answers_come_as_they_are_ready_and_may_be_given_up(model: Model, tokens
 def test_samples_share_whole_blocks_of_their_prompt(model: Model) -> None:
     from vllm import SamplingParams, TokensPrompt
 
-    from cpo_pipe.pipeline.engines.vllm import VllmEngine
-
     engine = VllmEngine(model, context=len(LONG) + 1)
     (answer,) = engine._llm.generate(
         TokensPrompt(prompt_token_ids=LONG), SamplingParams(n=11, max_tokens=1, detokenize=False), use_tqdm=False
@@ -177,15 +172,16 @@ def test_samples_share_whole_blocks_of_their_prompt(model: Model) -> None:
 FRESH = """\
 import gc, json, sys
 from pathlib import Path
-from cpo_pipe.pipeline.engines.vllm import VllmEngine  # first: torch reads its environment when it is imported
+from cpo_pipe.pipeline.engines.vllm import VllmEngine
 from cpo_pipe.data.models.locate import locate_model
 from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline.engines.base import Request
 from tests.support.answers import answers
 from tests.support.vllm import REQUESTS, SAMPLING
-import torch
+assert "torch" not in sys.modules, "vLLM is imported first: torch reads its environment when it is imported"
 engine = VllmEngine(locate_model(sys.argv[1], Store(Path(sys.argv[2]))), context=60)
 samples = [[sample.token_ids for sample in answer] for answer in answers(engine, REQUESTS, SAMPLING)]
+import torch
 during = torch.distributed.is_initialized()
 del engine
 torch.set_num_threads(3)
@@ -208,11 +204,12 @@ import sys
 from pathlib import Path
 from cpo_pipe.data.models.locate import locate_model
 from cpo_pipe.data.store import Store
-from cpo_pipe.pipeline.engines.base import open_engine
+from cpo_pipe.pipeline.engines.registry import choose_engine
 from tests.support.answers import answers
 from tests.support.vllm import REQUESTS, SAMPLING
 def sample():
-    engine = open_engine("vllm", locate_model(sys.argv[1], Store(Path(sys.argv[2]))), 60)  # imports vLLM
+    model = locate_model(sys.argv[1], Store(Path(sys.argv[2])))
+    engine = choose_engine("vllm", model)(model, 60)  # imports vLLM
     return answers(engine, REQUESTS, SAMPLING)
 sample()
 import torch
@@ -248,10 +245,8 @@ def test_neither_a_huge_context_nor_a_missing_tokenizer_nor_other_end_tokens_mat
 
 
 def test_a_model_without_attention_is_left_to_transformers(tmp_path: Path) -> None:
-    from cpo_pipe.pipeline.engines.vllm import unsupported
-
     folder = make_model(tmp_path / "mamba", architecture="mamba", hidden_size=64, num_hidden_layers=2, state_size=8)
-    why = unsupported(locate_model(str(folder), Store(tmp_path / "store")))
+    why = VllmEngine.unsupported(locate_model(str(folder), Store(tmp_path / "store")))
     assert why == "layers without attention on a CPU"
 
 

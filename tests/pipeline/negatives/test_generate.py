@@ -16,7 +16,8 @@ from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.execution.base import LocalExecutor
 from cpo_pipe.data.models.locate import locate_model
 from cpo_pipe.data.store import Store
-from cpo_pipe.pipeline.engines.base import Request, Sampling, open_engine
+from cpo_pipe.pipeline.engines.base import Request, Sampling
+from cpo_pipe.pipeline.engines.registry import choose_engine
 from cpo_pipe.pipeline.engines.transformers import TransformersEngine
 from cpo_pipe.pipeline.negatives.config import Negatives
 from cpo_pipe.pipeline.negatives.generate import Plan, generate_negatives, plan_negatives
@@ -195,5 +196,5 @@ def test_a_prompt_that_leaves_no_room_is_refused(workplace: Workplace) -> None:
 
 def test_auto_says_what_it_took(workplace: Workplace, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    open_engine("auto", locate_model(str(workplace.model), workplace.store))
+    choose_engine("auto", locate_model(str(workplace.model), workplace.store))
     assert "engine: " in caplog.text

@@ -23,7 +23,7 @@ from cpo_pipe.data.models.end_tokens import end_tokens
 from cpo_pipe.data.models.locate import locate_model
 from cpo_pipe.data.models.tokenizer import TokenizerFiles, locate_tokenizer
 from cpo_pipe.data.store import Store
-from cpo_pipe.pipeline.engines.base import LazyEngine, Sampling
+from cpo_pipe.pipeline.engines.base import Sampling
 from cpo_pipe.pipeline.negatives.config import Negatives
 from cpo_pipe.pipeline.negatives.generate import plan_negatives
 from cpo_pipe.pipeline.negatives.pool import (
@@ -39,7 +39,7 @@ from cpo_pipe.pipeline.negatives.pool import (
 from cpo_pipe.pipeline.negatives.pool_file import Columns, PoolFile
 from cpo_pipe.pipeline.prepare.pairs import Pairs
 from cpo_pipe.pipeline.prepare.prepare import prepare
-from cpo_pipe.pipeline.samples import SampleRequest, make_missing
+from cpo_pipe.pipeline.samples import LazyEngine, SampleRequest, make_missing
 from tests.support.pairs import write_jsonl
 from tests.support.project import Project
 

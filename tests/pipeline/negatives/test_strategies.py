@@ -19,10 +19,12 @@ from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline.negatives.batch import Draw
 from cpo_pipe.pipeline.negatives.config import Negatives
 from cpo_pipe.pipeline.negatives.generate import Plan, generate_negatives, plan_negatives
-from cpo_pipe.pipeline.negatives.meanfield import redraw, target_logits
+from cpo_pipe.pipeline.negatives.meanfield import redraw
 from cpo_pipe.pipeline.negatives.truncation import cuts
 from cpo_pipe.pipeline.prepare.pairs import Pairs
 from cpo_pipe.pipeline.prepare.prepare import prepare
+from cpo_pipe.trainer.scoring.head import Head
+from cpo_pipe.trainer.scoring.scorer import Scorer
 from tests.support.negatives import negatives_section
 from tests.support.pairs import pairs, write_jsonl
 
@@ -188,7 +190,8 @@ def test_draws_follow_the_models_own_distribution(new_model: Callable[..., Path]
     model = AutoModelForCausalLM.from_pretrained(new_model(architecture=architecture, initializer_range=0.08)).eval()
     prompt, target = [5, 6, 7], [20, 30, 40, 50]
     # A shorter row beside it, so that there is padding.
-    logits = target_logits(model, [[9], prompt], [[8], target])[1]
+    scorer = Scorer(model)
+    _, logits = scorer.logits(scorer.pack([([9], [[8]]), (prompt, [target])]))
     with torch.no_grad():
         expected = model(torch.tensor([prompt + target])).logits[0, 2:6]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
@@ -219,10 +222,35 @@ def test_draws_follow_the_models_own_distribution(new_model: Callable[..., Path]
     assert min(places.values()) > 0.8 * max(places.values()), "each place as often as the others, but for no change"
 
 
+@pytest.mark.parametrize("refused", [False, True])
+def test_draws_do_not_depend_on_the_forward_passes_or_the_backend(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refused: bool
+) -> None:
+    caplog.set_level("INFO")
+    together = bench.rows({"meanfield": 3}, corruption_rate=0.5)
+    assert "attention backend padded" in caplog.text
+    if refused:
+        monkeypatch.setattr(Head, "of", lambda _: Head(2.0, None))  # `padded` computes other log-probs than the model
+    else:
+        monkeypatch.setattr("cpo_pipe.pipeline.negatives.meanfield.LOGITS", 1)  # one example at a time
+    caplog.clear()
+    other = Bench(tmp_path / "other", bench.model).rows({"meanfield": 3}, corruption_rate=0.5)
+    assert f"attention backend {'plain' if refused else 'padded'}" in caplog.text
+    assert other == together
+
+
 def test_two_samples_of_one_forward_pass_have_draws_of_their_own(bench: Bench) -> None:
     rows = bench.rows({"meanfield": 6}, corruption_rate=1.0)
     assert all(len({tuple(row["token_ids"]) for row in samples}) == 6 for samples in rows.values())
     assert all(row["seed"] == row_seed(0, key) + row["sample_index"] for key, found in rows.items() for row in found)
+
+
+def test_a_context_too_short_for_a_target_is_refused(bench: Bench, new_model: Callable[..., Path]) -> None:
+    bench.model = new_model(max_position_embeddings=8)
+    with pytest.raises(
+        InputError, match=r"negatives\.sources\.meanfield\.model: the longest prompt and target .* context of .* is 8 "
+    ):
+        bench.negatives({"meanfield": 1})
 
 
 # ── the recipe ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -71,7 +71,9 @@ NEGATIVES = pa.schema(
             nullable=True,
         ),
         _SEED,
-        _column("generator", pa.string(), "fingerprint of the model, API or file it came from, if any", nullable=True),
+        _column(
+            "generator", pa.string(), "fingerprint of the model, API or file that it is from, if any", nullable=True
+        ),
         _column("engine", pa.string(), "provenance, not identity: engine, version, dtype", nullable=True),
     ]
 )
@@ -135,7 +137,7 @@ VERDICTS = pa.schema(
         _column("order", pa.string(), "`ab`: A was shown first; judges that see no order always say `ab`"),
         _column("winner", pa.string(), "`a`, `b` or `tie`"),
         _column("p_a", pa.float64(), "the judge's probability that A is better, where it gives one", nullable=True),
-        _column("raw", pa.string(), "what the judge said or measured, as JSON"),
+        _column("raw", pa.string(), "the judge's answer or measurements, as JSON"),
     ]
 )
 
@@ -153,7 +155,7 @@ METRICS = pa.schema(
 
 REJECTED = pa.schema(
     [
-        _column("source", pa.string(), "where the refused row stands: `file:row`, or `strategy:sample_index`"),
+        _column("source", pa.string(), "place of the refused row: `file:row`, or `strategy:sample_index`"),
         _column("example_id", pa.string(), "its example, where it has one", nullable=True),
         _column("reason", pa.string(), "the rule that refused it"),
         _column("detail", pa.string(), "the value that broke the rule, cut to 200 characters"),

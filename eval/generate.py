@@ -189,7 +189,7 @@ def outputs_table(example_ids: Sequence[str], outputs: Sequence[tuple[tuple[str,
 
 
 def refusal_note(generation: Generation, selection: pa.Table) -> str | None:
-    """Return a sentence on the outputs that an API refused; None if there are none."""
+    """Return a sentence on the outputs that an API refused; None if it refused none."""
     if generation.refused is None:
         return None
     refused = generation.refused.read(selection["example_id"].to_pylist(), ["example_id", "source", "reason"])

@@ -68,17 +68,13 @@ def make_missing(
     Returns:
         The number of samples that were missing.
     """
-    ids = examples["example_id"]
-    made = 0
 
     def make(missing: NDArray[np.bool_]) -> None:
-        nonlocal made
-        made = int(missing.sum())
-        executor.run(work, _batches(examples, missing, batch_size), label, made)
+        executor.run(work, _batches(examples, missing, batch_size), label, int(missing.sum()))
 
     outputs = [request.rows] if request.refused is None else [request.rows, request.refused]
-    locks.make_missing(lambda: request.missing(ids), make, *outputs)
-    return made
+    made = locks.make_missing(lambda: request.missing(examples["example_id"]), make, *outputs)
+    return 0 if made is None else int(made.sum())
 
 
 def _batches(examples: pa.Table, missing: NDArray[np.bool_], size: int) -> Iterator[pa.Table]:

@@ -19,6 +19,7 @@ from cpo_pipe.data.models.end_tokens import end_tokens
 from cpo_pipe.data.models.model import Model, ScratchModel
 from cpo_pipe.data.models.tokenizer import TokenizerFiles
 from cpo_pipe.data.store import Artifact, Rows, Store
+from cpo_pipe.trainer.distributed import make_missing
 from cpo_pipe.trainer.objectives.base import Training
 from cpo_pipe.trainer.objectives.preference import PreferenceTraining
 
@@ -107,31 +108,22 @@ def train(
     Raises:
         InputError: an example does not fit into the model's context, or nothing is left to train on.
         RunError: the loss is not finite, or step 0 shows that policy and reference are not computed alike.
-        Stopped: a signal came; the state is saved, and the next call goes on.
+        Stopped: a signal arrived; the state is saved, and the next call goes on.
     """
     artifact = checkpoint(store, training_spec(config, inputs))
-    if not _agreed(artifact.complete()):
-        with artifact.lock() if processes.is_main() else nullcontext():
-            if not _agreed(artifact.complete()):  # again: another process may have made it meanwhile
-                from cpo_pipe.trainer.accelerator import new_accelerator
 
-                accelerator = new_accelerator(name, config, log_dir)
-                with _table(name, config, inputs, artifact) as groups:
-                    _make(name, config, store, inputs, groups, artifact, accelerator, executor)
-                return artifact
-    if processes.is_main():  # of a training that was killed between its checkpoint and this
-        shutil.rmtree(artifact.in_progress, ignore_errors=True)
-    log.info("train %s: reused %s", name, artifact.name)
+    def make(_: bool) -> None:
+        from cpo_pipe.trainer.accelerator import new_accelerator
+
+        accelerator = new_accelerator(name, config, log_dir)
+        with _table(name, config, inputs, artifact) as groups:
+            _make(name, config, store, inputs, groups, artifact, accelerator, executor)
+
+    if not make_missing(lambda: not artifact.complete(), make, artifact):
+        if processes.is_main():  # of a training that was killed between its checkpoint and this
+            shutil.rmtree(artifact.in_progress, ignore_errors=True)
+        log.info("train %s: reused %s", name, artifact.name)
     return artifact
-
-
-def _agreed(answer: bool) -> bool:
-    """Return the main process's answer; a single process needs no torch for it."""
-    if processes.count() == 1:
-        return answer
-    from cpo_pipe.trainer.distributed import agreed
-
-    return agreed(answer)
 
 
 def _table(name: str, config: Training, inputs: Inputs, artifact: Artifact) -> AbstractContextManager[pa.Table]:

@@ -19,7 +19,7 @@ _UNLIKE = datetime(2001, 1, 2, 3, 4, 5), datetime(2022, 12, 30, 16, 17, 18)
 def chat_date(tokenizer: TokenizerFiles, store: Store) -> str | None:
     """Return the date (ISO 8601) to render a tokenizer's chat template with; None where it prints none.
 
-    It is the day on which the store first needed it, and stays: what is rendered later continues what is there.
+    It is the day on which the store first needed it. It does not change, so that later texts match the stored ones.
 
     Raises:
         InputError: the tokenizer cannot be loaded, or has no chat template after all.

@@ -125,7 +125,7 @@ def encode_as_text(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -
 def _encode_as_text(
     texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", tokens: Mapping[str, int]
 ) -> list[list[int]]:
-    # The unknown token stands for characters, too, unless it is one of the others.
+    # The unknown token also represents characters, unless it is one of the others.
     unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id, tokenizer.bos_token_id}
     control = set(tokens.values()) - unknown
     ids = _encode(texts, tokenizer, add_special_tokens=False)

@@ -69,11 +69,11 @@ class Source:
 
         Args:
             required: columns that must be there, by the key of `data.columns` that names them.
-            optional: further columns to read where they are there.
+            optional: further columns to read if they exist.
             limit: rows to read at most.
 
         Raises:
-            InputError: a required column is missing (JSONL: from every row), or there are no rows.
+            InputError: a required column is missing (JSONL: from every row), or the source has no rows.
         """
         columns: dict[str, None] = {}
         readable = refused = 0
@@ -101,7 +101,7 @@ class Source:
         return sum(1 for _ in self.rows({}, ()))
 
     def rows(self, required: Mapping[str, str], optional: Iterable[str]) -> Stream:
-        """Yield all rows, with the required columns and those of the optional ones that are there."""
+        """Yield all rows, with the required columns and the optional ones that exist."""
         wanted = [*required.values(), *optional]
         if self.kind in (".jsonl", ".csv", ".txt") and (content := other_content(Path(self.name))):
             raise InputError(f"data.source {self.name}: contains {content}; save it as text in UTF-8")
@@ -124,8 +124,10 @@ class Source:
     def _data_set(self) -> Any:
         import datasets
 
-        cache = None  # of a hub data set the library's own, which goes by the commit
-        if self.kind == "folder":  # there it goes by path and modification time, which a replaced file may keep
+        cache = None  # of a hub data set the library's own, which is keyed by the commit
+        if (
+            self.kind == "folder"
+        ):  # its cache there is keyed by path and modification time, which a replaced file may keep
             cache = Path(datasets.config.HF_DATASETS_CACHE) / "cpo-pipe" / digest(self._hashes(sha256_once))
         try:
             return datasets.load_dataset(

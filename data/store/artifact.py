@@ -14,7 +14,7 @@ from cpo_pipe.data.errors import RunError
 from cpo_pipe.data.fingerprint import FileHashes, Spec, sha256_once
 from cpo_pipe.data.store import atomic, checksums
 from cpo_pipe.data.store.folder import ArtifactFolder
-from cpo_pipe.data.store.locks import locked
+from cpo_pipe.data.store.locks import locked, make_missing
 from cpo_pipe.data.store.paths import reported
 from cpo_pipe.data.store.records import artifact_manifest, with_checksum
 
@@ -49,7 +49,7 @@ class Artifact:
         return content
 
     def complete(self) -> bool:
-        """Return whether it is there and undamaged; download it from a remote store if this machine lacks it."""
+        """Return whether it exists undamaged; download it from a remote store if this machine lacks it."""
         if self._remote is not None:
             return self._downloaded(self._remote)
         return self.path.exists() and self._is_undamaged()
@@ -67,7 +67,7 @@ class Artifact:
             return "manifest.json"
         owner = manifest.get("artifact") or self._folder.spec_owner() or self.name
         if owner != self.name:
-            return f"its files are those of {owner}"
+            return f"its files belong to {owner}"
         self._folder.repair_spec(self.spec)
         return next((name for name, sha256 in manifest["files"].items() if not self._is_valid(name, sha256)), None)
 
@@ -86,15 +86,15 @@ class Artifact:
         Returns:
             Whether this call made it.
         """
-        if self.complete():
-            return False
-        with self.lock():
-            if self.complete():  # another process made it while this one waited
-                return False
+
+        def make(_: bool) -> None:
             with self.create() as writer:
                 fill(writer)
-        self.complete()  # of a remote store: another machine may have been first
-        return True
+
+        made = make_missing(lambda: not self.complete(), make, self) is not None
+        if made:
+            self.complete()  # of a remote store: another machine may have been first
+        return made
 
     @contextmanager
     def lock(self) -> Iterator[None]:

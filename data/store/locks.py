@@ -2,10 +2,10 @@
 
 import errno
 import logging
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -14,11 +14,11 @@ from cpo_pipe.data.errors import InputError
 
 log = logging.getLogger(__name__)
 
-_Found = TypeVar("_Found", bound=Sized)
+_Found = TypeVar("_Found")
 
 
 class Lockable(Protocol):
-    """Rows, as `make_missing` sees them."""
+    """Rows or a directory artifact, as `make_missing` sees them."""
 
     def lock(self) -> AbstractContextManager[None]:
         """Hold while making what is missing."""
@@ -78,24 +78,29 @@ def try_lock(file: Path, *, make: bool) -> Iterator[bool]:
         lock.release()
 
 
-def make_missing(find: Callable[[], _Found], make: Callable[[_Found], None], *outputs: Lockable) -> None:
-    """Make missing rows once among all processes of a machine; take the locks only if something is missing.
+def make_missing(find: Callable[[], _Found], make: Callable[[_Found], None], *outputs: Lockable) -> _Found | None:
+    """Make what is missing once among all processes of a machine; take the locks only if something is missing.
 
     Args:
-        find: returns what is missing: a collection, or an array of flags. Asked again once the locks are held, because
-            another process may have made it meanwhile.
-        make: makes what is missing and appends it to `outputs`.
-        outputs: the tables to lock, in this order.
+        find: returns what is missing: a collection, an array of flags, or whether anything is. Asked again once the
+            locks are held, because another process may have made it meanwhile.
+        make: makes what is missing and records it in `outputs`.
+        outputs: the artifacts to lock, in this order.
+
+    Returns:
+        What this call has made; None if nothing was missing.
     """
     if not _any(find()):
-        return
+        return None
     with ExitStack() as stack:
-        for rows in outputs:
-            stack.enter_context(rows.lock())
+        for output in outputs:
+            stack.enter_context(output.lock())
         missing = find()
-        if _any(missing):
-            make(missing)
+        if not _any(missing):
+            return None
+        make(missing)
+        return missing
 
 
-def _any(found: Sized) -> bool:
-    return bool(found.any()) if isinstance(found, np.ndarray) else len(found) > 0
+def _any(found: Any) -> bool:
+    return bool(found.any() if isinstance(found, np.ndarray) else found)

@@ -173,7 +173,7 @@ class _RowMaker:
         return NewRows([refused, rows], len(rows) + len(refused))
 
     def _row(self, item: _Request, k: int, answer: Answer) -> dict[str, Any] | Refused:
-        """Return the row of sample k of an answer (NEGATIVES schema), or why there is none."""
+        """Return the row of sample k of an answer (NEGATIVES schema), or the reason why it is refused."""
         choice = answer.choices[k]
         if choice.refusal is not None:
             return choice.refusal
@@ -197,7 +197,7 @@ class _RowMaker:
         """Return the text, its token ids, and whether it ends there.
 
         A chat model's text does not continue the prompt directly: leading white space is replaced by the target's, and
-        trailing white space is removed. A completion is kept as it is.
+        trailing white space is removed. A completion is kept unchanged.
         """
         ends = not choice.cut
         if self._by_ids:

@@ -10,7 +10,7 @@ BATCH_TOKENS = 1 << 14
 
 
 class TransformersEngine(Engine):
-    """transformers, for every model and machine.
+    """transformers' `generate`, on any machine.
 
     Each row is sampled with its own seed.
     """

@@ -22,7 +22,7 @@ CPU_CACHE_BYTES = 1 << 30
 
 
 class VllmEngine(LogprobEngine):
-    """vLLM in this process, the fastest on a GPU.
+    """vLLM in this process, for speed on a GPU.
 
     Sample k of a request uses seed + k (vLLM's own rule), and prompts are token ids.
     """

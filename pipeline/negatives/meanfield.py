@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # torch is imported only when there is something to make
     from cpo_pipe.trainer.scoring.attention import AttentionBackend
 
 LOGITS = 1 << 27
-"""Most logits in memory at once."""
+"""The most logits in memory at a time."""
 BACKENDS: "tuple[AttentionBackend, ...]" = ("padded", "plain")
 """The attention backends that may be used: those whose logits come from the model's own forward pass."""
 

@@ -79,7 +79,9 @@ class PoolFile:
         if self.sha256(sha256_once) != sha256:
             for file in self._folder() if self.path.is_dir() else [self.path]:
                 distrust(file)
-            raise self.error("has changed since it was hashed; restore it, or run the command again to use it as it is")
+            raise self.error(
+                "has changed since it was hashed; restore it, or run the command again to use its new content"
+            )
 
     def _folder(self) -> list[Path]:
         """Return the Parquet files of a folder and its subfolders, such as a data set of the hub."""
@@ -110,7 +112,7 @@ class PoolFile:
         """
         for _, row in self._rows():
             return "example_id" if "example_id" in row else "prompt"
-        raise self.error("there are no rows in it")
+        raise self.error("has no rows; give a file with rows")
 
     def continuations(self, key: str) -> Iterator[tuple[str, str]]:
         """Yield the key (a value of `match_column`) and the text of each continuation, in the order of the file.

@@ -134,7 +134,7 @@ class Data(Section):
         """Return what rows are read from.
 
         Raises:
-            InputError: there is no such source.
+            InputError: the source does not exist.
         """
         assert self.source is not None  # validated
         return locate_source(self.source, self.subset, self.source_split, self.revision)

@@ -55,7 +55,7 @@ class Pairs(Data):
     system: str | None = Field(None, description="system message of conversations that have none")
     template: str | None = Field(
         None,
-        description="`plain` (the prompt as it is), `dolly`, `chat` (the tokenizer's own), or a text with {prompt}; "
+        description="`plain` (the prompt unchanged), `dolly`, `chat` (the tokenizer's own), or a text with {prompt}; "
         "default: chat for conversations, otherwise plain",
     )
     chat_template_kwargs: dict[str, Any] = Field(

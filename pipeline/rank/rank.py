@@ -95,7 +95,7 @@ class GroupWork(Work):
 
     @property
     def outputs(self) -> list[Rows]:
-        """The reasons are recorded before the groups: a group that is there has its reasons."""
+        """The reasons are recorded before the groups, so that each recorded group has its reasons."""
         return [self.dropped, self.groups]
 
     def open(self) -> Make:

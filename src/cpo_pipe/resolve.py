@@ -154,7 +154,7 @@ class Resolver:
         return Inputs(examples.tokenizer, init, selection, groups, reference, strengths, examples.end_tokens)
 
     def finished_trainings(self) -> dict[str, Model]:
-        """Return the checkpoints that are there, by training."""
+        """Return the checkpoints that exist, by training."""
         finished = {}
         for name in self.recipe.training_order():
             with suppress(MissingInput):
@@ -162,7 +162,7 @@ class Resolver:
         return finished
 
     def reference_logprobs(self) -> Rows | None:
-        """Return the log-probs under the first training's reference model that is there, made or not."""
+        """Return the log-probs under the first training's reference model that exists, made or not."""
         for training in self.recipe.train.values():
             if isinstance(training, ReferenceTraining):
                 with suppress(MissingInput):
@@ -183,7 +183,7 @@ class Resolver:
 
         Raises:
             MissingInput: the training is not done.
-            InputError: there is no such model, or it does not know the examples' token ids.
+            InputError: the model does not exist, or it does not know the examples' token ids.
         """
         if name not in self._models:
             self._models[name] = self._find_model(name)

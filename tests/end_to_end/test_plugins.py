@@ -12,12 +12,15 @@ from tests.support.project import Project
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guide"
 MODULES = {
+    "negatives": "my_engines",
     "custom-strategy": "my_strategies",
     "custom-objective": "ipo",
     "custom-ranker": "my_rankers",
     "custom-judge": "my_judges",
 }
 SETTINGS = [
+    "negatives.sources.autoregressive.engine='my_engines:Loop'",
+    "evaluate.engine='my_engines:Loop'",
     "negatives.sources.shuffled={strategy: 'my_strategies:Shuffled', count: 2}",
     "train.own={init: start, reference: start, objective: 'ipo:IPO', tau: 0.5, max_steps: 2, batch_size: 4}",
     "rank={by: 'my_rankers:Overlap', words: false}",
@@ -45,13 +48,22 @@ def test_own_blocks_go_from_the_recipe_to_report_card_and_export(
             shared = SequenceMatcher(None, row["text"], target["text"]).ratio()
             assert row["similarity"] == pytest.approx(shared), "Overlap by characters: its setting arrived"
 
+    for kind in ("negatives", "generations"):
+        shards = [pq.read_table(path) for path in (project.store / kind).glob("*/shards/*")]
+        engines = {engine for shard in shards for engine in shard["engine"].to_pylist()}
+        assert engines - {None} == {"loop, float32"}, kind
+    artifacts = sorted((project.store / "negatives").iterdir())
+    again = project.cli("generate-negatives", "tiny.yaml", *options[2:])
+    assert "(0 made, 48 reused)" in again.err, "other engines find the rows"
+    assert sorted((project.store / "negatives").iterdir()) == artifacts
+
     folder = project.root / "runs" / "tiny"
     metrics = {(row["system"], row["metric"]) for row in pq.read_table(folder / "metrics.parquet").to_pylist()}
     assert {("own", "topic coverage"), ("own", "topic win rate")} <= metrics
     specs = [json.loads(path.read_text(encoding="utf-8")) for path in project.store.glob("verdicts/*/spec.json")]
     assert [spec["min_letters"] for spec in specs] == [2]
     report = (folder / "report.html").read_text(encoding="utf-8")
-    for name in ("shuffled", "ipo:IPO", "my_rankers:Overlap", "topic coverage"):
+    for name in ("my_engines:Loop", "shuffled", "ipo:IPO", "my_rankers:Overlap", "topic coverage"):
         assert name in report, name
 
     cards = [path.read_text(encoding="utf-8") for path in (project.store / "checkpoints").glob("*/README.md")]

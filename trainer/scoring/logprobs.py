@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from cpo_pipe.data.execution import processes
 from cpo_pipe.data.execution.base import Executor, LocalExecutor, Make, NewRows, Work
 from cpo_pipe.data.models.model import Model, logprob_rows
 from cpo_pipe.data.store import Rows, Store
-from cpo_pipe.trainer.distributed import join, share, wait
+from cpo_pipe.trainer.distributed import join, make_missing, share
 from cpo_pipe.trainer.scoring.attention import AttentionBackend
 from cpo_pipe.trainer.scoring.batching import micro_batches
 from cpo_pipe.trainer.scoring.dropout import remove_dropout
@@ -77,22 +76,18 @@ def cached_logprobs(
         RunError: a log-prob is not finite.
     """
     rows = logprob_rows(store, model, dtype)
-    if processes.count() == 1 and not _missing(rows, groups).any():
-        return rows
-    with rows.lock() if processes.is_main() else nullcontext():
-        wait()
-        missing_C = _missing(rows, groups)
-        wait()  # all processes have looked before one writes
-        if missing_C.any():
-            probes = select_probes(groups, missing_C)
-            work = LogprobWork(rows, model, dtype, attention, micro_batch_tokens, probes, logits_mb)
-            lengths = Lengths.of(groups)
-            mine_G = np.zeros(groups.num_rows, np.bool_)
-            mine_G[share(np.flatnonzero(np.logical_or.reduceat(missing_C, lengths.bounds()[:-1])))] = True
-            items = _items(groups, missing_C & np.repeat(mine_G, lengths.size_G), lengths.bounds())
-            where = executor if processes.count() == 1 else LocalExecutor()
-            where.run(work, items, f"log-probs of {model.name}", int(mine_G.sum()))
-        wait()
+
+    def make(missing_C: Flags) -> None:
+        probes = select_probes(groups, missing_C)
+        work = LogprobWork(rows, model, dtype, attention, micro_batch_tokens, probes, logits_mb)
+        lengths = Lengths.of(groups)
+        mine_G = np.zeros(groups.num_rows, np.bool_)
+        mine_G[share(np.flatnonzero(np.logical_or.reduceat(missing_C, lengths.bounds()[:-1])))] = True
+        items = _items(groups, missing_C & np.repeat(mine_G, lengths.size_G), lengths.bounds())
+        where = executor if processes.count() == 1 else LocalExecutor()
+        where.run(work, items, f"log-probs of {model.name}", int(mine_G.sum()))
+
+    make_missing(lambda: _missing(rows, groups), make, rows)
     return rows
 
 

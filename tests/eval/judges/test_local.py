@@ -3,18 +3,24 @@
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.models.control_tokens import control_tokens
+from cpo_pipe.data.models.model import Model
 from cpo_pipe.eval.judges.base import Case, Pair
+from cpo_pipe.eval.judges.local import Local
 from cpo_pipe.eval.judges.query import Query
+from cpo_pipe.pipeline.engines.base import LogprobEngine, Request, Sample, Sampling
+from cpo_pipe.pipeline.engines.registry import ENGINES
+from cpo_pipe.pipeline.engines.transformers import TransformersEngine
 from tests.support.model_judges import TEMPLATE, Bench, case
 
 
@@ -300,6 +306,57 @@ def test_a_letter_has_no_more_chances_than_the_other(
 def test_the_engine_is_no_identity(bench: Bench) -> None:
     specs = [bench.local(engine=engine).spec() for engine in ("auto", "vllm", "transformers")]
     assert specs == [specs[0]] * 3
+
+
+class Own(LogprobEngine):
+    """A forward pass for each query."""
+
+    description = "own, float32"
+
+    def __init__(self, model: Model, context: int | None = None):
+        self.network = model.load(torch.float32).eval()
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
+        raise NotImplementedError
+
+    def next_logprobs(
+        self, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[int, list[float]]]:
+        for place, prompt in reversed(list(enumerate(prompts))):
+            with torch.no_grad():
+                logprobs = self.network(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+            yield place, logprobs[tokens[place]].tolist()
+
+
+def test_verdicts_of_an_own_engine_are_those_of_transformers(
+    tmp_path: Path, new_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ENGINES.entries, "own", Own)
+    folder = new_model(vocab_size=310)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([" A", " B"])
+    tokenizer.save_pretrained(folder)
+    pairs = [Pair(case(k), f" the dog {k}", " the fox") for k in range(3)]
+    bench, other = Bench(tmp_path / "a", folder), Bench(tmp_path / "b", folder)
+    found, expected = bench.judged(bench.local(engine="own"), pairs), other.judged(other.local(), pairs)
+    assert (bench.scored, other.scored) == ([], [6])
+    for one, same in zip(found, expected, strict=True):
+        for order, verdict in one.by_order.items():
+            assert verdict.raw["engine"] == "own, float32"
+            assert verdict.p_a == pytest.approx(same.by_order[order].p_a, abs=1e-5)
+    assert bench.judged(bench.local(), pairs) == found
+    assert bench.scored == [], "transformers finds what another engine judged"
+
+
+def test_an_engine_without_next_token_logprobs_is_refused_with_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENGINES.entries, "own", Own)
+    monkeypatch.setitem(ENGINES.entries, "plain", TransformersEngine)
+    for name in ("auto", "vllm", "transformers", "own"):
+        assert Local(model="m", engine=name).engine == name
+    with pytest.raises(
+        ValidationError, match=r"plain gives no next-token log-probs .* choose from auto, vllm, transfo"
+    ):
+        Local(model="m", engine="plain")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")

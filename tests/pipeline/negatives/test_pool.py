@@ -365,7 +365,7 @@ BAD = {
     "compressed": (b"\x1f\x8b\x08\x00", "contains gzip; save it as text in UTF-8"),
     "UTF-16": ('{"prompt": "say 1", "text": "a"}'.encode("utf-16"), "contains UTF-16; save it as text in UTF-8"),
     "a list that is not UTF-8": (bad_list(), "row 2: 'text' is not UTF-8", "pool.parquet"),
-    "empty": ("\n", "there are no rows in it"),
+    "empty": ("\n", "has no rows; give a file with rows"),
     "others": (
         '{"prompt": "Say 1", "text": "a"}',
         "has none of the examples' 6 prompts; there is 'Say 1', the first example has 'say ",

@@ -61,7 +61,7 @@ class MeanField(Strategy):
                 f"{model.name} is {context} tokens; lower data.max_prompt_tokens and data.max_target_tokens (of cut "
                 "text data.chunk_tokens), or name a model with a longer context"
             )
-        ends = end_tokens(model.path, tokenizer)
+        ends = end_tokens(model.path, tokenizer, inputs.examples.end_tokens)
         spec = meanfield_spec(inputs.examples.rendering, model.fingerprint, self.corruption_rate, ends, inputs.seed)
         rows = inputs.rows(spec)
         probes = select_probes(groups)

@@ -28,10 +28,10 @@ from cpo_pipe.pipeline.engines.base import Sampling
 from cpo_pipe.pipeline.negatives.config import Negatives
 from cpo_pipe.pipeline.negatives.generate import plan_negatives
 from cpo_pipe.pipeline.negatives.pool import (
+    ContinuationEncoder,
     Pool,
     PoolFileWork,
     PoolModelWork,
-    as_targets,
     other_tokenizer,
     pool_file_spec,
     pool_model_spec,
@@ -44,6 +44,8 @@ from cpo_pipe.pipeline.samples import LazyEngine, SampleRequest, make_missing
 from tests.support.pairs import write_jsonl
 from tests.support.project import Project
 
+CUT_EXAMPLE = {"ends": False}
+"""An example whose target has no end token."""
 PAIRS = [{"prompt": f"say {n}", "target": f" fox {n}"} for n in range(6)]
 
 
@@ -73,8 +75,9 @@ class Bench:
         )
         selection = self.selection.select(["example_id", "prompt"])
         work = PoolFileWork(
-            self.rows, self.refused, file, identity, selection, count, self.examples.tokenizer, max_tokens
-        )
+            self.rows, self.refused, file, identity, selection, count, self.examples.tokenizer, self.examples.rendering,
+            max_tokens,
+        )  # fmt: skip
         return self._made(work, count)
 
     def from_model(
@@ -94,7 +97,7 @@ class Bench:
             self.refused,
             LazyEngine("transformers", model),
             own,
-            template,
+            {"template": template},
             sampling,
             seed,
             self.examples.tokenizer,
@@ -560,9 +563,11 @@ def test_samples_depend_on_their_keys_alone(tmp_path: Path, tiny_model: Path, ot
 
 def test_an_end_is_an_end_and_half_a_character_is_none(bench: Bench) -> None:
     text = "né🦊"
-    (_, ids, ends), (_, cut, open_end) = as_targets([text, text], [True, False], bench.tokenizer, 99)
-    assert (ids, ends) == ([*bench.tokenizer.encode(text), 0], True)
-    assert (cut, open_end) == (bench.tokenizer.encode(text), False)
+    whole, cut = ContinuationEncoder(bench.tokenizer, {"template": "plain"}).encode(
+        [CUT_EXAMPLE] * 2, [text, text], 99, [True, False]
+    )
+    assert (whole.token_ids, whole.ends) == ([*bench.tokenizer.encode(text), 0], True)
+    assert (cut.token_ids, cut.ends) == (bench.tokenizer.encode(text), False)
 
 
 def test_special_tokens_in_continuations_are_text_but_for_an_eos_at_the_end(
@@ -616,7 +621,7 @@ def test_a_chat_is_rendered_by_the_models_own_template(
     run_model = new_model(seed=9)
     config = json.loads((run_model / "tokenizer_config.json").read_text())
     (run_model / "tokenizer_config.json").write_text(
-        json.dumps(config | {"chat_template": "{{ messages[0].content }}"})
+        json.dumps(config | {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"})
     )
     bench = Bench(tmp_path, run_model, template="chat")
     with pytest.raises(InputError, match=r"model .*: data.template is chat, but its tokenizer has no chat template"):
@@ -637,7 +642,10 @@ def test_a_date_in_the_models_own_template_is_recorded(
     tmp_path: Path, new_model: Callable[..., Path], other_model: Path
 ) -> None:
     run_model = new_model(seed=9)
-    templates = {run_model: "{{ messages[0].content }}", other_model: f"{{{{ strftime_now('%Y') }}}}{CHAT}"}
+    templates = {
+        run_model: "{% for m in messages %}{{ m.content }}{% endfor %}",
+        other_model: f"{{{{ strftime_now('%Y') }}}}{CHAT}",
+    }
     for folder, template in templates.items():
         loaded = PreTrainedTokenizerFast.from_pretrained(folder)
         loaded.chat_template = template
@@ -776,10 +784,11 @@ def test_only_a_space_that_would_be_doubled_is_taken_off(kind: str, doubled: boo
         backend.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
         backend.decoder = decoders.Sequence([decoders.Replace(space, " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    (text, ids, _), (_, plain, _) = as_targets(["  b", "b"], [True, True], tokenizer, 99)
-    assert plain == [1, 3, 0]
-    assert ids == [1, 1, 3, 0], "two spaces, of which one is the tokenizer's own"
-    assert text == (" b" if doubled else "  b")
+    encoder = ContinuationEncoder(tokenizer, {"template": "plain"})
+    spaced, plain = encoder.encode([CUT_EXAMPLE] * 2, ["  b", "b"], 99, [True, True])
+    assert plain.token_ids == [1, 3, 0]
+    assert spaced.token_ids == [1, 1, 3, 0], "two spaces, of which one is the tokenizer's own"
+    assert spaced.text == (" b" if doubled else "  b")
 
 
 def test_columns_of_one_name_are_refused_and_folders_of_save_to_disk_are_read(bench: Bench, tmp_path: Path) -> None:

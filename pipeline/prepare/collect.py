@@ -1,7 +1,7 @@
 """Collect encoded rows: examples in a scratch file, with only their keys in memory, and rejected rows."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ BATCH = 1024
 """Rows of a row group."""
 
 _UNSPLIT = EXAMPLES.remove(EXAMPLES.get_field_index("split"))
+_REJECTED = EXAMPLES.field("rejected")
 
 
 class ExampleCollector:
@@ -37,9 +38,15 @@ class ExampleCollector:
         """The tokens that end targets."""
         self.most_rejected = 0
         """The most rejected answers of an example."""
+        self.merged = 0
+        """Rows that only add rejected answers to an example."""
         self._rejected: list[dict[str, Any]] = []
         self._pending: list[Any] = []
-        self._seen: set[str] = set()
+        self._answers: dict[str, list[str]] = {}
+        """Hashes of the rejected answers of the examples that have some."""
+        self._rows: dict[str, list[int]] = {}
+        """Where each example is in the scratch file, and the rows that add rejected answers to it."""
+        self._written = 0
         self._source, self._split_seed, self._scratch = source, split_seed, scratch
 
     def __enter__(self) -> None:
@@ -50,11 +57,16 @@ class ExampleCollector:
         self._writer.close()
 
     def add(self, encoded: Encoded) -> None:
-        """Add an example, reject a duplicate or a refused row, or count a short end."""
+        """Add an example, reject a duplicate or a refused row, or count a short end.
+
+        A row with the prompt and the target of an earlier one adds its rejected answers to that example.
+        """
         if isinstance(encoded, ShortEnd):
             self.short_ends += 1
             return
-        if isinstance(encoded, Example) and encoded.row["example_id"] in self._seen:
+        if isinstance(encoded, Example) and encoded.row["example_id"] in self._rows:
+            if self._add_answers(encoded.row):
+                return
             encoded = Refusal(encoded.source, "duplicate", encoded.row["prompt"], encoded.row["example_id"])
         if isinstance(encoded, Refusal):
             detail = encoded.detail[:200].encode(errors="backslashreplace").decode()[:200]
@@ -65,10 +77,27 @@ class ExampleCollector:
         self.written_ends += encoded.had_eos
         if encoded.row["ends"]:
             self.end_tokens[encoded.row["target_ids"][-1]] += 1
-        self.most_rejected = max(self.most_rejected, len(encoded.row["rejected"] or ()))
-        self._seen.add(encoded.row["example_id"])
         self.keys.append((digest([self._split_seed, encoded.split_key]), encoded.row["example_id"]))
-        self._pending.append(encoded.row)
+        self._keep(encoded.row)
+
+    def _add_answers(self, row: Mapping[str, Any]) -> bool:
+        """Add the rejected answers of a row to those of its example; return whether any is new."""
+        known = self._answers.get(row["example_id"], [])
+        new = [answer for answer in row["rejected"] or () if digest(answer["token_ids"]) not in known]
+        if new:
+            self.merged += 1
+            self._keep({**row, "rejected": new})
+        return bool(new)
+
+    def _keep(self, row: Mapping[str, Any]) -> None:
+        """Write a row to the scratch file."""
+        if row["rejected"]:
+            answers = self._answers.setdefault(row["example_id"], [])
+            answers += [digest(answer["token_ids"]) for answer in row["rejected"]]
+            self.most_rejected = max(self.most_rejected, len(answers))
+        self._rows.setdefault(row["example_id"], []).append(self._written)
+        self._written += 1
+        self._pending.append(row)
         if len(self._pending) == BATCH:
             self._flush()
 
@@ -99,17 +128,27 @@ class ExampleCollector:
 
     def write(self, folder: Path, ends: Sequence[int]) -> None:
         """Write the examples in order, with their splits, and the rejected rows."""
-        order = sorted(range(len(self.keys)), key=self.keys.__getitem__)
+        order = [example_id for _, example_id in sorted(self.keys)]
         with pa.memory_map(str(self._scratch)) as scratch:
             unordered = pa.ipc.open_file(scratch).read_all()
             with pq.ParquetWriter(folder / "examples.parquet", EXAMPLES, compression="zstd") as writer:
                 for name, start, end in split_ranges(ends):
                     for batch in batches(order[start:end], BATCH):
-                        rows = unordered.take(batch).append_column("split", pa.array([name] * len(batch)))
+                        rows = unordered.take([self._rows[example_id][0] for example_id in batch])
+                        if self.merged:
+                            rows = rows.drop("rejected").append_column(_REJECTED, self._all_answers(unordered, batch))
+                        rows = rows.append_column("split", pa.array([name] * len(batch)))
                         writer.write_table(rows.select(EXAMPLES.names).cast(EXAMPLES))
         self._scratch.unlink()
         if self._rejected:  # `datasets` reads no table without rows
             self._write_rejected(folder / "rejected.parquet")
+
+    def _all_answers(self, unordered: pa.Table, example_ids: Sequence[str]) -> pa.Array:
+        """Return the column `rejected` of examples, with the answers that further rows add."""
+        column = unordered["rejected"]
+        answers = [[answer for row in self._rows[example_id] for answer in column[row].as_py() or ()]
+                   for example_id in example_ids]  # fmt: skip
+        return pa.array([found or None for found in answers], _REJECTED.type)
 
     def _write_rejected(self, file: Path) -> None:
         pq.write_table(pa.Table.from_pylist(self._rejected, schema=REJECTED), file)

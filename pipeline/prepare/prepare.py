@@ -24,7 +24,7 @@ from cpo_pipe.pipeline.prepare.split import SPLITS, split_ends, split_ranges, wa
 
 log = logging.getLogger(__name__)
 
-RULES = 4
+RULES = 5
 """Raise it when the same rows yield other examples; this invalidates examples prepared before."""
 
 
@@ -92,6 +92,7 @@ def _write(examples: Examples, writer: ArtifactWriter, config: Data, source: Sou
     writer.facts["examples"] = {name: end - start for name, start, end in split_ranges(ends)}
     writer.facts["end_tokens"] = [token for token, _ in collector.end_tokens.most_common()]
     writer.facts["most_rejected"] = collector.most_rejected
+    writer.facts["merged"] = collector.merged
     writer.facts["left_over"] = len(collector.keys) - ends[-1]
     writer.facts["rejected"] = dict(collector.reasons.most_common())
     writer.facts["short_ends"] = collector.short_ends
@@ -157,6 +158,8 @@ def _report(facts: dict[str, Any], found: str = "") -> None:
     line = f"examples: {splits}; {sum(rejected.values()):,} rejected"
     if rejected:
         line += f" ({listed_counts(rejected)})"
+    if count := facts["merged"]:
+        line += f"; {count:,} rows with further rejected answers added to others"
     if count := facts["short_ends"]:
         line += f"; {count:,} ends of articles shorter than half a chunk dropped"
     log.info("%s%s", line, found)

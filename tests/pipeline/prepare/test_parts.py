@@ -152,7 +152,7 @@ def test_faults_of_one_source_name_it(tmp_path: Path, store, byte_tokenizer) -> 
     for bad, message in (
         ({"source": str(tmp_path / "gone.jsonl")}, r"^data\.sources\.b\.source .*gone\.jsonl: no such file"),
         ({**good, "subset": "x"}, r"^data\.sources\.b\.subset: not used by a file"),
-        ({**good, "columns": {"prompt": "q"}}, r"^data\.sources\.b\.source .*: no column 'q' \(data\.sources\.b\.columns"),
+        ({**good, "columns": {"prompt": "q"}}, r"^data\.sources\.b\.source .*: no column 'q' \(data\.sources\.b"),
         ({**good, "columns": {"promt": "q"}}, r"^data\.sources\.b\.columns\.promt: not a column of preset pairs"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):

@@ -27,6 +27,12 @@ _DOLLY_WITH_CONTEXT = (
 )
 
 
+def fill(template: str, **texts: str) -> str:
+    """Return a template with the texts in the places {name}."""
+    # One pass, and not str.format: other braces, in the template or in a text, are only text.
+    return re.sub(rf"\{{({'|'.join(texts)})\}}", lambda place: texts[place[1]], template)
+
+
 def with_context(prompt: str, context: str) -> str:
     """Return a prompt and its context as one text: the context follows after a blank line."""
     return f"{prompt}\n\n{context}" if context.strip() else prompt
@@ -61,9 +67,7 @@ def render(
         return _render_chat(with_context(prompt, context), tokenizer, chat_date)
     if "{context}" not in template:
         prompt = with_context(prompt, context)
-    values = {"{prompt}": prompt, "{context}": context}
-    # One pass, and not str.format: braces in the template's or the prompt's own text are only text.
-    return re.sub(r"\{prompt\}|\{context\}", lambda match: values[match[0]], template)
+    return fill(template, prompt=prompt, context=context)
 
 
 def _render_chat(content: str, tokenizer: "PreTrainedTokenizerBase | None", chat_date: str | None) -> str:

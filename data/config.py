@@ -22,7 +22,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def _location(text: str) -> str:
-    """Return a path with ~ as the home folder, or a name as it is; refuse what no file can be called."""
+    """Return a path with ~ expanded to the home folder, or a name unchanged; refuse invalid file names."""
     if not text:
         raise ValueError("an empty path means the current folder; name it `.`, or name another")
     text = os.path.expanduser(text)

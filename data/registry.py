@@ -95,7 +95,7 @@ class Registry(ClassRegistry[Block]):
         """Return a block of its class from a mapping with its settings.
 
         Args:
-            value: the mapping; or a block, which is returned as it is.
+            value: the mapping; or a block, which is returned unchanged.
             default: the block's name where the mapping has none.
 
         Raises:
@@ -117,7 +117,7 @@ class Registry(ClassRegistry[Block]):
             raise ValueError(f"{self.key} is {shown}: must be a name; choose from {listed(self.entries)}")
         return self[name].model_validate({self.key: name, **value})
 
-    def meant(self, value: Any, place: str) -> type[Block]:
+    def class_of(self, value: Any, place: str) -> type[Block]:
         """Return the class that a mapping is for; where it names none, or an unknown one, the base class.
 
         `place` is the mapping's own key, which names the class of a mapping that is called like one.

@@ -63,7 +63,7 @@ def one_line(text: str, length: int | None = None) -> str:
 
 
 def markdown(text: str) -> str:
-    """Return a text as one line of Markdown that shows it as it is: a paragraph, or a cell of a table."""
+    """Return a text as one line of Markdown that shows it literally: a paragraph, or a cell of a table."""
     escaped = _NUMBERED.sub(r"\1\\\2", _MARKUP.sub(r"\\\1", one_line(text)))
     return escaped.replace("&", "&amp;").replace("<", "&lt;")
 

@@ -237,13 +237,13 @@ def test_help_names_every_option_with_its_default(cli: Callable, stage: str) -> 
     text = " ".join(result.out.replace("│", " ").split())
     assert result.status == 0
     for option, default in {
-        "--set": "the recipe as it is", "--store": "cpo-store", "--run-dir": "runs/NAME", "--debug": "off",
+        "--set": "the recipe unchanged", "--store": "cpo-store", "--run-dir": "runs/NAME", "--debug": "off",
     }.items():  # fmt: skip
         assert re.search(rf"{option} [^\]]*(\[env var: CPO_PIPE_STORE\] )?\[default: \(?{default}\)?\]", text), text
     assert "CPO_PIPE_STORE" in text
     assert "Recipe: a YAML file or the name of a built-in one." in text
     if stage == "train":
-        assert "[default: (all whose inputs are there)]" in text
+        assert "[default: (all whose inputs exist)]" in text
 
 
 def test_help_of_all(cli: Callable) -> None:
@@ -467,7 +467,7 @@ def test_merge_of_what_is_no_model(made) -> None:
     api = ("--set", "apis.mini={url: 'http://127.0.0.1:9/v1', model: m}", "--set", "evaluate.systems.gpt={model: mini}")
     result = made.cli("merge", "tiny.yaml", "gpt", "--out", "out", *api)
     assert result.status == 2
-    assert "system gpt: is an API, whose weights are not here" in result.error()
+    assert "system gpt: is an API, which has no weights to merge" in result.error()
     result = made.cli("merge", "tiny.yaml", "start", "--out", "tiny.yaml/out")
     assert result.status == 2
     assert made.made() == before
@@ -480,7 +480,7 @@ def test_ensembles_of_apis_are_refused_before_anything_is_asked(made) -> None:
     for section in sections:
         result = made.cli("evaluate", "tiny.yaml", *api, "--set", f"evaluate.{section}")
         assert result.status == 2
-        assert "names mini, which is an API; name a model whose weights are here" in result.error()
+        assert "names mini, which is an API and has no weights here; name a local or hub model" in result.error()
 
 
 def test_an_adapter_is_a_system(made) -> None:
@@ -579,5 +579,5 @@ def test_annotations_that_are_not_utf8_are_an_error_before_anything_is_made(proj
     project.write("annotations.csv", b"prompt,output_a,output_b,winner\np,caf\xe9,y,a\n")
     result = project.cli("run", "tiny.yaml", "--set", "evaluate.annotations=annotations.csv")
     assert result.status == 2
-    assert "evaluate.annotations annotations.csv: output_a in row 1 is not UTF-8; save the file as" in result.error()
+    assert "evaluate.annotations annotations.csv: annotations.csv:2: not UTF-8 (column output_a" in result.error()
     assert not project.made()

@@ -432,7 +432,7 @@ def test_gc_keeps_answers_that_cost_money_unless_told_otherwise(used) -> None:
 
 def test_only_a_run_that_is_missing_can_be_forgotten(used) -> None:
     there = str(used.root / "runs/tiny")
-    assert "the folder is there; delete it first" in used.cli("store", "gc", "--forget", there).error()
+    assert "the folder still exists; delete it first" in used.cli("store", "gc", "--forget", there).error()
     wrong = used.cli("store", "gc", "--forget", f"{there}y").error()
     assert f"no such run folder uses the store; did you mean {there}?" in wrong
     register(used, Path("/far/run"), *names_in(used), host="gpu7")

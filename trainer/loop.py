@@ -94,7 +94,7 @@ class Loop:
             RunError: a loss is not finite (the last good state is kept), or the first one shows that policy and
                 reference are not computed alike.
             InputError: the attention backend asked for is not numerically equivalent for this model.
-            Stopped: a signal came; the state is saved.
+            Stopped: a signal arrived; the state is saved.
         """
         metrics, facts = self._resume.restore()
         self._start(facts)
@@ -358,7 +358,7 @@ class Loop:
             )  # fmt: skip
             return
         log.info(
-            "train %s: keeps the weights after %d steps, whose validation loss %.4f is the lowest",
+            "train %s: keeps the weights after %d steps, which have the lowest validation loss, %.4f",
             self.name,
             best,
             loss,

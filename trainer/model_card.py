@@ -1,7 +1,7 @@
 """The model card of a checkpoint: README.md, as the Hugging Face hub wants it.
 
 Written with the weights, for a checkpoint is complete or absent: what is added later is in no manifest, and is neither
-verified nor uploaded. Figures of an evaluation belong to a run, of which a checkpoint may see many.
+verified nor uploaded. Figures of an evaluation belong to a run, and many runs may use one checkpoint.
 """
 
 from pathlib import Path

@@ -87,7 +87,7 @@ def check_pairs(name: str, groups: pa.Table, kinds: Sequence[tuple[str, str]], t
     for count, (chosen, rejected) in found:
         if not count:
             raise InputError(
-                f"train.{name}.pairs: there is no pair [{chosen}, {rejected}]: no prompt has both (a text that equals "
+                f"train.{name}.pairs: no pair [{chosen}, {rejected}] exists: no prompt has both (a text that equals "
                 "the target or one before it in its group is dropped); remove the pair, or add such texts"
             )
     if total - prompts > ALONE * total:

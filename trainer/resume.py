@@ -142,7 +142,7 @@ class ResumeCheckpoint:
                 (scratch / "facts.json").write_text(json.dumps({**facts, "sharded": self._sharded, "best": best}))
             self._write(self._weights() | self._optimizer_state(), target, scratch)
         for path in self.folder.iterdir() if self._accelerator.is_main_process else ():
-            if path.is_dir() and path.name not in needed:  # the groups' file is there, too
+            if path.is_dir() and path.name not in needed:  # the groups' file is in the folder, too
                 shutil.rmtree(path)
         self._saved = time.monotonic()
         self._pause = max(SAVE_SECONDS, (self._saved - start) / SAVE_SHARE)

@@ -17,7 +17,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequests:
-    """Notes SIGTERM and SIGINT instead of ending at once; a second one ends the process."""
+    """Notes SIGTERM and SIGINT instead of ending immediately; a second one ends the process."""
 
     def __init__(self) -> None:
         self.number = 0

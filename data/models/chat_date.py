@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cpo_pipe.data.models import templates
+from cpo_pipe.data.models.chat import ChatTemplate, Conversation
 from cpo_pipe.data.models.tokenizer import TokenizerFiles
 from cpo_pipe.data.store import ArtifactWriter, Store
 
@@ -19,7 +19,7 @@ _UNLIKE = datetime(2001, 1, 2, 3, 4, 5), datetime(2022, 12, 30, 16, 17, 18)
 def chat_date(tokenizer: TokenizerFiles, store: Store) -> str | None:
     """Return the date (ISO 8601) to render a tokenizer's chat template with; None where it prints none.
 
-    It is the day on which the store first needed it, and stays: what is rendered later continues what is there.
+    It is the day on which the store first needed it. It does not change, so that later texts match the stored ones.
 
     Raises:
         InputError: the tokenizer cannot be loaded, or has no chat template after all.
@@ -43,8 +43,6 @@ def _may_print_a_date(folder: Path) -> bool:
 
 
 def _prints_a_date(tokenizer: TokenizerFiles) -> bool:
-    loaded = tokenizer.load()
-    one, other = (
-        templates.render(templates.CHAT, "a", tokenizer=loaded, chat_date=time.isoformat()) for time in _UNLIKE
-    )
+    loaded, asked = tokenizer.load(), Conversation.of_text("a")
+    one, other = (ChatTemplate(loaded, time.isoformat()).prompt(asked) for time in _UNLIKE)
     return one != other

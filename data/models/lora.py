@@ -100,7 +100,7 @@ def _merged(name: str, folder: Path, base: Model) -> "PreTrainedModel":
         expected = model(ids).logits
         whole: PreTrainedModel = model.merge_and_unload()
         error = float((whole(ids).logits - expected).abs().max() / expected.abs().max())
-    if not error < 1e-4:  # such as an adapter on an embedding that is input and output at once
+    if not error < 1e-4:  # such as an adapter on an embedding that is both input and output
         raise InputError(
             f"model {name}: its adapter cannot be merged into {base.name}, whose logits are then off by {error:.1e} of "
             "the largest; name a model with the adapter merged already"

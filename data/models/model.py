@@ -110,7 +110,7 @@ class Model:
         return network
 
     def _quantized(self) -> str:
-        """Return what helps where the weights are quantized, for a message; nothing where they are not."""
+        """Return the advice for quantized weights, for a message; empty for other weights."""
         settings = read_json(self.path / "config.json").get("quantization_config")
         if not isinstance(settings, dict):
             return ""

@@ -54,7 +54,7 @@ def locate_tokenizer(name: str, store: Store) -> TokenizerFiles:
     """Return the tokenizer that a folder or hub name leads to.
 
     Raises:
-        InputError: no tokenizer is there, or it needs Python code of its own.
+        InputError: the tokenizer is missing, or it needs Python code of its own.
     """
     return tokenizer_in(fetch_folder(name, "tokenizer"), store)
 
@@ -63,7 +63,7 @@ def tokenizer_in(folder: Path, store: Store) -> TokenizerFiles:
     """Return the tokenizer in a folder.
 
     Raises:
-        InputError: no tokenizer is there, or it needs Python code of its own.
+        InputError: the tokenizer is missing, or it needs Python code of its own.
     """
     found = TokenizerFiles(folder, tokenizer_fingerprint(folder, store.hash_file))
     config = folder / "tokenizer_config.json"
@@ -73,7 +73,7 @@ def tokenizer_in(folder: Path, store: Store) -> TokenizerFiles:
 
 
 def check_vocabulary(model: Model, tokenizer: TokenizerFiles, store: Store) -> None:
-    """Refuse a model to whose own tokenizer the token ids of `tokenizer` mean something else.
+    """Refuse a model if its own tokenizer reads the token ids of `tokenizer` differently.
 
     Only where both have a tokenizer.json; nothing is loaded.
 

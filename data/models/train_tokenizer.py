@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 LONGEST_WORD = 4000
-"""Bytes of a word that the trainer sees at once: its time grows with the square of the length."""
+"""The longest word that the trainer sees, in bytes: its time grows with the square of the length."""
 
 
 class TrainedBPE:
@@ -90,7 +90,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> int:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGINT end the process at once: Python's handlers would wait until the trainer (Rust) returns.
+    """Let SIGTERM and SIGINT end the process directly: Python's handlers would wait until the trainer (Rust) returns.
 
     Nothing is lost: the tokenizer is saved after the training.
     """

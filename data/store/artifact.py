@@ -49,7 +49,7 @@ class Artifact:
         return content
 
     def complete(self) -> bool:
-        """Return whether it is there and undamaged; download it from a remote store if this machine lacks it."""
+        """Return whether it exists undamaged; download it from a remote store if this machine lacks it."""
         if self._remote is not None:
             return self._downloaded(self._remote)
         return self.path.exists() and self._is_undamaged()
@@ -67,7 +67,7 @@ class Artifact:
             return "manifest.json"
         owner = manifest.get("artifact") or self._folder.spec_owner() or self.name
         if owner != self.name:
-            return f"its files are those of {owner}"
+            return f"its files belong to {owner}"
         self._folder.repair_spec(self.spec)
         return next((name for name, sha256 in manifest["files"].items() if not self._is_valid(name, sha256)), None)
 

@@ -64,7 +64,7 @@ class ArtifactFolder:
         return self.local.parent / ".in-progress" / self.local.name
 
     def exists(self) -> bool:
-        """Return whether anything of the artifact is there besides its lock."""
+        """Return whether the artifact has any file besides its lock."""
         return any(child.name != "lock" for child in children(self.path))
 
     # ── spec and manifests ───────────────────────────────────────────────────────────────────────────────────────
@@ -88,7 +88,7 @@ class ArtifactFolder:
             found = [shard_manifest(path) or {} for path in paths]
         else:
             found = [manifest or {} for manifest in in_parallel(shard_manifest, paths)]
-        # Of a merge that was killed half-way both are there: the merged shard, and some of those that it replaces.
+        # A merge that was killed half-way leaves both: the merged shard, and some of those that it replaces.
         merged = {name for manifest in found for name in manifest.get("merged", ())}
         return {name: manifest for name, manifest in zip(names, found, strict=True) if name not in merged}
 

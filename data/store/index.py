@@ -74,7 +74,7 @@ class Index:
         return int(np.count_nonzero(new))
 
     def contains(self, keys: pa.Table) -> NDArray[np.bool_]:
-        """Return which of these keys (a table of the key columns) are there, shape (R,)."""
+        """Return which of these keys (a table of the key columns) are recorded, shape (R,)."""
         found = np.zeros(keys.num_rows, np.bool_)
         start = 0
         for batch in keys.to_batches(max_chunksize=_TOGETHER) if len(self.rest) else ():
@@ -87,7 +87,7 @@ class Index:
         return found
 
     def has_samples(self, example_ids: pa.ChunkedArray, n: int) -> NDArray[np.bool_]:
-        """Return which of the first n samples are there, for tables keyed by sample, shape (E, n)."""
+        """Return which of the first n samples are recorded, for tables keyed by sample, shape (E, n)."""
         found = np.zeros((len(example_ids), n), np.bool_)
         for start in range(0, len(example_ids), _TOGETHER):
             which, at = self.rows_of(example_ids.slice(start, _TOGETHER))
@@ -165,7 +165,7 @@ class Index:
         )
 
     def _codes(self, ids: Bytes) -> Ints:
-        """Return positions of example ids in `ids`; −1 for those that are not there."""
+        """Return positions of example ids in `ids`; −1 for those that are missing."""
         if not len(self.ids):
             return np.full(len(ids), -1)
         at = _clipped(np.searchsorted(self.ids, ids), self.ids)
@@ -178,7 +178,7 @@ class Index:
         return np.where(code < 0, 0, self.starts[code + 1])
 
     def _lower_bound(self, code: Ints, rest: Words, shard: Any = 0) -> Ints:
-        """Return the first rows that do not come before (code, rest, shard), by a binary search for all at once."""
+        """Return the first rows that do not come before (code, rest, shard), by one vectorized binary search."""
         low, high = self._starts(code), self._ends(code)
         while (searching := low < high).any():
             middle = np.where(searching, (low + high) // 2, 0)
@@ -212,7 +212,7 @@ def _fixed_width(strings: pa.Array) -> Bytes:
 
 
 def _rest(columns: Sequence[pa.Array], size: int) -> Words:
-    """Return the rest of each key in 64 bits: a sample's number as it is, anything else hashed.
+    """Return the rest of each key in 64 bits: a sample's number unchanged, anything else hashed.
 
     A hash may collide, but only rows of one example are ever told apart by it, and of these there are few: among a
     hundred the odds are 1 in 10¹⁵.

@@ -83,7 +83,7 @@ class Inventory:
             several = ", ".join(a.name for a in matches[:4]) + (", …" if len(matches) > 4 else "")
             raise InputError(f"artifact {name}: {len(matches)} have that name ({several}); give more of it")
         known = [known for a in artifacts for known in (a.name, a.path.name)]
-        hint = nearest(name, known) or "`cpo-pipe store ls` lists what is there"
+        hint = nearest(name, known) or "`cpo-pipe store ls` lists the artifacts"
         raise InputError(f"artifact {name}: not in {shown(self.root)}; {hint}")
 
     def registrations(self) -> tuple[list[Registration], list[Path]]:

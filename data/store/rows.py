@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 SHARD_SECONDS = 30.0
 """Time after which a shard is written, however few rows it has."""
 _INDEXED_TOGETHER = 1 << 21
-"""Row keys that are added to the index at once."""
+"""Row keys that are added to the index together."""
 
 
 def open_rows(root: str | Path, kind: str, spec: Spec) -> "Rows":
@@ -96,7 +96,7 @@ class Rows:
             raise RunError(f"{self.name}: rows do not fit the schema ({cause(error)})") from error
         if _first_of_each(table, self.key).num_rows != table.num_rows:
             raise RunError(f"{self.name}: duplicate row key in one shard")
-        if not self._is_described:  # once in each process, whether it is there or not
+        if not self._is_described:  # once in each process, even if it exists
             self.folder.write_spec(self.spec)
             self._is_described = True
         # Names order by time, so that a row that was ever read stays the one that wins over a later duplicate.
@@ -168,7 +168,7 @@ class Rows:
     ) -> pa.Table:
         """Return all rows of these examples, in the order given, then by the rest of the row key.
 
-        Reads only the shards that hold them. Examples without rows are simply not there: ask `missing` first. Without
+        Reads only the shards that hold them. Examples without rows are omitted: ask `missing` first. Without
         `refresh` shards that were recorded since the last look are not seen.
         """
         ids, names = _strings(example_ids), self.schema.names if columns is None else list(columns)

@@ -28,7 +28,7 @@ MERGED_BYTES = 16 << 20
 """A merge takes no more once it has this many rows, or bytes of files: it is done in memory."""
 
 _ARTIFACT = b"cpo_pipe.artifact"
-"""Key of a shard's metadata: whose shard it is."""
+"""Key of a shard's metadata: the artifact that the shard belongs to."""
 _CHECKSUM_IN_NAME = 8
 """Digits of a shard's checksum at the end of its name."""
 

@@ -33,7 +33,7 @@ class Store:
             endpoint come from the environment (for S3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, or a
             profile), on every machine that opens the store.
 
-    On a remote root one put is complete or absent, and the put of the manifest commits. There is no lock between
+    On a remote root one put is complete or absent, and the put of the manifest commits. No lock exists between
     machines: two may do the same work, and of duplicate rows the first stays. Directory artifacts are files on this
     machine, uploaded when they are made and downloaded when they are first asked for.
 

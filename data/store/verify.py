@@ -29,7 +29,7 @@ def faults(artifact: ArtifactFolder, advance: Callable[[int], None]) -> Iterator
         advance: called with the size of each file once it is read.
     """
     if artifact.spec is None or content_hash(artifact.spec) != artifact.path.name:
-        what = "is gone or unreadable" if artifact.spec is None else f"is that of {content_hash(artifact.spec)}"
+        what = "is gone or unreadable" if artifact.spec is None else f"belongs to {content_hash(artifact.spec)}"
         yield f"spec.json {what}; this harms no run, but nothing tells any more what the artifact is"
     if artifact.table:
         for name, manifest in artifact.shards.items():
@@ -39,7 +39,7 @@ def faults(artifact: ArtifactFolder, advance: Callable[[int], None]) -> Iterator
             advance(manifest.get("bytes", 0))
         return
     if (owner := artifact.manifest.get("artifact", artifact.name)) != artifact.name:
-        yield f"manifest.json is that of {owner}"
+        yield f"manifest.json belongs to {owner}"
     if not artifact.manifest:
         yield "manifest.json is gone or unreadable, or lists no files"
     for name, size in artifact.files.items():

@@ -40,6 +40,8 @@ class Case:
     rendered: str
     """As the systems receive it."""
     target: str
+    messages: str | None = None
+    """The column `messages` of the EXAMPLES schema."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Verdict:
 
 
 def unparseable(reason: str, **answer: Any) -> Verdict:
-    """Return the tie that stands for an answer that is no verdict. It is stored like other answers."""
+    """Return the tie that replaces an unparseable answer. It is stored like other answers."""
     return Verdict("tie", None, {"unparseable": reason, **answer})
 
 

@@ -146,7 +146,7 @@ def normalized(text: str) -> str:
 
 
 def _normalized_answer(text: str) -> str:
-    """Return an answer as it is compared: a number in its shortest form, other text without a full stop at the end."""
+    """Return an answer as compared: a number in its shortest form, other text without a full stop at the end."""
     answer = normalized(text).removesuffix(".").rstrip()
     match = _NUMBER.fullmatch(answer)
     if match is None:

@@ -44,8 +44,8 @@ def convert(name: str, out: Path, shard_size: str | int = SHARD_SIZE) -> None:
         shard_size: the largest file, in bytes or such as `2GB`.
 
     Raises:
-        InputError: there are no pickles, one runs code or is damaged, the tensors are not those of the config, or `out`
-            is not empty.
+        InputError: the model has no pickles, one runs code or is damaged, the tensors do not match the config, or
+            `out` is not empty.
     """
     check_new(out)
     folder = fetch_folder(name, "model", weights=PICKLES)
@@ -92,12 +92,12 @@ class PickledWeights:
         """Return the pickles in a model's folder.
 
         Raises:
-            InputError: there are none, or the index does not name them.
+            InputError: the model has none, or the index does not name them.
         """
         if not (folder / "config.json").is_file():
             raise InputError(f"model {name}: has no config.json; give a model folder or a hub name")
         if any(folder.glob("*.safetensors")):
-            raise InputError(f"model {name}: is safetensors already; use it as it is")
+            raise InputError(f"model {name}: is safetensors already; use it without converting")
         if (folder / _PICKLE).is_file():
             return cls(name, [folder / _PICKLE])
         if not (folder / _INDEX).is_file():

@@ -1,5 +1,6 @@
 """The engines, by name, and the choice of one. Adding one is a module and a line here."""
 
+import inspect
 import logging
 from typing import Annotated
 
@@ -29,7 +30,10 @@ def _check(name: str) -> str:
     if name != AUTO:
         if name not in ENGINES.entries and (hint := nearest(name, [AUTO])):
             raise ValueError(f"unknown engine {name!r}; {hint}")
-        ENGINES[name]
+        try:
+            inspect.signature(ENGINES[name]).bind("model", "context")
+        except TypeError as error:
+            raise ValueError(f"engine {name}: __init__ must take the model and the context ({error})") from error
     return name
 
 

@@ -47,7 +47,7 @@ def export(
         conversational: texts as messages, and the prompt before the template.
 
     Raises:
-        InputError: `out` has something in it, or there is no pair.
+        InputError: `out` is not empty, or no pair can be written.
     """
     encoder, counts = tokenizer.load(), PairCounts()
     if conversational and not encoder.chat_template:

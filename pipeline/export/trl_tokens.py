@@ -2,7 +2,7 @@
 
 TRL tokenizes prompt and completion together and ends both completions, with an EOS token or as the chat template does.
 So texts are written without one. A text is written so that TRL makes our ids of it (SentencePiece drops the space at
-the start of what it decodes alone). Where there is no such text, because tokens merge across prompt and completion, TRL
+the start of what it decodes alone). Where no such text exists, because tokens merge across prompt and completion, TRL
 trains on other ids.
 """
 

@@ -131,7 +131,7 @@ class BatchDraws:
     """EXAMPLES schema; the pool."""
     seed: int
     hard_negatives_from: int = 0
-    """Number of targets drawn, of which those most similar by embedding are taken; 0: as drawn."""
+    """Number of targets drawn; the most similar ones by embedding are taken (0: as drawn)."""
     embedder: Embedder | None = None
     """For `hard_negatives_from`."""
     key: str = "negatives.sources.batch"

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # torch is imported only when there is something to make
     from cpo_pipe.trainer.scoring.attention import AttentionBackend
 
 LOGITS = 1 << 27
-"""Most logits in memory at once."""
+"""The most logits in memory at a time."""
 BACKENDS: "tuple[AttentionBackend, ...]" = ("padded", "plain")
 """The attention backends that may be used: those whose logits come from the model's own forward pass."""
 
@@ -61,7 +61,7 @@ class MeanField(Strategy):
                 f"{model.name} is {context} tokens; lower data.max_prompt_tokens and data.max_target_tokens (of cut "
                 "text data.chunk_tokens), or name a model with a longer context"
             )
-        ends = end_tokens(model.path, tokenizer)
+        ends = end_tokens(model.path, tokenizer, inputs.examples.end_tokens)
         spec = meanfield_spec(inputs.examples.rendering, model.fingerprint, self.corruption_rate, ends, inputs.seed)
         rows = inputs.rows(spec)
         probes = select_probes(groups)

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 SLICE = 512
 """Examples whose negatives are read together."""
-RULES = 3
+RULES = 4
 """Raise it when the same negatives yield other groups, or candidates get other columns."""
 
 
@@ -95,7 +95,7 @@ class GroupWork(Work):
 
     @property
     def outputs(self) -> list[Rows]:
-        """The reasons are recorded before the groups: a group that is there has its reasons."""
+        """The reasons are recorded before the groups, so that each recorded group has its reasons."""
         return [self.dropped, self.groups]
 
     def open(self) -> Make:

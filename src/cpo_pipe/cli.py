@@ -44,7 +44,7 @@ SetOption = Annotated[
         "--set",
         metavar="SECTION.KEY=VALUE",
         help="Override a key of the recipe. Repeatable.",
-        show_default="the recipe as it is",
+        show_default="the recipe unchanged",
     ),
 ]
 ScaleOption = Annotated[
@@ -166,7 +166,7 @@ def train(
     run: Run,
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="Trainings of the recipe.", show_default="all whose inputs are there"),
+        typer.Argument(help="Trainings of the recipe.", show_default="all whose inputs exist"),
     ] = None,
 ) -> None:
     """Train the named models, or all whose inputs exist, in order of dependency."""

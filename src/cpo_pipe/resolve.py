@@ -145,14 +145,16 @@ class Resolver:
         init = self.model(config.init) if isinstance(config.init, str) else config.init
         columns = ["example_id", "prompt_ids", "target_ids"]  # texts need not be in memory while training
         if not isinstance(config, PreferenceTraining):
-            return Inputs(examples.tokenizer, init, examples.read("train", columns=columns))
+            selection = examples.read("train", columns=columns)
+            return Inputs(examples.tokenizer, init, selection, target_ends=examples.end_tokens)
         reference = self.model(config.reference) if isinstance(config, ReferenceTraining) else None
         plan, groups = self.groups(self.negatives_owner(name))
         strengths = self.recipe.strengths_of(name)
-        return Inputs(examples.tokenizer, init, plan.selection.select(columns), groups, reference, strengths)
+        selection = plan.selection.select(columns)
+        return Inputs(examples.tokenizer, init, selection, groups, reference, strengths, examples.end_tokens)
 
     def finished_trainings(self) -> dict[str, Model]:
-        """Return the checkpoints that are there, by training."""
+        """Return the checkpoints that exist, by training."""
         finished = {}
         for name in self.recipe.training_order():
             with suppress(MissingInput):
@@ -160,7 +162,7 @@ class Resolver:
         return finished
 
     def reference_logprobs(self) -> Rows | None:
-        """Return the log-probs under the first training's reference model that is there, made or not."""
+        """Return the log-probs under the first training's reference model that exists, made or not."""
         for training in self.recipe.train.values():
             if isinstance(training, ReferenceTraining):
                 with suppress(MissingInput):
@@ -181,7 +183,7 @@ class Resolver:
 
         Raises:
             MissingInput: the training is not done.
-            InputError: there is no such model, or it does not know the examples' token ids.
+            InputError: the model does not exist, or it does not know the examples' token ids.
         """
         if name not in self._models:
             self._models[name] = self._find_model(name)

@@ -75,7 +75,7 @@ class Run:
             made["artifact"] = prepare(self.recipe.data, self.store, self.run_dir).artifact.name
 
     def generate_negatives(self) -> None:
-        """Stage `generate-negatives`, for all whose generator is there."""
+        """Stage `generate-negatives`, for all whose generator exists."""
         self._for_each_owner(self._generate_negatives)
 
     def _generate_negatives(self, training: str | None) -> None:
@@ -85,7 +85,7 @@ class Run:
             made["artifact"] = [source.rows.name for source in plan.sources]
 
     def rank(self) -> None:
-        """Stage `rank`, for all whose negatives are there."""
+        """Stage `rank`, for all whose negatives exist."""
         self._for_each_owner(self._rank)
 
     def _rank(self, training: str | None) -> None:
@@ -123,7 +123,7 @@ class Run:
         print_quality(measured.table, measured.notes)
 
     def train(self, names: Sequence[str] = ()) -> dict[str, str]:
-        """Stage `train`: the named trainings; without names all whose inputs are there, in order of dependency.
+        """Stage `train`: the named trainings; without names all whose inputs exist, in order of dependency.
 
         Returns:
             The trainings that could not start, with the reason (which names the command that unblocks them).
@@ -198,7 +198,7 @@ class Run:
         """Write the model of a system to a folder of its own, with the tokenizer of the examples.
 
         Raises:
-            InputError: there is no such system, it is an API, or the folder is not empty.
+            InputError: the system is not in the recipe or is an API, or the folder is not empty.
         """
         systems = self.resolver.evaluate_section().all_systems()
         if name not in systems:
@@ -208,7 +208,7 @@ class Run:
         self.store.register_run(self.run_dir)
         model = self.resolver.system(name, systems[name])
         if isinstance(model, ApiModel):
-            raise InputError(f"system {name}: is an API, whose weights are not here; name another system")
+            raise InputError(f"system {name}: is an API, which has no weights to merge; name another system")
         copy_model(model, self.resolver.examples().tokenizer, out)
         say(one_line(f"system {name}: written to {out}"))
 
@@ -234,7 +234,7 @@ class Run:
             raise InputError(f"--training {training}: no training on negatives; {hint}")
         owner = self.resolver.negatives_owner(training) if training else self.resolver.negatives_owners()[0]
         negatives = self.resolver.negatives_section(owner)
-        wanted = parse_pairs(pairs, negatives.labels())
+        parsed = parse_pairs(pairs, negatives.labels())
         check_new(out)
         if push:
             check_repo(push)
@@ -242,6 +242,6 @@ class Run:
             raise InputError("--public: not used without --push; remove it")
         plan, groups = self.resolver.groups(owner)
         tokenizer, text = self.resolver.examples().tokenizer, recipe_text(self.recipe)
-        export(out, self.recipe.name, text, negatives, tokenizer, plan.selection, groups, wanted, conversational)
+        export(out, self.recipe.name, text, negatives, tokenizer, plan.selection, groups, parsed, conversational)
         if push:
             upload(out, push, public)

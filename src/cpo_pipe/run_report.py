@@ -35,7 +35,7 @@ REPORTED_GROUPS = 50
 def write_run_report(
     resolver: Resolver, run_log: RunLog, evaluation: Evaluation, systems: Mapping[str, Model | ApiModel]
 ) -> Path:
-    """Write report.html and the files beside it, unless they are there as they would be written; return its path."""
+    """Write report.html and the files beside it, unless they are up to date; return its path."""
     recipe, run_dir = resolver.recipe, run_log.run_dir
     plan, groups, notes = _shown_groups(resolver)
     trained = resolver.finished_trainings()

@@ -567,7 +567,7 @@ def test_a_list_of_judges_is_short_for_those_without_settings() -> None:
         ({"openai": {}}, "evaluate.judges.openai.api is missing"),
         ({"local": {}}, "evaluate.judges.local.model is missing"),
         ({"openai": {"api": "mimi"}}, "evaluate.judges.openai.api 'mimi' is not in `apis`; did you mean mini?"),
-        ({"local": {"model": "mini"}}, "evaluate.judges.local names mini, which is an API; name a model whose weig"),
+        ({"local": {"model": "mini"}}, "evaluate.judges.local names mini, which is an API and has no weig"),
         ({"openai": {"api": "mini", "template": "{prompt} {output_a}"}},
          "evaluate.judges.openai.template: '{prompt} {output_a}' is not dolly, wiki, strict or a text with {prompt}, "),
         ({"exact": {"pattern": "("}}, "evaluate.judges.exact.pattern: '(' is not a regular expression (missing ) at "),

@@ -321,7 +321,7 @@ def test_a_kind_of_pair_that_there_is_none_of_is_refused(bench: Models) -> None:
             candidate["strategy"] = source
     with rows.writer() as writer:
         writer.add(groups)
-    with pytest.raises(InputError, match=r"train\.t\.pairs: there is no pair \[target, medium\]: no prompt has both"):
+    with pytest.raises(InputError, match=r"train\.t\.pairs: no pair \[target, medium\] exists: no prompt has both"):
         bench.train("dpo", pairs=PAIRS)
 
 

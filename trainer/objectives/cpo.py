@@ -1,4 +1,4 @@
-"""Contrastive Preference Optimization (Feng et al. 2025): the target against all of its negatives at once."""
+"""Contrastive Preference Optimization (Feng et al. 2025): the target against all of its negatives together."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What objectives share that prefer a group's target to its negatives.
 
 Shapes: G groups, K candidates of the largest group, N = K − 1 negatives. Candidate 0 is the target. `mask_GK` is True
-where a candidate exists. Groups of K = 1 have loss 0; callers leave them out of the mean. Objectives on pairs take the
+where a candidate exists. Groups of K = 1 have loss 0; callers exclude them from the mean. Objectives on pairs take the
 target with each of its negatives, and the mean over these pairs: with K = 2 they are what their papers define.
 """
 

@@ -1,8 +1,8 @@
 """Parallel scheduled sampling (Duckworth et al. 2019; the baseline PSS of Feng et al. 2025).
 
-The policy draws a token at each position of the target, given the true tokens before it, all positions at once and
+The policy draws a token at each position of the target, given the true tokens before it, all positions in parallel and
 without gradient. Inputs then mix true and drawn tokens, and labels stay true: the model learns to continue its own
-text. At every step several such sequences are drawn for each target, by the policy as it is then.
+text. At every step several such sequences are drawn for each target, by the current policy.
 
 Shapes: L tokens of a target, M sequences drawn for it, S hidden states that predict something.
 """

@@ -97,7 +97,7 @@ def follow(location: Sequence[int | str], value: Any) -> tuple[list[str], Any, R
             kind, *registries = get_args(kind)
         registry = next((found for found in registries if isinstance(found, Registry)), None)
         if registry is not None:
-            kind = registry.meant(value, part)
+            kind = registry.class_of(value, part)
     branches = members(kind)
     return path, branches[0] if len(branches) == 1 else kind, registry
 

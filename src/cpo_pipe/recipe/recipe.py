@@ -50,7 +50,7 @@ class Recipe(Section):
     scales: dict[Name, dict[str, Any]] = Field(
         default_factory=dict,
         description="smaller versions of the run, by name, for `--scale NAME`: keys as for `--set`, with their values; "
-        "a * stands for every name",
+        "a * matches every name",
     )
 
     @model_validator(mode="after")
@@ -148,7 +148,9 @@ class Recipe(Section):
         for place, models in self._local_models().items():
             for model in models:
                 if model in self.apis:
-                    raise ValueError(f"{place} names {model}, which is an API; name a model whose weights are here")
+                    raise ValueError(
+                        f"{place} names {model}, which is an API and has no weights here; name a local or hub model"
+                    )
 
     def _local_models(self) -> dict[str, list[str]]:
         """Return the names of the models whose weights are needed, by the key that names them."""

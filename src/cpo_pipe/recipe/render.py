@@ -124,7 +124,7 @@ def _choices(section: Section, key: str) -> Iterator[str]:
 
 
 def _is_prose(text: str) -> bool:
-    """Whether YAML's folded style gives it back as it is."""
+    """Whether YAML's folded style keeps it unchanged."""
     return text.isprintable() and " ".join(text.split()) == text
 
 

@@ -234,7 +234,7 @@ def _runs(inventory: Inventory) -> Mapping[str, Sequence[Registration]]:
 
 
 def _others(inventory: Inventory) -> Iterator[tuple[str, list[str]]]:
-    """Yield the names and faults of what is verified besides artifacts: resume states, registrations, run folders."""
+    """Yield the names and faults of resume states, registrations and run folders."""
     for state in inventory.in_progress():
         fault = checksums.fault(state)
         if state.exists():  # else the training continued meanwhile, or ended
@@ -261,7 +261,7 @@ def _forgotten(runs: Sequence[Registration], named: Sequence[str]) -> set[str]:
             hint = nearest(name, names) or f"there are {', '.join(names) or 'none'}"
             raise InputError(f"--forget {name}: no such run folder uses the store; {hint}")
         if not names[name].missing and not names[name].remote:
-            raise InputError(f"--forget {name}: the folder is there; delete it first, or keep what it uses")
+            raise InputError(f"--forget {name}: the folder still exists; delete it first, or keep its artifacts")
     return set(named)
 
 

@@ -464,7 +464,7 @@ def test_artifacts_whose_folders_were_swapped_are_damaged(tmp_path: Path, caplog
     other.rename(one)
     (tmp_path / "aside").rename(other)
     assert not any(artifact.complete() for artifact in artifacts)
-    assert f"{artifacts[0].name} is damaged (its files are those of {artifacts[1].name})" in caplog.text
+    assert f"{artifacts[0].name} is damaged (its files belong to {artifacts[1].name})" in caplog.text
 
 
 @pytest.mark.parametrize("harmed", ["weights", "manifest.json"])

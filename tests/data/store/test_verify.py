@@ -59,7 +59,7 @@ def test_a_valid_store_has_no_faults_and_all_of_it_is_read(root: Path) -> None:
             "its column num_tokens is int64, but of this version int32 not null",
         ),
         (lambda a: (a.path / "spec.json").unlink(), "spec.json is gone or unreadable"),
-        (lambda a: (a.path / "spec.json").write_text('{"model": "another"}'), "spec.json is that of"),
+        (lambda a: (a.path / "spec.json").write_text('{"model": "another"}'), "spec.json belongs to"),
     ],
 )
 def test_each_kind_of_damage_to_rows_is_found_and_nothing_is_changed(
@@ -117,7 +117,7 @@ def test_artifacts_that_were_swapped_are_found(root: Path) -> None:
             (writer.path / "weights").write_text(checkpoint.name)
     one.path.rename(root / "aside")
     other.path.rename(one.path)
-    assert f"manifest.json is that of {other.name}" in found_in(ArtifactFolder(one.path, one.path))
+    assert f"manifest.json belongs to {other.name}" in found_in(ArtifactFolder(one.path, one.path))
 
 
 def test_damage_that_verify_finds_is_not_hidden_by_a_cached_hash(root: Path) -> None:

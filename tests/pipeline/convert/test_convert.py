@@ -226,7 +226,10 @@ def _index(folder: Path, *files: str) -> None:
 
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no pickle": (lambda folder: (folder / "pytorch_model.bin").unlink(), "has neither pytorch_model.bin nor"),
-    "safetensors": (lambda folder: (folder / "model.safetensors").touch(), "is safetensors already; use it as it is"),
+    "safetensors": (
+        lambda folder: (folder / "model.safetensors").touch(),
+        "is safetensors already; use it without converting",
+    ),
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "cut short": (_cut, "pytorch_model.bin is damaged or contains no tensors ("),
     "a pointer": (_pointer, "pytorch_model.bin is damaged or contains no tensors ("),

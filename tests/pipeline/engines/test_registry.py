@@ -34,6 +34,10 @@ class Nameless(Engine):
 class Silent(Mine, LogprobEngine):
     "It claims to give log-probs."
 
+class Contextless(Mine):
+    "It cannot be opened."
+    def __init__(self, model): pass
+
 class Undescribed(Mine):
     pass
 
@@ -69,6 +73,7 @@ def test_known_names_and_import_paths_stay_as_they_are(name: str) -> None:
         ("my_engines:Nameless", "engine my_engines:Nameless is incomplete; implement description"),
         ("my_engines:Silent", "engine my_engines:Silent is incomplete; implement next_logprobs"),
         ("my_engines:Engine", "is incomplete; implement __init__, description, generate"),
+        ("my_engines:Contextless", "engine my_engines:Contextless: __init__ must take the model and the context ("),
         ("my_engines:Undescribed", "engine my_engines:Undescribed has no docstring; describe it in one line"),
         (
             "my_engines:function",

@@ -21,7 +21,17 @@ class Examples:
     """Folder with examples.parquet, tokenizer/ and, where rows were refused, rejected.parquet."""
     tokenizer: TokenizerFiles
     rendering: Spec
-    """The fields that determine an example's prompt ids: template, tokenizer and, for cut text, where it is cut."""
+    """The fields that determine an example's token ids: template with its settings, tokenizer, where text is cut."""
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """The tokens that end targets, the most frequent first."""
+        return list(self.artifact.manifest["end_tokens"])
+
+    @property
+    def most_rejected(self) -> int:
+        """The most rejected answers that an example has."""
+        return int(self.artifact.manifest["most_rejected"])
 
     def read(self, split: str, limit: int | None = None, columns: list[str] | None = None) -> pa.Table:
         """Return the split's selection, in its fixed order: the first `limit` examples of the EXAMPLES schema."""

@@ -15,10 +15,18 @@ _EXAMPLE_ID = _column(
     "example_id", pa.string(), "hash of prompt, context and target, and of whether the target is a cut one"
 )
 _SAMPLE_INDEX = _column("sample_index", pa.int32(), "k of the k-th sample of its example, from 0")
-_TOKEN_IDS = _column("token_ids", _IDS, "token ids; ends with the EOS token only where the text really ended")
+_TOKEN_IDS = _column("token_ids", _IDS, "token ids; ends with an end token only where the text really ended")
 _FINISH_REASON = _column("finish_reason", pa.string(), "`stop`: the text ended there; `length`: the limit was hit")
 _SEED = _column("seed", pa.int64(), "seed of this sample")
 _ENGINE = _column("engine", pa.string(), "provenance, not identity: engine, version, dtype")
+
+_ANSWER = pa.struct(
+    [
+        _column("text", pa.string(), "the answer without special tokens"),
+        _column("token_ids", _IDS, "token ids, with the token that ends it where `ends`"),
+        _column("ends", pa.bool_(), "whether it was not cut to `data.max_target_tokens`"),
+    ]
+)
 
 EXAMPLES = pa.schema(
     [
@@ -30,9 +38,16 @@ EXAMPLES = pa.schema(
         _column("rendered", pa.string(), "the prompt as rendered by the template, which is what the model is given"),
         _column("target", pa.string(), "the ground-truth continuation"),
         _column("prompt_ids", _IDS, "token ids of the rendered prompt"),
-        _column("target_ids", _IDS, "token ids of the target, with an EOS token where `ends`"),
+        _column("target_ids", _IDS, "token ids of the target, with the token that ends it where `ends`"),
         _column("ends", pa.bool_(), "whether the text really ended there (not a cut article)"),
         _column("category", pa.string(), "the source's own category", nullable=True),
+        _column(
+            "messages",
+            pa.string(),
+            "the messages before the target and the tools, as JSON; null where the prompt is one text",
+            nullable=True,
+        ),
+        _column("rejected", pa.list_(_ANSWER), "worse answers of the source, encoded like targets", nullable=True),
     ]
 )
 

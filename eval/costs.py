@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from cpo_pipe.data.examples import Examples
 from cpo_pipe.data.execution.base import LocalExecutor
+from cpo_pipe.data.models.chat import Conversation, content_of
 from cpo_pipe.data.models.model import Model
 from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.data.text import say
@@ -16,7 +17,6 @@ from cpo_pipe.eval.generate import read_outputs
 from cpo_pipe.eval.judges.base import ApiJudge, Case, Pair
 from cpo_pipe.eval.judging import read_cases, unjudged
 from cpo_pipe.pipeline.api.model import ApiModel, Tokens
-from cpo_pipe.pipeline.api.work import prompt_of
 
 TOKEN_BYTES = 4
 """Bytes of UTF-8 that count as a token: the average of English text with the tokenizers of large models."""
@@ -158,9 +158,8 @@ def outputs_cost(api: ApiModel, examples: pa.Table, missing: Sequence[int], max_
     if api.config.endpoint == "completions":
         prompts = examples["rendered"].to_pylist()
     else:
-        prompts = [
-            (api.config.system or "") + prompt_of(example) for example in examples.select(["prompt"]).to_pylist()
-        ]
+        asked = [Conversation.of_example(example) for example in examples.select(["prompt", "messages"]).to_pylist()]
+        prompts = [(api.config.system or "") + "".join(map(content_of, one.messages)) for one in asked]
     calls = [min(count, 1) if api.config.server == "vllm" else count for count in missing]
     read = sum(count * count_tokens(prompt) for prompt, count in zip(prompts, calls, strict=True))
     return Cost(sum(calls), Tokens(read, sum(missing) * max_new_tokens))

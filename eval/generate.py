@@ -75,7 +75,7 @@ def plan_generations(
     if isinstance(model, Model):
         check_context(selection, model, max_new_tokens, "evaluate.max_new_tokens")
         _check_targets(config, selection, model)
-    ends = end_tokens(model.path, examples.tokenizer) if isinstance(model, Model) else ()
+    ends = end_tokens(model.path, examples.tokenizer, examples.end_tokens) if isinstance(model, Model) else ()
     generations = []
     for name, decoding in config.decodings.items():
         sampling = Sampling(
@@ -136,7 +136,7 @@ def generate_outputs(
         name = f"{generation.system}, {generation.decoding}"
         if isinstance(model, ApiModel):
             assert generation.refused is not None
-            asked = ApiWork(rows, generation.refused, model, sampling, seed, tokenizer, prompt_of)
+            asked = ApiWork(rows, generation.refused, model, sampling, seed, tokenizer, examples.rendering, prompt_of)
             made = make_missing(
                 generation.request, selection, asked, LocalExecutor(), batch_size=WINDOW, label=f"evaluate {name}"
             )

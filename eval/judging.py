@@ -52,8 +52,9 @@ VERDICTS = pa.schema(
 
 def read_cases(selection: pa.Table) -> list[Case]:
     """Return the prompts and targets of the examples."""
-    columns = (selection[name].to_pylist() for name in ("example_id", "prompt", "rendered"))
-    return [Case(*fields) for fields in zip(*columns, read_targets(selection).texts, strict=True)]
+    columns = [selection[name].to_pylist() for name in ("example_id", "prompt", "rendered")]
+    texts, messages = read_targets(selection).texts, selection["messages"].to_pylist()
+    return [Case(*fields) for fields in zip(*columns, texts, messages, strict=True)]
 
 
 def judge_outputs(

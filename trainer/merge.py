@@ -50,7 +50,8 @@ def ensemble(store: Store, parts: Sequence[tuple[Model, float]], tokenizer: Toke
 def _end_tokens(parts: Sequence[tuple[Model, float]], tokenizer: TokenizerFiles) -> tuple[int, ...]:
     """Return the end tokens of all parts: an ensemble ends texts as any of them does."""
     others = [token for model, _ in parts for token in end_tokens(model.path, None)]
-    return joined(tokenizer_eos(tokenizer), others)
+    eos = tokenizer_eos(tokenizer)
+    return joined([] if eos is None else [eos], others)
 
 
 def merge(name: str, store: Store, parts: Sequence[tuple[Model, float]], tokenizer: TokenizerFiles) -> Artifact:

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,10 +52,12 @@ class Inputs:
     """For the objectives that have one."""
     strengths: Mapping[str, float] = field(default_factory=dict)
     """Strength per label in the groups, for a curriculum by strength."""
+    target_ends: Sequence[int] = ()
+    """The tokens that end targets (`Examples.end_tokens`)."""
 
     def end_tokens(self) -> tuple[int, ...]:
-        """Return the tokens that end a text of the trained model: first the one that ends the targets."""
-        return end_tokens(self.init.path if isinstance(self.init, Model) else None, self.tokenizer)
+        """Return the tokens that end a text of the trained model: first those that end the targets."""
+        return end_tokens(self.init.path if isinstance(self.init, Model) else None, self.tokenizer, self.target_ends)
 
 
 def training_spec(config: Training, inputs: Inputs) -> Spec:

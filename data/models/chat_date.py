@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cpo_pipe.data.models import templates
+from cpo_pipe.data.models.chat import ChatTemplate, Conversation
 from cpo_pipe.data.models.tokenizer import TokenizerFiles
 from cpo_pipe.data.store import ArtifactWriter, Store
 
@@ -43,8 +43,6 @@ def _may_print_a_date(folder: Path) -> bool:
 
 
 def _prints_a_date(tokenizer: TokenizerFiles) -> bool:
-    loaded = tokenizer.load()
-    one, other = (
-        templates.render(templates.CHAT, "a", tokenizer=loaded, chat_date=time.isoformat()) for time in _UNLIKE
-    )
+    loaded, asked = tokenizer.load(), Conversation.of_text("a")
+    one, other = (ChatTemplate(loaded, time.isoformat()).prompt(asked) for time in _UNLIKE)
     return one != other

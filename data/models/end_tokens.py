@@ -16,8 +16,8 @@ GENERATION_CONFIG = "generation_config.json"
 _SPECIAL_TOKENS = ("bos_token_id", "pad_token_id")
 
 
-def end_tokens(model: Path | None, tokenizer: TokenizerFiles | None) -> tuple[int, ...]:
-    """Return the ids of all tokens that end a text of a model: first the tokenizer's EOS, which ends targets.
+def end_tokens(model: Path | None, tokenizer: TokenizerFiles | None, of_targets: Sequence[int] = ()) -> tuple[int, ...]:
+    """Return the ids of all tokens that end a text of a model: first those that end targets, then the tokenizer's EOS.
 
     The others are those that generation_config.json and config.json (also a nested text_config) name, ascending. Read
     from the JSON files, so that a run with nothing to do imports no transformers; where those do not name the EOS (the
@@ -26,16 +26,19 @@ def end_tokens(model: Path | None, tokenizer: TokenizerFiles | None) -> tuple[in
     Args:
         model: The model's folder, or None for a model with random weights.
         tokenizer: The tokenizer of prompts and continuations, or None.
+        of_targets: The tokens that end the targets of examples (`Examples.end_tokens`), the most frequent first.
 
     Raises:
         InputError: an `eos_token_id` in a file of the model is not a token id or a list of them.
     """
-    return joined(tokenizer_eos(tokenizer), set() if model is None else _configured(model))
+    eos = tokenizer_eos(tokenizer)
+    return joined([*of_targets, *([] if eos is None else [eos])], set() if model is None else _configured(model))
 
 
-def joined(first: int | None, others: Iterable[int]) -> tuple[int, ...]:
-    """Return end tokens as configs list them: the one that ends targets first, the others ascending."""
-    return (*([] if first is None else [first]), *sorted({*others} - {first}))
+def joined(first: Iterable[int], others: Iterable[int]) -> tuple[int, ...]:
+    """Return end tokens as configs list them: those that end targets first, the others ascending."""
+    first = tuple(dict.fromkeys(first))
+    return (*first, *sorted({*others} - {*first}))
 
 
 def tokenizer_eos(tokenizer: TokenizerFiles | None) -> int | None:

@@ -1,11 +1,12 @@
 """How a prompt is put before the model: templates, and the token ids of prompts and targets."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from cpo_pipe.data.errors import InputError, cause
+from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.models.chat import ChatTemplate, Conversation, NotRenderable
+from cpo_pipe.data.models.control_tokens import breaker, breaker_of, control_tokens, special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,60 +28,34 @@ _DOLLY_WITH_CONTEXT = (
 )
 
 
+def fill(template: str, **texts: str) -> str:
+    """Return a template with the texts in the places {name}."""
+    # One pass, and not str.format: other braces, in the template or in a text, are only text.
+    return re.sub(rf"\{{({'|'.join(texts)})\}}", lambda place: texts[place[1]], template)
+
+
 def with_context(prompt: str, context: str) -> str:
     """Return a prompt and its context as one text: the context follows after a blank line."""
     return f"{prompt}\n\n{context}" if context.strip() else prompt
 
 
-def render(
-    template: str,
-    prompt: str,
-    context: str = "",
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
-    chat_date: str | None = None,
-) -> str:
-    """Return the text that the model is given.
+def render(template: str, prompt: str, context: str = "") -> str:
+    """Return the text that the model is given; for `chat` see chat.py.
 
-    A template without a place for the context (`plain`, `chat`, a text without {context}) has it after the prompt.
+    A template without a place for the context (`plain`, a text without {context}) has it after the prompt.
 
     Args:
-        template: `plain`, `dolly`, `chat`, or a text with {prompt} and perhaps {context}.
+        template: `plain`, `dolly`, or a text with {prompt} and perhaps {context}.
         prompt: the prompt as the source has it.
-        context: further input, or empty.
-        tokenizer: needed for `chat` only.
-        chat_date: the date that a chat template prints (ISO 8601), where it prints one; see `data/models/chat_date.py`.
-
-    Raises:
-        InputError: `chat`, and the tokenizer has no chat template, or one that fails.
+        context: further input; empty where there is none.
     """
     if template == DOLLY:
         template = _DOLLY_WITH_CONTEXT if context.strip() else _DOLLY
     if template == PLAIN:
         return with_context(prompt, context)
-    if template == CHAT:
-        return _render_chat(with_context(prompt, context), tokenizer, chat_date)
     if "{context}" not in template:
         prompt = with_context(prompt, context)
-    values = {"{prompt}": prompt, "{context}": context}
-    # One pass, and not str.format: braces in the template's or the prompt's own text are only text.
-    return re.sub(r"\{prompt\}|\{context\}", lambda match: values[match[0]], template)
-
-
-def _render_chat(content: str, tokenizer: "PreTrainedTokenizerBase | None", chat_date: str | None) -> str:
-    if tokenizer is None or not tokenizer.chat_template:
-        raise InputError(
-            "data.template is chat, but the tokenizer has no chat template; "
-            "use plain, dolly or a text with {prompt}, or give the tokenizer of a chat model"
-        )
-    messages = [{"role": "user", "content": content}]
-    day: Any = {} if chat_date is None else {"strftime_now": datetime.fromisoformat(chat_date).strftime}
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **day))
-    except Exception as error:  # a template fails in its own words, or in any of Python's ways
-        raise InputError(
-            f"tokenizer {tokenizer.name_or_path}: its chat template fails on a user's message ({cause(error)}); "
-            "correct the chat template, or set data.template to plain, dolly or a text with {prompt}"
-        ) from error
+    return fill(template, prompt=prompt, context=context)
 
 
 def encode_prompts(template: str, rendered: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
@@ -97,18 +72,19 @@ def encode_prompts(template: str, rendered: Sequence[str], tokenizer: "PreTraine
 
 def encode_prompts_again(
     template: str,
-    prompts: Sequence[str],
+    conversations: Sequence[Conversation],
     rendered: Sequence[str],
     tokenizer: "PreTrainedTokenizerBase",
     chat_date: str | None = None,
 ) -> list[list[int]]:
     """Return token ids of prompts for another tokenizer than that of the examples; its control tokens in them are text.
 
-    Unless the template itself writes any of them: then all in what it rendered are meant.
+    Unless the template itself writes any of them: then all in what it rendered are meant. A conversation that the
+    tokenizer's chat template cannot render has no ids.
 
     Args:
         template: Of the examples.
-        prompts: As they are before the template, which the tokenizer's own chat template renders for `chat`.
+        conversations: The prompts before the template; for `chat` the tokenizer's own chat template renders them.
         rendered: As the examples have them.
         tokenizer: The other one.
         chat_date: The date that its chat template prints, where it prints one.
@@ -118,10 +94,18 @@ def encode_prompts_again(
     """
     broken = breaker(tokenizer)
     if template == CHAT:
-        rendered = [render(CHAT, broken(prompt), tokenizer=tokenizer, chat_date=chat_date) for prompt in prompts]
+        chat = ChatTemplate(tokenizer, chat_date)
+        rendered = [_prompt(chat, conversation) for conversation in conversations]
     elif broken(template) == template:
         rendered = list(map(broken, rendered))
     return encode_prompts(template, rendered, tokenizer)
+
+
+def _prompt(chat: ChatTemplate, conversation: Conversation) -> str:
+    try:
+        return chat.prompt(conversation)
+    except NotRenderable:
+        return ""
 
 
 def encode_texts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
@@ -160,7 +144,7 @@ def _encode_as_text(
         ids[place] = row
     # Some vocabularies hold the strings themselves (Unigram, word-level), and control tokens need not be special.
     left = [place for place in held if not control.isdisjoint(ids[place])]
-    broken = _encode(list(map(_breaker(tokens), (texts[place] for place in left))), tokenizer, False)
+    broken = _encode(list(map(breaker_of(tokens), (texts[place] for place in left))), tokenizer, False)
     for place, row in zip(left, broken, strict=True):
         # A normalizer may restore a control token from similar characters; then it is removed.
         ids[place] = [token for token in row if token not in control]
@@ -173,58 +157,6 @@ def without_eos(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     while end.strip() and (stripped := text.rstrip()).endswith(end):
         text = stripped.removesuffix(end)
     return text
-
-
-def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
-    """Return ids by text of the tokens that are declared special.
-
-    Without characters that have no other token as text, but for BOS and EOS: some tokenizers declare a character of
-    ordinary texts as their padding (`!`).
-    """
-    found = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    found |= {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
-    for text, token_id in [*found.items()]:
-        is_character = len(text) == 1 and token_id not in ends
-        if not text.strip() or (
-            is_character and [token_id] in _encode([text], tokenizer, False, split_special_tokens=True)
-        ):
-            del found[text]
-    return found
-
-
-def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
-    """Return the ids of tokens that mean something else than their text: special ones, and marks of a chat template.
-
-    Not all marks of a conversation are declared special: DeepSeek's `<｜User｜>` is not.
-    """
-    written = str(tokenizer.chat_template or "")
-    marks = {
-        token.content: token_id
-        for token_id, token in tokenizer.added_tokens_decoder.items()
-        if token.content.strip() and token.content in written and not token.content.isalnum()
-    }
-    return special_tokens(tokenizer) | marks
-
-
-def finder(tokens: Iterable[str]) -> Callable[[str], bool]:
-    """Return a function that tells whether a text contains any of the tokens."""
-    pattern = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
-    return lambda text: pattern.search(text) is not None
-
-
-def breaker(tokenizer: "PreTrainedTokenizerBase") -> Callable[[str], str]:
-    """Return a function that breaks the control tokens in a text by a space after the first character: `< |im_end|>`.
-
-    For texts between control tokens that the template writes. A control token of one character becomes a space.
-    """
-    return _breaker(control_tokens(tokenizer))
-
-
-def _breaker(tokens: Mapping[str, int]) -> Callable[[str], str]:
-    # What follows the first character is looked at and not taken, since tokens may overlap.
-    pattern = re.compile("|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in tokens) or r"(?!)")
-    return lambda text: pattern.sub(lambda first: " " if first[0] in tokens else f"{first[0]} ", text)
 
 
 def eos_token_id(tokenizer: "PreTrainedTokenizerBase", field: str = "data.tokenizer") -> int:

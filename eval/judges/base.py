@@ -40,6 +40,8 @@ class Case:
     rendered: str
     """As the systems receive it."""
     target: str
+    messages: str | None = None
+    """The column `messages` of the EXAMPLES schema."""
 
 
 @dataclass(frozen=True)

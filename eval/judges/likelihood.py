@@ -10,6 +10,7 @@ from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.execution.base import Executor
 from cpo_pipe.data.fingerprint import Spec
 from cpo_pipe.data.models import templates
+from cpo_pipe.data.models.chat import Conversation
 from cpo_pipe.data.models.chat_date import chat_date
 from cpo_pipe.data.models.end_tokens import end_tokens
 from cpo_pipe.data.models.model import Model
@@ -91,8 +92,14 @@ class LikelihoodJudge(ScoreJudge):
         """
         tokenizer, where = self._tokenizer.load(), f"evaluate.judges.{self.name}.model"
         ends = self._ends() or (templates.eos_token_id(tokenizer, where),)
-        texts, rendered = [case.prompt for case in cases], [case.rendered for case in cases]
-        prompts = templates.encode_prompts_again(self._template, texts, rendered, tokenizer, self._chat_date)
+        asked = [Conversation.of_example({"prompt": case.prompt, "messages": case.messages}) for case in cases]
+        rendered = [case.rendered for case in cases]
+        prompts = templates.encode_prompts_again(self._template, asked, rendered, tokenizer, self._chat_date)
+        if empty := next((case for case, ids in zip(cases, prompts, strict=True) if not ids), None):
+            raise InputError(
+                f"{where} {self._model.name}: its chat template cannot render the messages of example "
+                f"{empty.example_id}; name another model"
+            )
         encoded = templates.encode_as_text(outputs, tokenizer)
         longest = max((len(x) + len(y) + 1 for x, y in zip(prompts, encoded, strict=True)), default=0)
         context = self._model.context()

@@ -15,7 +15,9 @@ from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.execution.base import Executor
 from cpo_pipe.data.fingerprint import Spec
 from cpo_pipe.data.models import templates
+from cpo_pipe.data.models.chat import ChatTemplate, Conversation
 from cpo_pipe.data.models.chat_date import chat_date
+from cpo_pipe.data.models.control_tokens import breaker
 from cpo_pipe.data.models.model import Model
 from cpo_pipe.data.models.tokenizer import TokenizerFiles, tokenizer_in
 from cpo_pipe.data.store import Store
@@ -127,12 +129,13 @@ class LocalJudge(Judge):
             RunError: a log-probability is not finite.
         """
         tokenizer, context = self._tokenizer.load(), self._model.context()
-        broken = templates.breaker(tokenizer)
+        broken = breaker(tokenizer)
+        chat = ChatTemplate(tokenizer, self._chat_date) if tokenizer.chat_template else None
         asked, too_long = {}, []
         for place, pair in enumerate(pairs):
             case = replace(pair.case, prompt=broken(pair.case.prompt))
             query = self.query(Pair(case, broken(pair.output_a), broken(pair.output_b)))
-            scored = self._encoded(case.example_id, query, tokenizer)
+            scored = self._encoded(case.example_id, query, tokenizer, chat)
             longest = _length(scored)
             if context is not None and longest > context:
                 too_long.append((place, unparseable("too long", detail=f"{longest} tokens, of {context}")))
@@ -143,7 +146,9 @@ class LocalJudge(Judge):
         if asked:
             yield from self._answered(asked)
 
-    def _encoded(self, example_id: str, query: str, tokenizer: "PreTrainedTokenizerBase") -> Continuations:
+    def _encoded(
+        self, example_id: str, query: str, tokenizer: "PreTrainedTokenizerBase", chat: ChatTemplate | None
+    ) -> Continuations:
         """Return the token ids of a query and of the letters after it: first all variants of A, then as many of B.
 
         The letters are encoded together with the query: how a tokenizer encodes a space depends on what precedes it.
@@ -151,8 +156,8 @@ class LocalJudge(Judge):
         Raises:
             InputError: the tokenizer merges a letter, with and without a space, into the end of the query.
         """
-        template = templates.CHAT if tokenizer.chat_template else templates.PLAIN
-        text = templates.render(template, query, tokenizer=tokenizer, chat_date=self._chat_date)
+        template = templates.PLAIN if chat is None else templates.CHAT
+        text = query if chat is None else chat.prompt(Conversation.of_text(query))
         texts = [text, *(f"{text}{space}{letter}" for space in SPACES for letter in LETTERS)]
         prompt, *longer = templates.encode_prompts(template, texts, tokenizer)
         behind = [tuple(ids[len(prompt) :]) if ids[: len(prompt)] == prompt else () for ids in longer]

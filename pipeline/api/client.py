@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import ValidationError
 
 from cpo_pipe.data.errors import InputError, RunError
+from cpo_pipe.data.models.chat import Message
 from cpo_pipe.data.progress import LOG_SECONDS
 from cpo_pipe.data.text import one_line
 from cpo_pipe.pipeline.api.answers import (
@@ -49,6 +50,9 @@ _FILTERED = ("content_filter", "content_policy_violation", "invalid_prompt")
 """Error codes of requests refused for their content."""
 _TOO_LONG = re.compile(r"context (length|window)|maximum context|max_model_len|prompt is too long", re.IGNORECASE)
 
+Question = str | Sequence[Message]
+"""A user's message or a text to complete, or the messages of a conversation."""
+
 
 class ApiClient:
     """Sends requests to one server: retries failures, pauses where the server asks for it, and obeys the caps.
@@ -68,9 +72,7 @@ class ApiClient:
         self._told_at = -math.inf
         self._names: dict[str, str] = {}
 
-    async def chat(
-        self, messages: Sequence[Mapping[str, str]], max_tokens: int, n: int = 1, **parameters: Any
-    ) -> Answer:
+    async def chat(self, messages: Sequence[Message], max_tokens: int, n: int = 1, **parameters: Any) -> Answer:
         """Return the answers to a conversation.
 
         Args:
@@ -95,13 +97,19 @@ class ApiClient:
         body = {"prompt": prompt, "max_tokens": max_tokens, "n": n, **parameters}
         return await self._ask("/completions", body, most)
 
-    async def say(self, text: str, max_tokens: int, n: int = 1, **parameters: Any) -> Answer:
-        """Return answers to a text: a user's message, or a text to complete, by the endpoint; otherwise like `chat`."""
+    async def say(self, question: Question, max_tokens: int, n: int = 1, **parameters: Any) -> Answer:
+        """Return answers to a text (a user's message, or a text to complete, by the endpoint) or to messages.
+
+        Messages that begin with a system message of their own do not get the recipe's. Otherwise like `chat`.
+        """
         if self._config.endpoint == "completions":
-            return await self.complete(text, max_tokens, n, **parameters)
+            assert isinstance(question, str)
+            return await self.complete(question, max_tokens, n, **parameters)
+        asked = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
         system = self._config.system
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        return await self.chat([*messages, {"role": "user", "content": text}], max_tokens, n, **parameters)
+        if system is not None and asked[0]["role"] != "system":
+            asked = [{"role": "system", "content": system}, *asked]
+        return await self.chat(asked, max_tokens, n, **parameters)
 
     def halt(self) -> None:
         """Stop sending requests; those under way may still be answered."""

@@ -1,5 +1,6 @@
 """Work that requests samples from an API and makes rows of its answers."""
 
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,12 +11,16 @@ import pyarrow as pa
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.execution.base import Make, NewRows, Work
+from cpo_pipe.data.fingerprint import Spec
+from cpo_pipe.data.models.answers import AnswerEncoder, end_token
+from cpo_pipe.data.models.chat import Conversation
+from cpo_pipe.data.models.control_tokens import finder, special_tokens
 from cpo_pipe.data.models.end_tokens import without_end
-from cpo_pipe.data.models.templates import encode_targets, eos_token_id, finder, special_tokens, without_eos
+from cpo_pipe.data.models.templates import eos_token_id
 from cpo_pipe.data.models.tokenizer import TokenizerFiles
 from cpo_pipe.data.store import Rows
 from cpo_pipe.pipeline.api.answers import Answer, Choice, Failed, Refused
-from cpo_pipe.pipeline.api.client import ApiClient, ask_all
+from cpo_pipe.pipeline.api.client import ApiClient, Question, ask_all
 from cpo_pipe.pipeline.api.model import ApiModel
 from cpo_pipe.pipeline.engines.base import Request, Sampling
 from cpo_pipe.pipeline.samples import refused_source, requests
@@ -43,8 +48,10 @@ class ApiWork(Work):
     seed: int
     tokenizer: TokenizerFiles
     """Of the examples."""
-    message: Callable[[Mapping[str, Any]], str]
-    """From an example (EXAMPLES schema) to the user's message of a chat; completions continue `rendered`."""
+    rendering: Spec
+    """Of the examples."""
+    message: Callable[[Mapping[str, Any]], Question]
+    """From an example (EXAMPLES schema) to the messages of a chat; completions continue `rendered`."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Columns with the same value in all rows."""
     flush_each: ClassVar[bool] = True
@@ -69,9 +76,9 @@ class ApiWork(Work):
         return _RowMaker(self)
 
 
-def prompt_of(example: Mapping[str, Any]) -> str:
-    """Return the example's prompt, as the message of a chat."""
-    return str(example["prompt"])
+def prompt_of(example: Mapping[str, Any]) -> Question:
+    """Return the example's prompt, as the message of a chat, or its messages."""
+    return str(example["prompt"]) if example["messages"] is None else Conversation.of_example(example).messages
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,7 @@ class _RowMaker:
         self._work, self._config = work, work.api.config
         self._tokenizer: PreTrainedTokenizerBase = work.tokenizer.load()
         self._eos = eos_token_id(self._tokenizer)
+        self._encoder = AnswerEncoder(self._tokenizer, work.rendering)
         self._by_ids = self._config.server == "vllm" and self._config.endpoint == "completions"
         self._is_control, self._control = finder(special_tokens(self._tokenizer)), 0
 
@@ -117,18 +125,20 @@ class _RowMaker:
 
     async def _ask(self, client: ApiClient, item: _Request) -> tuple[_Request, Answer | Refused | Failed]:
         request, example = item.request, item.example
-        parameters = {"max_tokens": self._work.sampling.max_new_tokens, "n": request.n, **self._parameters(request)}
+        parameters = {"max_tokens": self._work.sampling.max_new_tokens, "n": request.n, **self._parameters(item)}
         try:
             if self._by_ids:
                 return item, await client.complete(request.prompt_ids, **parameters)
             completed = self._config.endpoint == "completions"
-            text = example["rendered"] if completed else self._work.message(example)
-            return item, await client.say(text, **parameters)
+            if not completed and example["messages"] is not None and json.loads(example["messages"])["tools"]:
+                return item, Refused("tools", "the example has tools, which are not sent to an API")
+            question = example["rendered"] if completed else self._work.message(example)
+            return item, await client.say(question, **parameters)
         except (Refused, Failed) as why:
             return item, why
 
-    def _parameters(self, request: Request) -> dict[str, Any]:
-        sampling = self._work.sampling
+    def _parameters(self, item: _Request) -> dict[str, Any]:
+        sampling, request = self._work.sampling, item.request
         parameters: dict[str, Any] = {"temperature": sampling.temperature}
         if sampling.temperature:
             parameters["seed"] = self._seed(request.seed)
@@ -137,7 +147,8 @@ class _RowMaker:
         elif sampling.top_p < 1:
             parameters["top_p"] = sampling.top_p
         if self._by_ids:
-            parameters |= {"return_token_ids": True, "stop_token_ids": [self._eos], "logprobs": 0}
+            end = end_token(item.example, self._eos)
+            parameters |= {"return_token_ids": True, "stop_token_ids": [end], "logprobs": 0}
         return parameters
 
     def _seed(self, seed: int) -> int:
@@ -195,13 +206,9 @@ class _RowMaker:
         if self._config.endpoint == "chat":
             target, text = example["target"], text.strip()
             text = target[: len(target) - len(target.lstrip())] + text if text else ""
-        text = without_eos(text, self._tokenizer)
-        self._control += self._is_control(text)
-        token_ids = encode_targets([text], self._tokenizer)[0] + ([self._eos] if ends else [])
-        limit = self._work.sampling.max_new_tokens
-        if len(token_ids) <= limit:
-            return text, token_ids, ends
-        return str(self._tokenizer.decode(token_ids[:limit], skip_special_tokens=True)), token_ids[:limit], False
+        (answer,) = self._encoder.encode([example], [text], self._work.sampling.max_new_tokens, [ends])
+        self._control += self._is_control(answer.text)
+        return answer.text, answer.token_ids, answer.ends
 
     def _decoded(self, choice: Choice) -> str:
         """Return the text of a choice's token ids.

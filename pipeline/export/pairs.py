@@ -7,7 +7,8 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from cpo_pipe.data.errors import InputError
-from cpo_pipe.data.models.templates import control_tokens, eos_token_id
+from cpo_pipe.data.models.control_tokens import control_tokens
+from cpo_pipe.data.models.templates import eos_token_id
 from cpo_pipe.data.text import listed, nearest
 from cpo_pipe.pipeline.export.trl_tokens import PromptedCandidate, as_messages, as_texts
 

@@ -12,6 +12,7 @@ from cpo_pipe.data.config import Location, Positive
 from cpo_pipe.data.fingerprint import Spec
 from cpo_pipe.data.models.end_tokens import end_tokens
 from cpo_pipe.data.models.model import Model
+from cpo_pipe.pipeline.api.client import Question
 from cpo_pipe.pipeline.api.model import ApiModel
 from cpo_pipe.pipeline.api.work import ApiWork, prompt_of
 from cpo_pipe.pipeline.engines.base import Sampling, check_context
@@ -56,7 +57,7 @@ class Sampler(Strategy):
         self,
         inputs: Inputs,
         api: ApiModel,
-        message: Callable[[Mapping[str, Any]], str] = prompt_of,
+        message: Callable[[Mapping[str, Any]], Question] = prompt_of,
         spec: Spec | None = None,
     ) -> Job:
         """Plan samples of an API.
@@ -64,14 +65,16 @@ class Sampler(Strategy):
         Args:
             inputs: what to plan with.
             api: the API.
-            message: from an example (EXAMPLES schema) to the user's message of a chat.
+            message: from an example (EXAMPLES schema) to the user's message of a chat, or its messages.
             spec: identity of the rows; needed where `message` is not the prompt.
         """
         sampling = self.sampling(inputs)
         spec = spec or sampled_spec(inputs.examples.rendering, api.spec(), api.obeyed(sampling), inputs.seed)
         rows, refused = inputs.rows(spec), inputs.refused(spec)
         columns = {"strategy": self.kind, "generator": api.fingerprint}
-        work = ApiWork(rows, refused, api, sampling, inputs.seed, inputs.examples.tokenizer, message, columns)
+        examples = inputs.examples
+        work = ApiWork(rows, refused, api, sampling, inputs.seed, examples.tokenizer, examples.rendering, message,
+                       columns)  # fmt: skip
         # Requests wait for their server, not for a core: one process sends them all, which also enforces the caps.
         return Job(inputs.source(rows, self.count, refused), work, WINDOW, in_process=True,
                       check_inputs=api.check_client, check_results=api.check_answered)  # fmt: skip
@@ -90,7 +93,7 @@ class EngineSampler(Sampler):
             InputError: a prompt leaves the model no room for `max_new_tokens`.
         """
         tokenizer = inputs.examples.tokenizer
-        sampling = self.sampling(inputs, end_tokens(model.path, tokenizer))
+        sampling = self.sampling(inputs, end_tokens(model.path, tokenizer, inputs.examples.end_tokens))
         context = check_context(inputs.selection, model, sampling.max_new_tokens, f"{inputs.key}.max_new_tokens")
         rows = inputs.rows(sampled_spec(inputs.examples.rendering, model.fingerprint, sampling, inputs.seed))
         columns = {"strategy": self.kind, "generator": model.fingerprint}

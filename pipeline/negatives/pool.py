@@ -7,23 +7,24 @@ as text and encoded like targets.
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from cpo_pipe.data.config import Location
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.execution.base import Make, NewRows, Work
-from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec
+from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec, digest
 from cpo_pipe.data.models import templates
+from cpo_pipe.data.models.answers import Answer, AnswerEncoder
+from cpo_pipe.data.models.chat import Conversation
 from cpo_pipe.data.models.chat_date import chat_date
+from cpo_pipe.data.models.control_tokens import finder, special_tokens
 from cpo_pipe.data.models.end_tokens import end_tokens
 from cpo_pipe.data.models.model import Model
 from cpo_pipe.data.models.tokenizer import TokenizerFiles, tokenizer_in
+from cpo_pipe.data.sources.locate import locate_source
 from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.pipeline.api.model import ApiModel
 from cpo_pipe.pipeline.engines.base import Sampling
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ENCODING = 3
+ENCODED_FOR = ["example_id", "prompt", "messages", "target_ids", "ends"]
+"""Columns of an example that decide how a continuation is encoded."""
+ENCODING = 4
 """Raise when the encoding of a text changes."""
 
 
@@ -49,8 +52,8 @@ class Pool(EngineSampler):
     model: Location | None = Field(None, description="an API of `apis`, a training's name, a folder or a hub name")
     file: Location | None = Field(
         None,
-        description="a .jsonl or .parquet file with existing continuations, a .json file with a list, "
-        "or a folder of .parquet files, such as `cpo-pipe export` writes",
+        description="existing continuations: a file, pattern, folder, URL or hub name, as for data.source, such as the "
+        "folder that `cpo-pipe export` writes",
     )
     columns: Columns = Field(default_factory=Columns, description="column mapping of the file")
 
@@ -66,7 +69,8 @@ class Pool(EngineSampler):
     def plan(self, inputs: Inputs) -> Job:
         """Plan to read the file, or to sample from the model."""
         if self.file is not None:
-            return self._plan_file(inputs, PoolFile(inputs.key, Path(self.file), self.columns))
+            source = locate_source(self.file, key=f"{inputs.key}.file", columns_key=f"{inputs.key}.columns")
+            return self._plan_file(inputs, PoolFile(source, self.columns))
         assert self.model is not None
         model = inputs.find(self.model, any_tokenizer=True)
         if isinstance(model, ApiModel):
@@ -77,21 +81,23 @@ class Pool(EngineSampler):
             assert isinstance(model, Model)
             return self.plan_model(inputs, model)
         examples, sampling = inputs.examples, self.sampling(inputs, end_tokens(model.path, own))
-        template = str(examples.rendering["template"])
+        template = examples.rendering["template"]
         day = chat_date(own, inputs.store) if template == templates.CHAT else None
         spec = pool_model_spec(examples.rendering, model.fingerprint, own.fingerprint, sampling, inputs.seed, day)
         rows, refused = inputs.rows(spec), inputs.refused(spec)
         columns = {"strategy": self.kind, "generator": model.fingerprint}
-        work = PoolModelWork(rows, refused, LazyEngine(self.engine, model), own, template, sampling, inputs.seed,
-                             examples.tokenizer, columns, day)  # fmt: skip
+        work = PoolModelWork(rows, refused, LazyEngine(self.engine, model), own, examples.rendering, sampling,
+                             inputs.seed, examples.tokenizer, columns, day)  # fmt: skip
         return Job(inputs.source(rows, self.count, refused), work, self.batch_size)
 
     def _plan_file(self, inputs: Inputs, file: PoolFile) -> Job:
-        sha256, limit = file.sha256(inputs.store.hash_file), self.max_new_tokens or inputs.max_tokens
-        spec = pool_file_spec(inputs.examples.rendering, sha256, self.columns, limit)
+        identity, limit = file.source.identity(inputs.store.hash_file), self.max_new_tokens or inputs.max_tokens
+        spec = pool_file_spec(inputs.examples.rendering, identity, self.columns, limit)
         rows, refused = inputs.rows(spec), inputs.refused(spec)
         selection = inputs.selection.select(["example_id", "prompt"])
-        work = PoolFileWork(rows, refused, file, sha256, selection, self.count, inputs.examples.tokenizer, limit)
+        examples = inputs.examples
+        work = PoolFileWork(rows, refused, file, identity, selection, self.count, examples.tokenizer,
+                            examples.rendering, limit)  # fmt: skip
         return Job(inputs.source(rows, self.count, refused), work, check_inputs=file.check)
 
     @property
@@ -104,9 +110,9 @@ class Pool(EngineSampler):
         return [self.model] if self.model is not None else []
 
 
-def pool_file_spec(rendering: Spec, sha256: str, columns: Columns, max_tokens: int) -> Spec:
+def pool_file_spec(rendering: Spec, identity: Spec, columns: Columns, max_tokens: int) -> Spec:
     """Return the identity of a file's rows: its content, but neither its path nor the source's name or strength."""
-    return {"strategy": Pool.kind, "file": sha256, "columns": columns.model_dump(), "prompt": rendering,
+    return {"strategy": Pool.kind, "file": digest(identity), "columns": columns.model_dump(), "prompt": rendering,
             "max_tokens": max_tokens, "encoding": ENCODING}  # fmt: skip
 
 
@@ -127,28 +133,25 @@ def other_tokenizer(model: Model, tokenizer: TokenizerFiles, store: Store) -> To
     return None if own.fingerprint == tokenizer.fingerprint else own
 
 
-def as_targets(
-    texts: Sequence[str], ends: Sequence[bool], tokenizer: "PreTrainedTokenizerBase", max_tokens: int
-) -> Iterator[tuple[str, list[int], bool]]:
-    """Yield the text of each continuation, its token ids as a target has them, and whether it ends there.
+class ContinuationEncoder:
+    """Encodes continuations of any origin like targets.
 
     Args:
-        texts: the continuations.
-        ends: whether each is complete, so that an EOS token follows it.
         tokenizer: the trained model's. Where it adds a space before a text, a leading space of the text is removed.
-        max_tokens: length limit with the EOS token; longer continuations are cut to it and do not end.
+        rendering: of the examples.
     """
-    end = templates.eos_token_id(tokenizer)
-    texts = [templates.without_eos(text, tokenizer) for text in texts]
-    if _doubles_space(tokenizer):
-        texts = [text.removeprefix(" ") for text in texts]
-    for text, whole, ids in zip(texts, ends, templates.encode_targets(texts, tokenizer), strict=True):
-        if len(ids) > max_tokens:
-            yield str(tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)), ids[:max_tokens], False
-        elif whole and len(ids) < max_tokens:
-            yield text, [*ids, end], True
-        else:
-            yield text, ids, False
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", rendering: Spec):
+        self._answers = AnswerEncoder(tokenizer, rendering)
+        self._doubles_space = _doubles_space(tokenizer)
+
+    def encode(
+        self, examples: Sequence[Mapping[str, Any]], texts: Sequence[str], max_tokens: int, ends: Sequence[bool]
+    ) -> list[Answer]:
+        """Encode a continuation for each example; see `AnswerEncoder.encode`."""
+        if self._doubles_space:
+            texts = [text.removeprefix(" ") for text in texts]
+        return self._answers.encode(examples, texts, max_tokens, ends)
 
 
 def _refusal(example_id: str, sample_index: int, reason: str, detail: str) -> dict[str, Any]:
@@ -167,13 +170,15 @@ class PoolFileWork(Work):
     refused: Rows
     """Samples that the file does not have (REJECTED schema)."""
     file: PoolFile
-    sha256: str
-    """The file's hash when the work was planned."""
+    identity: Spec
+    """What determined the file's rows when the work was planned."""
     selection: pa.Table
     """`example_id` and `prompt` of all examples."""
     count: int
     """Samples per example."""
     tokenizer: TokenizerFiles
+    rendering: Spec
+    """Of the examples."""
     max_tokens: int
 
     @property
@@ -187,58 +192,67 @@ class PoolFileWork(Work):
         Raises:
             InputError: the file breaks a rule, or has no continuation for any example.
         """
-        self.file.check_unchanged(self.sha256)
+        source = self.file.source
+        source.check(self.identity)
         key = self.file.match_column()
-        log.info("%s.file %s: reading it", self.file.key, self.file.path)
+        log.info("%s %s: reading it", source.key, source.name)
         keys = (value.as_py() for value in self.selection[key])
         tokenizer = self.tokenizer.load()
-        is_control = templates.finder(templates.special_tokens(tokenizer))
+        is_control, encoder = finder(special_tokens(tokenizer)), ContinuationEncoder(tokenizer, self.rendering)
         found = Continuations(keys, self.count, self.file.continuations(key), is_control)
-        self._report(key, found.counts)
+        self._report(key, found)
         if found.control_tokens:
             log.warning(
-                "%s.file %s: %d continuations have special tokens in their text; they are text to the "
-                "model, except for an EOS token at the end", self.file.key, self.file.path, found.control_tokens,
+                "%s %s: %d continuations have special tokens in their text; they are text to the "
+                "model, except for an EOS token at the end", source.key, source.name, found.control_tokens,
             )  # fmt: skip
+
+        fingerprint = digest(self.identity)
 
         def make(batch: pa.Table) -> Iterator[NewRows]:
             refused, taken, texts = [], [], []
-            for example in batch.select(["example_id", "prompt", SAMPLE_INDICES]).to_pylist():
+            for example in batch.select([*ENCODED_FOR, SAMPLE_INDICES]).to_pylist():
                 for k in example[SAMPLE_INDICES]:
                     text = found.text(example[key], k)
-                    if text is None:
+                    if text is None and (bad := found.refusal(example[key], k)) is not None:
+                        refused.append(_refusal(example["example_id"], k, bad.reason, f"{bad.source}: {bad.detail}"))
+                    elif text is None:
                         refused.append(_refusal(example["example_id"], k, "not in the file", example["prompt"]))
                     else:
                         taken.append((example, k))
                         texts.append(text)
-            rows = [
-                negative(example, k, 0, strategy=Pool.kind, text=text, token_ids=ids, ends=ends, generator=self.sha256)
-                for (example, k), (text, ids, ends) in zip(
-                    taken, as_targets(texts, [True] * len(texts), tokenizer, self.max_tokens), strict=True
-                )
-            ]
+            encoded = encoder.encode([example for example, _ in taken], texts, self.max_tokens, [True] * len(texts))
+            rows = []
+            for (example, k), answer in zip(taken, encoded, strict=True):
+                if answer.problem:
+                    refused.append(_refusal(example["example_id"], k, "not renderable", answer.problem))
+                    continue
+                rows.append(negative(example, k, 0, strategy=Pool.kind, text=answer.text, token_ids=answer.token_ids,
+                                     ends=answer.ends, generator=fingerprint))  # fmt: skip
             yield NewRows([refused, rows], len(refused) + len(rows))
 
         return make
 
-    def _report(self, key: str, counts: NDArray[np.int64]) -> None:
-        """Warn where the file covers only a part of the selection.
+    def _report(self, key: str, found: Continuations) -> None:
+        """Warn of rejected rows, and where the file covers only a part of the selection.
 
         Raises:
             InputError: it has no continuation for any example.
         """
+        source, counts = self.file.source, found.counts
+        if found.rejections.reasons:
+            log.warning("%s %s: %s", source.key, source.name, found.rejections)
         there, whole, what = int((counts > 0).sum()), int((counts == self.count).sum()), key.replace("_", " ") + "s"
         if not there:
-            theirs, _ = next(self.file.continuations(key))
             hint = f"; without its column {key} it is matched by prompt" if key == "example_id" else ""
-            raise self.file.error(
-                f"has none of the examples' {len(counts):,} {what}; there is {shown(theirs)}, "
+            raise source.request({}).error(
+                f"has none of the examples' {len(counts):,} {what}; there is {shown(found.unmatched)}, "
                 f"the first example has {shown(self.selection[key][0].as_py())}{hint}"
             )
         if whole < len(counts):
             log.warning(
-                "%s.file %s: has %d of %d %s, %d of them with %d continuations; others get fewer",
-                *(self.file.key, self.file.path, there, len(counts), what, whole, self.count),
+                "%s %s: has %d of %d %s, %d of them with %d continuations; others get fewer",
+                *(source.key, source.name, there, len(counts), what, whole, self.count),
             )
 
 
@@ -254,8 +268,9 @@ class PoolModelWork(Work):
     """Samples that cannot be made, for example because a prompt fills the model's context (REJECTED schema)."""
     engine: LazyEngine
     own_tokenizer: TokenizerFiles
-    template: str
-    """`chat`: the model's own chat template renders the prompt; otherwise it is rendered as for the trained model."""
+    rendering: Spec
+    """Of the examples. With the template `chat`, the model's own chat template renders the prompt; otherwise it is
+    rendered as for the trained model."""
     sampling: Sampling
     """In the model's own tokens; `max_new_tokens` also limits the text's tokens in the trained model's tokenizer."""
     seed: int
@@ -277,8 +292,8 @@ class PoolModelWork(Work):
         Raises:
             InputError: data.template is chat, but the model's tokenizer has no chat template.
         """
-        own, tokenizer = self.own_tokenizer.load(), self.tokenizer.load()
-        chat = self.template == templates.CHAT
+        own, encoder = self.own_tokenizer.load(), ContinuationEncoder(self.tokenizer.load(), self.rendering)
+        chat = self.rendering["template"] == templates.CHAT
         if chat and not own.chat_template:
             raise InputError(
                 f"model {self.engine.model.name}: data.template is chat, but its tokenizer has no chat template; "
@@ -302,12 +317,15 @@ class PoolModelWork(Work):
             yield NewRows([refused, []], len(refused))
             place = batch.schema.get_field_index("prompt_ids")
             batch = batch.set_column(place, "prompt_ids", pa.array(prompts, batch.schema.field(place).type))
-            behind = dict(zip(batch["example_id"].to_pylist(), prompts, strict=True))
-            for new_rows in sample(batch.filter(pa.array(fits))) if any(fits) else ():
-                yield NewRows(encode(new_rows.rows[0], behind), new_rows.units)
+            examples = {example["example_id"]: example for example in batch.select(ENCODED_FOR).to_pylist()}
+            behind = dict(zip(examples, prompts, strict=True))
+            for made in sample(batch.filter(pa.array(fits))) if any(fits) else ():
+                yield NewRows(encode(made.rows[0], examples, behind), made.units)
 
         def encode(
-            samples: Sequence[Mapping[str, Any]], prompts: Mapping[str, list[int]]
+            samples: Sequence[Mapping[str, Any]],
+            examples: Mapping[str, Mapping[str, Any]],
+            prompts: Mapping[str, list[int]],
         ) -> list[list[dict[str, Any]]]:
             """Return rows of refused samples, and negatives."""
             ends = [sample["finish_reason"] == "stop" for sample in samples]
@@ -318,20 +336,24 @@ class PoolModelWork(Work):
                 text = text_behind(before, sample["token_ids"][:-1] if whole else sample["token_ids"], own)
                 texts.append(text if whole else text.rstrip("\ufffd"))  # the first bytes of a character that was cut
             refused, rows = [], []
-            for sample, (text, ids, whole) in zip(samples, as_targets(texts, ends, tokenizer, new), strict=True):
-                if ids:
-                    reason = "stop" if whole else "length"
-                    rows.append({**sample, "text": text, "token_ids": ids, "finish_reason": reason, "logprob": None})
+            encoded = encoder.encode([examples[sample["example_id"]] for sample in samples], texts, new, ends)
+            for sample, answer in zip(samples, encoded, strict=True):
+                if answer.token_ids:
+                    rows.append({**sample, "text": answer.text, "token_ids": answer.token_ids,
+                                 "finish_reason": "stop" if answer.ends else "length", "logprob": None})  # fmt: skip
                 else:
-                    refused.append(_refusal(sample["example_id"], sample["sample_index"], "empty", text))
+                    reason, detail = ("not renderable", answer.problem) if answer.problem else ("empty", answer.text)
+                    refused.append(_refusal(sample["example_id"], sample["sample_index"], reason, detail))
             return [refused, rows]
 
         return make
 
     def _prompts(self, batch: pa.Table, own: "PreTrainedTokenizerBase") -> list[list[int]]:
         """Encode the examples' prompts with the model's own tokenizer."""
-        prompts, rendered = (batch[name].to_pylist() for name in ("prompt", "rendered"))
-        return templates.encode_prompts_again(self.template, prompts, rendered, own, self.chat_date)
+        rendered = batch["rendered"].to_pylist()
+        asked = [Conversation.of_example(example) for example in batch.select(ENCODED_FOR).to_pylist()]
+        template = str(self.rendering["template"])
+        return templates.encode_prompts_again(template, asked, rendered, own, self.chat_date)
 
 
 def text_behind(prompt_ids: Sequence[int], token_ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -6,6 +6,7 @@ from cpo_pipe.pipeline.negatives.batch import BatchTargets
 from cpo_pipe.pipeline.negatives.meanfield import MeanField
 from cpo_pipe.pipeline.negatives.pool import Pool
 from cpo_pipe.pipeline.negatives.prompted import Prompted
+from cpo_pipe.pipeline.negatives.rejected import Rejected
 from cpo_pipe.pipeline.negatives.strategy import Strategy
 from cpo_pipe.pipeline.negatives.truncation import Truncation
 
@@ -20,5 +21,6 @@ STRATEGIES = Registry[Strategy](
         "truncation": Truncation,
         "pool": Pool,
         "prompted": Prompted,
+        "rejected": Rejected,
     },
 )

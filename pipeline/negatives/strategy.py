@@ -111,8 +111,8 @@ class Strategy(Section):
 
     strategy: str = Field(
         "",
-        description="autoregressive, batch, meanfield, truncation, pool, prompted, or a class of yours as module:Class "
-        "(default: the source's name)",
+        description="autoregressive, batch, meanfield, truncation, pool, prompted, rejected, or a class of yours as "
+        "module:Class (default: the source's name)",
     )
     count: int = Field(1, gt=0, lt=1 << 16, description="negatives per prompt")
     strength: float | None = Field(

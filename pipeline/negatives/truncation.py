@@ -1,4 +1,4 @@
-"""Truncation negatives (TN): the target cut at a random place, followed by an end token (§3)."""
+"""Truncation negatives (TN): the target cut at a random place, followed by the token that ends targets (§3)."""
 
 from functools import partial
 from typing import Any, ClassVar
@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cpo_pipe.data.fingerprint import row_seed
+from cpo_pipe.data.models.answers import end_token
 from cpo_pipe.data.models.templates import eos_token_id
 from cpo_pipe.data.models.tokenizer import TokenizerFiles
 from cpo_pipe.pipeline.negatives.strategy import ExampleWork, Inputs, Job, NegativesOf, Strategy, negative
@@ -30,7 +31,7 @@ class Truncation(Strategy):
 
 def _load(files: TokenizerFiles, seed: int) -> NegativesOf:
     tokenizer = files.load()
-    end = eos_token_id(tokenizer)
+    eos = eos_token_id(tokenizer)
 
     def negatives_of(example: dict[str, Any], indices: list[int]) -> list[dict[str, Any]]:
         target = example["target_ids"][:-1] if example["ends"] else example["target_ids"]
@@ -43,7 +44,7 @@ def _load(files: TokenizerFiles, seed: int) -> NegativesOf:
                 first_seed + k,
                 strategy=Truncation.kind,
                 text=str(tokenizer.decode(target[: places[k]], skip_special_tokens=True)),
-                token_ids=[*target[: places[k]], end],
+                token_ids=[*target[: places[k]], end_token(example, eos)],
                 ends=True,
             )
             for k in indices

@@ -1,6 +1,6 @@
 """Articles, cut into chunks. The first tokens of a chunk are its prompt, the others its target."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,9 +9,10 @@ from pydantic import Field, model_validator
 from cpo_pipe.data.config import Section, Share
 from cpo_pipe.data.fingerprint import Spec, example_id
 from cpo_pipe.data.models import templates
-from cpo_pipe.data.sources.rows import TEXT_COLUMN, Refusal
+from cpo_pipe.data.models.control_tokens import finder, special_tokens
+from cpo_pipe.data.sources.rows import TEXT_COLUMN, Refusal, Row
 from cpo_pipe.pipeline.prepare.base import Data, Encoded, Example, ShortEnd, Texts
-from cpo_pipe.pipeline.prepare.rows import batches
+from cpo_pipe.pipeline.prepare.rows import batches, check_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,6 +54,11 @@ class Articles(Data):
                 )
         return self
 
+    def texts(self, row: Row) -> Iterator[Texts | Refusal]:
+        """Yield the article."""
+        found = check_texts(row, self.columns.model_dump())
+        yield found if isinstance(found, Refusal) else Texts(row.source, found["target"])
+
     def corpus(self, texts: Texts) -> Iterator[str]:
         """Yield the article."""
         yield texts.target
@@ -78,11 +84,10 @@ class Articles(Data):
         rows: Iterator[Texts | Refusal],
         tokenizer: "PreTrainedTokenizerBase",
         rendering: Spec,
-        advance: Callable[[int], None],
     ) -> Iterator[Encoded]:
         """Yield an example for each chunk; refused articles come first in their batch."""
         eos = templates.eos_token_id(tokenizer)
-        is_control = templates.finder(templates.special_tokens(tokenizer))
+        is_control = finder(special_tokens(tokenizer))
         for batch in batches(rows, BATCH):
             yield from (row for row in batch if isinstance(row, Refusal))
             articles = [row for row in batch if isinstance(row, Texts)]
@@ -96,12 +101,12 @@ class Articles(Data):
                     row = {
                         "example_id": example_id(prompt, target, ends=chunk.ends), "prompt": prompt,
                         "rendered": prompt, "target": target, "prompt_ids": chunk.prompt_ids,
-                        "target_ids": target_ids, "ends": chunk.ends, "category": None,
+                        "target_ids": target_ids, "ends": chunk.ends, "category": None, "messages": None,
+                        "rejected": None,
                     }  # fmt: skip
-                    yield Example(article.source, row, is_control(prompt) or is_control(target))
+                    yield Example(article.source, row, prompt, is_control(prompt) or is_control(target))
                 if not chunks or not chunks[-1].ends:
                     yield ShortEnd()
-            advance(len(batch))
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,22 @@
 """The `data` section of a recipe, and what each preset implements."""
 
+import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, model_validator
 
 from cpo_pipe.data.config import Location, Positive, Section, Seed, Share
 from cpo_pipe.data.fingerprint import Spec, example_id
+from cpo_pipe.data.models.chat import Conversation, Message
 from cpo_pipe.data.models.templates import with_context
 from cpo_pipe.data.models.train_tokenizer import TrainedTokenizer
-from cpo_pipe.data.sources.readers import Source, locate_source
-from cpo_pipe.data.sources.rows import Refusal
+from cpo_pipe.data.sources.locate import locate_source
+from cpo_pipe.data.sources.rows import Refusal, Row
+from cpo_pipe.data.sources.source import Source
+from cpo_pipe.pipeline.prepare.formats import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,24 +24,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts of a row that passed all rules that need no tokenizer. An article is a target with an empty prompt."""
+    """What a row holds that passed all rules that need no tokenizer. An article is a target with an empty prompt."""
 
     source: str
     """Where the row is: `file:line`."""
-    prompt: str
-    context: str
     target: str
-    category: str | None
+    prompt: str = ""
+    context: str = ""
+    category: str | None = None
+    turn: Turn | None = None
+    """The messages of a row that has some; otherwise prompt, context and target are all there is."""
+    rejected: Sequence[Message] = ()
+    """Answers that are worse than the target."""
+    row: str = ""
+    """What identifies the row that a turn is from, for the split; empty: the prompt."""
 
     @property
     def example_id(self) -> str:
         """Hash of the texts."""
-        return example_id(self.prompt, self.target, context=self.context)
+        if self.turn is None:
+            return example_id(self.prompt, self.target, context=self.context)
+        return example_id(self.turn.prompt.to_json(), json.dumps(self.turn.answer, ensure_ascii=False))
 
     @property
     def full_prompt(self) -> str:
         """The prompt with its context."""
         return with_context(self.prompt, self.context)
+
+    @property
+    def conversation(self) -> Conversation:
+        """The messages before the target."""
+        return Conversation.of_text(self.full_prompt) if self.turn is None else self.turn.prompt
+
+    @property
+    def answer(self) -> Message:
+        """The target as a message."""
+        return {"role": "assistant", "content": self.target} if self.turn is None else self.turn.answer
 
 
 @dataclass(frozen=True)
@@ -47,6 +69,8 @@ class Example:
     source: str
     row: Mapping[str, Any]
     """A row of the schema EXAMPLES, without its split."""
+    split_key: str
+    """Examples with the same key are in the same split."""
     has_control_tokens: bool = False
     """Whether control tokens are written in its texts."""
     had_eos: bool = False
@@ -74,10 +98,14 @@ class Data(Section):
         "(`dolly`, `gsm8k`, `python-docs`), or your own as `module:Class`",
     )
     source: Location | None = Field(
-        None, description="a .jsonl, .csv, .parquet or .txt file, or a Hugging Face data set (name or folder)"
+        None,
+        description="a .jsonl, .json, .csv, .tsv, .parquet or .txt file (also .gz, .zst), a pattern, a folder, a URL "
+        "(hf://, s3://, https://, …) or a Hugging Face data set",
     )
     subset: str | None = Field(None, description="configuration name of a Hugging Face data set")
-    source_split: str = Field("train", description="split of a Hugging Face data set to read")
+    source_split: str | None = Field(
+        None, description="split of a folder or a Hugging Face data set to read (default: train)"
+    )
     revision: str | None = Field(None, description="commit or tag of a Hugging Face data set")
     columns: Section = Field(default_factory=Section, description="column mapping")
     tokenizer: Location | TrainedTokenizer = Field(
@@ -114,13 +142,45 @@ class Data(Section):
             InputError: the source does not exist.
         """
         assert self.source is not None  # validated
-        return locate_source(self.source, self.subset, self.source_split, self.revision)
+        return locate_source(self.source, subset=self.subset, split=self.source_split, revision=self.revision)
 
     def split_sizes(self) -> tuple[int | None, int, int | None]:
         """Return the sizes of the train, validation and test splits; None: what is left."""
         return self.train, self.validation, self.test
 
     # ── what the shape of the data (pairs, articles) decides ─────────────────────────────────────────────────────
+
+    def resolved(self, source: Source) -> Self:
+        """Return the section with what depends on the source's columns filled in.
+
+        Raises:
+            InputError: the source has not the columns of any known format.
+        """
+        return self
+
+    @property
+    def columns_read(self) -> tuple[dict[str, str], list[str]]:
+        """The columns that the source must have, by the key of `data.columns` that names them, and optional ones.
+
+        Those with prompts and targets must be there, and those that the user names.
+        """
+        named = {field: column for field, column in self.columns.model_dump().items() if column is not None}
+        must = {"prompt", "target"} | self.columns.model_fields_set
+        required = {field: column for field, column in named.items() if field in must}
+        return required, [column for field, column in named.items() if field not in must]
+
+    def reading(self) -> Spec:
+        """Return what decides the texts of a row."""
+        return {"columns": self.columns.model_dump()}
+
+    @property
+    def format_label(self) -> str:
+        """What the rows are read as, for messages."""
+        return "articles"
+
+    @abstractmethod
+    def texts(self, row: Row) -> Iterator[Texts | Refusal]:
+        """Yield the texts of a row, or the rule that it breaks."""
 
     @abstractmethod
     def corpus(self, texts: Texts) -> Iterator[str]:
@@ -144,7 +204,6 @@ class Data(Section):
         rows: Iterator[Texts | Refusal],
         tokenizer: "PreTrainedTokenizerBase",
         rendering: Spec,
-        advance: Callable[[int], None],
     ) -> Iterator[Encoded]:
         """Yield the examples of rows.
 
@@ -152,5 +211,4 @@ class Data(Section):
             rows: the rows of the source; refused ones are passed on.
             tokenizer: the tokenizer.
             rendering: of the examples, with the date of a chat template that has one.
-            advance: takes the number of rows that are done.
         """

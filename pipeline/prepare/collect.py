@@ -29,10 +29,14 @@ class ExampleCollector:
 
     def __init__(self, source: str, split_seed: int, scratch: Path):
         self.keys: list[tuple[str, str]] = []
-        """Hash of the prompt, which orders the examples, and id."""
+        """Hash of the split key (the prompt, or the conversation), which orders the examples, and id."""
         self.reasons: Counter[str] = Counter()
         """Rejected rows by reason."""
         self.short_ends = self.control_tokens = self.written_ends = 0
+        self.end_tokens: Counter[int] = Counter()
+        """The tokens that end targets."""
+        self.most_rejected = 0
+        """The most rejected answers of an example."""
         self._rejected: list[dict[str, Any]] = []
         self._pending: list[Any] = []
         self._seen: set[str] = set()
@@ -59,8 +63,11 @@ class ExampleCollector:
             return
         self.control_tokens += encoded.has_control_tokens
         self.written_ends += encoded.had_eos
+        if encoded.row["ends"]:
+            self.end_tokens[encoded.row["target_ids"][-1]] += 1
+        self.most_rejected = max(self.most_rejected, len(encoded.row["rejected"] or ()))
         self._seen.add(encoded.row["example_id"])
-        self.keys.append((digest([self._split_seed, encoded.row["prompt"]]), encoded.row["example_id"]))
+        self.keys.append((digest([self._split_seed, encoded.split_key]), encoded.row["example_id"]))
         self._pending.append(encoded.row)
         if len(self._pending) == BATCH:
             self._flush()

@@ -14,7 +14,7 @@ from cpo_pipe.data.models.chat_date import chat_date
 from cpo_pipe.data.models.tokenizer import TokenizerFiles, locate_tokenizer
 from cpo_pipe.data.models.train_tokenizer import TrainedBPE
 from cpo_pipe.data.progress import track
-from cpo_pipe.data.sources.readers import Source
+from cpo_pipe.data.sources.source import Source
 from cpo_pipe.data.store import ArtifactWriter, Store
 from cpo_pipe.pipeline.prepare.base import Data, Texts
 from cpo_pipe.pipeline.prepare.collect import ExampleCollector
@@ -24,7 +24,7 @@ from cpo_pipe.pipeline.prepare.split import SPLITS, split_ends, split_ranges, wa
 
 log = logging.getLogger(__name__)
 
-RULES = 3
+RULES = 4
 """Raise it when the same rows yield other examples; this invalidates examples prepared before."""
 
 
@@ -40,6 +40,7 @@ def prepare(config: Data, store: Store, run_dir: Path | None = None) -> Examples
         InputError: a setting or the source breaks a rule, or more than `max_rejected` of the rows do.
     """
     source = config.open_source()
+    config = config.resolved(source)
     content = _content(config, source, store)
     if (examples := _found(config, source, content, store)) is not None:
         _report(examples.artifact.manifest, f" (found in {examples.artifact.name})")
@@ -65,6 +66,7 @@ def find_examples(config: Data, store: Store) -> Examples | None:
         InputError: for the reasons that `prepare` raises it.
     """
     source = config.open_source()
+    config = config.resolved(source)
     return _found(config, source, _content(config, source, store), store)
 
 
@@ -75,8 +77,9 @@ def _write(examples: Examples, writer: ArtifactWriter, config: Data, source: Sou
     train, validation, test = config.split_sizes()
     collector = ExampleCollector(source.name, config.split_seed, writer.path / "unordered.arrow")
     with track("prepare", count_rows(config, source)) as meter, collector:
-        for encoded in config.encode(read_rows(config, source), tokenizer, examples.rendering, meter.advance):
+        for encoded in config.encode(read_rows(config, source, meter.advance), tokenizer, examples.rendering):
             collector.add(encoded)
+    log.info("examples: read %s rows as %s", f"{meter.done:,}", config.format_label)
     collector.check(config.max_rejected, run_dir)
     ends = split_ends(collector.prompt_hashes(), train, validation, test)
     collector.write(writer.path, ends)
@@ -87,6 +90,8 @@ def _write(examples: Examples, writer: ArtifactWriter, config: Data, source: Sou
             shutil.copyfile(examples.tokenizer.path / name, writer.path / "tokenizer" / name)
     writer.facts["rows_read"] = meter.done
     writer.facts["examples"] = {name: end - start for name, start, end in split_ranges(ends)}
+    writer.facts["end_tokens"] = [token for token, _ in collector.end_tokens.most_common()]
+    writer.facts["most_rejected"] = collector.most_rejected
     writer.facts["left_over"] = len(collector.keys) - ends[-1]
     writer.facts["rejected"] = dict(collector.reasons.most_common())
     writer.facts["short_ends"] = collector.short_ends
@@ -113,7 +118,7 @@ def _content(config: Data, source: Source, store: Store) -> Spec:
     """Return what decides the texts."""
     return {
         "source": source.identity(store.hash_file),
-        "columns": config.columns.model_dump(),
+        "reading": config.reading(),
         "max_rows": config.max_rows,
     }
 

@@ -1,64 +1,60 @@
 """Rows of a source, checked by all rules that need no tokenizer."""
 
-import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import date
 from decimal import Decimal
 from itertools import islice
 from typing import TypeVar
 
-from cpo_pipe.data.sources.readers import Source
-from cpo_pipe.data.sources.rows import Refusal, Row, is_encodable
+from cpo_pipe.data.sources.rows import Refusal, Row, text_fault
+from cpo_pipe.data.sources.source import Source
 from cpo_pipe.pipeline.prepare.base import Data, Texts
 
 T = TypeVar("T")
 
 
-def read_rows(config: Data, source: Source) -> Iterator[Texts | Refusal]:
-    """Yield the rows in the order of the source.
+def read_rows(
+    config: Data, source: Source, advance: Callable[[int], None] = lambda rows: None
+) -> Iterator[Texts | Refusal]:
+    """Yield what the rows hold, in the order of the source; `advance` takes the number of rows that were read.
 
     Raises:
-        InputError: a column is missing. Those with prompts and targets must be there, and those that the user names.
+        InputError: a required column is missing.
     """
-    named = {field: column for field, column in config.columns.model_dump().items() if column is not None}
-    must = {"prompt", "target"} | config.columns.model_fields_set
-    required = {field: column for field, column in named.items() if field in must}
-    optional = [column for field, column in named.items() if field not in must]
+    required, optional = config.columns_read
     for row in source.read(required, optional, config.max_rows):
-        yield row if isinstance(row, Refusal) else check_row(row, config)
+        if isinstance(row, Refusal):
+            yield row
+        else:
+            yield from config.texts(row)
+        advance(1)
 
 
 def count_rows(config: Data, source: Source) -> int:
     """Count the rows that will be read."""
-    count = source.count()
+    count = source.count(config.max_rows)
     return count if config.max_rows is None else min(count, config.max_rows)
 
 
-def check_row(row: Row, config: Data) -> Texts | Refusal:
-    """Return the texts of a row, or the rule that it breaks."""
-    columns = config.columns.model_dump()
+def check_texts(row: Row, columns: Mapping[str, str | None]) -> dict[str, str] | Refusal:
+    """Return the texts of a row by the key of `data.columns` that names their column, or the rule that it breaks."""
     texts: dict[str, str] = {}
     for field, column in columns.items():
         name = f"column {column} (data.columns.{field})"
         value = row.values.get(column) if column is not None else None
-        if value is None:
-            if field in ("prompt", "target"):
-                return Refusal(row.source, "missing field", name)
+        if value is None and field not in ("prompt", "target"):
             continue
-        if field == "category" and isinstance(value, int | float | Decimal):
+        if field == "category" and isinstance(value, int | float | Decimal | date):
             value = str(value)
-        if not isinstance(value, str):
-            detail = f"{name} has type {type(value).__name__}: {reprlib.repr(value)}"
-            return Refusal(row.source, "not text", detail)
-        if not is_encodable(value):
-            return Refusal(row.source, "not UTF-8", f"{name} is {value}")
-        texts[field] = value
+        if fault := text_fault(value, name):
+            return Refusal(row.source, *fault)
+        texts[field] = str(value)
     for field in ("prompt", "target"):
         if field in texts and not texts[field].strip():
             return Refusal(
                 row.source, f"empty {field}", f"column {columns[field]} (data.columns.{field}) is {texts[field]!r}"
             )
-    category = texts.get("category") or None
-    return Texts(row.source, texts.get("prompt", ""), texts.get("context", ""), texts["target"], category)
+    return texts
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -25,7 +25,8 @@ def collect_candidates(
 ) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
     """Return the unranked candidates of each example, target first, and the rows of the negatives that were dropped.
 
-    Candidates are compared without their end tokens: a copy of the target that ends otherwise is still a copy.
+    Candidates are compared without their end tokens: a copy of the target that ends otherwise is still a copy. Those
+    that end do so in the token that ends the target, so that no end token tells a negative from its target.
     """
     negatives: dict[str, list[dict[str, Any]]] = {example["example_id"]: [] for example in examples}
     for source in sources:
@@ -40,7 +41,8 @@ def collect_candidates(
         candidates = [_candidate(prompt_ids, example["target"], example["target_ids"], TARGET)]
         seen = {target}
         for row in negatives[example["example_id"]]:
-            ids = tuple(without_end(row["token_ids"], row["finish_reason"] == "stop"))
+            ended = row["finish_reason"] == "stop"
+            ids = tuple(without_end(row["token_ids"], ended))
             if drop_duplicates and ids in seen:
                 dropped.append(
                     {
@@ -52,7 +54,10 @@ def collect_candidates(
                 )
                 continue
             seen.add(ids)
-            candidates.append(_candidate(prompt_ids, row["text"], row["token_ids"], row["strategy"]))
+            token_ids = row["token_ids"]
+            if ended and example["ends"]:
+                token_ids = [*ids, example["target_ids"][-1]]
+            candidates.append(_candidate(prompt_ids, row["text"], token_ids, row["strategy"]))
         kept.append(candidates)
     return kept, dropped
 

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 SLICE = 512
 """Examples whose negatives are read together."""
-RULES = 3
+RULES = 4
 """Raise it when the same negatives yield other groups, or candidates get other columns."""
 
 

@@ -145,11 +145,13 @@ class Resolver:
         init = self.model(config.init) if isinstance(config.init, str) else config.init
         columns = ["example_id", "prompt_ids", "target_ids"]  # texts need not be in memory while training
         if not isinstance(config, PreferenceTraining):
-            return Inputs(examples.tokenizer, init, examples.read("train", columns=columns))
+            selection = examples.read("train", columns=columns)
+            return Inputs(examples.tokenizer, init, selection, target_ends=examples.end_tokens)
         reference = self.model(config.reference) if isinstance(config, ReferenceTraining) else None
         plan, groups = self.groups(self.negatives_owner(name))
         strengths = self.recipe.strengths_of(name)
-        return Inputs(examples.tokenizer, init, plan.selection.select(columns), groups, reference, strengths)
+        selection = plan.selection.select(columns)
+        return Inputs(examples.tokenizer, init, selection, groups, reference, strengths, examples.end_tokens)
 
     def finished_trainings(self) -> dict[str, Model]:
         """Return the checkpoints that exist, by training."""

@@ -45,7 +45,8 @@ class Run:
         spec = {"api": "gpt"}
         self.rows, self.refused = store.rows("negatives", spec), store.rows("rejected", spec)
         columns = {"strategy": "pool", "generator": self.api.fingerprint}
-        self.work = ApiWork(self.rows, self.refused, self.api, sampling, 3, tokenizer, message, columns)
+        rendering = {"template": "plain"}
+        self.work = ApiWork(self.rows, self.refused, self.api, sampling, 3, tokenizer, rendering, message, columns)
 
     def make(self, table: pa.Table, n: int = 1) -> int:
         """Make samples 0 … n − 1; returns how many were missing."""

@@ -10,8 +10,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from cpo_pipe.data.fingerprint import tokenizer_fingerprint
+from cpo_pipe.data.models.chat import ChatTemplate, Conversation
 from cpo_pipe.data.models.chat_date import KIND, chat_date
-from cpo_pipe.data.models.templates import encode_prompts_again, render
+from cpo_pipe.data.models.templates import encode_prompts_again
 from cpo_pipe.data.models.tokenizer import TokenizerFiles
 from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline.prepare.pairs import Pairs
@@ -19,8 +20,9 @@ from cpo_pipe.pipeline.prepare.prepare import find_examples, prepare
 from tests.support.models import make_tokenizer
 from tests.support.pairs import pairs, write_jsonl
 
-DATED = "[{{ strftime_now('%d %b %Y, %A') }}] {{ messages[0].content }}:"
-ELSEWHERE = "{% if tools %}{{ strftime_now('%Y') }}{% endif %}{{ messages[0].content }}"
+TURNS = "{% for m in messages %} {{ m.content }}:{% endfor %}"
+DATED = f"[{{{{ strftime_now('%d %b %Y, %A') }}}}]{TURNS}"
+ELSEWHERE = f"{{% if tools %}}{{{{ strftime_now('%Y') }}}}{{% endif %}}{TURNS}"
 
 SetDay = Callable[[str], None]
 
@@ -63,7 +65,7 @@ def test_the_day_of_the_first_use_stays(tmp_path: Path, day: SetDay) -> None:
     assert chat_date(moved, store) == "2026-11-29"
 
 
-@pytest.mark.parametrize("template", [None, "{{ messages[0].content }}", ELSEWHERE])
+@pytest.mark.parametrize("template", [None, TURNS, ELSEWHERE])
 def test_what_prints_no_date_has_none(tmp_path: Path, template: str | None) -> None:
     store = Store(tmp_path / "store")
     assert chat_date(tokenizer(tmp_path / "t", template), store) is None
@@ -85,8 +87,9 @@ def test_a_template_in_the_old_file_is_seen(tmp_path: Path, day: SetDay) -> None
 def test_a_prompt_is_rendered_with_the_date_it_is_given(tmp_path: Path) -> None:
     loaded = tokenizer(tmp_path / "t", DATED).load()
     text = "[02 Jan 2020, Thursday] hi:"
-    assert render("chat", "hi", tokenizer=loaded, chat_date="2020-01-02") == text
-    assert encode_prompts_again("chat", ["hi"], ["no"], loaded, "2020-01-02") == [loaded.encode(text)]
+    asked = Conversation.of_text("hi")
+    assert ChatTemplate(loaded, "2020-01-02").prompt(asked) == text
+    assert encode_prompts_again("chat", [asked], ["no"], loaded, "2020-01-02") == [loaded.encode(text)]
 
 
 def test_examples_of_a_later_day_have_the_date_of_the_first(tmp_path: Path, day: SetDay) -> None:

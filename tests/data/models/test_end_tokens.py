@@ -74,7 +74,7 @@ def test_the_tokenizers_eos_comes_first(folder: Path) -> None:
     token = AutoTokenizer.from_pretrained(folder).convert_ids_to_tokens(5)
     edit(folder / "tokenizer_config.json", eos_token=token)
     assert ids(folder) == (5, 0, 9)
-    assert joined(None, [4, 2, 4]) == (2, 4)
+    assert joined([], [4, 2, 4]) == (2, 4)
 
 
 def test_ids_that_the_model_cannot_write_are_left_out(folder: Path) -> None:

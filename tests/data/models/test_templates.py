@@ -9,9 +9,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.models.chat import ChatTemplate, Conversation
+from cpo_pipe.data.models.control_tokens import breaker, control_tokens, special_tokens
 from cpo_pipe.data.models.templates import (
-    breaker,
-    control_tokens,
     encode_as_text,
     encode_prompts,
     encode_prompts_again,
@@ -19,7 +19,6 @@ from cpo_pipe.data.models.templates import (
     encode_texts,
     eos_token_id,
     render,
-    special_tokens,
     without_eos,
 )
 from cpo_pipe.data.models.train_tokenizer import train_bpe
@@ -69,7 +68,7 @@ def test_chat_is_the_tokenizers_own():
     turns = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
     chat = "{{ '<s>' }}" + turns + "{% if add_generation_prompt %}>{% endif %}"
     tokenizer = byte_tokenizer("<s> $A </s>", chat_template=chat)
-    text = render("chat", "Hi", "ctx", tokenizer)
+    text = ChatTemplate(tokenizer).prompt(Conversation.of_text("Hi\n\nctx"))
     (ids,) = encode_prompts("chat", [text], tokenizer)
     assert text == "<s>[user] Hi\n\nctx>"
     # one BOS: the one that the template wrote
@@ -80,11 +79,8 @@ def test_chat_is_the_tokenizers_own():
 
 
 def test_chat_without_a_chat_template_is_an_error():
-    for tokenizer in (None, byte_tokenizer()):
-        with pytest.raises(
-            InputError, match=r"data\.template is chat, but the tokenizer has no chat template; use plain"
-        ):
-            render("chat", "Hi", "", tokenizer)
+    with pytest.raises(InputError, match=r"data\.template is chat, but the tokenizer has no chat template; use plain"):
+        ChatTemplate(byte_tokenizer())
 
 
 @pytest.mark.parametrize(
@@ -218,9 +214,10 @@ def test_prompts_for_another_tokenizer_have_its_control_tokens_as_text():
     tokenizer = byte_tokenizer("<s> $A", chat_template="<s>{{ messages[0].content }}")
     (text,) = encode_texts(["< /s>a"], tokenizer)
     texts = ["</s>a"]
-    assert encode_prompts_again("chat", texts, ["nothing of it"], tokenizer) == [[BOS, *text]]
-    assert encode_prompts_again("plain", texts, texts, tokenizer) == [[BOS, *text]]
-    assert encode_prompts_again("</s>{prompt}", ["a"], texts, tokenizer) == [[BOS, EOS, *text[-1:]]], (
+    asked = [Conversation.of_text("</s>a")]
+    assert encode_prompts_again("chat", asked, ["nothing of it"], tokenizer) == [[BOS, *text]]
+    assert encode_prompts_again("plain", asked, texts, tokenizer) == [[BOS, *text]]
+    assert encode_prompts_again("</s>{prompt}", asked, texts, tokenizer) == [[BOS, EOS, *text[-1:]]], (
         "the template's own"
     )
 

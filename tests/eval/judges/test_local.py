@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.models.control_tokens import control_tokens
 from cpo_pipe.data.models.model import Model
-from cpo_pipe.data.models.templates import control_tokens
 from cpo_pipe.eval.judges.base import Case, Pair
 from cpo_pipe.eval.judges.local import Local
 from cpo_pipe.eval.judges.query import Query

@@ -17,7 +17,8 @@ def test_presets_fill_only_what_the_user_left_out():
     dolly = data(preset="dolly", tokenizer="t", columns={"category": None}, template="plain")
     assert (dolly.split_sizes(), dolly.source) == ((7505, 0, 7506), "databricks/databricks-dolly-15k")
     assert dolly.columns.model_dump() == {
-        "prompt": "instruction", "target": "response", "context": "context", "category": None
+        "prompt": "instruction", "target": "response", "context": "context", "category": None,
+        "rejected": None, "system": None,
     }  # fmt: skip
     assert dolly.template == "plain"
     assert data(preset="dolly", tokenizer="t").template == "dolly"

@@ -169,6 +169,11 @@ class Data(Section):
         required = {field: column for field, column in named.items() if field in must}
         return required, [column for field, column in named.items() if field not in must]
 
+    @property
+    def may_have_rejected(self) -> bool:
+        """Whether the rows may have rejected answers, as far as the section tells."""
+        return False
+
     def reading(self) -> Spec:
         """Return what decides the texts of a row."""
         return {"columns": self.columns.model_dump()}

@@ -111,6 +111,13 @@ class Pairs(Data):
         return first is not None and first.turn is not None
 
     @property
+    def may_have_rejected(self) -> bool:
+        """Whether the format is that of preferences, or may turn out to be."""
+        columns = self.columns
+        detected = self.format is None and (columns.prompt, columns.target) == ("prompt", "target")
+        return self.format == "preference" or columns.rejected is not None or detected
+
+    @property
     def columns_read(self) -> tuple[dict[str, str], list[str]]:
         """The columns that the format needs, and those that it reads where they are there."""
         if self.format in (None, PAIRS):

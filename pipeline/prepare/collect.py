@@ -14,9 +14,9 @@ from cpo_pipe.data.fingerprint import digest
 from cpo_pipe.data.schemas import EXAMPLES, REJECTED
 from cpo_pipe.data.sources.rows import Refusal
 from cpo_pipe.pipeline.prepare.base import Encoded, Example, ShortEnd
+from cpo_pipe.pipeline.prepare.parts import Part
 from cpo_pipe.pipeline.prepare.rejected import check_rejected, places
 from cpo_pipe.pipeline.prepare.rows import batches
-from cpo_pipe.pipeline.prepare.split import split_ranges
 
 BATCH = 1024
 """Rows of a row group."""
@@ -29,8 +29,12 @@ class ExampleCollector:
     """Takes encoded examples, and writes them in the order of the split. A context manager while it takes them."""
 
     def __init__(self, source: str, split_seed: int, scratch: Path):
+        """`source` is named in messages."""
         self.keys: list[tuple[str, str]] = []
         """Hash of the split key (the prompt, or the conversation), which orders the examples, and id."""
+        self._splits: list[str | None] = []
+        self._held: dict[str, str] = {}
+        """The split of each hash of a split key in an official split."""
         self.reasons: Counter[str] = Counter()
         """Rejected rows by reason."""
         self.short_ends = self.control_tokens = self.written_ends = 0
@@ -56,29 +60,38 @@ class ExampleCollector:
         self._flush()
         self._writer.close()
 
-    def add(self, encoded: Encoded) -> None:
-        """Add an example, reject a duplicate or a refused row, or count a short end.
+    def add(self, encoded: Encoded, part: Part) -> None:
+        """Add an example of a part, reject a duplicate or a refused row, or count a short end.
 
-        A row with the prompt and the target of an earlier one adds its rejected answers to that example.
+        A prompt of an official split is in no other split. A row with the prompt and the target of an earlier one adds
+        its rejected answers to that example.
         """
         if isinstance(encoded, ShortEnd):
             self.short_ends += 1
             return
+        if isinstance(encoded, Example):
+            key = digest([self._split_seed, encoded.split_key])
+            if self._held.get(key, part.split) != part.split:
+                ids = encoded.row["prompt"], encoded.row["example_id"]
+                encoded = Refusal(encoded.source, f"prompt of the {self._held[key]} split", *ids)
         if isinstance(encoded, Example) and encoded.row["example_id"] in self._rows:
             if self._add_answers(encoded.row):
                 return
             encoded = Refusal(encoded.source, "duplicate", encoded.row["prompt"], encoded.row["example_id"])
         if isinstance(encoded, Refusal):
             detail = encoded.detail[:200].encode(errors="backslashreplace").decode()[:200]
-            self._rejected.append({**asdict(encoded), "detail": detail})
+            self._rejected.append({**asdict(encoded), "detail": detail, "source": part.label + encoded.source})
             self.reasons[encoded.reason] += 1
             return
         self.control_tokens += encoded.has_control_tokens
         self.written_ends += encoded.had_eos
         if encoded.row["ends"]:
             self.end_tokens[encoded.row["target_ids"][-1]] += 1
-        self.keys.append((digest([self._split_seed, encoded.split_key]), encoded.row["example_id"]))
-        self._keep(encoded.row)
+        self.keys.append((key, encoded.row["example_id"]))
+        self._splits.append(part.split)
+        if part.split is not None:
+            self._held[key] = part.split
+        self._keep({**encoded.row, "source": part.name})
 
     def _add_answers(self, row: Mapping[str, Any]) -> bool:
         """Add the rejected answers of a row to those of its example; return whether any is new."""
@@ -116,39 +129,33 @@ class ExampleCollector:
                 why = "all articles are shorter than half a chunk; lower data.chunk_tokens"
                 if self._rejected:
                     why = f"all rows were rejected; {places(self._rejected, file)}"
-                raise InputError(f"data.source {self._source}: no examples are left: {why}")
+                raise InputError(f"{self._source}: no examples are left: {why}")
         except InputError:
             if file is not None and self._rejected:
                 self._write_rejected(file)
             raise
 
-    def prompt_hashes(self) -> list[str]:
-        """Return the hashes of the examples' prompts, in the order of the split."""
-        return sorted(prompt for prompt, _ in self.keys)
+    def ordered(self, split: str | None) -> list[int]:
+        """Return the examples of an official split in order, or those whose split is drawn; places in `keys`."""
+        places = (place for place, own in enumerate(self._splits) if own == split)
+        return sorted(places, key=self.keys.__getitem__)
 
-    def write(self, folder: Path, ends: Sequence[int]) -> None:
-        """Write the examples in order, with their splits, and the rejected rows."""
-        order = [example_id for _, example_id in sorted(self.keys)]
+    def write(self, folder: Path, splits: Mapping[str, Sequence[int]]) -> None:
+        """Write the examples of each split in order, and the rejected rows."""
         with pa.memory_map(str(self._scratch)) as scratch:
             unordered = pa.ipc.open_file(scratch).read_all()
             with pq.ParquetWriter(folder / "examples.parquet", EXAMPLES, compression="zstd") as writer:
-                for name, start, end in split_ranges(ends):
-                    for batch in batches(order[start:end], BATCH):
-                        rows = unordered.take([self._rows[example_id][0] for example_id in batch])
+                for name, places_of_split in splits.items():
+                    for batch in batches(places_of_split, BATCH):
+                        found = [self._rows[self.keys[place][1]] for place in batch]
+                        rows = unordered.take([first for first, *_ in found])
                         if self.merged:
-                            rows = rows.drop("rejected").append_column(_REJECTED, self._all_answers(unordered, batch))
+                            rows = rows.drop("rejected").append_column(_REJECTED, _answers_in(unordered, found))
                         rows = rows.append_column("split", pa.array([name] * len(batch)))
                         writer.write_table(rows.select(EXAMPLES.names).cast(EXAMPLES))
         self._scratch.unlink()
         if self._rejected:  # `datasets` reads no table without rows
             self._write_rejected(folder / "rejected.parquet")
-
-    def _all_answers(self, unordered: pa.Table, example_ids: Sequence[str]) -> pa.Array:
-        """Return the column `rejected` of examples, with the answers that further rows add."""
-        column = unordered["rejected"]
-        answers = [[answer for row in self._rows[example_id] for answer in column[row].as_py() or ()]
-                   for example_id in example_ids]  # fmt: skip
-        return pa.array([found or None for found in answers], _REJECTED.type)
 
     def _write_rejected(self, file: Path) -> None:
         pq.write_table(pa.Table.from_pylist(self._rejected, schema=REJECTED), file)
@@ -157,3 +164,10 @@ class ExampleCollector:
         if self._pending:
             self._writer.write_table(pa.Table.from_pylist(self._pending, schema=_UNSPLIT))
         self._pending = []
+
+
+def _answers_in(unordered: pa.Table, rows: Sequence[Sequence[int]]) -> pa.Array:
+    """Return the column `rejected` of examples, each with the answers of all its rows."""
+    column = unordered["rejected"]
+    answers = [[answer for row in of_example for answer in column[row].as_py() or ()] for of_example in rows]
+    return pa.array([found or None for found in answers], _REJECTED.type)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.examples import Examples
 from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec
 from cpo_pipe.data.models import templates
@@ -119,6 +120,8 @@ def _split(collector: ExampleCollector, config: Data, official: set[str]) -> dic
     splits: dict[str, Sequence[int]] = {name: drawn[start:end] for name, start, end in split_ranges(ends)}
     for name in official:
         splits[name] = collector.ordered(name)[: asked[name] or None]
+        if not splits[name]:
+            raise InputError(f"data.{name}_source: no examples are left, all of its rows were rejected; correct them")
     warn_of_short_splits(asked, splits)
     return splits
 

@@ -1,12 +1,12 @@
 """How a prompt is put before the model: templates, and the token ids of prompts and targets."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.models.chat import ChatTemplate, Conversation, NotRenderable
 from cpo_pipe.data.models.control_tokens import breaker, breaker_of, control_tokens, special_tokens
+from cpo_pipe.data.text import fill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,9 +49,7 @@ def render(template: str, prompt: str, context: str = "") -> str:
         return with_context(prompt, context)
     if "{context}" not in template:
         prompt = with_context(prompt, context)
-    values = {"{prompt}": prompt, "{context}": context}
-    # One pass, and not str.format: braces in the template's or the prompt's own text are only text.
-    return re.sub(r"\{prompt\}|\{context\}", lambda match: values[match[0]], template)
+    return fill(template, {"prompt": prompt, "context": context})
 
 
 def encode_prompts(template: str, rendered: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:

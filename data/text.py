@@ -7,7 +7,7 @@ text around them. All text for people goes through `say` or the log (see `src/cp
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import islice
 from typing import TextIO
 
@@ -20,12 +20,6 @@ def nearest(name: str, known: Iterable[str], kind: str = "") -> str:
         return ""
     near = difflib.get_close_matches(name, [other for other in known if len(other) <= LONGEST_NAME], n=1)
     return f"did you mean {kind}{near[0]}?" if near else ""
-
-
-def fill(template: str, values: Mapping[str, str]) -> str:
-    """Return a template with each {name} of a value replaced by the value; all other braces are only text."""
-    places = "|".join(map(re.escape, values))
-    return re.sub(rf"\{{({places})\}}", lambda place: values[place[1]], template)  # one pass: values are not filled in
 
 
 def abridged(text: str, length: int = 80) -> str:

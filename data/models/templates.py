@@ -1,12 +1,12 @@
 """How a prompt is put before the model: templates, and the token ids of prompts and targets."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.models.chat import ChatTemplate, Conversation, NotRenderable
 from cpo_pipe.data.models.control_tokens import breaker, breaker_of, control_tokens, special_tokens
-from cpo_pipe.data.text import fill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,6 +26,12 @@ _DOLLY_WITH_CONTEXT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{prompt}\n\n### Input:\n{context}\n\n### Response:\n"
 )
+
+
+def fill(template: str, **texts: str) -> str:
+    """Return a template with the texts in the places {name}."""
+    # One pass, and not str.format: other braces, in the template or in a text, are only text.
+    return re.sub(rf"\{{({'|'.join(texts)})\}}", lambda place: texts[place[1]], template)
 
 
 def with_context(prompt: str, context: str) -> str:
@@ -49,7 +55,7 @@ def render(template: str, prompt: str, context: str = "") -> str:
         return with_context(prompt, context)
     if "{context}" not in template:
         prompt = with_context(prompt, context)
-    return fill(template, {"prompt": prompt, "context": context})
+    return fill(template, prompt=prompt, context=context)
 
 
 def encode_prompts(template: str, rendered: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:

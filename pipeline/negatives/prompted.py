@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator
 
 from cpo_pipe.data.fingerprint import Spec
-from cpo_pipe.data.text import fill, listed, nearest, one_line
+from cpo_pipe.data.models.templates import fill
+from cpo_pipe.data.text import listed, nearest, one_line
 from cpo_pipe.pipeline.api.config import Api
 from cpo_pipe.pipeline.api.model import ApiModel
 from cpo_pipe.pipeline.engines.base import Sampling
@@ -89,7 +90,7 @@ class Message:
 
     def __call__(self, example: Mapping[str, Any]) -> str:
         """Return the message for an example (EXAMPLES schema), with its prompt as in the source."""
-        return fill(self.text, {name: str(example[name]) for name in ("prompt", "target")})
+        return fill(self.text, prompt=example["prompt"], target=example["target"])
 
 
 def prompted_spec(rendering: Spec, api: ApiModel, message: Message, sampling: Sampling, seed: int) -> Spec:

@@ -17,7 +17,7 @@ from cpo_pipe.data.sources.rows import TEXT_COLUMN, Refusal, Row, is_encodable
 from cpo_pipe.data.sources.source import Source
 from cpo_pipe.pipeline.prepare import formats
 from cpo_pipe.pipeline.prepare.base import Data, Encoded, Example, Texts
-from cpo_pipe.pipeline.prepare.formats import FORMATS, Turn, Unusable, with_system
+from cpo_pipe.pipeline.prepare.formats import FORMATS, FormatName, Turn, Unusable, with_system
 from cpo_pipe.pipeline.prepare.rows import batches, check_texts
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Pairs(Data):
     """Prompts with their targets, in columns of a file or a Hugging Face data set."""
 
     columns: PairColumns = Field(default_factory=PairColumns, description="column mapping")
-    format: Literal["pairs", "messages", "sharegpt", "alpaca", "preference", "prompt-completion"] | None = Field(
+    format: FormatName | None = Field(
         None,
         description="`messages` (OpenAI), `sharegpt`, `alpaca`, `preference` (chosen and rejected), "
         "`prompt-completion`, or `pairs` (the columns that data.columns names); default: by the columns",
@@ -109,6 +109,13 @@ class Pairs(Data):
         found = (texts for row in rows for texts in reading.texts(row) if isinstance(texts, Texts))
         first = next(found, None)
         return first is not None and first.turn is not None
+
+    @property
+    def may_have_rejected(self) -> bool:
+        """Whether the format is that of preferences, or may turn out to be."""
+        columns = self.columns
+        detected = self.format is None and (columns.prompt, columns.target) == ("prompt", "target")
+        return self.format == "preference" or columns.rejected is not None or detected
 
     @property
     def columns_read(self) -> tuple[dict[str, str], list[str]]:

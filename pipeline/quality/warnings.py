@@ -54,7 +54,7 @@ def _wasted(row: Mapping[str, Any]) -> Iterator[str]:
     if (row["correct"] or 0) > LOST:
         yield (
             f"{row['correct']:.0%} of the negatives are correct answers and are dropped: groups shrink to the prompts "
-            "that the generator finds hard; raise its temperature or count, or add a source that is wrong, such as batch."
+            "that the generator finds hard; raise its count, or add a source of wrong answers, such as batch."
         )
     if (row["duplicates"] or 0) > LOST:
         yield (
@@ -129,12 +129,12 @@ def _order(row: Mapping[str, Any], target: Mapping[str, Any]) -> Iterator[str]:
     if max(own, targets) > TRUNCATED:
         yield (
             f"{own:.1%} of the negatives and {targets:.1%} of the targets are longer than the ranking model reads: "
-            "score and rank ignore the rest of these texts; set rank.model to a model that reads more (or, by embedding, "
-            "rank.long_texts to average), or shorten the texts."
+            "score and rank ignore the rest of these texts; set rank.model to a model that reads more, rank.long_texts "
+            "(of embedding) to average, or shorten the texts."
         )
     if (row["tied"] or 0) > TIED:
         yield (
             f"{row['tied']:.0%} of the negatives have the score of another one of their group: the order among these "
-            "is arbitrary, and cpo-ranked learns it; rank by what distinguishes them (exact knows two scores), or train "
-            "with cpo."
+            "is arbitrary, and cpo-ranked learns it; rank by a scorer that distinguishes them (exact has two scores "
+            "only), or train with cpo."
         )

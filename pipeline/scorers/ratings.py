@@ -13,9 +13,9 @@ from pydantic import AfterValidator, Field
 from cpo_pipe.data.config import Positive
 from cpo_pipe.data.errors import RunError
 from cpo_pipe.data.fingerprint import Spec, digest
+from cpo_pipe.data.models.templates import fill
 from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.data.store.locks import make_missing
-from cpo_pipe.data.text import fill
 from cpo_pipe.pipeline.api.client import ApiClient, ask_all
 from cpo_pipe.pipeline.api.model import ApiModel
 from cpo_pipe.pipeline.api.question import KEPT, Reply, ask, without_reasoning
@@ -126,7 +126,7 @@ class Rater:
     def question(self, group: Group, answer: str) -> str:
         """Return the message that asks for one rating; {fence} is a hash of the texts, which none of them contains."""
         texts = {"prompt": group.prompt, "target": group.target, "answer": answer}
-        return fill(TEMPLATES.get(self.template, self.template), texts | {"fence": digest(texts, 8)})
+        return fill(TEMPLATES.get(self.template, self.template), **texts, fence=digest(texts, 8))
 
     def notes(self, example_ids: Sequence[str]) -> list[str]:
         """Return how many of the ratings of these examples are none."""

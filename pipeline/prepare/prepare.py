@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.examples import Examples
 from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec
 from cpo_pipe.data.models import templates
@@ -25,7 +26,7 @@ from cpo_pipe.pipeline.prepare.split import SPLITS, split_ends, split_ranges, wa
 
 log = logging.getLogger(__name__)
 
-RULES = 4
+RULES = 6
 """Raise it when the same rows yield other examples; this invalidates examples prepared before."""
 
 
@@ -97,6 +98,7 @@ def _write(examples: Examples, writer: ArtifactWriter, config: Data, parts: list
     writer.facts["examples"] = {name: len(rows) for name, rows in splits.items()}
     writer.facts["end_tokens"] = [token for token, _ in collector.end_tokens.most_common()]
     writer.facts["most_rejected"] = collector.most_rejected
+    writer.facts["merged"] = collector.merged
     writer.facts["left_over"] = len(collector.keys) - sum(map(len, splits.values()))
     writer.facts["rejected"] = dict(collector.reasons.most_common())
     writer.facts["short_ends"] = collector.short_ends
@@ -118,6 +120,8 @@ def _split(collector: ExampleCollector, config: Data, official: set[str]) -> dic
     splits: dict[str, Sequence[int]] = {name: drawn[start:end] for name, start, end in split_ranges(ends)}
     for name in official:
         splits[name] = collector.ordered(name)[: asked[name] or None]
+        if not splits[name]:
+            raise InputError(f"data.{name}_source: no examples are left, all of its rows were rejected; correct them")
     warn_of_short_splits(asked, splits)
     return splits
 
@@ -192,6 +196,8 @@ def _report(facts: dict[str, Any], found: str = "") -> None:
     line = f"examples: {splits}; {sum(rejected.values()):,} rejected"
     if rejected:
         line += f" ({listed_counts(rejected)})"
+    if count := facts["merged"]:
+        line += f"; {count:,} rows with further rejected answers added to others"
     if count := facts["short_ends"]:
         line += f"; {count:,} ends of articles shorter than half a chunk dropped"
     log.info("%s%s", line, found)

@@ -217,7 +217,7 @@ class Run:
         self,
         out: Path,
         pairs: Sequence[str] = (),
-        conversational: bool = False,
+        conversational: bool | None = None,
         push: str = "",
         public: bool = False,
         training: str = "",
@@ -242,7 +242,10 @@ class Run:
         elif public:
             raise InputError("--public: not used without --push; remove it")
         plan, groups = self.resolver.groups(owner)
-        tokenizer, text = self.resolver.examples().tokenizer, recipe_text(self.recipe)
-        export(out, self.recipe.name, text, negatives, tokenizer, plan.selection, groups, parsed, conversational)
+        examples, text, tokenizer = self.resolver.examples(), recipe_text(self.recipe), self.recipe.data.tokenizer
+        export(
+            out, self.recipe.name, text, tokenizer if isinstance(tokenizer, str) else None, negatives, examples,
+            plan.selection, groups, parsed, conversational,
+        )  # fmt: skip
         if push:
             upload(out, push, public)

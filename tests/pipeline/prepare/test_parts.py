@@ -208,6 +208,15 @@ def test_a_prompt_of_an_official_split_is_in_no_other(tmp_path: Path, store, byt
     }  # fmt: skip
 
 
+def test_an_official_split_without_examples_is_an_error(tmp_path: Path, store, byte_tokenizer) -> None:
+    train, test = (
+        jsonl(tmp_path / "train.jsonl", rows("train", 20)),
+        jsonl(tmp_path / "test.jsonl", [{"prompt": "", "target": "a"}]),
+    )
+    with pytest.raises(InputError, match=r"^data\.test_source: no examples are left"):
+        prepare(data(source=train, test_source=test, tokenizer=byte_tokenizer), store)
+
+
 def test_another_split_of_the_same_source(tmp_path: Path, store, byte_tokenizer) -> None:
     folder = tmp_path / "set"
     folder.mkdir()

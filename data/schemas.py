@@ -148,6 +148,20 @@ VERDICTS = pa.schema(
     ]
 )
 
+RATINGS = pa.schema(
+    [
+        _EXAMPLE_ID,
+        _column("answer", pa.string(), "hash of the rated answer's text"),
+        _column(
+            "rating",
+            pa.float64(),
+            "how right the answer is, from 0 to 1; null where the judge's answer is no rating",
+            nullable=True,
+        ),
+        _column("raw", pa.string(), "the judge's answer, as JSON; `unparseable` holds the reason if it is no rating"),
+    ]
+)
+
 METRICS = pa.schema(
     [
         _column("system", pa.string(), "name in the recipe"),
@@ -185,5 +199,6 @@ TABLES = {
     "reference-logprobs": Table(REFERENCE_LOGPROBS, ("example_id", "candidate_id")),
     "generations": Table(GENERATIONS, ("example_id", "sample_index")),
     "verdicts": Table(VERDICTS, ("example_id", "output_a", "output_b", "order")),
+    "ratings": Table(RATINGS, ("example_id", "answer")),
     "rejected": Table(REJECTED, ("example_id", "source")),
 }

@@ -157,6 +157,16 @@ class ChatTemplate:
             raise NotRenderable("answer is not rendered", "the chat template writes nothing of the assistant's message")
         return prompt, self._without_second_bos(prompt_ids), answer_ids
 
+    def whole_ids(self, conversation: Conversation, answer: Message) -> list[int]:
+        """Return the token ids of a whole conversation with its answer, as the template writes it.
+
+        Raises:
+            NotRenderable: the template fails on these messages.
+        """
+        messages = [self._as_text(message) for message in [*conversation.messages, answer]]
+        whole = self._render(messages, conversation.tools, add_generation_prompt=False)
+        return self._without_second_bos(self._ids(whole))
+
     def whole(self, conversation: Conversation, answer: Message) -> Conversation:
         """Return a conversation with its answer as `encode` gives it to the template.
 

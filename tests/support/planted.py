@@ -37,7 +37,9 @@ def plant(answer: str, other: str) -> list[Planted]:
     return [
         Planted("reworded", f"{reworded}\n#### {right}", True),
         Planted("sums only", f"{sums}\nSo it is ${right}.\n#### ${right}.", True),
-        Planted("answer only", f"The answer is {right}.\n#### {right}.0" if "." not in right else f"#### {right}", True),
+        Planted(
+            "answer only", f"The answer is {right}.\n#### {right}.0" if "." not in right else f"#### {right}", True
+        ),
         Planted("reworded, without ####", f"{reworded}\nThe answer is {right}.", True),
         Planted("slip at the end", f"{slipped}\n#### {wrong}", False),
         Planted("reworded, other number", f"{reworded}\n#### {wrong}", False),

@@ -1,6 +1,5 @@
 """Recipes: what is refused and with which words, overrides, order of trainings, and the text that `init` prints."""
 
-import re
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 import yaml
 
 from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.final_answer import AnswerFinder
 from cpo_pipe.data.models.model import ScratchModel
 from cpo_pipe.data.models.train_tokenizer import TrainedTokenizer
 from cpo_pipe.data.text import nearest
@@ -467,12 +467,9 @@ def test_the_name_may_be_left_to_the_file(tmp_path: Path) -> None:
 def test_the_answer_of_the_gsm8k_recipe() -> None:
     evaluation = load_recipe("gsm8k").evaluate
     assert evaluation is not None
-    pattern = evaluation.judges["exact"].pattern
-    assert pattern is not None
-    answers = {"#### 18.": "18", "####-1,234.50 kg": "-1,234.50", "so\n####  7": "7", "#### .": None}
-    for text, answer in answers.items():
-        match = re.search(pattern, text)
-        assert (match[1] if match else None) == answer
+    finder = AnswerFinder(evaluation.judges["exact"].pattern, "pattern")
+    answers = {"#### 18.": "18", "####-1,234.50 kg": "-1234.5", "so\n####  $7": "7", "#### .": None, "7": None}
+    assert {text: finder.answer(text) for text in answers} == answers
 
 
 def test_every_field_is_described() -> None:

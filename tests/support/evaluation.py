@@ -19,6 +19,7 @@ from cpo_pipe.data.store import Store
 from cpo_pipe.eval.config import Evaluate
 from cpo_pipe.eval.evaluate import Evaluation, evaluate
 
+DECODINGS = {"greedy": {"temperature": 0}, "top-k": {"top_k": 5}}
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"]
 
 

@@ -39,6 +39,7 @@ def make_examples(store: Store, model: Path, count: int) -> Examples:
     if not artifact.complete():
         with artifact.create() as writer:
             pq.write_table(pa.Table.from_pylist(rows, schema=EXAMPLES), writer.path / "examples.parquet")
+            writer.facts["end_tokens"] = [0]
     return Examples(artifact, tokenizer, {"template": "plain"})
 
 

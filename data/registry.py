@@ -15,6 +15,7 @@ from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from cpo_pipe.data.config import Section
+from cpo_pipe.data.errors import cause
 from cpo_pipe.data.text import abridged, listed, nearest
 
 Base = TypeVar("Base")
@@ -65,8 +66,7 @@ class ClassRegistry(Generic[Base]):
         try:
             found = getattr(importlib.import_module(module), attribute)
         except Exception as error:  # a user's module may fail in any way
-            reason = " ".join(str(error).splitlines()) or type(error).__name__
-            raise ValueError(f"{self.kind} {name} cannot be imported ({abridged(reason, 300)})") from error
+            raise ValueError(f"{self.kind} {name} cannot be imported ({cause(error)})") from error
         if not (isinstance(found, type) and issubclass(found, self.base)):
             raise ValueError(
                 f"{self.kind} {name} must be a subclass of {self.base.__module__}.{self.base.__qualname__}"

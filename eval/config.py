@@ -128,7 +128,7 @@ class Evaluate(Section):
     )
     annotations: Location | None = Field(
         None,
-        description="human annotations, a .jsonl, .csv or .parquet file with the columns prompt, output_a, output_b "
+        description="human annotations, a file as for data.source with the columns prompt, output_a, output_b "
         "and winner (a, b or tie); the judges' agreement with them is reported",
     )
     embedder: Location = Field("minilm", description="sentence-transformers model of the similarity judge and of MAUVE")

@@ -14,7 +14,6 @@ Outputs and verdicts are rows and are reused. The metrics are one artifact:
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -142,7 +141,7 @@ class EvaluationPlan:
             "judges": [self.judge_spec(judge) for judge in self.judges],
             "mauve": {**self.mauve_spec, "seeds": config.mauve_seeds} if self.mauve_spec else None,
             **({"samples": samples} if samples else {}),
-            **({"annotations": self.annotations.sha256} if self.annotations else {}),
+            **({"annotations": self.annotations.fingerprint} if self.annotations else {}),
             "bootstrap": config.bootstrap,
             "seed": config.seed,
         }
@@ -246,7 +245,7 @@ def plan_evaluation(
     ]
     annotations = None
     if config.annotations is not None:
-        annotations = read_annotations(Path(config.annotations), store.hash_file)
+        annotations = read_annotations(config.annotations, store.hash_file)
     return EvaluationPlan(
         config,
         selection,

@@ -579,5 +579,5 @@ def test_annotations_that_are_not_utf8_are_an_error_before_anything_is_made(proj
     project.write("annotations.csv", b"prompt,output_a,output_b,winner\np,caf\xe9,y,a\n")
     result = project.cli("run", "tiny.yaml", "--set", "evaluate.annotations=annotations.csv")
     assert result.status == 2
-    assert "evaluate.annotations annotations.csv: output_a in row 1 is not UTF-8; save the file as" in result.error()
+    assert "evaluate.annotations annotations.csv: annotations.csv:2: not UTF-8 (column output_a" in result.error()
     assert not project.made()

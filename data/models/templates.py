@@ -28,6 +28,12 @@ _DOLLY_WITH_CONTEXT = (
 )
 
 
+def fill(template: str, **texts: str) -> str:
+    """Return a template with the texts in the places {name}."""
+    # One pass, and not str.format: other braces, in the template or in a text, are only text.
+    return re.sub(rf"\{{({'|'.join(texts)})\}}", lambda place: texts[place[1]], template)
+
+
 def with_context(prompt: str, context: str) -> str:
     """Return a prompt and its context as one text: the context follows after a blank line."""
     return f"{prompt}\n\n{context}" if context.strip() else prompt
@@ -49,9 +55,7 @@ def render(template: str, prompt: str, context: str = "") -> str:
         return with_context(prompt, context)
     if "{context}" not in template:
         prompt = with_context(prompt, context)
-    values = {"{prompt}": prompt, "{context}": context}
-    # One pass, and not str.format: braces in the template's or the prompt's own text are only text.
-    return re.sub(r"\{prompt\}|\{context\}", lambda match: values[match[0]], template)
+    return fill(template, prompt=prompt, context=context)
 
 
 def encode_prompts(template: str, rendered: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:

@@ -1,104 +1,87 @@
 """Rows of Parquet files and other Arrow data."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cpo_pipe.data.errors import InputError, cause
-from cpo_pipe.data.sources.rows import Refusal, Row, Stream, duplicate, require
+from cpo_pipe.data.errors import cause
+from cpo_pipe.data.sources.rows import ColumnRequest, Refusal, Row, Stream, Unreadable
 
 READ_AT_ONCE = 1024
 """Rows of a batch."""
 
 
-def open_parquet(name: str) -> Any:
+def open_parquet(path: Path, request: ColumnRequest) -> Any:
     """Return an open Parquet file.
 
     Raises:
         InputError: it is not a Parquet file.
     """
     try:
-        file = pq.ParquetFile(name)
+        file = pq.ParquetFile(path)
         file.schema_arrow.names  # noqa: B018 - an error where a name is not UTF-8
         return file
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"data.source {name}: not a Parquet file ({cause(error)})") from error
+        raise request.error(f"not a Parquet file ({cause(error)})") from error
 
 
-def read_parquet(name: str, required: Mapping[str, str], wanted: Sequence[str]) -> Stream:
-    """Yield the rows of a Parquet file, with the `wanted` columns that it has.
+def read_parquet(path: Path, label: str, request: ColumnRequest) -> Stream:
+    """Yield the rows of a Parquet file.
 
     Raises:
-        InputError: a required column is missing, a wanted one is duplicate, or the file is damaged.
+        InputError: a required column is missing, a requested one is duplicate, or the file is damaged.
     """
-    parquet = open_parquet(name)
+    parquet = open_parquet(path, request)
     schema = parquet.schema_arrow
-    require(name, required, schema.names)
-    there = [column for column in schema.names if column in wanted]
-    if twice := duplicate(there):
-        raise InputError(f"data.source {name}: has two columns named {twice!r}; rename or remove one")
-    return read_batches(name, Path(name).name, parquet.iter_batches(READ_AT_ONCE, columns=there), schema)
+    columns = request.select(schema.names)
+    yield from read_batches(label, parquet.iter_batches(READ_AT_ONCE, columns=columns), class_names(schema), request)
 
 
-def read_batches(source: str, name: str, batches: Iterable[Any], schema: pa.Schema) -> Stream:
+def read_batches(
+    label: str, batches: Iterable[Any], classes: Mapping[str, Sequence[str]], request: ColumnRequest
+) -> Stream:
     """Yield the rows of Arrow record batches or tables.
 
     Args:
-        source: the data source, for messages.
-        name: the file or split, for the rows' labels.
+        label: the file or split, for the rows' places.
         batches: read one after the other.
-        schema: its metadata may have the class names of integer columns.
+        classes: names of the classes in integer columns, by column.
+        request: names the source in messages.
 
     Raises:
         InputError: a part of the file is damaged.
     """
-    classes = _class_names(schema)
     number = 0
     try:
         for batch in batches:
             columns = {column: values(batch.column(column)) for column in batch.schema.names}
             for column in classes.keys() & columns.keys():
-                columns[column] = [_class_name(value, classes[column]) for value in columns[column]]
+                columns[column] = [class_name(value, classes[column]) for value in columns[column]]
             for index in range(batch.num_rows):
                 number += 1
                 row = {column: found[index] for column, found in columns.items()}
                 bad = next((column for column, value in row.items() if isinstance(value, Unreadable)), None)
-                label = f"{name}:{number}"
-                yield Row(label, row) if bad is None else Refusal(label, row[bad].reason, f"column {bad}")
+                place = f"{label}:{number}"
+                yield Row(place, row) if bad is None else Refusal(place, row[bad].reason, f"column {bad}")
     except (OSError, pa.ArrowException) as error:
-        raise InputError(
-            f"data.source {source}: damaged after row {number:,} ({cause(error)}); write the file again"
-        ) from error
-
-
-def batch_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a record batch as mappings from column to value; see `values`."""
-    names = batch.schema.names
-    for row in zip(*map(values, batch.columns), strict=True):
-        yield dict(zip(names, row, strict=True))
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """Takes the place of a value that Python cannot hold."""
-
-    reason: str
+        raise request.error(f"damaged after row {number:,} ({cause(error)}); write the file again") from error
 
 
 def values(column: Any) -> list[Any]:
     """Return the values of an Arrow column; text that is not UTF-8 has surrogates for the bytes, as in CSV."""
     try:
-        return list(column.to_pylist())
+        found = list(column.to_pylist())
     except (ValueError, OverflowError, pa.ArrowException):  # such as bytes that are not UTF-8, or the year 10,000
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
             raw = column.cast(pa.large_binary()).to_pylist()
             return [value if value is None else value.decode(errors="surrogateescape") for value in raw]
-        return list(map(_value, column))
+        found = list(map(_value, column))
+    decode = _json_decoder(column.type)
+    return found if decode is None else [value if isinstance(value, Unreadable) else decode(value) for value in found]
 
 
 def _value(scalar: Any) -> Any:
@@ -110,7 +93,21 @@ def _value(scalar: Any) -> Any:
         return Unreadable("not text")
 
 
-def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
+def _json_decoder(kind: pa.DataType) -> Callable[[Any], Any] | None:
+    """Return what decodes the JSON texts in values of a type, as `datasets` keeps mixed values; None if it has none."""
+    if isinstance(kind, pa.JsonType):
+        return lambda text: None if text is None else json.loads(text)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        decode = _json_decoder(kind.value_type)
+        return decode and (lambda items: items and [decode(item) for item in items])
+    if pa.types.is_struct(kind):
+        fields = {field.name: decode for field in kind if (decode := _json_decoder(field.type)) is not None}
+        decoded = lambda row: row and {**row, **{name: fields[name](row[name]) for name in fields}}  # noqa: E731
+        return decoded if fields else None
+    return None
+
+
+def class_names(schema: pa.Schema) -> dict[str, list[str]]:
     """Return the names of the classes in columns of type ClassLabel, by column, as `datasets` records them."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
@@ -120,7 +117,7 @@ def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
         return {}
 
 
-def _class_name(value: Any, names: Sequence[str]) -> Any:
+def class_name(value: Any, names: Sequence[str]) -> Any:
     """Return the name of a class; None for -1, which means no class."""
     if not isinstance(value, int):
         return value

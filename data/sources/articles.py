@@ -2,29 +2,36 @@
 
 import re
 from collections.abc import Sequence
+from io import BufferedReader
 from itertools import chain, pairwise
-from pathlib import Path
 
-from cpo_pipe.data.sources.rows import TEXT_COLUMN, Refusal, Row, Stream
+from cpo_pipe.data.sources.rows import TEXT_COLUMN, ColumnRequest, Refusal, Row, Stream
 
 _TITLE = re.compile(rb" = [^=\s](.*[^=\s])? = \r?\n?")
 
 
-def read_articles(path: Path) -> Stream:
+def read_articles(stream: BufferedReader, label: str, request: ColumnRequest) -> Stream:
     """Yield the articles of a text file: in WikiText's style, or else the whole file as one.
 
     WikiText begins an article with a line ` = Title = ` between blank lines (` = = Section = = ` is not a title).
+
+    Raises:
+        InputError: another column than that of the article is required.
     """
+    if "prompt" in request.required:
+        of_data = (request.columns_key or "").startswith("data.")
+        fix = "set data.preset: text" if of_data else "give a file of another format"
+        raise request.error(f"a .txt file holds articles, not pairs; {fix}")
+    request.require([TEXT_COLUMN])
     article: list[bytes] = []
     start, after_blank = 1, True
-    with path.open("rb") as file:
-        for number, (line, following) in enumerate(pairwise(chain(file, [b""])), 1):
-            if after_blank and _TITLE.fullmatch(line) and not following.strip():
-                yield from _article(f"{path.name}:{start}", article)
-                article, start = [], number
-            article.append(line)
-            after_blank = not line.strip()
-    yield from _article(f"{path.name}:{start}", article)
+    for number, (line, following) in enumerate(pairwise(chain(stream, [b""])), 1):
+        if after_blank and _TITLE.fullmatch(line) and not following.strip():
+            yield from _article(f"{label}:{start}", article)
+            article, start = [], number
+        article.append(line)
+        after_blank = not line.strip()
+    yield from _article(f"{label}:{start}", article)
 
 
 def _article(label: str, lines: Sequence[bytes]) -> Stream:

@@ -104,11 +104,11 @@ def reported(path: AnyPath) -> Iterator[None]:
         raise
     except PermissionError as error:
         raise InputError(
-            f"--store: no permission for {shown(path)} ({_reason(error)}); check the credentials in the environment"
+            f"--store: no permission for {shown(path)} ({reason(error)}); check the credentials in the environment"
         ) from error
     except Exception as error:  # of the libraries below fsspec; not all are OSErrors
         raise InputError(
-            f"--store: {shown(path)} cannot be reached ({_reason(error)}); "
+            f"--store: {shown(path)} cannot be reached ({reason(error)}); "
             "check the network, the endpoint (for S3 AWS_ENDPOINT_URL) and the credentials in the environment"
         ) from error
 
@@ -122,7 +122,8 @@ def _without_credentials(text: str) -> str:
     return re.sub(r"//[^/@\s]*:[^/@\s]*@", "//", text)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Return a library's error as messages show it: in one line, without credentials."""
     return one_line(_without_credentials(cause(error, None)), LONGEST_REASON)
 
 
@@ -133,8 +134,12 @@ def local_folder(root: AnyPath) -> Path:
     """
     if isinstance(root, Path):
         return root
-    cache = named_folder(os.environ.get("CPO_PIPE_CACHE") or "~/.cache/cpo-pipe", "CPO_PIPE_CACHE").absolute()
-    return cache / hashlib.sha256(str(root).encode()).hexdigest()[:16]
+    return cache_folder() / hashlib.sha256(str(root).encode()).hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """Return the folder of local copies: CPO_PIPE_CACHE, else ~/.cache/cpo-pipe."""
+    return named_folder(os.environ.get("CPO_PIPE_CACHE") or "~/.cache/cpo-pipe", "CPO_PIPE_CACHE").absolute()
 
 
 def in_parallel(function: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:

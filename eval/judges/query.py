@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from cpo_pipe.data.fingerprint import digest
+from cpo_pipe.data.models.templates import fill
 from cpo_pipe.eval.judges.base import Pair, Verdict, unparseable
 
 TEMPLATES = {
@@ -94,8 +95,7 @@ class Query:
         """Return the query for a pair, output A first; {fence} is a hash of the texts, which none of them contains."""
         texts = {"prompt": pair.case.prompt, "output_a": pair.output_a, "output_b": pair.output_b}
         texts["fence"] = digest(texts, 8)
-        # One pass, and not str.format: braces in the template's or the texts' own words are only text.
-        return re.sub(r"\{(prompt|output_a|output_b|fence)\}", lambda place: texts[place[1]], self.text)
+        return fill(self.text, **texts)
 
 
 def read_answer(answer: str) -> Literal["A", "B", "TIE"] | None:

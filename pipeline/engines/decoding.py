@@ -22,8 +22,8 @@ SEGMENT = 8
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way of batching rows."""
+class Batching:
+    """How rows are batched."""
 
     share: bool
     """Compute a prompt once, and copy its cache for each of its rows."""
@@ -31,17 +31,17 @@ class Way:
     """Batch prompts of different lengths, padded on the left; otherwise only prompts of equal length."""
 
 
-PLAIN = Way(share=False, pad=False)
-WAYS = {
-    Way(share=True, pad=True): "a prompt is computed once for all its samples",
-    Way(share=True, pad=False): "only prompts of equal length are batched",
+PLAIN = Batching(share=False, pad=False)
+BATCHINGS = {
+    Batching(share=True, pad=True): "a prompt is computed once for all its samples",
+    Batching(share=True, pad=False): "only prompts of equal length are batched",
     PLAIN: "every sample computes its own prompt, and only prompts of equal length are batched",
 }
-"""Descriptions, from the fastest way to the one that every model supports."""
+"""Descriptions, from the fastest batching to the one that every model supports."""
 
 
 class Decoder:
-    """Decodes with a model in memory, by the fastest way that is numerically equivalent to `PLAIN`."""
+    """Decodes with a model in memory, by the fastest batching that is numerically equivalent to `PLAIN`."""
 
     def __init__(self, model: Model):
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,7 +52,7 @@ class Decoder:
         self.model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         state_space = "cache_params" in inspect.signature(network.forward).parameters
         self._cache_name = "cache_params" if state_space else "past_key_values"
-        self.way = self._fastest_equivalent()
+        self.batching = self._fastest_equivalent()
         self.description = f"transformers {transformers.__version__}, {str(dtype).removeprefix('torch.')}"
 
     def sample(self, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int], sampling: Sampling) -> list[Sample]:
@@ -80,46 +80,46 @@ class Decoder:
                 max_new_tokens=sampling.max_new_tokens,
                 eos_token_id=stop_ids or None,
                 pad_token_id=stop_ids[0] if stop_ids else None,
-                use_cache=self.way.share,  # otherwise the caches may be wrong
+                use_cache=self.batching.share,  # otherwise the caches may be wrong
             ),
         )
         # The search gives no log-probs of the raw model: decode what it found.
         return self._decoded(prompts, GivenChoice(found[:, ids_BP.shape[1] :].tolist(), stop_ids, self._device))
 
     def _decoded(self, prompts: Sequence[tuple[int, ...]], choice: "Choice") -> list[Sample]:
-        self._decode(prompts, choice, self.way)
+        self._decode(prompts, choice, self.batching)
         return choice.samples()
 
-    def _fastest_equivalent(self) -> Way:
-        """Return the fastest way whose log-probs are those of `PLAIN`; log the choice if it is not the first.
+    def _fastest_equivalent(self) -> Batching:
+        """Return the fastest batching whose log-probs are those of `PLAIN`; log the choice if it is not the first.
 
-        Each way is tried, since a list of architectures would miss new ones: two prompts with two samples each, of
+        Each is tried, since a list of architectures would miss new ones: two prompts with two samples each, of
         given tokens. One sample ends before the others, so that caches are copied, cut and continued.
         """
         stop, tolerance = 1, 1e-4 if self.model.dtype == torch.float32 else 5e-2
         prompts = [(2, 3, 4, 5, 6, 7)] * 2 + [(5, 3)] * 2
         given = [[2, 3, 4, 5, 6], [stop, 2, 2, 2, 2], [4, 2, 5, 3, 6], [6, 5, 4, 3, 2]]
 
-        def logprobs(way: Way) -> torch.Tensor:
+        def logprobs(batching: Batching) -> torch.Tensor:
             found = []
-            for part in [slice(0, 4)] if way.pad else [slice(0, 2), slice(2, 4)]:
+            for part in [slice(0, 4)] if batching.pad else [slice(0, 2), slice(2, 4)]:
                 choice = GivenChoice(given[part], [stop], self._device)
-                self._decode(prompts[part], choice, way, segment=2)
+                self._decode(prompts[part], choice, batching, segment=2)
                 found += [sample.logprob for sample in choice.samples()]
             return torch.tensor(found)
 
         expected, why = logprobs(PLAIN), ""
-        for way in WAYS:
+        for batching in BATCHINGS:
             try:
-                error = ((logprobs(way) - expected) / expected.abs().clamp(min=1)).abs().max().item()
+                error = ((logprobs(batching) - expected) / expected.abs().clamp(min=1)).abs().max().item()
                 if error < tolerance:
                     break
                 why = f"otherwise log-probs were wrong by {error:.1%}"
             except Exception as refusal:  # models with another kind of cache raise various errors
                 why = f"{type(refusal).__name__}: {cause(refusal)}"
         if why:
-            log.info("engine transformers: %s (%s)", WAYS[way], why)
-        return way
+            log.info("engine transformers: %s (%s)", BATCHINGS[batching], why)
+        return batching
 
     def _padded(self, prompts: Collection[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return token ids and mask of the prompts, padded on the left, each (prompts, tokens of the longest)."""
@@ -132,7 +132,9 @@ class Decoder:
         return ids.to(self._device), mask.to(self._device)
 
     @torch.inference_mode()
-    def _decode(self, prompts: Sequence[tuple[int, ...]], choice: "Choice", way: Way, segment: int = SEGMENT) -> None:
+    def _decode(
+        self, prompts: Sequence[tuple[int, ...]], choice: "Choice", batching: Batching, segment: int = SEGMENT
+    ) -> None:
         """Continue each row's prompt; `choice` collects the samples.
 
         Shapes: B rows, of which R go on; U distinct prompts, P tokens of the longest.
@@ -141,13 +143,13 @@ class Decoder:
         ids_UP, mask_UP = self._padded(distinct)
         prompt_B = torch.tensor([distinct[prompt] for prompt in prompts], device=self._device)
         ids, mask, cache = ids_UP[prompt_B], mask_UP[prompt_B], None
-        if way.share and len(prompts) > len(distinct) and ids_UP.shape[1] > 1:
+        if batching.share and len(prompts) > len(distinct) and ids_UP.shape[1] > 1:
             # All but the last token; each row continues with that, so its first new token is a step like the others.
             cache = self._generate(ids_UP[:, :-1], mask_UP[:, :-1], 1)
             cache.reorder_cache(prompt_B)  # made for beams, so caches of every kind have it
             ids = ids[:, -1:]
         while True:
-            steps = min(segment, choice.remaining) if way.share else choice.remaining
+            steps = min(segment, choice.remaining) if batching.share else choice.remaining
             cache = self._generate(ids, mask, steps, choice, cache)
             going_R = choice.drop_ended()
             if not len(going_R) or not choice.remaining:

@@ -54,7 +54,7 @@ class TransformersEngine(Engine):
         while start < len(lengths):
             tokens = (lengths[start] + sampling.max_new_tokens) * sampling.beams
             end = min(start + max(1, BATCH_TOKENS // tokens), len(lengths))
-            if not self._decoder.way.pad:
+            if not self._decoder.batching.pad:
                 end = start + lengths[start:end].count(lengths[start])
             yield slice(start, end)
             start = end

@@ -98,6 +98,8 @@ def redraw(target: Sequence[int], logits_LV: "Tensor", share: float, stop_ids: S
 
     A draw may be the original token; rank drops a sample without changes as a copy of the target.
     """
+    if not target:
+        return []
     import torch
 
     from cpo_pipe.trainer.scoring.head import draw
@@ -162,9 +164,9 @@ class MeanFieldWork(Work):
             for numbers in batches_by_length(lengths, budget):
                 chosen = [examples[number] for number in numbers]
                 wholes = [without_end(e["target_ids"], e["ends"]) for e in chosen]
-                logits = scorer.logits(
-                    scorer.pack([(e["prompt_ids"], [whole]) for e, whole in zip(chosen, wholes, strict=True)])
-                )
+                # A target may be its end token alone, which is not redrawn.
+                groups = [(e["prompt_ids"], [ids or e["target_ids"]]) for e, ids in zip(chosen, wholes, strict=True)]
+                logits = scorer.logits(scorer.pack(groups))
                 rows = [row for each in zip(chosen, wholes, logits, strict=True) for row in negatives_of(*each)]
                 yield NewRows([rows], len(rows))
 

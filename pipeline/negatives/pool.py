@@ -7,18 +7,15 @@ as text and encoded like targets.
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from cpo_pipe.data.config import Location
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.execution.base import Make, NewRows, Work
-from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec
+from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec, digest
 from cpo_pipe.data.models import templates
 from cpo_pipe.data.models.answers import Answer, AnswerEncoder
 from cpo_pipe.data.models.chat import Conversation
@@ -27,6 +24,7 @@ from cpo_pipe.data.models.control_tokens import finder, special_tokens
 from cpo_pipe.data.models.end_tokens import end_tokens
 from cpo_pipe.data.models.model import Model
 from cpo_pipe.data.models.tokenizer import TokenizerFiles, tokenizer_in
+from cpo_pipe.data.sources.locate import locate_source
 from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.pipeline.api.model import ApiModel
 from cpo_pipe.pipeline.engines.base import Sampling
@@ -54,8 +52,8 @@ class Pool(EngineSampler):
     model: Location | None = Field(None, description="an API of `apis`, a training's name, a folder or a hub name")
     file: Location | None = Field(
         None,
-        description="a .jsonl or .parquet file with existing continuations, a .json file with a list, "
-        "or a folder of .parquet files, such as `cpo-pipe export` writes",
+        description="existing continuations: a file, pattern, folder, URL or hub name, as for data.source, such as the "
+        "folder that `cpo-pipe export` writes",
     )
     columns: Columns = Field(default_factory=Columns, description="column mapping of the file")
 
@@ -71,7 +69,8 @@ class Pool(EngineSampler):
     def plan(self, inputs: Inputs) -> Job:
         """Plan to read the file, or to sample from the model."""
         if self.file is not None:
-            return self._plan_file(inputs, PoolFile(inputs.key, Path(self.file), self.columns))
+            source = locate_source(self.file, key=f"{inputs.key}.file", columns_key=f"{inputs.key}.columns")
+            return self._plan_file(inputs, PoolFile(source, self.columns))
         assert self.model is not None
         model = inputs.find(self.model, any_tokenizer=True)
         if isinstance(model, ApiModel):
@@ -92,12 +91,12 @@ class Pool(EngineSampler):
         return Job(inputs.source(rows, self.count, refused), work, self.batch_size)
 
     def _plan_file(self, inputs: Inputs, file: PoolFile) -> Job:
-        sha256, limit = file.sha256(inputs.store.hash_file), self.max_new_tokens or inputs.max_tokens
-        spec = pool_file_spec(inputs.examples.rendering, sha256, self.columns, limit)
+        identity, limit = file.source.identity(inputs.store.hash_file), self.max_new_tokens or inputs.max_tokens
+        spec = pool_file_spec(inputs.examples.rendering, identity, self.columns, limit)
         rows, refused = inputs.rows(spec), inputs.refused(spec)
         selection = inputs.selection.select(["example_id", "prompt"])
         examples = inputs.examples
-        work = PoolFileWork(rows, refused, file, sha256, selection, self.count, examples.tokenizer,
+        work = PoolFileWork(rows, refused, file, identity, selection, self.count, examples.tokenizer,
                             examples.rendering, limit)  # fmt: skip
         return Job(inputs.source(rows, self.count, refused), work, check_inputs=file.check)
 
@@ -111,9 +110,9 @@ class Pool(EngineSampler):
         return [self.model] if self.model is not None else []
 
 
-def pool_file_spec(rendering: Spec, sha256: str, columns: Columns, max_tokens: int) -> Spec:
+def pool_file_spec(rendering: Spec, identity: Spec, columns: Columns, max_tokens: int) -> Spec:
     """Return the identity of a file's rows: its content, but neither its path nor the source's name or strength."""
-    return {"strategy": Pool.kind, "file": sha256, "columns": columns.model_dump(), "prompt": rendering,
+    return {"strategy": Pool.kind, "file": digest(identity), "columns": columns.model_dump(), "prompt": rendering,
             "max_tokens": max_tokens, "encoding": ENCODING}  # fmt: skip
 
 
@@ -171,8 +170,8 @@ class PoolFileWork(Work):
     refused: Rows
     """Samples that the file does not have (REJECTED schema)."""
     file: PoolFile
-    sha256: str
-    """The file's hash when the work was planned."""
+    identity: Spec
+    """What determined the file's rows when the work was planned."""
     selection: pa.Table
     """`example_id` and `prompt` of all examples."""
     count: int
@@ -193,26 +192,31 @@ class PoolFileWork(Work):
         Raises:
             InputError: the file breaks a rule, or has no continuation for any example.
         """
-        self.file.check_unchanged(self.sha256)
+        source = self.file.source
+        source.check(self.identity)
         key = self.file.match_column()
-        log.info("%s.file %s: reading it", self.file.key, self.file.path)
+        log.info("%s %s: reading it", source.key, source.name)
         keys = (value.as_py() for value in self.selection[key])
         tokenizer = self.tokenizer.load()
         is_control, encoder = finder(special_tokens(tokenizer)), ContinuationEncoder(tokenizer, self.rendering)
         found = Continuations(keys, self.count, self.file.continuations(key), is_control)
-        self._report(key, found.counts)
+        self._report(key, found)
         if found.control_tokens:
             log.warning(
-                "%s.file %s: %d continuations have special tokens in their text; they are text to the "
-                "model, except for an EOS token at the end", self.file.key, self.file.path, found.control_tokens,
+                "%s %s: %d continuations have special tokens in their text; they are text to the "
+                "model, except for an EOS token at the end", source.key, source.name, found.control_tokens,
             )  # fmt: skip
+
+        fingerprint = digest(self.identity)
 
         def make(batch: pa.Table) -> Iterator[NewRows]:
             refused, taken, texts = [], [], []
             for example in batch.select([*ENCODED_FOR, SAMPLE_INDICES]).to_pylist():
                 for k in example[SAMPLE_INDICES]:
                     text = found.text(example[key], k)
-                    if text is None:
+                    if text is None and (bad := found.refusal(example[key], k)) is not None:
+                        refused.append(_refusal(example["example_id"], k, bad.reason, f"{bad.source}: {bad.detail}"))
+                    elif text is None:
                         refused.append(_refusal(example["example_id"], k, "not in the file", example["prompt"]))
                     else:
                         taken.append((example, k))
@@ -224,29 +228,31 @@ class PoolFileWork(Work):
                     refused.append(_refusal(example["example_id"], k, "not renderable", answer.problem))
                     continue
                 rows.append(negative(example, k, 0, strategy=Pool.kind, text=answer.text, token_ids=answer.token_ids,
-                                     ends=answer.ends, generator=self.sha256))  # fmt: skip
+                                     ends=answer.ends, generator=fingerprint))  # fmt: skip
             yield NewRows([refused, rows], len(refused) + len(rows))
 
         return make
 
-    def _report(self, key: str, counts: NDArray[np.int64]) -> None:
-        """Warn where the file covers only a part of the selection.
+    def _report(self, key: str, found: Continuations) -> None:
+        """Warn of rejected rows, and where the file covers only a part of the selection.
 
         Raises:
             InputError: it has no continuation for any example.
         """
+        source, counts = self.file.source, found.counts
+        if found.rejections.reasons:
+            log.warning("%s %s: %s", source.key, source.name, found.rejections)
         there, whole, what = int((counts > 0).sum()), int((counts == self.count).sum()), key.replace("_", " ") + "s"
         if not there:
-            theirs, _ = next(self.file.continuations(key))
             hint = f"; without its column {key} it is matched by prompt" if key == "example_id" else ""
-            raise self.file.error(
-                f"has none of the examples' {len(counts):,} {what}; there is {shown(theirs)}, "
+            raise source.request({}).error(
+                f"has none of the examples' {len(counts):,} {what}; there is {shown(found.unmatched)}, "
                 f"the first example has {shown(self.selection[key][0].as_py())}{hint}"
             )
         if whole < len(counts):
             log.warning(
-                "%s.file %s: has %d of %d %s, %d of them with %d continuations; others get fewer",
-                *(self.file.key, self.file.path, there, len(counts), what, whole, self.count),
+                "%s %s: has %d of %d %s, %d of them with %d continuations; others get fewer",
+                *(source.key, source.name, there, len(counts), what, whole, self.count),
             )
 
 

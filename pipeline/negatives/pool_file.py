@@ -1,35 +1,26 @@
-"""Files of continuations, such as another model's outputs, and the texts that they have for each prompt."""
+"""Continuations in files, such as another model's outputs, and the texts that they have for each prompt."""
 
 import hashlib
-import json
 import reprlib
 import tempfile
 import weakref
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from cpo_pipe.data.config import Section
-from cpo_pipe.data.errors import InputError, cause
-from cpo_pipe.data.fingerprint import digest, distrust, sha256_once
 from cpo_pipe.data.models import templates
-from cpo_pipe.data.sources.arrow import Unreadable, batch_rows
-from cpo_pipe.data.sources.rows import duplicate, is_encodable, other_content
-from cpo_pipe.data.text import listed, nearest
+from cpo_pipe.data.sources.rows import Refusal, Row, text_fault
+from cpo_pipe.data.sources.source import Source
+from cpo_pipe.pipeline.prepare.rejected import listed_counts, places
 
-FORMATS = (".jsonl", ".parquet", ".json")
 _ROLES = {"prompt": "user", "text": "assistant"}
 """The role of the message in a column of conversations."""
-READ_AT_ONCE = 1024
-"""Rows of a Parquet file that are read at a time."""
 
 
 class Columns(Section):
@@ -44,163 +35,118 @@ class Columns(Section):
     text: str = Field("text", description="column with a continuation, a list of them, or one message of the assistant")
 
 
+Found = tuple[str | None, str | Refusal]
+"""The key of a continuation, where it is known, and its text, or why it has none."""
+
+
 @dataclass(frozen=True)
 class PoolFile:
-    """A file of continuations: JSON lines, Parquet, or JSON that is one list of objects; or a folder of Parquet files.
+    """A source of continuations. Prompt and continuation may each be a conversation of one message."""
 
-    Prompt and continuation may each be a conversation of one message.
-    """
-
-    key: str
-    """Its key in the recipe, for messages."""
-    path: Path
+    source: Source
     columns: Columns
 
-    def sha256(self, hash_file: Callable[[Path], str]) -> str:
-        """Return a hash of the file's bytes, or of the files of a folder.
-
-        Raises:
-            InputError: the file is missing, or its format is not supported.
-        """
-        if self.path.is_dir():
-            return digest([hash_file(file) for file in self._folder()])
-        if not self.path.is_file():
-            raise self.error(f"no such file; give the path of a {', '.join(FORMATS)} file")
-        if self.path.suffix.lower() not in FORMATS:
-            raise self.error(f"the suffix {self.path.suffix!r} is not one of {', '.join(FORMATS)}; convert the file")
-        return hash_file(self.path)
-
-    def check_unchanged(self, sha256: str) -> None:
-        """Verify before texts are read that the file still has this hash.
-
-        Raises:
-            InputError: it has another one.
-        """
-        if self.sha256(sha256_once) != sha256:
-            for file in self._folder() if self.path.is_dir() else [self.path]:
-                distrust(file)
-            raise self.error(
-                "has changed since it was hashed; restore it, or run the command again to use its new content"
-            )
-
-    def _folder(self) -> list[Path]:
-        """Return the Parquet files of a folder and its subfolders, such as a data set of the hub."""
-        files = sorted(self.path.rglob("*.parquet"))
-        if not files:
-            saved = (self.path / "state.json").is_file() or (self.path / "dataset_dict.json").is_file()
-            fix = "; save_to_disk wrote it; export the data set with to_parquet" if saved else ""
-            raise self.error(f"no *.parquet files in this folder{fix}")
-        return files
-
-    def error(self, fault: str) -> InputError:
-        """Return an error that names the file, in one line."""
-        return InputError(f"{self.key}.file {self.path}: {fault}")
-
     def check(self) -> None:
-        """Read the first row, to find faults of the whole file before other negatives are made.
+        """Read until the first valid row, to find faults of the whole file before other negatives are made.
 
         Raises:
-            InputError: the file has no rows or cannot be read, or the first row breaks a rule.
+            InputError: the file has no rows, lacks a column or cannot be read, or all rows are rejected.
         """
-        next(self.continuations(self.match_column()), None)
+        rejected = Rejections()
+        for _, text in self.continuations(self.match_column()):
+            if not isinstance(text, Refusal):
+                return
+            rejected.add(text)
+        if rejected.reasons:
+            raise self.source.request({}).error(f"has no valid row; {rejected}")
 
     def match_column(self) -> str:
-        """Return the column of the EXAMPLES schema to match rows by: `example_id` if the file has it, or `prompt`.
+        """Return the column of the EXAMPLES schema to match rows by: `example_id` if the first row has it, or `prompt`.
 
         Raises:
             InputError: the file has no rows or cannot be read.
         """
-        for _, row in self._rows():
-            return "example_id" if "example_id" in row else "prompt"
-        raise self.error("has no rows; give a file with rows")
+        for row in self.source.read({}, ["example_id", self.columns.prompt, self.columns.text]):
+            if isinstance(row, Row):
+                return "example_id" if "example_id" in row.values else "prompt"
+        return "prompt"
 
-    def continuations(self, key: str) -> Iterator[tuple[str, str]]:
-        """Yield the key (a value of `match_column`) and the text of each continuation, in the order of the file.
+    def continuations(self, key: str) -> Iterator[Found]:
+        """Yield the continuations, and the rows that have none because they break a rule, in the order of the file.
+
+        Args:
+            key: the column of the EXAMPLES schema that rows are matched by; see `match_column`.
 
         Raises:
-            InputError: a column is missing, a value is not text, or the file cannot be read.
+            InputError: a column is missing from all rows, or the file cannot be read.
         """
-        for place, row in self._rows():
-            (owner,) = self._texts(place, row, key)
-            if key == "prompt" and self.columns.context is not None:
-                context = self._value(place, row, "context")
-                owner = templates.with_context(owner, "" if context is None else self._texts(place, row, "context")[0])
-            for text in self._texts(place, row, "text"):
-                yield owner, text
+        required = {"text": self.columns.text}
+        if key == "prompt":
+            context = {"context": self.columns.context} if self.columns.context is not None else {}
+            required = {"prompt": self.columns.prompt, **context, **required}
+        for row in self.source.read(required, ["example_id"]):
+            if isinstance(row, Refusal):
+                yield None, row
+                continue
+            owner = self._owner(row, key)
+            if isinstance(owner, Refusal):
+                yield None, owner
+                continue
+            texts = self._content(row, "text")
+            for text in texts if isinstance(texts, list) else [texts]:
+                yield owner, self._text(row, "text", text)
 
-    def _texts(self, place: str, row: Mapping[str, Any], field: str) -> list[str]:
-        """Return the texts in a column: one, or for `text` perhaps a list; each may be a message."""
-        value = self._value(place, row, field)
-        if _is_conversation(value) and field in _ROLES:
-            if len(value) > 1 or value[0].get("role") != _ROLES[field]:
-                roles = ", ".join(str(message.get("role")) for message in value)
-                raise self.error(
-                    f"{place}: {self._column(field)!r} is a conversation of {shown(roles)}: must be one message of "
-                    f"the {_ROLES[field]}; remove the others"
-                )
-            value = value[0].get("content")
-        texts = value if field == "text" and isinstance(value, list) else [value]
-        for text in texts:
-            if isinstance(text, Unreadable):
-                raise self.error(f"{place}: {self._column(field)!r} is {text.reason}")
-            if not _is_text(text):
-                raise self.error(f"{place}: {self._column(field)!r} is {shown(text)}: must be text")
-        return texts
+    def _owner(self, row: Row, key: str) -> str | Refusal:
+        """Return the example id or the prompt, with its context, of a row."""
+        owner = self._text(row, key, self._content(row, key))
+        column = self.columns.context
+        if key != "prompt" or isinstance(owner, Refusal) or column is None or row.values.get(column) is None:
+            return owner
+        context = self._text(row, "context", row.values[column])
+        return context if isinstance(context, Refusal) else templates.with_context(owner, context)
 
-    def _value(self, place: str, row: Mapping[str, Any], field: str) -> Any:
-        column = self._column(field)
-        if column not in row:
-            hint = nearest(column, row) or f"there are {listed(row)}"
-            raise self.error(f"{place}: no column {column!r} ({self.key}.columns.{field}); {hint}")
-        return row[column]
+    def _content(self, row: Row, field: str) -> Any:
+        """Return the value of a column; of a conversation the content of its one message."""
+        value: Any = row.values.get(self._column(field))
+        if field not in _ROLES or not _is_conversation(value):
+            return value
+        if len(value) > 1 or value[0].get("role") != _ROLES[field]:
+            roles = ", ".join(str(message.get("role")) for message in value)
+            detail = f"{self._named(field)} is a conversation of {shown(roles)}"
+            return Refusal(row.source, f"not one message of the {_ROLES[field]}", detail)
+        return value[0].get("content")
+
+    def _text(self, row: Row, field: str, value: Any) -> str | Refusal:
+        if isinstance(value, Refusal):
+            return value
+        fault = text_fault(value, self._named(field))
+        return Refusal(row.source, *fault) if fault else str(value)
 
     def _column(self, field: str) -> str:
         return str(getattr(self.columns, field, field))  # the name of `example_id` is fixed
 
-    def _rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield the place of each row, for messages, and its values."""
-        kinds = {".jsonl": self._jsonl, ".parquet": self._parquet, ".json": self._json}
-        if not self.path.is_dir() and self.path.suffix.lower() == ".jsonl" and (content := other_content(self.path)):
-            raise self.error(f"contains {content}; save it as text in UTF-8")
-        read = self._parquets if self.path.is_dir() else kinds[self.path.suffix.lower()]
-        try:
-            for place, row in read():
-                if not isinstance(row, dict):
-                    raise self.error(f"{place} is {shown(row)}: must be an object")
-                yield place, row
-        except (ValueError, RecursionError, OSError, pa.ArrowException) as error:
-            raise self.error(f"cannot be read ({cause(error)})") from error
+    def _named(self, field: str) -> str:
+        setting = f" ({self.source.columns_key}.{field})" if hasattr(self.columns, field) else ""
+        return f"column {self._column(field)}{setting}"
 
-    def _jsonl(self) -> Iterator[tuple[str, Any]]:
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.isspace():
-                    try:
-                        row = json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        raise self.error(f"line {number} is not JSON ({cause(error)})") from error
-                    yield f"line {number}", row
 
-    def _parquets(self) -> Iterator[tuple[str, Any]]:
-        for file in self._folder():
-            yield from ((f"{file.relative_to(self.path)}, {place}", row) for place, row in self._parquet(file))
+class Rejections:
+    """Counts of rejected rows by reason, with the first row of each."""
 
-    def _parquet(self, path: Path | None = None) -> Iterator[tuple[str, Any]]:
-        with pq.ParquetFile(path or self.path) as file:
-            wanted = ("example_id", self.columns.prompt, self.columns.context, self.columns.text)
-            there = [name for name in file.schema_arrow.names if name in wanted]
-            if twice := duplicate(there):
-                raise self.error(f"has two columns named {twice!r}; rename or remove one")
-            # If a column is missing, all are read, so that the message can list them.
-            batches = file.iter_batches(READ_AT_ONCE, columns=there if len(there) > 1 else None)
-            rows = chain.from_iterable(map(batch_rows, batches))
-            yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+    def __init__(self) -> None:
+        self.reasons: Counter[str] = Counter()
+        self._first: dict[str, Refusal] = {}
 
-    def _json(self) -> Iterator[tuple[str, Any]]:
-        content = json.loads(self.path.read_bytes())
-        if not isinstance(content, list):
-            raise self.error("must be a list of objects; rename a file with one object per line to .jsonl")
-        yield from ((f"row {number}", row) for number, row in enumerate(content, 1))
+    def add(self, refusal: Refusal) -> None:
+        """Count a rejected row."""
+        self.reasons[refusal.reason] += 1
+        self._first.setdefault(refusal.reason, refusal)
+
+    def __str__(self) -> str:
+        """Return the counts and the first rows, for messages."""
+        counts = dict(self.reasons.most_common())
+        seen = places([asdict(self._first[reason]) for reason in counts], None)
+        return f"{self.reasons.total():,} rejected ({listed_counts(counts)}); {seen}"
 
 
 class Continuations:
@@ -210,10 +156,8 @@ class Continuations:
     of the keys and the texts' offsets are in memory.
     """
 
-    def __init__(
-        self, keys: Iterable[str], limit: int, found: Iterable[tuple[str, str]], is_control: Callable[[str], bool]
-    ):
-        """Keep the first `limit` texts of each of the `keys`; `found` yields pairs of a key and a text."""
+    def __init__(self, keys: Iterable[str], limit: int, found: Iterable[Found], is_control: Callable[[str], bool]):
+        """Keep the first `limit` texts of each of the `keys`, and why a key has fewer."""
         self._number = {key: number for number, key in enumerate(dict.fromkeys(map(_short, keys)))}
         self._scratch = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this lives
         weakref.finalize(self, self._scratch.close)
@@ -221,9 +165,20 @@ class Continuations:
         owners, counts = array("i"), array("i", bytes(4 * len(self._number)))
         self.control_tokens = 0
         """Number of kept texts that contain control tokens."""
+        self.rejections = Rejections()
+        """Rejected rows of the file, also of other keys."""
+        self.unmatched: str | None = None
+        """The first key of the file that is none of the `keys`."""
+        self._refused: dict[int, list[Refusal]] = {}
         for key, text in found:
-            number = self._number.get(_short(key))
-            if number is not None and counts[number] < limit:
+            number = self._number.get(_short(key)) if key is not None else None
+            if isinstance(text, Refusal):
+                self.rejections.add(text)
+                if number is not None and len(refused := self._refused.setdefault(number, [])) < limit:
+                    refused.append(text)
+            elif number is None:
+                self.unmatched = self.unmatched or key
+            elif counts[number] < limit:
                 counts[number] += 1
                 owners.append(number)
                 self.control_tokens += is_control(text)
@@ -243,15 +198,16 @@ class Continuations:
         self._scratch.seek(start)
         return self._scratch.read(end - start).decode()
 
+    def refusal(self, key: str, k: int) -> Refusal | None:
+        """Return the rejected row that could have been the k-th text of a key which has fewer, if there is one."""
+        number = self._number[_short(key)]
+        refused, place = self._refused.get(number, []), k - int(self.counts[number])
+        return refused[place] if place < len(refused) else None
+
 
 def _is_conversation(value: object) -> bool:
     """Return whether a value is a list of messages, as chat templates take them."""
     return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
-
-
-def _is_text(value: object) -> bool:
-    """Return whether a value is a string that can be encoded; JSON can contain lone surrogates."""
-    return isinstance(value, str) and is_encodable(value)
 
 
 def shown(value: object) -> str:

@@ -1,6 +1,5 @@
 """Negatives that an API model writes on request, given the prompt and the target."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -8,6 +7,7 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator
 
 from cpo_pipe.data.fingerprint import Spec
+from cpo_pipe.data.models.templates import fill
 from cpo_pipe.data.text import listed, nearest, one_line
 from cpo_pipe.pipeline.api.config import Api
 from cpo_pipe.pipeline.api.model import ApiModel
@@ -90,8 +90,7 @@ class Message:
 
     def __call__(self, example: Mapping[str, Any]) -> str:
         """Return the message for an example (EXAMPLES schema), with its prompt as in the source."""
-        # One pass, and not str.format: braces in the template's or the example's own text are only text.
-        return re.sub(r"\{(prompt|target)\}", lambda place: str(example[place[1]]), self.text)
+        return fill(self.text, prompt=example["prompt"], target=example["target"])
 
 
 def prompted_spec(rendering: Spec, api: ApiModel, message: Message, sampling: Sampling, seed: int) -> Spec:

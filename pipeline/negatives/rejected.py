@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pyarrow as pa
+from pydantic import Field
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.execution.base import Make, NewRows, Work
@@ -19,20 +20,26 @@ class Rejected(Strategy):
 
     kind: ClassVar[str] = "rejected"
 
+    count: int = Field(0, ge=0, lt=1 << 16, description="rejected answers per prompt (0: all)")
+
     def plan(self, inputs: Inputs) -> Job:
         """Plan to take the answers from the examples; those that have fewer than `count` get fewer.
 
         Raises:
-            InputError: no example has so many rejected answers.
+            InputError: no example has a rejected answer, or so many.
         """
-        examples = inputs.examples
-        if self.count > examples.most_rejected:
-            have = f"at most {examples.most_rejected}" if examples.most_rejected else "no"
-            fix = "lower it" if examples.most_rejected else "name data with the columns chosen and rejected"
-            raise InputError(f"{inputs.key}.count is {self.count}, but examples have {have} rejected answers; {fix}")
+        examples, most = inputs.examples, inputs.examples.most_rejected
+        if not most:
+            raise InputError(
+                f"{inputs.key}: the data has no rejected answers; name data with the columns chosen and rejected, or "
+                "set negatives.sources to strategies that make negatives"
+            )
+        if self.count > most:
+            raise InputError(f"{inputs.key}.count is {self.count}, but rows have at most {most} rejected answers; "
+                             "lower it")  # fmt: skip
         spec: Spec = {"strategy": self.kind, "prompt": examples.rendering, "examples": examples.artifact.path.name}
         rows, refused = inputs.rows(spec), inputs.refused(spec)
-        return Job(inputs.source(rows, self.count, refused), RejectedWork(rows, refused))
+        return Job(inputs.source(rows, self.count or most, refused), RejectedWork(rows, refused))
 
     @property
     def origin(self) -> str:

@@ -13,8 +13,9 @@ from cpo_pipe.data.fingerprint import Spec, example_id
 from cpo_pipe.data.models.chat import Conversation, Message
 from cpo_pipe.data.models.templates import with_context
 from cpo_pipe.data.models.train_tokenizer import TrainedTokenizer
-from cpo_pipe.data.sources.readers import Source, locate_source
+from cpo_pipe.data.sources.locate import locate_source
 from cpo_pipe.data.sources.rows import Refusal, Row
+from cpo_pipe.data.sources.source import Source
 from cpo_pipe.pipeline.prepare.formats import Turn
 
 if TYPE_CHECKING:
@@ -97,10 +98,14 @@ class Data(Section):
         "(`dolly`, `gsm8k`, `python-docs`), or your own as `module:Class`",
     )
     source: Location | None = Field(
-        None, description="a .jsonl, .csv, .parquet or .txt file, or a Hugging Face data set (name or folder)"
+        None,
+        description="a .jsonl, .json, .csv, .tsv, .parquet or .txt file (also .gz, .zst), a pattern, a folder, a URL "
+        "(hf://, s3://, https://, …) or a Hugging Face data set",
     )
     subset: str | None = Field(None, description="configuration name of a Hugging Face data set")
-    source_split: str = Field("train", description="split of a Hugging Face data set to read")
+    source_split: str | None = Field(
+        None, description="split of a folder or a Hugging Face data set to read (default: train)"
+    )
     revision: str | None = Field(None, description="commit or tag of a Hugging Face data set")
     columns: Section = Field(default_factory=Section, description="column mapping")
     tokenizer: Location | TrainedTokenizer = Field(
@@ -137,7 +142,7 @@ class Data(Section):
             InputError: the source does not exist.
         """
         assert self.source is not None  # validated
-        return locate_source(self.source, self.subset, self.source_split, self.revision)
+        return locate_source(self.source, subset=self.subset, split=self.source_split, revision=self.revision)
 
     def split_sizes(self) -> tuple[int | None, int, int | None]:
         """Return the sizes of the train, validation and test splits; None: what is left."""
@@ -163,6 +168,11 @@ class Data(Section):
         must = {"prompt", "target"} | self.columns.model_fields_set
         required = {field: column for field, column in named.items() if field in must}
         return required, [column for field, column in named.items() if field not in must]
+
+    @property
+    def may_have_rejected(self) -> bool:
+        """Whether the rows may have rejected answers, as far as the section tells."""
+        return False
 
     def reading(self) -> Spec:
         """Return what decides the texts of a row."""

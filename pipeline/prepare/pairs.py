@@ -13,8 +13,8 @@ from cpo_pipe.data.models import templates
 from cpo_pipe.data.models.answers import AnswerEncoder
 from cpo_pipe.data.models.chat import ChatTemplate, NotRenderable, content_of
 from cpo_pipe.data.models.control_tokens import breaker, finder, special_tokens
-from cpo_pipe.data.sources.readers import Source
 from cpo_pipe.data.sources.rows import TEXT_COLUMN, Refusal, Row, is_encodable
+from cpo_pipe.data.sources.source import Source
 from cpo_pipe.pipeline.prepare import formats
 from cpo_pipe.pipeline.prepare.base import Data, Encoded, Example, Texts
 from cpo_pipe.pipeline.prepare.formats import FORMATS, Turn, Unusable, with_system
@@ -94,7 +94,8 @@ class Pairs(Data):
         if (self.columns.prompt, self.columns.target) != ("prompt", "target"):
             return PAIRS
         columns = {"prompt", "target", TEXT_COLUMN, *(name for one in FORMATS.values() for name in one.columns)}
-        first = next((row for row in source.rows({}, columns) if isinstance(row, Row)), None)
+        rows = source.rows(source.request({}, columns), self.max_rows)
+        first = next((row for row in rows if isinstance(row, Row)), None)
         there = [] if first is None else list(first.values)
         if not there or {"prompt", "target"} <= {*there} or there == [TEXT_COLUMN]:
             return PAIRS  # an error of this format names what is missing
@@ -103,10 +104,18 @@ class Pairs(Data):
     def _has_messages(self, source: Source, name: str) -> bool:
         """Return whether the first usable row of a source has messages."""
         reading = self.model_copy(update={"format": name})
-        rows = (row for row in source.rows(*reading.columns_read) if isinstance(row, Row))
+        request = source.request(*reading.columns_read)
+        rows = (row for row in source.rows(request, self.max_rows) if isinstance(row, Row))
         found = (texts for row in rows for texts in reading.texts(row) if isinstance(texts, Texts))
         first = next(found, None)
         return first is not None and first.turn is not None
+
+    @property
+    def may_have_rejected(self) -> bool:
+        """Whether the format is that of preferences, or may turn out to be."""
+        columns = self.columns
+        detected = self.format is None and (columns.prompt, columns.target) == ("prompt", "target")
+        return self.format == "preference" or columns.rejected is not None or detected
 
     @property
     def columns_read(self) -> tuple[dict[str, str], list[str]]:

@@ -14,7 +14,7 @@ from cpo_pipe.data.models.chat_date import chat_date
 from cpo_pipe.data.models.tokenizer import TokenizerFiles, locate_tokenizer
 from cpo_pipe.data.models.train_tokenizer import TrainedBPE
 from cpo_pipe.data.progress import track
-from cpo_pipe.data.sources.readers import Source
+from cpo_pipe.data.sources.source import Source
 from cpo_pipe.data.store import ArtifactWriter, Store
 from cpo_pipe.pipeline.prepare.base import Data, Texts
 from cpo_pipe.pipeline.prepare.collect import ExampleCollector

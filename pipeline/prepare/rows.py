@@ -1,13 +1,13 @@
 """Rows of a source, checked by all rules that need no tokenizer."""
 
-import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import date
 from decimal import Decimal
 from itertools import islice
 from typing import TypeVar
 
-from cpo_pipe.data.sources.readers import Source
-from cpo_pipe.data.sources.rows import Refusal, Row, is_encodable
+from cpo_pipe.data.sources.rows import Refusal, Row, text_fault
+from cpo_pipe.data.sources.source import Source
 from cpo_pipe.pipeline.prepare.base import Data, Texts
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ def read_rows(
 
 def count_rows(config: Data, source: Source) -> int:
     """Count the rows that will be read."""
-    count = source.count()
+    count = source.count(config.max_rows)
     return count if config.max_rows is None else min(count, config.max_rows)
 
 
@@ -42,18 +42,13 @@ def check_texts(row: Row, columns: Mapping[str, str | None]) -> dict[str, str] |
     for field, column in columns.items():
         name = f"column {column} (data.columns.{field})"
         value = row.values.get(column) if column is not None else None
-        if value is None:
-            if field in ("prompt", "target"):
-                return Refusal(row.source, "missing field", name)
+        if value is None and field not in ("prompt", "target"):
             continue
-        if field == "category" and isinstance(value, int | float | Decimal):
+        if field == "category" and isinstance(value, int | float | Decimal | date):
             value = str(value)
-        if not isinstance(value, str):
-            detail = f"{name} has type {type(value).__name__}: {reprlib.repr(value)}"
-            return Refusal(row.source, "not text", detail)
-        if not is_encodable(value):
-            return Refusal(row.source, "not UTF-8", f"{name} is {value}")
-        texts[field] = value
+        if fault := text_fault(value, name):
+            return Refusal(row.source, *fault)
+        texts[field] = str(value)
     for field in ("prompt", "target"):
         if field in texts and not texts[field].strip():
             return Refusal(

@@ -1,7 +1,6 @@
 """Find what is wrong with a recipe's later stages before anything costly is made."""
 
 from contextlib import suppress
-from pathlib import Path
 
 from cpo_pipe.data.errors import MissingInput
 from cpo_pipe.data.execution.base import LocalExecutor
@@ -21,7 +20,7 @@ def check_annotations(resolver: Resolver) -> None:
     if config is not None and config.annotations is not None:
         from cpo_pipe.eval.annotations import read_annotations
 
-        read_annotations(Path(config.annotations), resolver.store.hash_file)
+        read_annotations(config.annotations, resolver.store.hash_file)
 
 
 def check_stages(resolver: Resolver) -> None:

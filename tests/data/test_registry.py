@@ -71,7 +71,7 @@ def users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A module of a user's own, `my_animals`."""
     monkeypatch.setitem(sys.modules, "the_animals", sys.modules[__name__])
     (tmp_path / "my_animals.py").write_text(USERS.format(module="the_animals"))
-    (tmp_path / "broken.py").write_text("raise RuntimeError('no\\nluck')")
+    (tmp_path / "broken.py").write_text("raise RuntimeError('no luck\\nat all')")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "my_animals", raising=False)
 

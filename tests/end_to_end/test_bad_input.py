@@ -66,7 +66,7 @@ SET_CASES = {
     "data.tokenizer=absent": ("prepare", "tokenizer absent: no such folder"),
     "name=../up": ("prepare", "name is '../up': string should match pattern"),
     "data=3": ("prepare", "data is 3: must be a section"),
-    "data.source=pairs.json": ("prepare", "data.source pairs.json: no such file or folder"),
+    "data.source=pairs.json": ("prepare", "data.source pairs.json: no such file; give the path"),
     "train.start.init=absent/model": ("train", "model absent/model: no such folder or training, and the hub did not"),
     "train.start.init=not a name": ("train", "model not a name: no such folder"),
     "train.cpo.init=stat": ("train", "model stat: no such folder or training, and the hub did not give it"),
@@ -161,7 +161,7 @@ DATA_FILES = {
     "text.jsonl": (b"hello\n" * 9, "9 of 9 rows were rejected (9 not JSON), more than data.max_rejected 0.1 allows"),
     "bad.parquet": (b"PAR1 and no more", "data.source bad.parquet: not a Parquet file"),
     "plain.txt": (b"an article", "a .txt file holds articles, not pairs; set data.preset: text"),
-    "rows.json": (b"[]", "data.source rows.json: suffix '.json' is not supported"),
+    "rows.json": (b"[]", "data.source rows.json: has no rows"),
 }
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.models.train_tokenizer import TrainedTokenizer
+from cpo_pipe.pipeline.negatives.autoregressive import Sampler
 from cpo_pipe.pipeline.negatives.meanfield import MeanField
-from cpo_pipe.pipeline.negatives.sampler import Sampler
 from cpo_pipe.recipe.load import builtin_recipes, load_recipe
 from cpo_pipe.trainer.objectives.preference import PreferenceTraining, ReferenceTraining
 from tests.support.api_server import Seen, serve, written

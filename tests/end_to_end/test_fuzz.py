@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.fingerprint import sha256_file
-from cpo_pipe.data.sources.readers import locate_source
+from cpo_pipe.data.sources.locate import locate_source
 from cpo_pipe.eval.annotations import COLUMNS, read_annotations
 from cpo_pipe.pipeline.negatives.pool_file import Columns, PoolFile
 from cpo_pipe.pipeline.prepare.presets import PRESETS
@@ -278,9 +278,9 @@ BYTES = [
 ]  # fmt: skip
 
 
-def as_csv(rows: list[dict[str, Any]]) -> bytes:
+def as_csv(rows: list[dict[str, Any]], delimiter: str) -> bytes:
     text = io.StringIO()
-    writer = csv.DictWriter(text, NAMES)
+    writer = csv.DictWriter(text, NAMES, delimiter=delimiter)
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()
@@ -303,8 +303,8 @@ def column(kind: pa.DataType, size: int, content: bytes) -> pa.Array:
 
 @st.composite
 def data_file(draw: st.DrawFn) -> tuple[str, bytes]:
-    suffix = draw(st.sampled_from([".jsonl", ".csv", ".parquet", ".txt", ".json"]))
-    rows = draw(ROWS if suffix in (".jsonl", ".json") else PLAIN_ROWS)
+    suffix = draw(st.sampled_from([".jsonl", ".csv", ".parquet", ".txt", ".json", ".tsv", ".jsonl.gz", ".csv.zst"]))
+    rows = draw(ROWS if ".json" in suffix else PLAIN_ROWS)
     if suffix == ".parquet":
         size, names = draw(st.integers(1, 4)), draw(st.lists(st.sampled_from(NAMES), max_size=6)) or list(NAMES)
         kinds = [draw(st.sampled_from(TYPES)) for _ in names]
@@ -312,12 +312,16 @@ def data_file(draw: st.DrawFn) -> tuple[str, bytes]:
         settings_ = {"compression": draw(st.sampled_from(["none", "zstd", "snappy"])), "row_group_size": 2}
         pq.write_table(pa.Table.from_arrays(columns, names), sink := io.BytesIO(), **settings_)
         content = sink.getvalue()
-    elif suffix == ".csv":
-        content = as_csv(rows)
-    elif suffix == ".jsonl":
+    elif suffix in (".csv", ".tsv", ".csv.zst"):
+        content = as_csv(rows, "\t" if suffix == ".tsv" else ",")
+    elif suffix in (".jsonl", ".jsonl.gz"):
         content = b"".join(json.dumps(row, ensure_ascii=draw(st.booleans())).encode() + b"\n" for row in rows)
     else:
         content = json.dumps(rows).encode() if suffix == ".json" else b" = A = \n\n x\n" * len(rows)
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(suffix[-4:].lstrip("l"))
+    first = compression and draw(st.booleans())
+    if first:
+        content = bytes(pa.compress(content, compression))
     for _ in range(draw(st.integers(0, 3))):
         start = draw(st.integers(0, len(content)))
         how = draw(st.sampled_from(["insert", "truncate", "flip", "replace", "recode"]))
@@ -332,6 +336,8 @@ def data_file(draw: st.DrawFn) -> tuple[str, bytes]:
             content = (
                 content[:start] + (flipped if how == "flip" else draw(st.binary(max_size=9))) + content[start + 1 :]
             )
+    if compression and not first:
+        content = bytes(pa.compress(content, compression))
     return suffix, content
 
 
@@ -343,9 +349,9 @@ def test_data_files(tmp_path: Path, count: int) -> None:
         (path := tmp_path / f"file{suffix}").write_bytes(content)
         preset = "text" if suffix == ".txt" else "pairs"
         data = PRESETS.parse({"preset": preset, "source": str(path), "tokenizer": "t", "test": 1})
-        outcome(lambda: [*read_rows(data, locate_source(str(path)))] if suffix != ".json" else None)
-        outcome(lambda: read_annotations(path, sha256_file))
-        pool = PoolFile("p", path, Columns())
-        outcome(lambda: [*pool.continuations(pool.match_column())] if suffix not in (".csv", ".txt") else None)
+        outcome(lambda: [*read_rows(data, locate_source(str(path)))])
+        outcome(lambda: read_annotations(str(path), sha256_file))
+        pool = PoolFile(locate_source(str(path)), Columns())
+        outcome(lambda: [*pool.continuations(pool.match_column())])
 
     run(property_, count, 160)

@@ -1,6 +1,6 @@
 """The documentation of the running Python: articles that need no download."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from cpo_pipe.data.fingerprint import Spec
 from cpo_pipe.data.sources import python_docs
-from cpo_pipe.data.sources.readers import Source
-from cpo_pipe.data.sources.rows import TEXT_COLUMN, Row, Stream, require
+from cpo_pipe.data.sources.rows import TEXT_COLUMN, ColumnRequest, Row, Stream
+from cpo_pipe.data.sources.source import Source
 from cpo_pipe.pipeline.prepare.articles import Articles
 from cpo_pipe.pipeline.prepare.base import Data
 
@@ -22,11 +22,11 @@ class PythonDocsSource(Source):
 
     def identity(self, hash_file: Callable[[Path], str]) -> Spec:
         """Return the hash of the documentation."""
-        return {"kind": self.kind, "docs": python_docs.identity()}
+        return {"kind": NAME, "docs": python_docs.identity()}
 
-    def rows(self, required: Mapping[str, str], optional: Iterable[str]) -> Stream:
+    def rows(self, request: ColumnRequest, limit: int | None) -> Stream:
         """Yield one row for each article."""
-        require(self.name, required, [TEXT_COLUMN])
+        request.require([TEXT_COLUMN])
         for number, article in enumerate(python_docs.collect(), 1):
             yield Row(f"{self.name}:{number}", {TEXT_COLUMN: article})
 
@@ -38,10 +38,11 @@ class PythonDocs(Articles):
 
     @model_validator(mode="after")
     def _check_source(self) -> "PythonDocs":
-        if self.source is not None:
-            raise ValueError(f"source is not used by the preset {NAME}; remove it")
+        for key in ("source", "subset", "source_split", "revision"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"{key} is not used by the preset {NAME}; remove it")
         return self
 
     def open_source(self) -> Source:
         """Return the documentation."""
-        return PythonDocsSource(NAME, NAME)
+        return PythonDocsSource(name=NAME)

@@ -18,7 +18,7 @@ def explain(error: ValidationError, content: Any) -> str:
     """Return the first rule that a recipe's content breaks, as one line."""
     # An unknown key explains what is missing beside it. Else, of a union's branches the one that was followed
     # furthest is the one that was meant.
-    details = error.errors(include_url=False)
+    details = [one for one in error.errors(include_url=False) if one["type"] != "default_factory_not_called"]
     not_sections = [follow(detail["loc"], content)[0] for detail in details if detail["type"] in NOT_A_SECTION]
     detail = max(
         details,

@@ -14,14 +14,40 @@ from cpo_pipe.data.text import listed, nearest
 from cpo_pipe.eval.config import Evaluate, Published
 from cpo_pipe.pipeline.api.config import Api
 from cpo_pipe.pipeline.negatives.config import TARGET, Negatives
+from cpo_pipe.pipeline.negatives.rejected import Rejected
 from cpo_pipe.pipeline.prepare.base import Data
 from cpo_pipe.pipeline.prepare.presets import PRESETS
 from cpo_pipe.pipeline.rank import SCORERS
 from cpo_pipe.pipeline.rank.embedding import EmbeddingScorer
+from cpo_pipe.pipeline.rank.none import NoScorer
 from cpo_pipe.pipeline.rank.scorer import Scorer
 from cpo_pipe.trainer.objectives import OBJECTIVES
 from cpo_pipe.trainer.objectives.base import Training
 from cpo_pipe.trainer.objectives.preference import PreferenceTraining
+
+
+def _default_negatives(sections: dict[str, Any]) -> Negatives | None:
+    """Return the rejected answers of the data as negatives, where a training needs some and the data may have them."""
+    data, trainings = sections.get("data"), sections.get("train", {}).values()
+    needed = any(isinstance(training, PreferenceTraining) for training in trainings)
+    if not needed or data is None or not data.may_have_rejected:
+        return None
+    return Negatives.model_validate({"sources": {Rejected.kind: {}}})
+
+
+def _default_scorer(sections: dict[str, Any]) -> Scorer:
+    """Return the paper's scorer; none where all negatives are rejected answers and no training needs an order."""
+    negatives, trainings = sections.get("negatives"), sections.get("train", {}).values()
+    only_rejected = negatives is not None and all(isinstance(source, Rejected) for source in negatives.sources.values())
+    if only_rejected and not any(needs_scores(training) for training in trainings):
+        return NoScorer(by="none")
+    return EmbeddingScorer()
+
+
+def needs_scores(training: Training) -> bool:
+    """Return whether the order or the scores of negatives decide a training."""
+    by = training.curriculum.by if training.curriculum is not None else None
+    return isinstance(training, PreferenceTraining) and (training.sees_ranks or by == "similarity")
 
 
 class Recipe(Section):
@@ -32,9 +58,12 @@ class Recipe(Section):
     data: Annotated[Data, PRESETS] = Field(description="ground-truth pairs")
     apis: dict[Name, Api] = Field(default_factory=dict, description="models behind OpenAI-compatible servers, by name")
     train: dict[Name, Annotated[Training, OBJECTIVES]] = Field(description="named trainings")
-    negatives: Negatives | None = Field(None, description="synthetic negatives")
+    negatives: Negatives | None = Field(
+        default_factory=_default_negatives,
+        description="negatives (default: the rejected answers of preference data)",
+    )
     rank: Annotated[Scorer, SCORERS] = Field(
-        default_factory=EmbeddingScorer, description="how negatives are ranked, and which are dropped"
+        default_factory=_default_scorer, description="how negatives are ranked, and which are dropped"
     )
     iterations: int = Field(
         1,

@@ -197,7 +197,7 @@ def test_every_library_is_told_to_run_no_code(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_data_sets_loading_script_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpo_pipe.data.sources.readers import locate_source
+    from cpo_pipe.data.sources.locate import locate_source
 
     folder = tmp_path / "set"
     folder.mkdir()

@@ -14,12 +14,12 @@ from cpo_pipe.data.models.model import Model
 from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline.engines import transformers
 from cpo_pipe.pipeline.engines.base import Request, Sample, Sampling, check_context
-from cpo_pipe.pipeline.engines.decoding import PLAIN, Way
+from cpo_pipe.pipeline.engines.decoding import PLAIN, Batching
 from cpo_pipe.pipeline.engines.transformers import TransformersEngine
 from tests.support.answers import answers
 from tests.support.architectures import VOCABULARY, each, make, openai_gpt
 
-FASTEST, ONE_LENGTH = Way(share=True, pad=True), Way(share=True, pad=False)
+FASTEST, ONE_LENGTH = Batching(share=True, pad=True), Batching(share=True, pad=False)
 SAMPLING = Sampling(temperature=1.0, top_k=20, max_new_tokens=20, stop_ids=tuple(range(0, VOCABULARY, 12)))
 """With most models rows end at different places, within segments and after them."""
 PROMPTS = [[7], [*range(10, 17)], [*range(20, 45)]]
@@ -43,12 +43,12 @@ def llama(tiny_model: Path, tmp_path: Path) -> Model:
 
 def plainly(engine: TransformersEngine, requests: list[Request], sampling: Sampling = SAMPLING) -> list[list[Sample]]:
     """One row at a time, its prompt computed anew."""
-    way, engine._decoder.way = engine._decoder.way, PLAIN
+    batching, engine._decoder.batching = engine._decoder.batching, PLAIN
     samples = [
         [answers(engine, [Request(request.prompt_ids, 1, request.seed + k)], sampling)[0][0] for k in range(request.n)]
         for request in requests
     ]
-    engine._decoder.way = way
+    engine._decoder.batching = batching
     return samples
 
 
@@ -64,7 +64,7 @@ def test_samples_are_those_of_rows_computed_alone(
     open_: Callable[[PreTrainedModel], TransformersEngine], name: str
 ) -> None:
     engine = open_(make(name))
-    assert engine._decoder.way == (ONE_LENGTH if name == "Mamba (state space)" else FASTEST)
+    assert engine._decoder.batching == (ONE_LENGTH if name == "Mamba (state space)" else FASTEST)
     found = answers(engine, REQUESTS, SAMPLING)
     assert_same(found, plainly(engine, REQUESTS))
 
@@ -74,7 +74,7 @@ def test_a_model_without_a_cache_goes_the_plain_way_and_says_why(
 ) -> None:
     caplog.set_level("INFO")
     engine = open_(openai_gpt())
-    assert engine._decoder.way == PLAIN
+    assert engine._decoder.batching == PLAIN
     assert "every sample computes its own prompt" in caplog.text
     assert "not used by the model: ['past_key_values']" in caplog.text
     assert_same(answers(engine, REQUESTS, SAMPLING), plainly(engine, REQUESTS))
@@ -86,7 +86,7 @@ def test_a_cache_that_is_copied_wrongly_is_not_shared(
     caplog.set_level("INFO")
     copy = DynamicCache.reorder_cache
     monkeypatch.setattr(DynamicCache, "reorder_cache", lambda cache, rows: copy(cache, torch.zeros_like(rows)))
-    assert TransformersEngine(llama)._decoder.way != FASTEST
+    assert TransformersEngine(llama)._decoder.batching != FASTEST
     assert "otherwise log-probs were wrong by" in caplog.text
 
 

@@ -22,6 +22,7 @@ from cpo_pipe.data.models.chat_date import chat_date
 from cpo_pipe.data.models.end_tokens import end_tokens
 from cpo_pipe.data.models.locate import locate_model
 from cpo_pipe.data.models.tokenizer import TokenizerFiles, locate_tokenizer
+from cpo_pipe.data.sources.locate import locate_source
 from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline.engines.base import Sampling
 from cpo_pipe.pipeline.negatives.config import Negatives
@@ -63,16 +64,18 @@ class Bench:
         self, path: Path, count: int = 1, max_tokens: int = 40, pool: str = "other", **columns: str
     ) -> dict[str, list[dict[str, Any]]]:
         """The negatives of each prompt, in order."""
-        file = PoolFile(f"negatives.sources.{pool}", path, Columns.model_validate(columns))
-        sha256 = file.sha256(self.store.hash_file)
-        self.spec = pool_file_spec(self.examples.rendering, sha256, file.columns, max_tokens)
+        key = f"negatives.sources.{pool}"
+        source = locate_source(str(path), key=f"{key}.file", columns_key=f"{key}.columns")
+        file, identity = PoolFile(source, Columns.model_validate(columns)), source.identity(self.store.hash_file)
+        file.check()
+        self.spec = pool_file_spec(self.examples.rendering, identity, file.columns, max_tokens)
         self.rows, self.refused = (
             self.store.rows("negatives", self.spec),
             self.store.rows("rejected", {"of": self.spec}),
         )
         selection = self.selection.select(["example_id", "prompt"])
         work = PoolFileWork(
-            self.rows, self.refused, file, sha256, selection, count, self.examples.tokenizer, self.examples.rendering,
+            self.rows, self.refused, file, identity, selection, count, self.examples.tokenizer, self.examples.rendering,
             max_tokens,
         )  # fmt: skip
         return self._made(work, count)
@@ -213,11 +216,11 @@ def test_a_folder_is_its_parquet_files_in_order(bench: Bench, tmp_path: Path) ->
 def test_a_bad_folder_is_one_line(bench: Bench, tmp_path: Path) -> None:
     folder = tmp_path / "pool"
     folder.mkdir()
-    with pytest.raises(InputError, match=r"file .*pool: no \*\.parquet files in this folder$"):
+    with pytest.raises(InputError, match=r"file .*pool: not readable as a data set \("):
         bench.from_file(folder)
     write(folder / "a.parquet", [{"prompt": "say 1", "text": "a"}])
     write(folder / "b.parquet", [{"prompt": "say 1", "out": "a"}])
-    with pytest.raises(InputError, match=r"file .*pool: b\.parquet, row 1: no column 'text'"):
+    with pytest.raises(InputError, match=r"file .*pool: b\.parquet: no column 'text'"):
         bench.from_file(folder)
 
 
@@ -319,53 +322,46 @@ def bad_list() -> bytes:
     return sink.getvalue()
 
 
+TEXT, PROMPT = (f"column {name} (negatives.sources.other.columns.{name})" for name in ("text", "prompt"))
 BAD = {
     "a prompt column": (
         '{"promt": "say 1", "text": "a"}',
-        "line 1: no column 'prompt' (negatives.sources.other.columns.prompt); did you mean promt?",
+        "no column 'prompt' (negatives.sources.other.columns.prompt); the columns there are promt, text; set",
     ),
     "a text column": (
         '{"prompt": "say 1", "out": "a"}',
-        "line 1: no column 'text' (negatives.sources.other.columns.text); there are prompt, out",
+        "no column 'text' (negatives.sources.other.columns.text); the columns there are prompt, out; set",
     ),
-    "one text": ('{"prompt": "say 1", "text": "a"}\n\n{"prompt": "say 2"}', "line 3: no column 'text'"),
-    "a number": ('{"prompt": "say 1", "text": 3}', "line 1: 'text' is 3: must be text"),
-    "null": ('{"prompt": "say 1", "text": null}', "line 1: 'text' is None: must be text"),
-    "null in a list": ('{"prompt": "say 1", "text": ["a", null]}', "line 1: 'text' is None: must be text"),
-    "a list of prompts": ('{"prompt": ["say 1"], "text": "a"}', "line 1: 'prompt' is ['say 1']: must be text"),
+    "a number": ('{"prompt": "say 1", "text": 3}', ("not text", f"{TEXT} has type int: 3")),
+    "null": ('{"prompt": "say 1", "text": null}', ("missing field", TEXT)),
+    "a list of prompts": ('{"prompt": ["say 1"], "text": "a"}', ("not text", f"{PROMPT} has type list: ['say 1']")),
     "a conversation": (
         '{"prompt": [{"role": "user", "content": "say 1"}, {"role": "assistant", "content": "b"}], "text": "a"}',
-        "line 1: 'prompt' is a conversation of 'user, assistant': must be one message of the user; remove the",
+        ("not one message of the user", f"{PROMPT} is a conversation of 'user, assistant'"),
     ),
     "a system message": (
         '{"prompt": [{"role": "system", "content": "say 1"}], "text": "a"}',
-        "line 1: 'prompt' is a conversation of 'system': must be one message of the user",
+        ("not one message of the user", f"{PROMPT} is a conversation of 'system'"),
     ),
     "two answers": (
         '{"prompt": "say 1", "text": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}',
-        "line 1: 'text' is a conversation of 'assistant, user': must be one message of the assistant",
+        ("not one message of the assistant", f"{TEXT} is a conversation of 'assistant, user'"),
     ),
     "a message without text": (
         '{"prompt": "say 1", "text": [{"role": "assistant", "content": null}]}',
-        "line 1: 'text' is None: must be text",
+        ("missing field", TEXT),
     ),
     "parts of a message": (
         '{"prompt": [{"role": "user", "content": [{"type": "text", "text": "say 1"}]}], "text": "a"}',
-        "line 1: 'prompt' is [{'text': 'say 1', 'type': 'text'}]: must be text",
+        ("not text", f"{PROMPT} has type list: [{{'text': 'say 1', 'type': 'text'}}]"),
     ),
-    "half a character": (r'{"prompt": "say 1", "text": "\ud83e"}', r"line 1: 'text' is '\ud83e': must be text"),
-    "no object": ('["say 1", "a"]', "line 1 is ['say 1', 'a']: must be an object"),
-    "cut off": ('{"prompt": "say 1", "text": "a"}\n{"prompt": "say', "line 2 is not JSON (Unterminated string"),
-    "deep": ("[" * 100_000, "line 1 is not JSON ("),
-    "not UTF-8": (b'{"prompt": "say 1", "text": "caf\xe9"}', "line 1 is not JSON ('utf-8' codec"),
-    "deep text": (
-        f'{{"prompt": "say 1", "text": [{"[" * 900}{"]" * 900}]}}',
-        "line 1: 'text' is [[[[[[[...]]]]]]]: must",
-    ),
-    "compressed": (b"\x1f\x8b\x08\x00", "contains gzip; save it as text in UTF-8"),
+    "half a character": (r'{"prompt": "say 1", "text": "\ud83e"}', ("not UTF-8", rf"{TEXT} is \ud83e")),
+    "no object": ('["say 1", "a"]', ("not an object", '["say 1", "a"]')),
+    "deep": ("[" * 100_000, ("not JSON", "[[")),
+    "not UTF-8": (b'{"prompt": "say 1", "text": "caf\xe9"}', ("not UTF-8", r'{"prompt": "say 1", "text": "caf\xe9"}')),
+    "compressed": (b"\x1f\x8b\x08\x00", "contains gzip; name it pool.jsonl.gz"),
     "UTF-16": ('{"prompt": "say 1", "text": "a"}'.encode("utf-16"), "contains UTF-16; save it as text in UTF-8"),
-    "a list that is not UTF-8": (bad_list(), "row 2: 'text' is not UTF-8", "pool.parquet"),
-    "empty": ("\n", "has no rows; give a file with rows"),
+    "empty": ("\n", "has no rows; name a source that has some"),
     "others": (
         '{"prompt": "Say 1", "text": "a"}',
         "has none of the examples' 6 prompts; there is 'Say 1', the first example has 'say ",
@@ -374,14 +370,15 @@ BAD = {
         '{"example_id": "3", "prompt": "say 1", "text": "a"}',
         "has none of the examples' 6 example ids; there is '3'",
     ),
-    "no list": (
-        '{"prompt": "say 1", "text": "a"}',
-        "must be a list of objects; rename a file with one object per line to .jsonl",
-        "pool.json",
+    "one object": (
+        '{\n"prompt": "say 1", "text": "a"}',
+        "must be a list of objects, or have one object per line",
+        "p.json",
     ),
-    "not JSON": ("[1, ", "cannot be read (", "pool.json"),
-    "no Parquet": (PARQUET, "cannot be read (Parquet magic bytes not found", "pool.parquet"),
-    "a suffix": ("a,b", "the suffix '.csv' is not one of .jsonl, .parquet, .json; convert the file", "pool.csv"),
+    "not JSON": ("[1, ", "is not JSON in row 2 (Expecting value", "pool.json"),
+    "no Parquet": (PARQUET, "not a Parquet file (Parquet magic bytes not found", "pool.parquet"),
+    "a suffix": ("a,b", "suffix '.xlsx' is not supported; convert it to one of .jsonl, .json, .csv, ", "pool.xlsx"),
+    "articles": ("a,b", "a .txt file holds articles, not pairs; ", "pool.txt"),
 }
 
 
@@ -392,23 +389,70 @@ def test_a_bad_file_is_one_line(bench: Bench, tmp_path: Path, kind: str) -> None
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(InputError) as error:
         bench.from_file(path)
+    if isinstance(message, tuple):  # the only row is rejected
+        reason, detail = message
+        message = f"has no valid row; 1 rejected (1 {reason}); see pool.jsonl:1 ({reason}: {detail}"
     assert str(error.value).startswith(f"negatives.sources.other.file {path}: {message}")
     assert "\n" not in str(error.value)
     assert not list(bench.store.root.glob("negatives/*/shards/*"))
 
 
+def test_a_bad_row_is_a_rejected_row(bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = [
+        {"prompt": "say 0", "text": "a"}, {"prompt": "say 0", "text": 3}, {"prompt": "say 0", "text": "b"},
+        {"prompt": "say 1", "text": ["c", None]}, {"prompt": "say 2", "text": None}, {"prompt": None, "text": "d"},
+        {"prompt": "another", "text": 5}, {"text": "e"},
+    ]  # fmt: skip
+    path = tmp_path / "pool.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{oops\n")
+    found = texts(bench.from_file(path, count=2))
+    assert {prompt: rows for prompt, rows in found.items() if rows} == {"say 0": ["a", "b"], "say 1": ["c"]}
+    ids = dict(zip(*(bench.selection[name].to_pylist() for name in ("prompt", "example_id")), strict=True))
+    refused = {
+        prompt: [(row["reason"], row["detail"]) for row in bench.refused.read([ids[prompt]]).to_pylist()]
+        for prompt in ("say 0", "say 1", "say 2")
+    }
+    assert refused == {
+        "say 0": [], "say 1": [("missing field", f"pool.jsonl:4: {TEXT}")],
+        "say 2": [("missing field", f"pool.jsonl:5: {TEXT}"), ("not in the file", "say 2")],
+    }  # fmt: skip
+    assert (
+        f"negatives.sources.other.file {path}: 7 rejected (4 missing field, 2 not text, 1 not JSON); "
+        f"see pool.jsonl:4 (missing field: {TEXT}), pool.jsonl:2 (not text: {TEXT} has type int: 3), pool.jsonl:9 ("
+    ) in caplog.text
+
+
+def test_a_list_of_texts_that_is_not_utf8_is_one_rejected_row(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "pool.parquet").write_bytes(bad_list())
+    assert texts(bench.from_file(tmp_path / "pool.parquet"))["say 1"] == ["x"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl.gz", ".csv.zst"])
+def test_other_formats(bench: Bench, tmp_path: Path, suffix: str) -> None:
+    tab = "\t" if suffix == ".tsv" else ","
+    content = f"prompt{tab}text\nsay 1{tab}a\n" if "json" not in suffix else '{"prompt": "say 1", "text": "a"}\n'
+    path = tmp_path / f"pool{suffix}"
+    with pa.output_stream(
+        str(path), compression={"z": "gzip", "t": "zstd"}.get(suffix[-1]) if "." in suffix[1:] else None
+    ) as file:
+        file.write(content.encode())
+    assert texts(bench.from_file(path))["say 1"] == ["a"]
+
+
 def test_a_parquet_file_without_a_column_or_of_broken_pages(bench: Bench, tmp_path: Path) -> None:
     path = write(tmp_path / "pool.parquet", [{"prompt": "say 1", "output": "a", "more": 3}])
-    with pytest.raises(InputError, match=r"row 1: no column 'text' \(.*\); there are prompt, output, more"):
+    with pytest.raises(InputError, match=r"no column 'text' \(.*\); the columns there are prompt, output, more"):
         bench.from_file(path)
     whole = bytearray(
         write(path, [{"prompt": row["prompt"], "text": row["target"] * 99} for row in PAIRS]).read_bytes()
     )
     whole[10:400] = bytes(390)
     path.write_bytes(whole)
-    with pytest.raises(InputError, match=r"pool.parquet: cannot be read \("):
+    with pytest.raises(InputError, match=r"pool.parquet: damaged after row 0 \("):
         bench.from_file(path)
-    with pytest.raises(InputError, match=r"gone\.jsonl: no such file; give the path of a \.jsonl, \.parquet, \.json"):
+    with pytest.raises(
+        InputError, match=r"gone\.jsonl: no such file; give the path of a file in one of the formats \.jsonl, \.json"
+    ):
         bench.from_file(tmp_path / "gone.jsonl")
 
 
@@ -708,8 +752,8 @@ def test_names_and_strengths_are_not_identity_of_negatives(pools: Project) -> No
 
 BAD_RUNS = {
     "negatives.sources.strong.file=gone.jsonl": "negatives.sources.strong.file gone.jsonl: no such file",
-    "negatives.sources.strong.file=tiny.yaml": "negatives.sources.strong.file tiny.yaml: the suffix '.yaml' is not one",
-    "negatives.sources.strong.columns={text: txt}": "line 1: no column 'txt' (negatives.sources.strong.columns.text);",
+    "negatives.sources.strong.file=tiny.yaml": "strong.file tiny.yaml: suffix '.yaml' is not supported; ",
+    "negatives.sources.strong.columns={text: txt}": "no column 'txt' (negatives.sources.strong.columns.text);",
     "negatives.sources.weak.model=gone/model": "model gone/model: no such folder or training",
     "negatives.sources.weak.strategy=pol": "negatives.sources.weak: unknown strategy 'pol'; did you mean pool?",
     "negatives.sources.weak.file=strong.jsonl": "negatives.sources.weak: give either model or file",
@@ -747,15 +791,12 @@ def test_only_a_space_that_would_be_doubled_is_taken_off(kind: str, doubled: boo
     assert spaced.text == (" b" if doubled else "  b")
 
 
-def test_columns_of_one_name_and_folders_of_save_to_disk_are_refused(tmp_path: Path, tiny_model: Path) -> None:
-    bench = Bench(tmp_path, tiny_model)
+def test_columns_of_one_name_are_refused_and_folders_of_save_to_disk_are_read(bench: Bench, tmp_path: Path) -> None:
+    from datasets import Dataset
+
     table = pa.table([["say 0"], ["one"], ["two"]], names=["prompt", "text", "text"])
     pq.write_table(table, tmp_path / "twice.parquet")
     with pytest.raises(InputError, match=r"twice\.parquet: has two columns named 'text'; rename or remove one"):
         bench.from_file(tmp_path / "twice.parquet")
-    (tmp_path / "saved").mkdir()
-    (tmp_path / "saved" / "state.json").write_text("{}")
-    with pytest.raises(
-        InputError, match=r"no .*parquet files in this folder; save_to_disk wrote it; export the data set with"
-    ):
-        bench.from_file(tmp_path / "saved")
+    Dataset.from_dict({"prompt": ["say 0"], "text": ["one"]}).save_to_disk(tmp_path / "saved")
+    assert texts(bench.from_file(tmp_path / "saved"))["say 0"] == ["one"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -23,6 +24,7 @@ from cpo_pipe.pipeline.negatives.meanfield import redraw
 from cpo_pipe.pipeline.negatives.truncation import cuts
 from cpo_pipe.pipeline.prepare.pairs import Pairs
 from cpo_pipe.pipeline.prepare.prepare import prepare
+from cpo_pipe.pipeline.samples import SAMPLE_INDICES
 from cpo_pipe.trainer.scoring.head import Head
 from cpo_pipe.trainer.scoring.scorer import Scorer
 from tests.support.negatives import negatives_section
@@ -243,6 +245,17 @@ def test_two_samples_of_one_forward_pass_have_draws_of_their_own(bench: Bench) -
     rows = bench.rows({"meanfield": 6}, corruption_rate=1.0)
     assert all(len({tuple(row["token_ids"]) for row in samples}) == 6 for samples in rows.values())
     assert all(row["seed"] == row_seed(0, key) + row["sample_index"] for key, found in rows.items() for row in found)
+
+
+def test_a_target_that_is_its_end_token_alone_is_left_as_it_is(bench: Bench) -> None:
+    (job,) = bench.negatives({"meanfield": 1}).jobs
+    first, second = bench.examples.read("train").to_pylist()[:2]
+    first["target_ids"] = first["target_ids"][-1:]
+    make = job.work.open()
+    for batch in ([first], [first, second]):
+        (made,) = make(pa.Table.from_pylist([{**example, SAMPLE_INDICES: [0, 1]} for example in batch]))
+        assert [(row["text"], row["token_ids"]) for row in made.rows[0][:2]] == [("", [0])] * 2
+    assert all(len(row["token_ids"]) == len(second["target_ids"]) for row in made.rows[0][2:])
 
 
 def test_a_context_too_short_for_a_target_is_refused(bench: Bench, new_model: Callable[..., Path]) -> None:

@@ -13,7 +13,8 @@ from huggingface_hub import HfApi, constants
 from cpo_pipe.data import fingerprint
 from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.fingerprint import FileHashes, sha256_file
-from cpo_pipe.data.sources.readers import Source, locate_source
+from cpo_pipe.data.sources.data_sets import HubDataSet
+from cpo_pipe.data.sources.locate import locate_source
 from cpo_pipe.data.sources.rows import Refusal, Row
 from tests.support.damage import rot
 
@@ -166,7 +167,8 @@ def test_other_content_than_text_is_named(tmp_path, suffix):
         path = write(tmp_path / f"a{suffix}", content)
         with pytest.raises(InputError) as error:
             read(path, {"target": "text"} if suffix == ".txt" else PAIR)
-        assert str(error.value) == f"data.source {path}: contains {kind}; save it as text in UTF-8"
+        fix = f"name it a{suffix}.gz" if kind == "gzip" else "save it as text in UTF-8"
+        assert str(error.value) == f"data.source {path}: contains {kind}; {fix}"
 
 
 def test_pipes_folders_and_dangling_links_are_no_files(tmp_path):
@@ -224,7 +226,7 @@ def test_limit_and_count(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [("gone.jsonl", "no such file; give the path"), ("a b", "no such file or folder, and not the name"),
-     ("a.xlsx", "suffix '.xlsx' is not supported; convert it to one of .jsonl, .csv, .parquet, .txt")],
+     ("a.xlsx", "suffix '.xlsx' is not supported; convert it to one of .jsonl, .json, .csv, .tsv, .txt, ")],
 )  # fmt: skip
 def test_sources_that_are_not_there(tmp_path, name, message):
     (tmp_path / "a.xlsx").touch()
@@ -276,27 +278,26 @@ def test_folder_is_read_as_a_hugging_face_data_set(tmp_path, monkeypatch):
     pq.write_table(pa.table({"q": ["1", "2"], "a": ["x", None]}), folder / "train.parquet")
     source = locate_source(str(folder))
     assert list(source.read(PAIR)) == [
-        Row(f"{folder}/train:1", {"q": "1", "a": "x"}),
-        Row(f"{folder}/train:2", {"q": "2", "a": None}),
+        Row("train.parquet:1", {"q": "1", "a": "x"}),
+        Row("train.parquet:2", {"q": "2", "a": None}),
     ]
     assert source.count() == 2
     with pytest.raises(InputError, match="no column 'z' "):
         next(source.read({"prompt": "z"}))
-    with pytest.raises(InputError, match="not readable as a data set"):
+    with pytest.raises(InputError, match="has no split 'absent'; choose from train"):
         locate_source(str(folder), split="absent").count()
+    with pytest.raises(InputError, match=r"not readable as a data set \(BuilderConfig 'sub' not found"):
+        locate_source(str(folder), subset="sub").count()
     assert source.identity(sha256_file)["files"] == {"train.parquet": sha256_file(folder / "train.parquet")}
 
 
-def test_what_the_library_says_first_of_a_broken_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+def test_a_bad_row_of_a_folder_is_one_refused_row(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     (folder / "train.jsonl").write_text('{"q": "1", "a": "x"}\n{"q": oops}\n')
-    with pytest.raises(InputError) as error:
-        locate_source(str(folder)).count()
-    assert "An error occurred while generating the dataset" in str(error.value)
-    assert "JSON parse error" in str(error.value), "the cause"
-    assert "\n" not in str(error.value)
+    good, bad = locate_source(str(folder)).read(PAIR)
+    assert good.values == {"q": "1", "a": "x"}
+    assert (bad.source, bad.reason) == ("train.jsonl:2", "not JSON")
 
 
 def test_names_of_classes(tmp_path, monkeypatch):
@@ -314,24 +315,23 @@ def test_names_of_classes(tmp_path, monkeypatch):
         assert [values["number"] for values in found] == [0, 1, 0, 1]
 
 
-def test_a_folder_of_save_to_disk_is_refused(tmp_path):
-    from datasets import Dataset, DatasetDict
+def test_folders_of_save_to_disk(tmp_path):
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Json, List, Value
 
-    rows = Dataset.from_dict({"q": ["1"], "a": ["x"]})
-    rows.save_to_disk(tmp_path / "one")
-    DatasetDict({"train": rows}).save_to_disk(tmp_path / "two")
-    for name, part in (("one", ""), ("two", "['train']")):
-        folder = str(tmp_path / name)
-        with pytest.raises(InputError) as error:
-            locate_source(folder)
-        code = f"datasets.load_from_disk({folder!r}){part}.to_parquet('{name}.parquet')"
-        assert str(error.value) == (
-            f"data.source {folder}: is a folder that save_to_disk wrote, which is not read; write a Parquet file with "
-            f"{code} and name that file"
-        )
-        monkey = {"datasets": __import__("datasets")}
-        eval(code.replace(f"'{name}.parquet'", repr(str(tmp_path / f"{name}.parquet"))), monkey)
-        assert [row.values for row in read(tmp_path / f"{name}.parquet")] == [{"q": "1", "a": "x"}]
+    features = Features({"q": Value("string"), "a": List(Json()), "kind": ClassLabel(names=["good", "bad"])})
+    rows = {"q": ["1"], "a": [[{"role": "user", "content": None}, {"content": ["x"]}]], "kind": [1]}
+    one = Dataset.from_dict(rows, features)
+    one.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": one, "test": one.map(lambda row: {"q": "2"})}).save_to_disk(tmp_path / "two")
+    for folder, split, q in (("one", None, "1"), ("two", None, "1"), ("two", "test", "2")):
+        source = locate_source(str(tmp_path / folder), split=split)
+        assert list(source.read(PAIR, ["kind"])) == [Row(f"{folder}:1", {"q": q, "a": rows["a"][0], "kind": "bad"})]
+        assert source.count() == 1
+    assert source.identity(sha256_file) != locate_source(str(tmp_path / "two")).identity(sha256_file)
+    with pytest.raises(InputError, match="has no split 'dev'; choose from train, test"):
+        locate_source(str(tmp_path / "two"), split="dev").count()
+    with pytest.raises(InputError, match=r"^data\.source_split: not used by a data set without splits \(data\.source "):
+        locate_source(str(tmp_path / "one"), split="train")
 
 
 def test_columns_of_one_name_are_refused(tmp_path):
@@ -364,6 +364,6 @@ def test_hub_data_set_is_pinned_to_a_commit_also_offline(tmp_path, monkeypatch):
     refs = tmp_path / "datasets--owner--set" / "refs"
     refs.mkdir(parents=True)
     (refs / "main").write_text(commit)
-    source = locate_source("owner/set", "main", "test")
-    assert source == Source("owner/set", "hub", "main", "test", commit)
+    source = locate_source("owner/set", subset="main", split="test")
+    assert source == HubDataSet(name="owner/set", subset="main", split="test", commit=commit)
     assert source.identity(sha256_file) == {"kind": "hub", "commit": commit, "subset": "main", "split": "test"}

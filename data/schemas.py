@@ -41,6 +41,7 @@ EXAMPLES = pa.schema(
         _column("target_ids", _IDS, "token ids of the target, with the token that ends it where `ends`"),
         _column("ends", pa.bool_(), "whether the text really ended there (not a cut article)"),
         _column("category", pa.string(), "the source's own category", nullable=True),
+        _column("source", pa.string(), "name of its source in `data.sources`; null with one source", nullable=True),
         _column(
             "messages",
             pa.string(),

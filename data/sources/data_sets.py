@@ -33,8 +33,11 @@ class HubDataSet(Source):
         return _rows(data_set, f"{self.name}/{self.split}", request, limit)
 
     def count(self, limit: int | None = None) -> int:
-        """Return the number of rows; of rows that are streamed the limit."""
-        return limit if limit is not None and _streams(limit) else int(self._whole.num_rows)
+        """Return the number of rows; of rows that are streamed the limit, where the data set does not know them."""
+        if limit is None or not _streams(limit):
+            return int(self._whole.num_rows)
+        known = (self._streamed.info.splits or {}).get(self.split)
+        return limit if known is None or not known.num_examples else min(limit, int(known.num_examples))
 
     @cached_property
     def _whole(self) -> Any:

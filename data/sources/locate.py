@@ -25,6 +25,7 @@ def locate_source(
     revision: str | None = None,
     key: str = "data.source",
     columns_key: str | None = "data.columns",
+    default_split: str = "train",
 ) -> Source:
     """Return the source that a location leads to; a URL is downloaded, a hub data set is pinned to its commit.
 
@@ -32,10 +33,11 @@ def locate_source(
         name: a file, a pattern such as `data/*.jsonl`, a folder, a URL (`hf://`, `s3://`, `https://`, …), or the name
             of a data set on the hub.
         subset: of a folder or a hub data set.
-        split: of a folder or a hub data set; None: `train`.
+        split: of a folder or a hub data set; None: `default_split`.
         revision: of a hub data set.
         key: the key of the recipe that names the source, for messages.
         columns_key: the key of its column mapping; None: the columns' names are fixed.
+        default_split: the split where none is given.
 
     Raises:
         InputError: no such file, folder or data set, the format is not supported, or an option is not used.
@@ -54,7 +56,7 @@ def locate_source(
         if hub["revision"]:
             unused("a URL with a revision", revision=revision)
         commit = _hub_commit(hub["name"], hub["revision"] or revision, key)
-        return HubDataSet(name=hub["name"], commit=commit, subset=subset, split=split or "train", **keys)
+        return HubDataSet(name=hub["name"], commit=commit, subset=subset, split=split or default_split, **keys)
     path = Path(name.removeprefix("file://"))
     if "://" in name and not name.startswith("file://"):
         unused("a URL", revision=revision)
@@ -68,18 +70,18 @@ def locate_source(
         unused("a folder", revision=revision)
         splits = saved_splits(path)
         if splits is None:
-            return Folder(name=name, path=path, subset=subset, split=split or "train", **keys)
+            return Folder(name=name, path=path, subset=subset, split=split or default_split, **keys)
         unused("a folder that save_to_disk wrote", subset=subset)
         if not splits:
             unused("a data set without splits", source_split=split)
-        return SavedDataSet(name=name, path=path, split=split or "train", **keys)
+        return SavedDataSet(name=name, path=path, split=split or default_split, **keys)
     kind = format_of(path)
     if glob.has_magic(str(path)) and not path.exists():
         unused("files", subset=subset, source_split=split, revision=revision)
         return Files(name=name, paths=_supported(_matching(path, key), key, name), **keys)
     if kind is None and not path.is_file() and _HUB_NAME.fullmatch(name):
         return HubDataSet(
-            name=name, commit=_hub_commit(name, revision, key), subset=subset, split=split or "train", **keys
+            name=name, commit=_hub_commit(name, revision, key), subset=subset, split=split or default_split, **keys
         )
     if not path.is_file():
         if kind is not None:

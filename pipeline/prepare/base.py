@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, model_validator
 
-from cpo_pipe.data.config import Location, Positive, Section, Seed, Share
+from cpo_pipe.data.config import Location, Name, Positive, Section, Seed, Share
 from cpo_pipe.data.fingerprint import Spec, example_id
 from cpo_pipe.data.models.chat import Conversation, Message
 from cpo_pipe.data.models.templates import with_context
@@ -17,6 +17,7 @@ from cpo_pipe.data.sources.locate import locate_source
 from cpo_pipe.data.sources.rows import Refusal, Row
 from cpo_pipe.data.sources.source import Source
 from cpo_pipe.pipeline.prepare.formats import Turn
+from cpo_pipe.pipeline.prepare.source_settings import MixedSource, SplitSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,19 +103,28 @@ class Data(Section):
         description="a .jsonl, .json, .csv, .tsv, .parquet or .txt file (also .gz, .zst), a pattern, a folder, a URL "
         "(hf://, s3://, https://, …) or a Hugging Face data set",
     )
+    sources: dict[Name, MixedSource] = Field(
+        default_factory=dict, description="several sources by name, in place of source; examples record the name"
+    )
     subset: str | None = Field(None, description="configuration name of a Hugging Face data set")
     source_split: str | None = Field(
         None, description="split of a folder or a Hugging Face data set to read (default: train)"
     )
     revision: str | None = Field(None, description="commit or tag of a Hugging Face data set")
+    validation_source: Location | SplitSource | None = Field(
+        None, description="official validation split: a location, or settings such as {source_split: validation}"
+    )
+    test_source: Location | SplitSource | None = Field(
+        None, description="official test split: a location, or settings such as {source_split: test}"
+    )
     columns: Section = Field(default_factory=Section, description="column mapping")
     tokenizer: Location | TrainedTokenizer = Field(
         description="a folder or hub name, or {vocab_size: N} to make one from the data"
     )
     max_rows: Positive | None = Field(None, description="rows to read at most (default: all)")
     train: Positive | None = Field(None, description="training examples (default: what is left)")
-    validation: int = Field(0, ge=0, description="validation examples")
-    test: Positive | None = Field(None, description="test examples (default: what is left)")
+    validation: int = Field(0, ge=0, description="validation examples (of validation_source, by default all)")
+    test: Positive | None = Field(None, description="test examples (default: what is left; of test_source, all)")
     split_seed: Seed = Field(0, description="seed of the split; it orders rows by hash(split_seed, prompt)")
     max_prompt_tokens: Positive = Field(512, description="longest prompt, in tokens; longer rows are rejected")
     max_target_tokens: Positive = Field(512, description="longest target, in tokens; longer rows are rejected")
@@ -122,14 +132,25 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _check_source(self) -> "Data":
-        if self.source is None:
+        if self.source is None and not self.sources:
             raise ValueError("source is missing: name a file or a Hugging Face data set")
+        if not self.sources:
+            return self
+        for key in ("source", "subset", "source_split", "revision", "max_rows"):
+            if key in self.model_fields_set and getattr(self, key) is not None:
+                raise ValueError(f"{key} is not used with sources; set it in the sources, or remove it")
+        if len({one.weight is None for one in self.sources.values()}) > 1:
+            raise ValueError("sources: give a weight to all of them or to none")
+        for key in ("validation_source", "test_source"):
+            given = getattr(self, key)
+            if isinstance(given, SplitSource) and given.source is None:
+                raise ValueError(f"{key}.source is missing: name one, since there are several sources")
         return self
 
     @model_validator(mode="after")
     def _check_split(self) -> "Data":
         train, _, test = self.split_sizes()
-        if train is None and test is None:
+        if train is None and test is None and self.test_source is None:
             raise ValueError("train or test must be given: they say where the split is")
         return self
 

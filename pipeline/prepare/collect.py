@@ -1,7 +1,7 @@
 """Collect encoded rows: examples in a scratch file, with only their keys in memory, and rejected rows."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from cpo_pipe.data.fingerprint import digest
 from cpo_pipe.data.schemas import EXAMPLES, REJECTED
 from cpo_pipe.data.sources.rows import Refusal
 from cpo_pipe.pipeline.prepare.base import Encoded, Example, ShortEnd
+from cpo_pipe.pipeline.prepare.parts import Part
 from cpo_pipe.pipeline.prepare.rejected import check_rejected, places
 from cpo_pipe.pipeline.prepare.rows import batches
-from cpo_pipe.pipeline.prepare.split import split_ranges
 
 BATCH = 1024
 """Rows of a row group."""
@@ -28,8 +28,12 @@ class ExampleCollector:
     """Takes encoded examples, and writes them in the order of the split. A context manager while it takes them."""
 
     def __init__(self, source: str, split_seed: int, scratch: Path):
+        """`source` is named in messages."""
         self.keys: list[tuple[str, str]] = []
         """Hash of the split key (the prompt, or the conversation), which orders the examples, and id."""
+        self._splits: list[str | None] = []
+        self._held: dict[str, str] = {}
+        """The split of each hash of a split key in an official split."""
         self.reasons: Counter[str] = Counter()
         """Rejected rows by reason."""
         self.short_ends = self.control_tokens = self.written_ends = 0
@@ -49,16 +53,24 @@ class ExampleCollector:
         self._flush()
         self._writer.close()
 
-    def add(self, encoded: Encoded) -> None:
-        """Add an example, reject a duplicate or a refused row, or count a short end."""
+    def add(self, encoded: Encoded, part: Part) -> None:
+        """Add an example of a part, reject a duplicate or a refused row, or count a short end.
+
+        A prompt of an official split is in no other split.
+        """
         if isinstance(encoded, ShortEnd):
             self.short_ends += 1
             return
+        if isinstance(encoded, Example):
+            key = digest([self._split_seed, encoded.split_key])
+            if self._held.get(key, part.split) != part.split:
+                ids = encoded.row["prompt"], encoded.row["example_id"]
+                encoded = Refusal(encoded.source, f"prompt of the {self._held[key]} split", *ids)
         if isinstance(encoded, Example) and encoded.row["example_id"] in self._seen:
             encoded = Refusal(encoded.source, "duplicate", encoded.row["prompt"], encoded.row["example_id"])
         if isinstance(encoded, Refusal):
             detail = encoded.detail[:200].encode(errors="backslashreplace").decode()[:200]
-            self._rejected.append({**asdict(encoded), "detail": detail})
+            self._rejected.append({**asdict(encoded), "detail": detail, "source": part.label + encoded.source})
             self.reasons[encoded.reason] += 1
             return
         self.control_tokens += encoded.has_control_tokens
@@ -67,8 +79,11 @@ class ExampleCollector:
             self.end_tokens[encoded.row["target_ids"][-1]] += 1
         self.most_rejected = max(self.most_rejected, len(encoded.row["rejected"] or ()))
         self._seen.add(encoded.row["example_id"])
-        self.keys.append((digest([self._split_seed, encoded.split_key]), encoded.row["example_id"]))
-        self._pending.append(encoded.row)
+        self.keys.append((key, encoded.row["example_id"]))
+        self._splits.append(part.split)
+        if part.split is not None:
+            self._held[key] = part.split
+        self._pending.append({**encoded.row, "source": part.name})
         if len(self._pending) == BATCH:
             self._flush()
 
@@ -87,24 +102,24 @@ class ExampleCollector:
                 why = "all articles are shorter than half a chunk; lower data.chunk_tokens"
                 if self._rejected:
                     why = f"all rows were rejected; {places(self._rejected, file)}"
-                raise InputError(f"data.source {self._source}: no examples are left: {why}")
+                raise InputError(f"{self._source}: no examples are left: {why}")
         except InputError:
             if file is not None and self._rejected:
                 self._write_rejected(file)
             raise
 
-    def prompt_hashes(self) -> list[str]:
-        """Return the hashes of the examples' prompts, in the order of the split."""
-        return sorted(prompt for prompt, _ in self.keys)
+    def ordered(self, split: str | None) -> list[int]:
+        """Return the examples of an official split in order, or those whose split is drawn; places in `keys`."""
+        places = (place for place, own in enumerate(self._splits) if own == split)
+        return sorted(places, key=self.keys.__getitem__)
 
-    def write(self, folder: Path, ends: Sequence[int]) -> None:
-        """Write the examples in order, with their splits, and the rejected rows."""
-        order = sorted(range(len(self.keys)), key=self.keys.__getitem__)
+    def write(self, folder: Path, splits: Mapping[str, Sequence[int]]) -> None:
+        """Write the examples of each split in order, and the rejected rows."""
         with pa.memory_map(str(self._scratch)) as scratch:
             unordered = pa.ipc.open_file(scratch).read_all()
             with pq.ParquetWriter(folder / "examples.parquet", EXAMPLES, compression="zstd") as writer:
-                for name, start, end in split_ranges(ends):
-                    for batch in batches(order[start:end], BATCH):
+                for name, rows_of_split in splits.items():
+                    for batch in batches(rows_of_split, BATCH):
                         rows = unordered.take(batch).append_column("split", pa.array([name] * len(batch)))
                         writer.write_table(rows.select(EXAMPLES.names).cast(EXAMPLES))
         self._scratch.unlink()

@@ -8,11 +8,14 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.models.chat import Conversation, Message, common_length
 from cpo_pipe.data.text import abridged, listed
+
+FormatName = Literal["pairs", "messages", "sharegpt", "alpaca", "preference", "prompt-completion"]
+"""`pairs` is the format of rows whose columns `data.columns` names; the others are in `FORMATS`."""
 
 Values = Mapping[str, Any]
 """A row's values by column."""

@@ -17,7 +17,7 @@ from cpo_pipe.data.sources.rows import TEXT_COLUMN, Refusal, Row, is_encodable
 from cpo_pipe.data.sources.source import Source
 from cpo_pipe.pipeline.prepare import formats
 from cpo_pipe.pipeline.prepare.base import Data, Encoded, Example, Texts
-from cpo_pipe.pipeline.prepare.formats import FORMATS, Turn, Unusable, with_system
+from cpo_pipe.pipeline.prepare.formats import FORMATS, FormatName, Turn, Unusable, with_system
 from cpo_pipe.pipeline.prepare.rows import batches, check_texts
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Pairs(Data):
     """Prompts with their targets, in columns of a file or a Hugging Face data set."""
 
     columns: PairColumns = Field(default_factory=PairColumns, description="column mapping")
-    format: Literal["pairs", "messages", "sharegpt", "alpaca", "preference", "prompt-completion"] | None = Field(
+    format: FormatName | None = Field(
         None,
         description="`messages` (OpenAI), `sharegpt`, `alpaca`, `preference` (chosen and rejected), "
         "`prompt-completion`, or `pairs` (the columns that data.columns names); default: by the columns",

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from cpo_pipe.data.models.chat_date import chat_date
 from cpo_pipe.data.models.tokenizer import TokenizerFiles, locate_tokenizer
 from cpo_pipe.data.models.train_tokenizer import TrainedBPE
 from cpo_pipe.data.progress import track
-from cpo_pipe.data.sources.source import Source
 from cpo_pipe.data.store import ArtifactWriter, Store
 from cpo_pipe.pipeline.prepare.base import Data, Texts
 from cpo_pipe.pipeline.prepare.collect import ExampleCollector
+from cpo_pipe.pipeline.prepare.parts import Part, drawn_rows, open_parts
 from cpo_pipe.pipeline.prepare.rejected import check_rejected, listed_counts
-from cpo_pipe.pipeline.prepare.rows import count_rows, read_rows
+from cpo_pipe.pipeline.prepare.rows import read_rows
 from cpo_pipe.pipeline.prepare.split import SPLITS, split_ends, split_ranges, warn_of_short_splits
 
 log = logging.getLogger(__name__)
@@ -39,22 +40,22 @@ def prepare(config: Data, store: Store, run_dir: Path | None = None) -> Examples
     Raises:
         InputError: a setting or the source breaks a rule, or more than `max_rejected` of the rows do.
     """
-    source = config.open_source()
-    config = config.resolved(source)
-    content = _content(config, source, store)
-    if (examples := _found(config, source, content, store)) is not None:
+    parts = open_parts(config)
+    config = parts[-1].config
+    content = _content(config, parts, store)
+    if (examples := _found(config, parts, content, store)) is not None:
         _report(examples.artifact.manifest, f" (found in {examples.artifact.name})")
         return examples
-    source.check(content["source"])  # refuse a damaged source before it is read
+    for part, spec in zip(parts, content["sources"], strict=True):
+        part.source.check(spec["source"])  # refuse a damaged source before it is read
     if isinstance(config.tokenizer, str):
         tokenizer = locate_tokenizer(config.tokenizer, store)
     else:
-        rows = (row for row in read_rows(config, source) if isinstance(row, Texts))
-        texts = (text for row in rows for text in config.corpus(row))
+        texts = _corpus(config, parts)
         tokenizer = _bpe(config, content, store).trained(texts)
     examples = _examples(config, content, tokenizer, store)
-    if not examples.artifact.make(lambda writer: _write(examples, writer, config, source, run_dir)):
-        _check_found(examples, config, source)  # another process made them meanwhile
+    if not examples.artifact.make(lambda writer: _write(examples, writer, config, parts, run_dir)):
+        _check_found(examples, config, parts)  # another process made them meanwhile
     _report(examples.artifact.manifest)
     return examples
 
@@ -65,41 +66,78 @@ def find_examples(config: Data, store: Store) -> Examples | None:
     Raises:
         InputError: for the reasons that `prepare` raises it.
     """
-    source = config.open_source()
-    config = config.resolved(source)
-    return _found(config, source, _content(config, source, store), store)
+    parts = open_parts(config)
+    config = parts[-1].config
+    return _found(config, parts, _content(config, parts, store), store)
 
 
-def _write(examples: Examples, writer: ArtifactWriter, config: Data, source: Source, run_dir: Path | None) -> None:
+def _write(examples: Examples, writer: ArtifactWriter, config: Data, parts: list[Part], run_dir: Path | None) -> None:
     """Read, encode, split and write the examples."""
     tokenizer = examples.tokenizer.load()
     templates.eos_token_id(tokenizer)  # an error now, not after the work
-    train, validation, test = config.split_sizes()
-    collector = ExampleCollector(source.name, config.split_seed, writer.path / "unordered.arrow")
-    with track("prepare", count_rows(config, source)) as meter, collector:
-        for encoded in config.encode(read_rows(config, source, meter.advance), tokenizer, examples.rendering):
-            collector.add(encoded)
-    log.info("examples: read %s rows as %s", f"{meter.done:,}", config.format_label)
+    collector = ExampleCollector(_named(parts), config.split_seed, writer.path / "unordered.arrow")
+    masks = drawn_rows(parts, config.split_seed)
+    total = sum(part.rows() if mask is None else int(mask.sum()) for part, mask in zip(parts, masks, strict=True))
+    with track("prepare", total) as meter, collector:
+        for part, mask in zip(parts, masks, strict=True):
+            before = meter.done
+            rows = read_rows(part.config, part.source, mask, meter.advance)
+            for encoded in part.config.encode(rows, tokenizer, examples.rendering):
+                collector.add(encoded, part)
+            log.info("examples: read %s rows of %s as %s", f"{meter.done - before:,}", part.source.name,
+                     part.config.format_label)  # fmt: skip
     collector.check(config.max_rejected, run_dir)
-    ends = split_ends(collector.prompt_hashes(), train, validation, test)
-    collector.write(writer.path, ends)
-    warn_of_short_splits(validation, test, ends)
+    splits = _split(collector, config, {part.split for part in parts if part.split})
+    collector.write(writer.path, splits)
     (writer.path / "tokenizer").mkdir()
     for name in (*TOKENIZER_FILES, "config.json"):  # byte by byte: the fingerprint stays
         if (examples.tokenizer.path / name).is_file():
             shutil.copyfile(examples.tokenizer.path / name, writer.path / "tokenizer" / name)
     writer.facts["rows_read"] = meter.done
-    writer.facts["examples"] = {name: end - start for name, start, end in split_ranges(ends)}
+    writer.facts["examples"] = {name: len(rows) for name, rows in splits.items()}
     writer.facts["end_tokens"] = [token for token, _ in collector.end_tokens.most_common()]
     writer.facts["most_rejected"] = collector.most_rejected
-    writer.facts["left_over"] = len(collector.keys) - ends[-1]
+    writer.facts["left_over"] = len(collector.keys) - sum(map(len, splits.values()))
     writer.facts["rejected"] = dict(collector.reasons.most_common())
     writer.facts["short_ends"] = collector.short_ends
     writer.facts["control_tokens"] = collector.control_tokens
     writer.facts["written_ends"] = collector.written_ends
 
 
-def _found(config: Data, source: Source, content: Spec, store: Store) -> Examples | None:
+def _split(collector: ExampleCollector, config: Data, official: set[str]) -> dict[str, Sequence[int]]:
+    """Return the examples of each split: those of official splits, and those that are drawn."""
+    train, validation, test = config.split_sizes()
+    asked = {"validation": validation, "test": test}
+    drawn = collector.ordered(None)
+    ends = split_ends(
+        [collector.keys[row][0] for row in drawn],
+        train,
+        0 if "validation" in official else validation,
+        0 if "test" in official else test,
+    )
+    splits: dict[str, Sequence[int]] = {name: drawn[start:end] for name, start, end in split_ranges(ends)}
+    for name in official:
+        splits[name] = collector.ordered(name)[: asked[name] or None]
+    warn_of_short_splits(asked, splits)
+    return splits
+
+
+def _named(parts: list[Part]) -> str:
+    """Return the sources as messages name them."""
+    if len(parts) == 1:
+        return f"{parts[0].source.key} {parts[0].source.name}"
+    return f"data ({', '.join(part.label + part.source.name for part in parts)})"
+
+
+def _corpus(config: Data, parts: list[Part]) -> Iterator[str]:
+    """Yield the texts that a tokenizer is trained on."""
+    for part, mask in zip(parts, drawn_rows(parts, config.split_seed), strict=True):
+        for row in read_rows(part.config, part.source, mask):
+            if isinstance(row, Texts):
+                yield from part.config.corpus(row)
+
+
+def _found(config: Data, parts: list[Part], content: Spec, store: Store) -> Examples | None:
     """Return the examples where they and their tokenizer are in the store; make nothing."""
     if isinstance(config.tokenizer, str):
         tokenizer: TokenizerFiles | None = locate_tokenizer(config.tokenizer, store)
@@ -110,17 +148,14 @@ def _found(config: Data, source: Source, content: Spec, store: Store) -> Example
     examples = _examples(config, content, tokenizer, store)
     if not examples.artifact.complete():
         return None
-    _check_found(examples, config, source)
+    _check_found(examples, config, parts)
     return examples
 
 
-def _content(config: Data, source: Source, store: Store) -> Spec:
+def _content(config: Data, parts: list[Part], store: Store) -> Spec:
     """Return what decides the texts."""
-    return {
-        "source": source.identity(store.hash_file),
-        "reading": config.reading(),
-        "max_rows": config.max_rows,
-    }
+    seed = {"draw_seed": config.split_seed} if any(part.count or part.weight for part in parts) else {}
+    return {"sources": [part.spec(store) for part in parts], **seed}
 
 
 def _bpe(config: Data, content: Spec, store: Store) -> TrainedBPE:
@@ -140,14 +175,14 @@ def _examples(config: Data, content: Spec, tokenizer: TokenizerFiles, store: Sto
     return Examples(store.artifact("examples", spec), tokenizer, rendering)
 
 
-def _check_found(examples: Examples, config: Data, source: Source) -> None:
+def _check_found(examples: Examples, config: Data, parts: list[Part]) -> None:
     """Refuse examples that were made with a higher `max_rejected` than this section allows."""
     facts = examples.artifact.manifest
     if facts["rejected"]:
         file = examples.artifact.path / "rejected.parquet"
         rejected = pq.read_table(file, columns=["source", "reason", "detail"]).to_pylist()
         kept = sum(facts["examples"].values()) + facts["left_over"]
-        check_rejected(config.max_rejected, source.name, facts["rejected"], kept, rejected, file)
+        check_rejected(config.max_rejected, _named(parts), facts["rejected"], kept, rejected, file)
 
 
 def _report(facts: dict[str, Any], found: str = "") -> None:

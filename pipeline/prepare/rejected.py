@@ -24,7 +24,7 @@ def check_rejected(
 
     Args:
         limit: the largest share of rejected rows, `data.max_rejected`.
-        source: name of the source.
+        source: the key and name of the source.
         reasons: rejected rows by reason.
         kept: rows that were not rejected.
         rejected: the rejected rows.
@@ -36,7 +36,7 @@ def check_rejected(
     count = sum(reasons.values())
     if count > limit * (kept + count):
         raise InputError(
-            f"data.source {source}: {count:,} of {kept + count:,} rows were rejected ({listed_counts(reasons)}), more "
+            f"{source}: {count:,} of {kept + count:,} rows were rejected ({listed_counts(reasons)}), more "
             f"than data.max_rejected {limit:g} allows; {places(rejected, file)}; correct them or raise the limit"
         )
 

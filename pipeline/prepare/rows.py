@@ -6,6 +6,9 @@ from decimal import Decimal
 from itertools import islice
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cpo_pipe.data.sources.rows import Refusal, Row, text_fault
 from cpo_pipe.data.sources.source import Source
 from cpo_pipe.pipeline.prepare.base import Data, Texts
@@ -14,26 +17,31 @@ T = TypeVar("T")
 
 
 def read_rows(
-    config: Data, source: Source, advance: Callable[[int], None] = lambda rows: None
+    config: Data,
+    source: Source,
+    drawn: NDArray[np.bool_] | None = None,
+    advance: Callable[[int], None] = lambda rows: None,
 ) -> Iterator[Texts | Refusal]:
-    """Yield what the rows hold, in the order of the source; `advance` takes the number of rows that were read.
+    """Yield what the rows hold, in the order of the source.
+
+    Args:
+        config: the section.
+        source: its source.
+        drawn: whether to take each row; None: all.
+        advance: takes the number of rows that were read.
 
     Raises:
         InputError: a required column is missing.
     """
     required, optional = config.columns_read
-    for row in source.read(required, optional, config.max_rows):
+    for number, row in enumerate(source.read(required, optional, config.max_rows)):
+        if drawn is not None and not drawn[number]:
+            continue
         if isinstance(row, Refusal):
             yield row
         else:
             yield from config.texts(row)
         advance(1)
-
-
-def count_rows(config: Data, source: Source) -> int:
-    """Count the rows that will be read."""
-    count = source.count(config.max_rows)
-    return count if config.max_rows is None else min(count, config.max_rows)
 
 
 def check_texts(row: Row, columns: Mapping[str, str | None]) -> dict[str, str] | Refusal:

@@ -1,7 +1,7 @@
 """The split into train, validation and test: by the hash of the prompt, so that equal prompts are in one split."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cpo_pipe.data.errors import InputError
 
@@ -47,12 +47,13 @@ def split_ranges(ends: Sequence[int]) -> list[tuple[str, int, int]]:
     return list(zip(SPLITS, (0, *ends), ends, strict=False))
 
 
-def warn_of_short_splits(validation: int, test: int | None, ends: Sequence[int]) -> None:
+def warn_of_short_splits(asked: Mapping[str, int | None], splits: Mapping[str, Sequence[int]]) -> None:
     """Warn of splits smaller than asked for: rows were rejected, or equal prompts moved a boundary."""
-    asked = {"validation": validation, "test": test}
-    for name, start, end in split_ranges(ends):
-        if (wanted := asked.get(name)) and end - start < wanted:
-            log.warning("examples: data.%s is %s, but only %s are left for it", name, f"{wanted:,}", f"{end - start:,}")
+    for name, wanted in asked.items():
+        if wanted and len(splits[name]) < wanted:
+            log.warning(
+                "examples: data.%s is %s, but only %s are left for it", name, f"{wanted:,}", f"{len(splits[name]):,}"
+            )
 
 
 def _behind_equals(ordered: Sequence[str], end: int) -> int:

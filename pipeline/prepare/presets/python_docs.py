@@ -38,8 +38,8 @@ class PythonDocs(Articles):
 
     @model_validator(mode="after")
     def _check_source(self) -> "PythonDocs":
-        for key in ("source", "subset", "source_split", "revision"):
-            if getattr(self, key) is not None:
+        for key in ("source", "sources", "subset", "source_split", "revision", "test_source", "validation_source"):
+            if getattr(self, key):
                 raise ValueError(f"{key} is not used by the preset {NAME}; remove it")
         return self
 

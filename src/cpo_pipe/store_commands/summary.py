@@ -21,10 +21,11 @@ _SAMPLING = tuple(f"sampling.{name}" for name in ("temperature", "beams", "top_k
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "examples": (
-        "source.kind", "source.sha256", "source.commit", "source.docs", "rendering.template", "rendering.tokenizer",
+        "sources.source.kind", "sources.source.sha256", "sources.source.commit", "sources.source.docs",
+        "rendering.template", "rendering.tokenizer",
         "split.train", "split.validation", "split.test",
     ),
-    "tokenizers": ("algorithm", "vocab_size", "corpus.source.kind"),
+    "tokenizers": ("algorithm", "vocab_size", "corpus.sources.source.kind"),
     "negatives": ("strategy", "generator", *_SAMPLING, "*"),
     "groups": (
         "candidates.count", "candidates.label", "candidates.negatives.strategy", "scorer.scorer", "scorer.embedder",

@@ -97,7 +97,7 @@ def test_a_pair_as_stored(tmp_path, store, byte_tokenizer):
         "example_id": example_id("hi", "yo", context="ctx"), "split": "train", "prompt": "hi\n\nctx",
         "rendered": "<hi|ctx>", "target": "yo", "prompt_ids": tokenizer.convert_tokens_to_ids(list("<hi|ctx>")),
         "target_ids": [*tokenizer.convert_tokens_to_ids(["y", "o"]), EOS], "ends": True, "category": "kind",
-        "messages": None, "rejected": None,
+        "messages": None, "source": None, "rejected": None,
     }  # fmt: skip
     assert (second["rendered"], second["category"]) == ("<hi|>", None)
     assert examples.tokenizer.path == Path(byte_tokenizer)

@@ -1,11 +1,12 @@
-"""Overlap of validation and test examples with training examples: equal texts, near-duplicates, common word n-grams.
+"""Overlap of held-out examples with training examples: equal texts, near-duplicates, common word n-grams.
 
-The n-grams are those of Brown et al. 2020, appendix C: 8 to 13 words, as many as all but the shortest 5% of the held-out
-texts have; an n-gram that more than 10 training examples have is a common phrase and is ignored.
+The n-grams are those of Brown et al. 2020, appendix C: as many words as all but the shortest 5% of the held-out texts
+have, but 8 to 13. One that more than 10 training examples have is a common phrase and is ignored.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +47,7 @@ LEAKAGE = pa.schema(
 class Leaks:
     """What one part of the examples has in common over the boundary of the split."""
 
-    figures: list[dict[str, object]] = field(default_factory=list)
+    figures: list[dict[str, Any]] = field(default_factory=list)
     """A row of LEAKAGE for each split that is held out."""
     training: dict[int, tuple[str, int]] = field(default_factory=dict)
     """The training examples that overlap: kind, and an example that is held out."""
@@ -180,5 +181,15 @@ def _plain(sequence: Sequence[str]) -> list[str]:
     return [word for word in sequence if word[0].isalnum()]
 
 
-def leakage_warnings(figures: Sequence[Mapping[str, object]]) -> Iterator[str]:
-    """Yield a sentence for each split and part (rows of LEAKAGE) with too much overlap."""
+def leakage_warnings(figures: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield a sentence for each split and part (rows of LEAKAGE) with so much overlap that it changes results."""
+    for row in figures:
+        counts = {"equal": row["equal"], "near-duplicates": row["near_duplicates"],
+                  f"others with {row['n']} words in a row": row["ngrams"]}  # fmt: skip
+        if sum(counts.values()) > WARNED_SHARE * row["examples"]:
+            shown = ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
+            yield (
+                f"{sum(counts.values()):,} of {row['examples']:,} {row['part']}s of the {row['split']} split overlap "
+                f"with training examples ({shown}), for example {row['example']}: results on them show what was "
+                "memorized; set data.drop_leaks to true to remove these training examples"
+            )

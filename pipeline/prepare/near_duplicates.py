@@ -4,15 +4,21 @@ Sources: Broder 1997 (MinHash), Leskovec et al., Mining of Massive Datasets, cha
 (near-duplicates in training data). A group is a connected component: each member is a near-duplicate of another one.
 """
 
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from cpo_pipe.data.progress import Meter, track
 from cpo_pipe.pipeline.prepare.ngrams import MULTIPLIER, Hashes, word_ngrams, words, words_digest
+
+if TYPE_CHECKING:
+    from datasketch import MinHash
 
 NGRAM = 2
 """Words of an n-gram. Longer ones count a changed word more often than a person would."""
@@ -59,6 +65,19 @@ def near_duplicate_groups(name: str, texts: pa.ChunkedArray, threshold: float) -
     return groups[groups]  # texts with the same words follow the first of them
 
 
+def with_keys(groups: NDArray[np.int64], keys: Sequence[str]) -> NDArray[np.int64]:
+    """Return groups joined where they have an example with the same key, numbered from 0: (N,).
+
+    Args:
+        groups: the group of each example, named by the place of its first member: (N,).
+        keys: of N examples; those with the same key must be together.
+    """
+    _, key_of = np.unique(np.array(keys), return_inverse=True)
+    links = coo_array((np.ones(len(groups), np.int8), (key_of[groups], key_of)), shape=(len(groups), len(groups)))
+    _, labels = connected_components(links, directed=False)
+    return np.asarray(labels[key_of], np.int64)
+
+
 def jaccard(one: Hashes, other: Hashes) -> float:
     """Return the number of common elements of two sets divided by the number of all."""
     common = len(np.intersect1d(one, other, assume_unique=True))
@@ -88,13 +107,11 @@ def _signatures(
     distinct: NDArray[np.int64], ngrams: Callable[[int], Hashes], meter: Meter
 ) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
     """Return the rows with enough n-grams, (R,), and their MinHash signatures, (R, PERMUTATIONS)."""
-    from datasketch import MinHash
-
-    sketch = MinHash(PERMUTATIONS, hashfunc=int)  # n-grams are hashes already
     rows, signatures = [], []
     for row in distinct:
         found = ngrams(row)
         if len(found) >= FEWEST_NGRAMS:
+            sketch = _sketch()
             sketch.clear()
             sketch.update_batch((found >> np.uint64(32)).tolist())
             rows.append(row)
@@ -103,9 +120,15 @@ def _signatures(
     return np.array(rows, np.int64), np.array(signatures, np.uint32).reshape(-1, PERMUTATIONS)
 
 
-def _similar(
-    signatures: NDArray[np.uint32], ngrams: Callable[[int], Hashes], threshold: float
-) -> NDArray[np.int64]:
+@cache
+def _sketch() -> "MinHash":
+    """Return a sketch to use again and again; importing the library takes as long as comparing 1,000 texts."""
+    from datasketch import MinHash
+
+    return MinHash(PERMUTATIONS, hashfunc=int)  # n-grams are hashes already
+
+
+def _similar(signatures: NDArray[np.uint32], ngrams: Callable[[int], Hashes], threshold: float) -> NDArray[np.int64]:
     """Return the connected component of each text, named by its first member: (R,).
 
     Two texts are compared unless they are in one component already, so a component of m texts needs about m

@@ -185,7 +185,7 @@ SPECS = [
     ("verdicts", {"judge": "similarity", "embedder": "ab" * 16}, "judge similarity, embedder abababab"),
     (
         "tokenizers",
-        {"corpus": {"source": {"kind": ".csv"}}, "vocab_size": 4096, "algorithm": "byte-level-bpe"},
+        {"corpus": {"sources": [{"source": {"kind": ".csv"}}]}, "vocab_size": 4096, "algorithm": "byte-level-bpe"},
         "algorithm byte-level-bpe, vocab size 4096, kind .csv",
     ),
     ("checkpoints", {"a_field": 3, "made": "by another version"}, "a field 3, made by another version"),

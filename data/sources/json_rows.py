@@ -40,9 +40,8 @@ def read_json(stream: BufferedReader, label: str, request: ColumnRequest) -> Str
         yield from first
         yield from rows
         return
-    content = stream.read()
     try:
-        text = content.decode("utf-8-sig")
+        text = stream.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise request.error(f"is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     for number, value in enumerate(_items(text, request), 1):

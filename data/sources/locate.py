@@ -2,15 +2,18 @@
 
 import glob
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from cpo_pipe.data.errors import InputError, cause
+from cpo_pipe.data.fingerprint import digest
 from cpo_pipe.data.sources.data_sets import HubDataSet, SavedDataSet, saved_splits
 from cpo_pipe.data.sources.files import SUPPORTED, Files, Folder, format_of
 from cpo_pipe.data.sources.remote import download
 from cpo_pipe.data.sources.source import Source
-from cpo_pipe.data.store.paths import shown
+from cpo_pipe.data.store.atomic import write_bytes
+from cpo_pipe.data.store.paths import cache_folder, shown
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_URL = re.compile(r"hf://datasets/(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^/]+))?/?")
@@ -113,18 +116,26 @@ def _supported(files: dict[str, Path], key: str, name: str) -> dict[str, Path]:
 
 
 def _hub_commit(name: str, revision: str | None, key: str) -> str:
-    """Return the commit of a hub data set; without a network, the one that the hub's cache recorded."""
+    """Return the commit of a hub data set; without a network, the one that was found last.
+
+    It is recorded in the cache folder, because a data set that is streamed leaves nothing in the hub's own cache.
+    """
     if revision and _COMMIT.fullmatch(revision):
         return revision
     from huggingface_hub import HfApi, constants
 
+    recorded = cache_folder() / "hub-commits" / digest([name, revision or "main"], 16)
     try:
-        return str(HfApi().dataset_info(name, revision=revision).sha)
+        commit = str(HfApi().dataset_info(name, revision=revision).sha)
     except Exception as error:  # the hub client's failures have no common type: offline, not found, gated, …
         folder = f"datasets--{name.replace('/', '--')}"
-        cached = Path(constants.HF_HUB_CACHE) / folder / "refs" / (revision or "main")
-        if cached.is_file():
-            return cached.read_text().strip()
+        of_hub = Path(constants.HF_HUB_CACHE) / folder / "refs" / (revision or "main")
+        for file in (recorded, of_hub):
+            if file.is_file():
+                return file.read_text().strip()
         raise InputError(
             f"{key} {name}: no such file or folder, and the hub gave no such data set ({cause(error)})"
         ) from error
+    with suppress(OSError):  # a cache folder that may not be written to
+        write_bytes(recorded, commit.encode())
+    return commit

@@ -202,9 +202,7 @@ def quality_table(table: pa.Table) -> QualityTable:
 
 
 def leakage_rows(figures: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Return the overlap of each split and part (rows of LEAKAGE) with training examples; the cells' columns are
-    LEAKAGE_COLUMNS.
-    """
+    """Return the overlap with training examples (rows of LEAKAGE), a row per split and part, in LEAKAGE_COLUMNS."""
     return [
         (
             f"{row['split']} {row['part']}s",

@@ -90,7 +90,8 @@ class Data(Section):
     """Where ground truth comes from, how it becomes token ids and how it is split. The base class of all presets.
 
     Plain pairs are `Pairs`, plain articles `Articles`. A preset for a data set derives from one of them. It overrides
-    defaults of fields (source, columns, template) and, if the data set has its own split, `split_sizes`.
+    defaults of fields (source, columns, template; test_source, if the data set has official splits) and, if the data
+    set has its own split, `split_sizes`.
     """
 
     preset: str = Field(

@@ -75,6 +75,8 @@ def _split(collector: ExampleCollector, config: Data, official: set[str]) -> dic
     splits: dict[str, Sequence[int]] = {name: drawn[start:end] for name, start, end in split_ranges(ends)}
     for name in official:
         splits[name] = collector.ordered(name)[: asked[name] or None]
+        if not splits[name]:
+            raise InputError(f"data.{name}_source: no examples are left, all of its rows were rejected; correct them")
     warn_of_short_splits(asked, splits)
     return splits
 

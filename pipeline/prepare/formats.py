@@ -59,7 +59,7 @@ class Format:
 
 
 def detect(columns: Sequence[str], source: str) -> str:
-    """Return the name of the format of a source with these columns.
+    """Return the name of the format of a source with these columns; `source` is its key and name, for messages.
 
     Raises:
         InputError: no format has these columns.
@@ -69,7 +69,7 @@ def detect(columns: Sequence[str], source: str) -> str:
             return name
     known_columns = "; ".join(f"{name}: {listed(known.columns)}" for name, known in FORMATS.items())
     raise InputError(
-        f"data.source {source}: its columns ({listed(columns)}) are those of no known format; set data.columns.prompt "
+        f"{source}: its columns ({listed(columns)}) are those of no known format; set data.columns.prompt "
         f"and data.columns.target, or rename columns ({known_columns})"
     )
 

@@ -99,7 +99,7 @@ class Pairs(Data):
         there = [] if first is None else list(first.values)
         if not there or {"prompt", "target"} <= {*there} or there == [TEXT_COLUMN]:
             return PAIRS  # an error of this format names what is missing
-        return formats.detect(there, source.name)
+        return formats.detect(there, f"{source.key} {source.name}")
 
     def _has_messages(self, source: Source, name: str) -> bool:
         """Return whether the first usable row of a source has messages."""

@@ -88,8 +88,8 @@ def _write(examples: Examples, writer: ArtifactWriter, config: Data, parts: list
             rows = read_rows(part.config, part.source, mask, meter.advance)
             for encoded in part.config.encode(rows, tokenizer, examples.rendering):
                 collector.add(encoded, part)
-            log.info("examples: read %s rows of %s as %s", f"{meter.done - before:,}", part.source.name,
-                     part.config.format_label)  # fmt: skip
+            of = f" of {part.label}{part.source.name}" if len(parts) > 1 else ""
+            log.info("examples: read %s rows%s as %s", f"{meter.done - before:,}", of, part.config.format_label)
     collector.check(config.max_rejected, run_dir)
     splits = divide(collector, config, {part.split for part in parts if part.split}, writer.facts)
     collector.write(writer.path, splits)

@@ -356,6 +356,7 @@ def test_hub_data_set_is_pinned_to_a_commit_also_offline(tmp_path, monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(HfApi, "dataset_info", offline)
+    monkeypatch.setenv("CPO_PIPE_CACHE", str(tmp_path / "own"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     commit = "0123456789abcdef0123456789abcdef01234567"
     with pytest.raises(InputError, match=r"the hub gave no such data set \(no network\)"):
@@ -367,3 +368,21 @@ def test_hub_data_set_is_pinned_to_a_commit_also_offline(tmp_path, monkeypatch):
     source = locate_source("owner/set", subset="main", split="test")
     assert source == HubDataSet(name="owner/set", subset="main", split="test", commit=commit)
     assert source.identity(sha256_file) == {"kind": "hub", "commit": commit, "subset": "main", "split": "test"}
+
+
+def test_the_commit_of_a_streamed_data_set_is_known_offline(tmp_path, monkeypatch):
+    """It leaves nothing in the hub's own cache."""
+
+    def offline(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setenv("CPO_PIPE_CACHE", str(tmp_path / "own"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for revision, commit in (("v1", "1" * 40), (None, "2" * 40), (None, "3" * 40)):
+        monkeypatch.setattr(HfApi, "dataset_info", lambda *_, sha=commit, **__: type("Info", (), {"sha": sha}))
+        assert locate_source("owner/set", revision=revision).commit == commit
+    monkeypatch.setattr(HfApi, "dataset_info", offline)
+    assert locate_source("owner/set").commit == "3" * 40
+    assert locate_source("owner/set", revision="v1").commit == "1" * 40
+    with pytest.raises(InputError, match=r"the hub gave no such data set \(no network\)"):
+        locate_source("owner/other")

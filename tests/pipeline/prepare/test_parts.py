@@ -113,7 +113,7 @@ def test_each_source_has_its_own_format(tmp_path: Path, store, chat_tokenizer, c
     assert counts(examples) == {"talk": 1, "plain": 2}
     assert examples.rendering["template"] == "chat", "of all, since one has conversations"
     assert all("<|start|>" in text for split in SPLITS for text in examples.read(split)["rendered"].to_pylist())
-    assert "examples: read 2 rows of " in caplog.text
+    assert f"examples: read 2 rows of plain/{tmp_path / 'plain.jsonl'} as pairs" in caplog.text
 
 
 def test_a_tokenizer_is_trained_on_all_sources(tmp_path: Path, store) -> None:
@@ -206,6 +206,15 @@ def test_a_prompt_of_an_official_split_is_in_no_other(tmp_path: Path, store, byt
         ("validation/validation.jsonl:1", "prompt of the test split"),
         ("train.jsonl:1", "prompt of the test split"), ("train.jsonl:2", "prompt of the validation split"),
     }  # fmt: skip
+
+
+def test_an_official_split_without_examples_is_an_error(tmp_path: Path, store, byte_tokenizer) -> None:
+    train, test = (
+        jsonl(tmp_path / "train.jsonl", rows("train", 20)),
+        jsonl(tmp_path / "test.jsonl", [{"prompt": "", "target": "a"}]),
+    )
+    with pytest.raises(InputError, match=r"^data\.test_source: no examples are left"):
+        prepare(data(source=train, test_source=test, tokenizer=byte_tokenizer), store)
 
 
 def test_another_split_of_the_same_source(tmp_path: Path, store, byte_tokenizer) -> None:

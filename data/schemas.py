@@ -20,11 +20,16 @@ _FINISH_REASON = _column("finish_reason", pa.string(), "`stop`: the text ended t
 _SEED = _column("seed", pa.int64(), "seed of this sample")
 _ENGINE = _column("engine", pa.string(), "provenance, not identity: engine, version, dtype")
 
+_MESSAGE = _column(
+    "message", pa.string(), "the answer as a message, as JSON; null without a chat template", nullable=True
+)
+
 _ANSWER = pa.struct(
     [
         _column("text", pa.string(), "the answer without special tokens"),
         _column("token_ids", _IDS, "token ids, with the token that ends it where `ends`"),
         _column("ends", pa.bool_(), "whether it was not cut to `data.max_target_tokens`"),
+        _MESSAGE,
     ]
 )
 
@@ -37,6 +42,7 @@ EXAMPLES = pa.schema(
         ),
         _column("rendered", pa.string(), "the prompt as rendered by the template, which is what the model is given"),
         _column("target", pa.string(), "the ground-truth continuation"),
+        _MESSAGE,
         _column("prompt_ids", _IDS, "token ids of the rendered prompt"),
         _column("target_ids", _IDS, "token ids of the target, with the token that ends it where `ends`"),
         _column("ends", pa.bool_(), "whether the text really ended there (not a cut article)"),
@@ -142,6 +148,20 @@ VERDICTS = pa.schema(
     ]
 )
 
+RATINGS = pa.schema(
+    [
+        _EXAMPLE_ID,
+        _column("answer", pa.string(), "hash of the rated answer's text"),
+        _column(
+            "rating",
+            pa.float64(),
+            "how right the answer is, from 0 to 1; null where the judge's answer is no rating",
+            nullable=True,
+        ),
+        _column("raw", pa.string(), "the judge's answer, as JSON; `unparseable` holds the reason if it is no rating"),
+    ]
+)
+
 METRICS = pa.schema(
     [
         _column("system", pa.string(), "name in the recipe"),
@@ -179,5 +199,6 @@ TABLES = {
     "reference-logprobs": Table(REFERENCE_LOGPROBS, ("example_id", "candidate_id")),
     "generations": Table(GENERATIONS, ("example_id", "sample_index")),
     "verdicts": Table(VERDICTS, ("example_id", "output_a", "output_b", "order")),
+    "ratings": Table(RATINGS, ("example_id", "answer")),
     "rejected": Table(REJECTED, ("example_id", "source")),
 }

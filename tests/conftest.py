@@ -23,6 +23,14 @@ def new_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return lambda **config: make_model(tmp_path_factory.mktemp("model"), **config)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _short_samples() -> Iterator[None]:
+    """Sampling to measure repetition would take most of a tiny training's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cpo_pipe.trainer.samples.SAMPLE_TOKENS", 8)
+        yield
+
+
 @pytest.fixture
 def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Result]]:
     """Runs `cpo-pipe ARGUMENTS…` in this process."""

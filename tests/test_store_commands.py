@@ -69,7 +69,7 @@ def test_ls_says_what_everything_is(used) -> None:
     )
     assert what["generations"] in (f"model checkpoint {name}, temperature 0, max new tokens 8" for name in (start, cpo))
     assert what["reference-logprobs"] in (f"dtype float32, model checkpoint {name}" for name in (start, cpo))
-    assert what["verdicts"] == "judge exact, rules 2"
+    assert what["verdicts"] == "judge exact, rules 3"
     assert what["metrics"] == (
         f"baseline start, systems {{cpo: checkpoint {cpo}, start: checkpoint {start}}}, judge exact"
     )

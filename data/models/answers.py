@@ -21,6 +21,8 @@ class Answer:
     """They end in the token that ends the target of the example, where `ends`."""
     ends: bool
     """Whether the answer is complete."""
+    message: Message | None = None
+    """What the chat template rendered."""
     problem: str = ""
     """Why the chat template cannot render it; then it has no tokens."""
 
@@ -78,9 +80,9 @@ class AnswerEncoder:
             try:
                 _, _, ids = self._chat.encode(Conversation.of_example(example), message)
             except NotRenderable as error:
-                found.append(Answer("", [], False, f"{error.reason}: {error}"))
+                found.append(Answer("", [], False, problem=f"{error.reason}: {error}"))
                 continue
-            found.append(Answer(self._chat.text_of(message, ids), ids[:-1], False))
+            found.append(Answer(self._chat.text_of(message, ids), ids[:-1], False, message))
         return found
 
     def _limited(self, answer: Answer, example: Mapping[str, Any], max_tokens: int, complete: bool) -> Answer:
@@ -90,7 +92,7 @@ class AnswerEncoder:
             cut = ids[:max_tokens]
             return Answer(str(self._tokenizer.decode(cut, skip_special_tokens=True)), cut, False)
         if complete and len(ids) < max_tokens and not answer.problem:
-            return Answer(answer.text, [*ids, end_token(example, self._eos)], True)
+            return Answer(answer.text, [*ids, end_token(example, self._eos)], True, answer.message)
         return answer
 
 

@@ -57,7 +57,7 @@ class Conversation:
 
     def to_json(self) -> str:
         """Return the column `messages` of the EXAMPLES schema."""
-        return json.dumps({"messages": self.messages, "tools": self.tools}, ensure_ascii=False)
+        return to_json({"messages": self.messages, "tools": self.tools})
 
     @property
     def text(self) -> str:
@@ -66,6 +66,11 @@ class Conversation:
         if [message["role"] for message in shown] == ["user"]:
             return str(shown[0]["content"])
         return "\n\n".join(f"{message['role']}: {content_of(message)}" for message in self.messages)
+
+
+def to_json(value: Any) -> str:
+    """Return messages or tools as JSON; characters outside ASCII are written as they are."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def content_of(message: Message) -> str:
@@ -152,6 +157,29 @@ class ChatTemplate:
             raise NotRenderable("answer is not rendered", "the chat template writes nothing of the assistant's message")
         return prompt, self._without_second_bos(prompt_ids), answer_ids
 
+    def whole_ids(self, conversation: Conversation, answer: Message) -> list[int]:
+        """Return the token ids of a whole conversation with its answer, as the template writes it.
+
+        Raises:
+            NotRenderable: the template fails on these messages.
+        """
+        messages = [self._as_text(message) for message in [*conversation.messages, answer]]
+        whole = self._render(messages, conversation.tools, add_generation_prompt=False)
+        return self._without_second_bos(self._ids(whole))
+
+    def whole(self, conversation: Conversation, answer: Message) -> Conversation:
+        """Return a conversation with its answer as `encode` gives it to the template.
+
+        Control tokens are broken, and arguments of calls are JSON text where the template wants that.
+        """
+        messages = [*map(self._as_text, conversation.messages), self._as_text(answer)]
+        tools = self._as_text(conversation.tools, self._break_all)
+        try:
+            self._rendered(messages, tools, add_generation_prompt=False)
+        except Exception:  # as in _render
+            messages = [_with_written_arguments(message) for message in messages]
+        return Conversation(messages, tools)
+
     def without_end(self, answer: Message) -> Message:
         """Return an answer without end tokens written at its end: what encodes it puts one there."""
         content, ends = str(answer.get("content") or ""), self._written_ends
@@ -170,6 +198,17 @@ class ChatTemplate:
         tokens = [self._tokenizer.eos_token_id, self.end_of_turn]
         texts = [str(self._tokenizer.convert_ids_to_tokens(token)) for token in tokens if token is not None]
         return [text for text in texts if text.strip()]
+
+    @cached_property
+    def opening(self) -> str:
+        """What the template writes between the generation prompt and an answer, such as an empty thought."""
+        asked = {"role": "user", "content": "a"}
+        try:
+            prompt = self._render([asked], (), add_generation_prompt=True)
+            whole = self._render([asked, {"role": "assistant", "content": _PROBE}], (), add_generation_prompt=False)
+        except NotRenderable:  # of templates that want other messages than these
+            return ""
+        return whole.partition(_PROBE)[0].removeprefix(prompt) if whole.startswith(prompt) else ""
 
     @cached_property
     def end_of_turn(self) -> int | None:

@@ -103,6 +103,53 @@ class Embedder(Encoder):
         places = [position[text] for text in texts]
         return Embedded(vectors[places], (lengths > window)[places])
 
+    def embed_averaged(self, texts: Sequence[str]) -> Embedded:
+        """Return unit vectors of whole texts: of a longer one than the window, the mean of its chunks' vectors.
+
+        Chunks are as long as the window allows and end between words. Each counts the same, and the mean is scaled to
+        length 1. A text that fits has the vector of `embed`.
+
+        Raises:
+            InputError: the model's tokenizer does not say where its tokens are in a text.
+        """
+        chunks = self._chunks([unicodedata.normalize("NFC", text) for text in texts])
+        vectors, truncated = self.embed([chunk for parts in chunks for chunk in parts])
+        counts = np.array([len(parts) for parts in chunks], np.int64)
+        starts = np.cumsum(counts) - counts
+        means = np.add.reduceat(vectors, starts) / counts[:, None] if len(texts) else vectors
+        means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        means[counts == 1] = vectors[starts[counts == 1]]
+        cut = np.logical_or.reduceat(truncated, starts) if len(texts) else truncated
+        return Embedded(means.astype(np.float32), cut)
+
+    def _chunks(self, texts: Sequence[str]) -> list[list[str]]:
+        """Return the chunks of each text, which the model reads to their ends."""
+        model = self._model()
+        window, tokenizer = model.max_seq_length, model.tokenizer
+        chunks = [[text] for text in texts]
+        places = np.flatnonzero(_token_lengths(model, texts) > window).tolist() if window else []
+        if not places:
+            return chunks
+        if not tokenizer.is_fast:
+            raise InputError(
+                f"embedding model {self.name}: its tokenizer gives no offsets, so its texts cannot be cut into chunks; "
+                "set long_texts to truncate, or use another model"
+            )
+        size = window - tokenizer.num_special_tokens_to_add()
+        encoded = tokenizer([texts[place] for place in places], add_special_tokens=False, verbose=False)
+        for place, encoding in zip(places, encoded.encodings, strict=True):
+            spans, words = encoding.offsets, encoding.word_ids
+            chunks[place], start = [], 0
+            while start < len(spans):
+                end = min(start + size, len(spans))
+                cut = end
+                while start < cut < len(spans) and words[cut] == words[cut - 1]:
+                    cut -= 1
+                end = cut if cut > start else end  # a word longer than the window is cut
+                chunks[place].append(texts[place][spans[start][0] : spans[end - 1][1]])
+                start = end
+        return chunks
+
     def window(self) -> int | None:
         """Return how many tokens of a text the model reads, as far as its configuration says."""
         file = self.path / "sentence_bert_config.json"

@@ -59,5 +59,7 @@ def fetch_folder(
 def _check_code(name: str, what: str, folder: Path) -> None:
     if what == "model":
         remote_code.check_causal_model(name, folder)
+    elif what == "reward model":
+        remote_code.check_reward_model(name, folder)
     elif what == "embedding model":
         remote_code.check_embedder(name, folder)

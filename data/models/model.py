@@ -73,8 +73,12 @@ class Model:
         size = read_json(self.path / "config.json").get("vocab_size")
         return size if isinstance(size, int) else None
 
-    def load(self, dtype: "torch.dtype") -> "PreTrainedModel":
+    def load(self, dtype: "torch.dtype", auto: Any = None) -> "PreTrainedModel":
         """Return the network, on the CPU.
+
+        Args:
+            dtype: of the weights.
+            auto: transformers' class that loads the network; None: AutoModelForCausalLM.
 
         Raises:
             InputError: transformers does not know the architecture, the weights lack some of its tensors, or their
@@ -89,7 +93,7 @@ class Model:
         try:
             config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
             # With the loading info comes a pair, which transformers' types do not say.
-            pair: Any = AutoModelForCausalLM.from_pretrained(
+            pair: Any = (auto or AutoModelForCausalLM).from_pretrained(
                 self.path,
                 dtype=dtype,
                 use_safetensors=True,

@@ -34,6 +34,17 @@ def check_causal_model(name: str, folder: Path) -> None:
         _check_config(f"model {name}", folder / "config.json", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
 
 
+def check_reward_model(name: str, folder: Path) -> None:
+    """Check that a sequence classifier runs without code of its own.
+
+    Raises:
+        InputError: its config.json needs Python code of the model, or names a kernel to download.
+    """
+    if (folder / "config.json").is_file():
+        architectures = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
+        _check_config(f"reward model {name}", folder / "config.json", architectures)
+
+
 def check_embedder(name: str, folder: Path) -> None:
     """Check that a sentence-transformers model runs without code of its own.
 

@@ -9,7 +9,7 @@ from cpo_pipe.data.store.inventory import Inventory
 from cpo_pipe.data.store.locks import try_lock
 from cpo_pipe.data.store.paths import AnyPath
 
-_ANSWERS = ("negatives", "rejected", "generations", "verdicts")
+_ANSWERS = ("negatives", "rejected", "generations", "verdicts", "ratings")
 """Kinds whose rows may be answers of an API."""
 
 

@@ -21,6 +21,7 @@ KINDS = (
     "chat-dates",
     "examples",
     "negatives",
+    "ratings",
     "groups",
     "rejected",
     "reference-logprobs",

@@ -8,10 +8,10 @@ from pydantic import Field
 from cpo_pipe.data.config import Positive
 from cpo_pipe.data.fingerprint import Spec
 from cpo_pipe.eval.judges.base import AB, BA, ApiJudge, ApiJudgeConfig, JudgeDependencies, Pair, Verdict, unparseable
-from cpo_pipe.eval.judges.query import KEPT, BothOrders, Query, Template, verdict_of
-from cpo_pipe.pipeline.api.answers import Failed, Refused
+from cpo_pipe.eval.judges.query import BothOrders, Query, Template, verdict_of
 from cpo_pipe.pipeline.api.client import ApiClient, ask_all
 from cpo_pipe.pipeline.api.model import ApiModel
+from cpo_pipe.pipeline.api.question import ask
 
 log = logging.getLogger(__name__)
 
@@ -74,20 +74,9 @@ class OpenAiJudge(ApiJudge):
 
     async def _ask(self, client: ApiClient, asked: tuple[int, Pair]) -> tuple[int, Verdict | None]:
         place, pair = asked
-        parameters = self.api.neutral()
-        if self._temperature is not None:
-            parameters["temperature"] = self._temperature
-        try:
-            answer = await client.say(self.query(pair), self.max_tokens, **parameters)
-        except Refused as refused:
-            return place, unparseable(refused.reason, detail=refused.detail)
-        except Failed:
+        reply = await ask(client, self.api, self.query(pair), self.max_tokens, self._temperature)
+        if reply is None:
             return place, None
-        (choice,) = answer.choices
-        served = answer.model or self.api.config.model
-        if choice.refusal is not None:
-            return place, unparseable(choice.refusal.reason, detail=choice.refusal.detail[:KEPT], model=served)
-        written = choice.written or ""
-        if choice.cut and ("think>" in written or (choice.reasoned and not written)):
-            return place, unparseable("cut in its thoughts", answer=written[:KEPT], model=served)
-        return place, verdict_of(written, model=served)
+        if reply.fault:
+            return place, unparseable(reply.fault, **reply.details)
+        return place, verdict_of(reply.text, **reply.details)

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field
 from cpo_pipe.data.fingerprint import digest
 from cpo_pipe.data.models.templates import fill
 from cpo_pipe.eval.judges.base import Pair, Verdict, unparseable
+from cpo_pipe.pipeline.api.question import KEPT, without_reasoning
 
 TEMPLATES = {
     # Feng et al. 2025, A.3 and A.4, to the letter.
@@ -37,14 +38,6 @@ TEMPLATES = {
         "Which response is better? Answer with only A, B or TIE.\nAnswer:"
     ),
 }
-
-KEPT = 200
-"""Characters of an answer that are stored."""
-
-_OPENED = re.compile(r"\s*<think>.*</think>", re.DOTALL)
-_CLOSED = re.compile(r".*\n\s*</think>\s*\n", re.DOTALL)
-"""Reasoning before the answer, if the server does not separate it. If the chat template writes the opening tag, not the
-model, the closing tag must be on a line of its own."""
 
 _AROUND = r"[\s\"'“”‘’*_`()\[\]{}<>.,:#-]*"
 _VERDICT = re.compile(
@@ -114,13 +107,11 @@ def read_answer(answer: str) -> Literal["A", "B", "TIE"] | None:
 
 def verdict_of(answer: str, **details: str) -> Verdict:
     """Return the verdict about the pair as shown; `raw` holds the answer without its reasoning, and `details`."""
-    if "</think>" in answer:
-        thought = _OPENED.match(answer) or _CLOSED.match(answer)
-        if thought is None or answer.count("</think>") > 1:  # quoted, perhaps from what is judged
-            return unparseable("no verdict", answer=answer[-KEPT:], **details)
-        answer = answer[thought.end() :].lstrip()
-    raw = {"answer": answer[:KEPT], **details}
-    match read_answer(answer):
+    verdict = without_reasoning(answer)
+    if verdict is None:
+        return unparseable("no verdict", answer=answer[-KEPT:], **details)
+    raw = {"answer": verdict[:KEPT], **details}
+    match read_answer(verdict):
         case "A":
             return Verdict("a", None, raw)
         case "B":

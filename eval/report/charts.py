@@ -152,7 +152,7 @@ def training_curves(name: str, steps: pa.Table) -> Chart | None:
 def quality_charts(quality: pa.Table) -> list[Chart]:
     """Return the histograms of the quality table of the negatives that were measured."""
     *strategies, together, _ = ({**row, "strategy": visible(row["strategy"])} for row in quality.to_pylist())
-    similarity = _histograms("Similarity of the negatives to their targets", "cosine to the target", strategies,
+    similarity = _histograms("Scores of the negatives in the ranking", "score (of embeddings: cosine)", strategies,
                              "similarity_histogram", "similarity_p50")  # fmt: skip
     length = _histograms("Length of the negatives relative to their targets", "tokens, as a multiple of the target's",
                          strategies, "length_ratio_histogram", "length_ratio", octaves=True)  # fmt: skip

@@ -32,6 +32,7 @@ QUALITY_FORMATS = {
     "made": ("{made:,}",),
     "copies of the target": ("{copies:.1%}",),
     "duplicates": ("{duplicates:.1%}",),
+    "dropped as correct": ("{correct:.1%}",),
     "without an end token": ("{unended:.1%}",),
     "kept": ("{kept:,}",),
     "groups without negatives": ("{alone:.1%}",),
@@ -45,10 +46,10 @@ QUALITY_FORMATS = {
     "target has highest log-prob per token (chance)": ("{likeliest_per_token:.0%} ({chance:.0%})",),
     "reference log-prob, nats per token": ("{reference_logprob:.2f}",),
     "sampler log-prob, nats per token": ("{sampler_logprob:.2f}",),
-    "cosine to the target, mean": ("{similarity:.2f}",),
-    "truncated by the embedding model": ("{truncated:.1%}",),
+    "score in the ranking, mean": ("{similarity:.2f}",),
+    "truncated by the ranking model": ("{truncated:.1%}",),
     "tied in the ranking": ("{tied:.1%}",),
-    "cosine, quantiles 10/50/90%": ("{similarity_p10:.2f}/{similarity_p50:.2f}/{similarity_p90:.2f}",),
+    "score, quantiles 10/50/90%": ("{similarity_p10:.2f}/{similarity_p50:.2f}/{similarity_p90:.2f}",),
     **{
         f"distinct-{n} (the targets')": (f"{{distinct_{n}:.2f}} ({{target_distinct_{n}:.2f}})", f"{{distinct_{n}:.2f}}")
         for n in (1, 2, 3)

@@ -1,10 +1,11 @@
 """The data card of an export: README.md, as the Hugging Face hub expects it."""
 
+import json
 from collections import Counter
 
-from cpo_pipe.data.text import fenced, markdown, visible
+from cpo_pipe.data.text import fenced, listed, markdown, visible
 from cpo_pipe.pipeline.export.pairs import Pair, PairCounts
-from cpo_pipe.pipeline.export.writer import PairWriter
+from cpo_pipe.pipeline.export.writer import JSON_MESSAGES, PairWriter
 from cpo_pipe.pipeline.negatives.config import Negatives
 
 _CARD = """
@@ -12,14 +13,16 @@ _CARD = """
 
 {pairs:,} pairs of {groups:,} prompts, written by cpo-pipe for Contrastive Preference Optimization (Feng et al. 2025,
 *Sequence-level Large Language Model Training with Contrastive Preference Optimization*). A `target` is the ground
-truth. The others are synthetic negatives; no human judged that they are worse.
+truth. The others are negatives; but for rejected answers of the data, no human judged that they are worse.
 
 ```python
 from datasets import load_dataset
+from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 pairs = load_dataset("this-folder", split="train")
-DPOTrainer("model", args=DPOConfig(max_length=None), train_dataset=pairs).train()
+tokenizer = AutoTokenizer.from_pretrained({tokenizer})
+DPOTrainer("model", args=DPOConfig(max_length=None), train_dataset=pairs, processing_class=tokenizer).train()
 ```
 
 {labels}
@@ -29,7 +32,7 @@ DPOTrainer("model", args=DPOConfig(max_length=None), train_dataset=pairs).train(
 - {ends} {endless:,} pairs with a text that does not end (cut at a
   token limit) are omitted: they would teach the model to stop there. {equal:,} pairs whose texts differ only in their
   token ids are omitted, too.
-- {prompts} {other_ids:,} of {texts:,} texts get other token ids from TRL than they had in cpo-pipe.
+- {prompts} {other_ids:,} of {texts:,} texts get other token ids from TRL than they had in cpo-pipe.{after_end}
 
 The recipe, with the source of prompts and ground truth:
 
@@ -45,12 +48,20 @@ _PLAIN = (
 )
 _CONVERSATIONAL = (
     "Texts have no token that ends them; the tokenizer's chat template writes it.",
-    "`prompt` is the prompt before any template, as a message. TRL renders both by the tokenizer's chat template.",
+    "`prompt` is the prompt before any template, as messages. TRL renders it with the completion by the chat template\n"
+    "  of the tokenizer above, and reads `tools` and `chat_template_kwargs` where there are such columns.",
 )
+_JSON = " The type `Json` of messages needs `datasets` 4.7 or later."
 
 
 def data_card(
-    name: str, recipe: str, negatives: Negatives, writer: PairWriter, counts: PairCounts, conversational: bool
+    name: str,
+    recipe: str,
+    tokenizer_name: str | None,
+    negatives: Negatives,
+    writer: PairWriter,
+    counts: PairCounts,
+    conversational: bool,
 ) -> str:
     """Return the data card of what a writer has written."""
     from datasets import DatasetInfo, Features, SplitDict
@@ -81,11 +92,23 @@ def data_card(
         equal=counts.equal,
         texts=counts.texts,
         other_ids=counts.other_ids,
+        after_end=_after_end(counts),
+        tokenizer=json.dumps(tokenizer_name or "model"),
         ends=ends,
-        prompts=prompts,
+        prompts=prompts + (_JSON if writer.schema.field("prompt").type == JSON_MESSAGES else ""),
         recipe=fenced(recipe, "yaml"),
     )
     return f"---\n{visible(facts.to_yaml())}\n---\n{text}"
+
+
+def _after_end(counts: PairCounts) -> str:
+    """Return what TRL's ids have behind ours, as a sentence."""
+    if not counts.after_end:
+        return ""
+    return (
+        f" {counts.after_end.total():,} of these differ only\n  behind the end of the turn, where the chat template "
+        f"writes {listed([markdown(repr(text)) for text in counts.after_end])}; TRL trains on it."
+    )
 
 
 def _labels(negatives: Negatives, pairs: Counter[Pair]) -> str:

@@ -1,22 +1,26 @@
 """The preference pairs of groups."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.models.chat import Conversation
 from cpo_pipe.data.models.control_tokens import control_tokens
 from cpo_pipe.data.models.templates import eos_token_id
 from cpo_pipe.data.text import listed, nearest
-from cpo_pipe.pipeline.export.trl_tokens import PromptedCandidate, as_messages, as_texts
+from cpo_pipe.pipeline.export.trl_tokens import PromptedCandidate, WrittenCandidate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Pair = tuple[str, str]
 """Labels of the chosen and the rejected."""
+Write = Callable[[Sequence[PromptedCandidate]], Sequence[WrittenCandidate]]
+EXAMPLE_COLUMNS = ["prompt", "rendered", "messages"]
+"""Columns of the EXAMPLES schema that pairs are made of."""
 
 
 @dataclass
@@ -32,6 +36,8 @@ class PairCounts:
     texts: int = 0
     other_ids: int = 0
     """Texts that TRL tokenizes to other ids than they have in their group."""
+    after_end: Counter[str] = field(default_factory=Counter)
+    """Those of them whose ids only go on with this text behind the end: a chat template writes it."""
 
 
 def parse_pairs(texts: Sequence[str], known: Sequence[str]) -> list[Pair]:
@@ -66,7 +72,7 @@ def pair_rows(
     groups: Sequence[dict[str, Any]],
     examples: Sequence[dict[str, Any]],
     pairs: Sequence[Pair],
-    conversational: bool,
+    write: Write,
     tokenizer: "PreTrainedTokenizerBase",
     counts: PairCounts,
 ) -> Iterator[dict[str, Any]]:
@@ -74,9 +80,9 @@ def pair_rows(
 
     Args:
         groups: the groups.
-        examples: `prompt` and `rendered` of each group's example.
+        examples: each group's example, with the columns `EXAMPLE_COLUMNS`.
         pairs: which pairs; empty: the target with each negative.
-        conversational: texts as messages.
+        write: writes candidates as texts or as messages.
         tokenizer: of the examples.
         counts: updated in place.
     """
@@ -90,16 +96,18 @@ def pair_rows(
         places.append([pair for pair in asked if all(ended[place] for place in pair)])
         counts.endless += len(asked) - len(places[-1])
     used = [(row, place) for row, of_row in enumerate(places) for place in sorted({p for pair in of_row for p in pair})]
-    candidates = [
-        PromptedCandidate(
-            examples[row]["prompt"], examples[row]["rendered"], groups[row]["prompt_ids"],
-            groups[row]["candidates"][place]["text"], groups[row]["candidates"][place]["token_ids"],
-        )
-        for row, place in used
-    ]  # fmt: skip
-    written = (as_messages if conversational else as_texts)(candidates, tokenizer)
+    conversations = [Conversation.of_example(example) for example in examples]
+    candidates = []
+    for row, place in used:
+        candidate = groups[row]["candidates"][place]
+        candidates.append(PromptedCandidate(
+            conversations[row], examples[row]["rendered"], groups[row]["prompt_ids"], candidate["text"],
+            candidate["token_ids"],
+        ))  # fmt: skip
+    written = write(candidates)
     counts.texts += len(written)
     counts.other_ids += sum(not candidate.same_ids for candidate in written)
+    counts.after_end.update(candidate.after_end for candidate in written if candidate.after_end)
     texts = dict(zip(used, written, strict=True))
     for row, (group, of_row) in enumerate(zip(groups, places, strict=True)):
         before = counts.pairs.total()
@@ -113,6 +121,7 @@ def pair_rows(
                 "prompt": texts[row, chosen_place].prompt,
                 "chosen": texts[row, chosen_place].completion,
                 "rejected": texts[row, rejected_place].completion,
+                "tools": texts[row, chosen_place].tools,
                 "example_id": group["example_id"],
                 "chosen_strategy": chosen["strategy"],
                 "rejected_strategy": rejected["strategy"],

@@ -1,18 +1,16 @@
-"""Texts and messages from which TRL makes the token ids that we train on.
+"""Texts from which TRL makes the token ids that we train on.
 
-TRL tokenizes prompt and completion together and ends both completions, with an EOS token or as the chat template does.
-So texts are written without one. A text is written so that TRL makes our ids of it (SentencePiece drops the space at
+TRL tokenizes prompt and completion together and appends an EOS token to both completions, so texts are written without
+one. A text is written so that TRL makes our ids of it (SentencePiece drops the space at
 the start of what it decodes alone). Where no such text exists, because tokens merge across prompt and completion, TRL
 trains on other ids.
 """
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
+from cpo_pipe.data.models.chat import Conversation
 from cpo_pipe.pipeline.negatives.pool import text_behind
 
 if TYPE_CHECKING:
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
 class PromptedCandidate:
     """A candidate of a group with its prompt."""
 
-    prompt: str
+    conversation: Conversation
     """The prompt before any template."""
     rendered: str
     """The prompt as the recipe's template renders it."""
@@ -39,12 +37,16 @@ class PromptedCandidate:
 
 @dataclass(frozen=True)
 class WrittenCandidate:
-    """A candidate as preference data has it: two texts, or two lists of messages."""
+    """A candidate as preference data has it: two texts, or two lists of messages and the tools."""
 
     prompt: Any
     completion: Any
     same_ids: bool
     """Whether TRL makes our token ids of it."""
+    after_end: str = ""
+    """What TRL's ids have behind ours, if that is the only difference."""
+    tools: str | None = None
+    """As JSON."""
 
 
 def as_texts(candidates: Sequence[PromptedCandidate], tokenizer: "PreTrainedTokenizerBase") -> list[WrittenCandidate]:
@@ -78,20 +80,3 @@ def as_texts(candidates: Sequence[PromptedCandidate], tokenizer: "PreTrainedToke
         for place, ids in zip(left, encoded([prompts[place] + texts[place] + end for place in left]), strict=True):
             same_ids[place] = ids == candidates[place].all_ids
     return [WrittenCandidate(*written) for written in zip(prompts, texts, same_ids, strict=True)]
-
-
-def as_messages(
-    candidates: Sequence[PromptedCandidate], tokenizer: "PreTrainedTokenizerBase"
-) -> list[WrittenCandidate]:
-    """Return candidates as messages, with the prompt before the template."""
-    written = []
-    for candidate in candidates:
-        prompt = [{"role": "user", "content": candidate.prompt}]
-        completion = [{"role": "assistant", "content": candidate.text}]
-        same_ids = False
-        if tokenizer.chat_template:
-            with suppress(TemplateError):  # of templates that want more than these two messages
-                theirs: Any = tokenizer.apply_chat_template([*prompt, *completion], tokenize=True, return_dict=True)
-                same_ids = theirs["input_ids"] == candidate.all_ids
-        written.append(WrittenCandidate(prompt, completion, same_ids))
-    return written

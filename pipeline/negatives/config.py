@@ -8,6 +8,8 @@ from pydantic import Field, field_validator
 from cpo_pipe.data.config import Name, Positive, Section, Seed
 from cpo_pipe.pipeline.negatives.registry import STRATEGIES
 from cpo_pipe.pipeline.negatives.strategy import Strategy
+from cpo_pipe.pipeline.scorers import FILTERS
+from cpo_pipe.pipeline.scorers.correct import DropCorrect
 
 TARGET = "target"
 """The label of a group's ground truth."""
@@ -24,6 +26,9 @@ class Negatives(Section):
     )
     target_strength: float | None = Field(
         None, description="how good the targets are, as the sources' strength; for a curriculum by strength"
+    )
+    drop_correct: Annotated[DropCorrect, FILTERS] | None = Field(
+        None, description="remove negatives that are correct answers from the groups (default: keep them)"
     )
     sources: dict[Name, Annotated[Strategy, STRATEGIES]] = Field(
         description="sources of negatives, by name; of equal negatives the first source's is kept"

@@ -13,6 +13,7 @@ from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline.negatives.config import Negatives
 from cpo_pipe.pipeline.negatives.strategy import FindModel, Inputs, Job, Source
 from cpo_pipe.pipeline.samples import make_missing
+from cpo_pipe.pipeline.scorers.correct import DropCorrect
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,8 @@ class Plan:
     selection: pa.Table
     jobs: list[Job]
     """One for each source, in the order of the recipe: of equal negatives rank keeps the first source's."""
+    drop_correct: DropCorrect | None = None
+    """Which negatives `rank` removes because they are correct."""
 
     @property
     def sources(self) -> list[Source]:
@@ -72,6 +75,7 @@ def plan_negatives(config: Negatives, store: Store, examples: Examples, find: Fi
             strategy.plan(Inputs(name, store, examples, selection, find, config.seed, max_tokens))
             for name, strategy in config.sources.items()
         ],
+        config.drop_correct,
     )
 
 

@@ -70,7 +70,8 @@ class RejectedWork(Work):
             answers = example["rejected"] or []
             for k in example[SAMPLE_INDICES]:
                 if k < len(answers):
-                    rows.append(negative(example, k, 0, strategy=Rejected.kind, **answers[k]))
+                    columns = {key: answers[k][key] for key in ("text", "token_ids", "ends")}
+                    rows.append(negative(example, k, 0, strategy=Rejected.kind, **columns))
                 else:
                     detail = f"the row has {len(answers)} rejected answers"
                     refused.append({"source": refused_source(k), "example_id": example["example_id"],

@@ -1,6 +1,5 @@
 """The `data` section of a recipe, and what each preset implements."""
 
-import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pydantic import Field, model_validator
 
 from cpo_pipe.data.config import Location, Name, Positive, Section, Seed, Share
 from cpo_pipe.data.fingerprint import Spec, example_id
-from cpo_pipe.data.models.chat import Conversation, Message
+from cpo_pipe.data.models.chat import Conversation, Message, to_json
 from cpo_pipe.data.models.templates import with_context
 from cpo_pipe.data.models.train_tokenizer import TrainedTokenizer
 from cpo_pipe.data.sources.locate import locate_source
@@ -45,7 +44,7 @@ class Texts:
         """Hash of the texts."""
         if self.turn is None:
             return example_id(self.prompt, self.target, context=self.context)
-        return example_id(self.turn.prompt.to_json(), json.dumps(self.turn.answer, ensure_ascii=False))
+        return example_id(self.turn.prompt.to_json(), to_json(self.turn.answer))
 
     @property
     def full_prompt(self) -> str:

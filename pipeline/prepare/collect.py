@@ -22,6 +22,7 @@ BATCH = 1024
 """Rows of a row group."""
 
 _UNSPLIT = EXAMPLES.remove(EXAMPLES.get_field_index("split")).append(pa.field("place", pa.string()))
+_REJECTED = EXAMPLES.field("rejected")
 
 
 class ExampleCollector:
@@ -43,9 +44,15 @@ class ExampleCollector:
         """The tokens that end targets."""
         self.most_rejected = 0
         """The most rejected answers of an example."""
+        self.merged = 0
+        """Rows that only add rejected answers to an example."""
         self._rejected: list[dict[str, Any]] = []
         self._pending: list[Any] = []
-        self._seen: set[str] = set()
+        self._answers: dict[str, list[str]] = {}
+        """Hashes of the rejected answers of the examples that have some."""
+        self._rows: dict[str, list[int]] = {}
+        """Where each example is in the scratch file, and the rows that add rejected answers to it."""
+        self._written = 0
         self._source, self._split_seed, self._scratch = source, split_seed, scratch
 
     def __enter__(self) -> None:
@@ -58,7 +65,8 @@ class ExampleCollector:
     def add(self, encoded: Encoded, part: Part) -> None:
         """Add an example of a part, reject a duplicate or a refused row, or count a short end.
 
-        A prompt of an official split is in no other split.
+        A prompt of an official split is in no other split. A row with the prompt and the target of an earlier one adds
+        its rejected answers to that example.
         """
         if isinstance(encoded, ShortEnd):
             self.short_ends += 1
@@ -68,7 +76,9 @@ class ExampleCollector:
             if self._held.get(key, part.split) != part.split:
                 ids = encoded.row["prompt"], encoded.row["example_id"]
                 encoded = Refusal(encoded.source, f"prompt of the {self._held[key]} split", *ids)
-        if isinstance(encoded, Example) and encoded.row["example_id"] in self._seen:
+        if isinstance(encoded, Example) and encoded.row["example_id"] in self._rows:
+            if self._add_answers(encoded.row):
+                return
             encoded = Refusal(encoded.source, "duplicate", encoded.row["prompt"], encoded.row["example_id"])
         if isinstance(encoded, Refusal):
             detail = encoded.detail[:200].encode(errors="backslashreplace").decode()[:200]
@@ -79,13 +89,30 @@ class ExampleCollector:
         self.written_ends += encoded.had_eos
         if encoded.row["ends"]:
             self.end_tokens[encoded.row["target_ids"][-1]] += 1
-        self.most_rejected = max(self.most_rejected, len(encoded.row["rejected"] or ()))
-        self._seen.add(encoded.row["example_id"])
         self.keys.append((key, encoded.row["example_id"]))
         self._splits.append(part.split)
         if part.split is not None:
             self._held[key] = part.split
-        self._pending.append({**encoded.row, "source": part.name, "place": part.label + encoded.source})
+        self._keep({**encoded.row, "source": part.name, "place": part.label + encoded.source})
+
+    def _add_answers(self, row: Mapping[str, Any]) -> bool:
+        """Add the rejected answers of a row to those of its example; return whether any is new."""
+        known = self._answers.get(row["example_id"], [])
+        new = [answer for answer in row["rejected"] or () if digest(answer["token_ids"]) not in known]
+        if new:
+            self.merged += 1
+            self._keep({**row, "rejected": new})
+        return bool(new)
+
+    def _keep(self, row: Mapping[str, Any]) -> None:
+        """Write a row to the scratch file."""
+        if row["rejected"]:
+            answers = self._answers.setdefault(row["example_id"], [])
+            answers += [digest(answer["token_ids"]) for answer in row["rejected"]]
+            self.most_rejected = max(self.most_rejected, len(answers))
+        self._rows.setdefault(row["example_id"], []).append(self._written)
+        self._written += 1
+        self._pending.append(row)
         if len(self._pending) == BATCH:
             self._flush()
 
@@ -111,8 +138,9 @@ class ExampleCollector:
             raise
 
     def collected(self) -> pa.Table:
-        """Return the examples in the order of `keys`, with the `place` of each; read from disk as they are used."""
-        return pa.ipc.open_file(pa.memory_map(str(self._scratch))).read_all()
+        """Return prompt, target and `place` of the examples in the order of `keys`; read from disk as they are used."""
+        table = pa.ipc.open_file(pa.memory_map(str(self._scratch))).read_all().select(["prompt", "target", "place"])
+        return table.take([self._rows[example_id][0] for _, example_id in self.keys]) if self.merged else table
 
     def group(self, labels: Sequence[int]) -> None:
         """Give all examples of a label the same place in the order, that of the one with the smallest id.
@@ -150,9 +178,13 @@ class ExampleCollector:
         with pa.memory_map(str(self._scratch)) as scratch:
             unordered = pa.ipc.open_file(scratch).read_all()
             with pq.ParquetWriter(folder / "examples.parquet", EXAMPLES, compression="zstd") as writer:
-                for name, rows_of_split in splits.items():
-                    for batch in batches(rows_of_split, BATCH):
-                        rows = unordered.take(batch).append_column("split", pa.array([name] * len(batch)))
+                for name, places_of_split in splits.items():
+                    for batch in batches(places_of_split, BATCH):
+                        found = [self._rows[self.keys[place][1]] for place in batch]
+                        rows = unordered.take([first for first, *_ in found])
+                        if self.merged:
+                            rows = rows.drop("rejected").append_column(_REJECTED, _answers_in(unordered, found))
+                        rows = rows.append_column("split", pa.array([name] * len(batch)))
                         writer.write_table(rows.select(EXAMPLES.names).cast(EXAMPLES))
         self._scratch.unlink()
         if self._rejected:  # `datasets` reads no table without rows
@@ -165,3 +197,10 @@ class ExampleCollector:
         if self._pending:
             self._writer.write_table(pa.Table.from_pylist(self._pending, schema=_UNSPLIT))
         self._pending = []
+
+
+def _answers_in(unordered: pa.Table, rows: Sequence[Sequence[int]]) -> pa.Array:
+    """Return the column `rejected` of examples, each with the answers of all its rows."""
+    column = unordered["rejected"]
+    answers = [[answer for row in of_example for answer in column[row].as_py() or ()] for of_example in rows]
+    return pa.array([found or None for found in answers], _REJECTED.type)

@@ -11,7 +11,7 @@ from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.fingerprint import Spec
 from cpo_pipe.data.models import templates
 from cpo_pipe.data.models.answers import AnswerEncoder
-from cpo_pipe.data.models.chat import ChatTemplate, NotRenderable, content_of
+from cpo_pipe.data.models.chat import ChatTemplate, NotRenderable, content_of, to_json
 from cpo_pipe.data.models.control_tokens import breaker, finder, special_tokens
 from cpo_pipe.data.sources.rows import TEXT_COLUMN, Refusal, Row, is_encodable
 from cpo_pipe.data.sources.source import Source
@@ -234,8 +234,11 @@ class Pairs(Data):
                     "category": pair.category, "messages": None if pair.turn is None else pair.conversation.to_json(),
                 }  # fmt: skip
                 rejected = answers.encode([row] * len(pair.rejected), pair.rejected, self.max_target_tokens)
-                encoded = [{"text": one.text, "token_ids": one.token_ids, "ends": one.ends}
-                           for one in rejected if one.token_ids]  # fmt: skip
+                encoded = [
+                    {"text": one.text, "token_ids": one.token_ids, "ends": one.ends,
+                     "message": None if one.message is None else to_json(one.message)}
+                    for one in rejected if one.token_ids
+                ]  # fmt: skip
                 row["rejected"] = encoded or None
                 has_control = any(map(is_control, (pair.full_prompt, columns["target"])))
                 yield Example(pair.source, row, pair.row or pair.full_prompt, has_control, had_eos)
@@ -289,5 +292,6 @@ def _chat_columns(
             yield Refusal(pair.source, error.reason, str(error), pair.example_id)
             continue
         target = chat.text_of(answer, target_ids)
-        columns = {"rendered": rendered, "target": target, "prompt_ids": prompt_ids, "target_ids": target_ids}
+        columns = {"rendered": rendered, "target": target, "message": to_json(answer), "prompt_ids": prompt_ids,
+                   "target_ids": target_ids}  # fmt: skip
         yield columns, answer["content"] != (pair.answer.get("content") or "")

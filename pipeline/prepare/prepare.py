@@ -29,7 +29,7 @@ from cpo_pipe.pipeline.prepare.split import SPLITS
 
 log = logging.getLogger(__name__)
 
-RULES = 5
+RULES = 7
 """Raise it when the same rows yield other examples; this invalidates examples prepared before."""
 
 
@@ -101,6 +101,7 @@ def _write(examples: Examples, writer: ArtifactWriter, config: Data, parts: list
     writer.facts["examples"] = {name: len(rows) for name, rows in splits.items()}
     writer.facts["end_tokens"] = [token for token, _ in collector.end_tokens.most_common()]
     writer.facts["most_rejected"] = collector.most_rejected
+    writer.facts["merged"] = collector.merged
     writer.facts["left_over"] = len(collector.keys) - len(collector.removed) - sum(map(len, splits.values()))
     writer.facts["rejected"] = dict(collector.reasons.most_common())
     writer.facts["removed"] = dict(Counter(collector.removed.values()).most_common())
@@ -187,6 +188,8 @@ def _report(facts: dict[str, Any], found: str = "") -> None:
         line += f" ({listed_counts(rejected)})"
     if removed := facts["removed"]:
         line += f"; {sum(removed.values()):,} removed ({listed_counts(removed)})"
+    if count := facts["merged"]:
+        line += f"; {count:,} rows with further rejected answers added to others"
     if count := facts["short_ends"]:
         line += f"; {count:,} ends of articles shorter than half a chunk dropped"
     log.info("%s%s", line, found)

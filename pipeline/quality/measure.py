@@ -24,6 +24,7 @@ from cpo_pipe.pipeline.negatives.config import TARGET
 from cpo_pipe.pipeline.negatives.strategy import Source
 from cpo_pipe.pipeline.quality.schema import ALL, QUALITY
 from cpo_pipe.pipeline.quality.warnings import quality_warnings
+from cpo_pipe.pipeline.scorers.correct import CORRECT
 
 SLICE = 1024
 """Examples that are read together."""
@@ -49,7 +50,11 @@ class Quality:
 
 
 def measure_quality(
-    selection: pa.Table, sources: Sequence[Source], groups: Rows, reference: Rows | None = None
+    selection: pa.Table,
+    sources: Sequence[Source],
+    groups: Rows,
+    reference: Rows | None = None,
+    dropped: Rows | None = None,
 ) -> Quality:
     """Measure negatives, as made and as kept. Read a slice at a time and keep eight bytes of each kept negative.
 
@@ -58,6 +63,7 @@ def measure_quality(
         sources: the negatives of each source, in the order in which `rank` takes them; complete.
         groups: the groups of all examples; complete.
         reference: log π_ref of the candidates, if any. Figures about it omit groups without it.
+        dropped: the negatives that `rank` dropped, with the reasons (REJECTED schema), if it drops correct ones.
     """
     tally = _Tally([source.label for source in sources])
     ids = selection["example_id"].to_pylist()
@@ -66,13 +72,14 @@ def measure_quality(
         range(0, len(ids), SLICE),
         zip(*(source.rows.batches(ids, SLICE, columns) for source in sources), strict=True),
         groups.batches(ids, SLICE, ["candidates"]),
+        repeat(None) if dropped is None else dropped.batches(ids, SLICE, ["source", "reason"]),
         repeat(None) if reference is None else reference.batches(ids, SLICE, ["candidate_id", "logprob"]),
         strict=False,  # `repeat` never ends
     )
     with track("quality", len(ids)) as meter:
-        for start, made, kept, logprobs in slices:
+        for start, made, kept, refused, logprobs in slices:
             examples = selection.slice(start, SLICE)
-            _measure_made(tally, examples, zip(sources, made, strict=True))
+            _measure_made(tally, examples, zip(sources, made, strict=True), refused)
             _measure_kept(tally, _candidates(kept, tally.labels), logprobs)
             meter.advance(examples.num_rows)
     # Example ids are hashes: the smallest are a random sample that stays the same.
@@ -121,10 +128,10 @@ class _Tally:
     def row(self, name: str) -> dict[str, Any]:
         """Return a source's figures, except for distinct-n."""
         sizes = self._sizes[name]
-        ratios, cosines = self._all_values("length_ratio", name), self._all_values("similarity", name)
-        means = ("copies", "duplicates", "unended", "tokens", "longer", "longest", "likelier", "likeliest",
+        ratios, scores = self._all_values("length_ratio", name), self._all_values("similarity", name)
+        means = ("copies", "duplicates", "correct", "unended", "tokens", "longer", "longest", "likelier", "likeliest",
                  "likelier_per_token", "likeliest_per_token", "chance", "similarity", "truncated", "tied")  # fmt: skip
-        deciles = np.quantile(cosines, [0.1, 0.5, 0.9]).tolist() if len(cosines) else [None] * 3
+        deciles = np.quantile(scores, [0.1, 0.5, 0.9]).tolist() if len(scores) else [None] * 3
         return {
             "strategy": name,
             "made": self.known("unended", name),
@@ -137,7 +144,7 @@ class _Tally:
             **dict(zip(("similarity_p10", "similarity_p50", "similarity_p90"), deciles, strict=True)),
             "group_sizes": [sizes[size] for size in range(max(sizes) + 1)] if sizes else None,
             "length_ratio_histogram": _bins(ratios, RATIO_EDGES),
-            "similarity_histogram": _bins(cosines, SIMILARITY_EDGES),
+            "similarity_histogram": _bins(scores, self._score_edges()),
         }
 
     def _mean(self, figure: str, name: str) -> float | None:
@@ -146,13 +153,29 @@ class _Tally:
     def _ratio(self, over: str, under: str, name: str) -> float | None:
         return self._sums[over, name] / self._sums[under, name] if self._sums[under, name] else None
 
+    def _score_edges(self) -> NDArray[np.float64]:
+        """Return the bins of the scores: those of cosines, unless some score is no cosine, as rewards are."""
+        scores = self._all_values("similarity", ALL)
+        if not len(scores) or np.abs(scores).max() <= 1:
+            return SIMILARITY_EDGES
+        return np.linspace(scores.min(), scores.max(), len(SIMILARITY_EDGES))
+
     def _all_values(self, figure: str, name: str) -> NDArray[np.float32]:
         names = self.labels if name == ALL else [name]
         return np.concatenate([np.empty(0, np.float32), *(part for one in names for part in self._values[figure, one])])
 
 
-def _measure_made(tally: _Tally, examples: pa.Table, made: Iterable[tuple[Source, pa.Table]]) -> None:
-    """Count copies, duplicates and missing end tokens of all samples, also of those that `rank` dropped."""
+def _measure_made(
+    tally: _Tally, examples: pa.Table, made: Iterable[tuple[Source, pa.Table]], dropped: pa.Table | None
+) -> None:
+    """Count copies, duplicates, correct ones and missing end tokens of all samples, also of those that `rank` dropped.
+
+    Which are correct is known only of those that were dropped for it.
+    """
+    correct = (
+        dropped.filter(pc.starts_with(dropped["reason"], CORRECT))["source"].to_pylist() if dropped is not None else []
+    )
+    correct_of = Counter(place.rpartition(":")[0] for place in correct)
     ids = examples["example_id"].combine_chunks()
     targets = _token_bytes(examples["target_ids"], examples["ends"])
     seen = [{target} for target in targets]
@@ -165,11 +188,14 @@ def _measure_made(tally: _Tally, examples: pa.Table, made: Iterable[tuple[Source
             copies[row] = tokens == targets[group]
             duplicates[row] = tokens in seen[group] and not copies[row]
             seen[group].add(tokens)
+        right = (np.arange(rows.num_rows) < correct_of[source.label]).astype(np.float64)
         nats = _numbers(rows["logprob"])
         lengths = pc.list_value_length(rows["token_ids"]).to_numpy()
         for name in (source.label, ALL):
             tally.add("copies", name, copies)
             tally.add("duplicates", name, duplicates)
+            if dropped is not None:
+                tally.add("correct", name, right)
             tally.add("unended", name, pc.equal(rows["finish_reason"], "length").to_numpy().astype(np.float64))
             tally.add("sampler_nats", name, nats)
             tally.add("sampler_tokens", name, np.where(np.isnan(nats), np.nan, lengths))
@@ -235,7 +261,7 @@ def _measure_kept(tally: _Tally, found: _Candidates, logprobs: pa.Table | None) 
 
 
 def _ties(similarity: NDArray[np.float64], found: _Candidates) -> NDArray[np.float64]:
-    """Return 1 for each negative whose cosine equals that of another one of its group, else 0; NaN if unknown: (C,)."""
+    """Return 1 for each negative whose score equals that of another one of its group, else 0; NaN if unknown: (C,)."""
     negative = found.masks[ALL]
     ties = np.full(len(similarity), np.nan)
     ties[negative] = tied(similarity[negative], found.group_C[negative])

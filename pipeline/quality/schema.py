@@ -30,6 +30,7 @@ QUALITY = pa.schema(
             {
                 "copies": "share of those made that equal the target, token by token except for the end token",
                 "duplicates": "share of those made that equal an earlier negative of their group, in the same way",
+                "correct": "share of those made that `negatives.drop_correct` removed from the groups",
                 "unended": "share of those made that have no end token, because they reached the limit or were cut",
                 "sampler_logprob": "log-prob of those made under the raw model that sampled them, nats per token",
                 "alone": "share of groups that keep none of these negatives; in the row `all`: groups with K = 1",
@@ -43,12 +44,12 @@ QUALITY = pa.schema(
                 "likeliest_per_token": _GROUPS.format("text with the highest log-prob per token"),
                 "chance": "share of the same groups in which a random guess is the target: the mean of 1/K",
                 "reference_logprob": "log-prob under the reference model, nats per token",
-                "similarity": "cosine to the target, mean",
-                "similarity_p10": "cosine to the target, 10% quantile",
-                "similarity_p50": "cosine to the target, median",
-                "similarity_p90": "cosine to the target, 90% quantile",
-                "truncated": "share of those kept that are longer than the embedding model's window",
-                "tied": "share of those kept whose cosine equals that of another negative of their group",
+                "similarity": "score of `rank.by` (of `embedding` the cosine to the target), mean",
+                "similarity_p10": "score of `rank.by` (of `embedding` the cosine to the target), 10% quantile",
+                "similarity_p50": "score of `rank.by` (of `embedding` the cosine to the target), median",
+                "similarity_p90": "score of `rank.by` (of `embedding` the cosine to the target), 90% quantile",
+                "truncated": "share of those kept that are longer than the ranking model's window",
+                "tied": "share of those kept whose score equals that of another negative of their group",
             },
         ),
         *(
@@ -64,6 +65,6 @@ QUALITY = pa.schema(
             "group_sizes", pa.list_(pa.int64()), "element j: groups that keep j negatives (K = j + 1 in row `all`)"
         ),
         _column("length_ratio_histogram", _BINS, "negatives by their length divided by the target's"),
-        _column("similarity_histogram", _BINS, "negatives by their cosine to the target"),
+        _column("similarity_histogram", _BINS, "negatives by their score"),
     ]
 )

@@ -22,7 +22,7 @@ tokens."""
 UNENDED = 0.5
 """Share of negatives without an end token above which this token alone separates most negatives from the targets."""
 TRUNCATED = 0.01
-"""Share of texts longer than the embedding model's window."""
+"""Share of texts longer than the ranking model's window."""
 TIED = 0.1
 """Share of negatives without a place of their own in the order."""
 POOR = 0.5
@@ -50,6 +50,11 @@ def _wasted(row: Mapping[str, Any]) -> Iterator[str]:
             f"{row['copies']:.0%} of the negatives are copies of the target: the generator knows these answers, and "
             "groups shrink (or, with rank.drop_duplicates: false, the target is trained against itself); raise its "
             "temperature or top_k, or use another strategy."
+        )
+    if (row["correct"] or 0) > LOST:
+        yield (
+            f"{row['correct']:.0%} of the negatives are correct answers and are dropped: groups shrink to the prompts "
+            "that the generator finds hard; raise its count, or add a source of wrong answers, such as batch."
         )
     if (row["duplicates"] or 0) > LOST:
         yield (
@@ -123,13 +128,13 @@ def _order(row: Mapping[str, Any], target: Mapping[str, Any]) -> Iterator[str]:
     own, targets = row["truncated"] or 0, target["truncated"] or 0
     if max(own, targets) > TRUNCATED:
         yield (
-            f"{own:.1%} of the negatives and {targets:.1%} of the targets are longer than the embedding model reads: "
-            "similarity and rank ignore the rest of these texts; set rank.model to a model that reads more, or shorten "
-            "the texts."
+            f"{own:.1%} of the negatives and {targets:.1%} of the targets are longer than the ranking model reads: "
+            "score and rank ignore the rest of these texts; set rank.model to a model that reads more, rank.long_texts "
+            "(of embedding) to average, or shorten the texts."
         )
     if (row["tied"] or 0) > TIED:
         yield (
-            f"{row['tied']:.0%} of the negatives have the cosine of another one of their group: the order among these "
-            "is arbitrary, and cpo-ranked learns it; set rank.model to a model that distinguishes them, or train with "
-            "cpo."
+            f"{row['tied']:.0%} of the negatives have the score of another one of their group: the order among these "
+            "is arbitrary, and cpo-ranked learns it; rank by a scorer that distinguishes them (exact has two scores "
+            "only), or train with cpo."
         )

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,46 @@ import pyarrow.compute as pc
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.fingerprint import candidate_id
+from cpo_pipe.data.models.chat import Conversation
+from cpo_pipe.data.models.embedder import EQUAL
 from cpo_pipe.data.models.end_tokens import without_end
 from cpo_pipe.data.store import Rows
 from cpo_pipe.pipeline.negatives.config import TARGET
 from cpo_pipe.pipeline.negatives.strategy import Source
-from cpo_pipe.pipeline.rank.scorer import Scores
+from cpo_pipe.pipeline.scorers.scorer import Group, ScoreGroups, Scores
 
 COPY = "copy of the target"
 DUPLICATE = "duplicate of another negative"
+
+SOURCE = "source"
+"""The key of a negative's `source` in the REJECTED schema, which is no column of the groups."""
+
+
+@dataclass(frozen=True)
+class CorrectFilter:
+    """Finds negatives that are correct."""
+
+    score: ScoreGroups
+    least: float
+    """The lowest score of a correct negative."""
+    reason: str
+    """Why they are dropped."""
+
+    def drop(
+        self, examples: Sequence[dict[str, Any]], groups: Sequence[list[dict[str, Any]]]
+    ) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
+        """Return the groups without correct negatives, and the rows of those that were dropped."""
+        kept: list[list[dict[str, Any]]] = []
+        dropped: list[dict[str, Any]] = []
+        found = checked_scores(self.score, examples, groups, "negatives.drop_correct.by")
+        for example, (target, *negatives), scores in zip(examples, groups, found, strict=True):
+            kept.append([target])
+            for candidate, score in zip(negatives, scores.similarity[1:], strict=True):
+                if score > self.least - EQUAL:
+                    dropped.append(_dropped(candidate[SOURCE], example["example_id"], self.reason, candidate["text"]))
+                else:
+                    kept[-1].append(candidate)
+        return kept, dropped
 
 
 def collect_candidates(
@@ -41,23 +74,18 @@ def collect_candidates(
         candidates = [_candidate(prompt_ids, example["target"], example["target_ids"], TARGET)]
         seen = {target}
         for row in negatives[example["example_id"]]:
-            ended = row["finish_reason"] == "stop"
+            place, ended = f"{row['strategy']}:{row['sample_index']}", row["finish_reason"] == "stop"
             ids = tuple(without_end(row["token_ids"], ended))
             if drop_duplicates and ids in seen:
-                dropped.append(
-                    {
-                        "source": f"{row['strategy']}:{row['sample_index']}",
-                        "example_id": row["example_id"],
-                        "reason": COPY if ids == target else DUPLICATE,
-                        "detail": row["text"][:200],
-                    }
-                )
+                reason = COPY if ids == target else DUPLICATE
+                dropped.append(_dropped(place, row["example_id"], reason, row["text"]))
                 continue
             seen.add(ids)
             token_ids = row["token_ids"]
             if ended and example["ends"]:
                 token_ids = [*ids, example["target_ids"][-1]]
-            candidates.append(_candidate(prompt_ids, row["text"], token_ids, row["strategy"]))
+            candidate = _candidate(prompt_ids, row["text"], token_ids, row["strategy"])
+            candidates.append({**candidate, SOURCE: place})
         kept.append(candidates)
     return kept, dropped
 
@@ -68,24 +96,46 @@ def _candidate(prompt_ids: list[int], text: str, token_ids: list[int], strategy:
             "similarity": None, "truncated": None, "rank": None}  # fmt: skip
 
 
-def add_ranks(groups: Sequence[list[dict[str, Any]]], scores: Sequence[Scores]) -> None:
-    """Set `similarity`, `truncated` and `rank` in place: target first, then by falling score, ties by candidate id.
+def _dropped(source: str, example_id: str, reason: str, text: str) -> dict[str, Any]:
+    """Return a row of the REJECTED schema."""
+    return {"source": source, "example_id": example_id, "reason": reason, "detail": text[:200]}
+
+
+def checked_scores(
+    score: ScoreGroups, examples: Sequence[dict[str, Any]], groups: Sequence[list[dict[str, Any]]], key: str
+) -> Sequence[Scores]:
+    """Return the scores of the candidates of groups; `key` names the scorer in the recipe, for messages.
 
     Raises:
         InputError: the scorer did not return one finite number for each candidate, or flags of another number of texts.
     """
+    asked = [
+        Group(
+            example["example_id"],
+            example["prompt"],
+            Conversation.of_example(example),
+            [candidate["text"] for candidate in group],
+        )
+        for example, group in zip(examples, groups, strict=True)
+    ]
+    scores = score(asked)
     if len(scores) != len(groups):
-        raise InputError(f"rank.by: the scorer returned {len(scores)} Scores for {len(groups)} groups; correct it")
+        raise InputError(f"{key}: the scorer returned {len(scores)} Scores for {len(groups)} groups; correct it")
     for group, of_group in zip(groups, scores, strict=True):
         if len(of_group.similarity) != len(group) or not np.isfinite(of_group.similarity).all():
-            raise InputError("rank.by: the scorer must give one finite number for each text of a group; correct it")
-        for candidate, similarity in zip(group, of_group.similarity, strict=True):
-            candidate["similarity"] = float(similarity)
-        if of_group.truncated is not None:
-            if len(of_group.truncated) != len(group):
-                raise InputError("rank.by: the scorer must set `truncated` for each text of a group or not at all")
-            for candidate, truncated in zip(group, of_group.truncated, strict=True):
-                candidate["truncated"] = bool(truncated)
+            raise InputError(f"{key}: the scorer must give one finite number for each text of a group; correct it")
+        if of_group.truncated is not None and len(of_group.truncated) != len(group):
+            raise InputError(f"{key}: the scorer must set `truncated` for each text of a group or not at all")
+    return scores
+
+
+def add_ranks(groups: Sequence[list[dict[str, Any]]], scores: Sequence[Scores]) -> None:
+    """Set `similarity`, `truncated` and `rank` in place: target first, then by falling score, ties by candidate id."""
+    for group, of_group in zip(groups, scores, strict=True):
+        for place, candidate in enumerate(group):
+            candidate["similarity"] = float(of_group.similarity[place])
+            if of_group.truncated is not None:
+                candidate["truncated"] = bool(of_group.truncated[place])
         negatives = sorted(group[1:], key=lambda candidate: (-candidate["similarity"], candidate["candidate_id"]))
         for position, candidate in enumerate([group[0], *negatives]):
             candidate["rank"] = position

@@ -4,21 +4,32 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from cpo_pipe.data.errors import MissingInput
-from cpo_pipe.data.execution.base import Executor, Make, NewRows, Work
+from cpo_pipe.data.execution.base import Executor, LocalExecutor, Make, NewRows, Work
 from cpo_pipe.data.fingerprint import Spec
-from cpo_pipe.data.models.embedder import tied, truncation
-from cpo_pipe.data.store import Rows, Store
+from cpo_pipe.data.models.embedder import EQUAL, tied, truncation
+from cpo_pipe.data.store import Rows
 from cpo_pipe.data.store.locks import make_missing
 from cpo_pipe.pipeline.negatives.generate import Plan
 from cpo_pipe.pipeline.negatives.strategy import Source
-from cpo_pipe.pipeline.rank.candidates import add_ranks, collect_candidates, dropped_reasons, unrecorded
-from cpo_pipe.pipeline.rank.scorer import ScoreGroups, Scorer
+from cpo_pipe.pipeline.rank.candidates import (
+    CorrectFilter,
+    add_ranks,
+    checked_scores,
+    collect_candidates,
+    dropped_reasons,
+    unrecorded,
+)
+from cpo_pipe.pipeline.scorers.correct import DropCorrect
+from cpo_pipe.pipeline.scorers.embedding import EmbeddingScorer
+from cpo_pipe.pipeline.scorers.scorer import ScoreGroups, Scorer, ScorerDependencies
 
 log = logging.getLogger(__name__)
 
@@ -28,25 +39,43 @@ RULES = 4
 """Raise it when the same negatives yield other groups, or candidates get other columns."""
 
 
-def plan_groups(config: Scorer, store: Store, plan: Plan) -> tuple[Rows, Rows]:
+def plan_groups(config: Scorer, dependencies: ScorerDependencies, plan: Plan) -> tuple[Rows, Rows]:
     """Return the artifact of the groups and that of the dropped negatives; make nothing."""
+    correct = plan.drop_correct
     spec: Spec = {
         "candidates": plan.spec(),
-        "scorer": config.spec(store),
+        "scorer": config.spec(dependencies),
         "drop_duplicates": config.drop_duplicates,
+        **({"drop_correct": correct.spec(dependencies)} if correct is not None else {}),
         "rules": RULES,
     }
+    store = dependencies.store
     return store.rows("groups", spec), store.rows("rejected", {"of": spec})
 
 
-def rank(config: Scorer, store: Store, plan: Plan, executor: Executor) -> Rows:
-    """Make the groups that are missing, each with the target first and K − 1 negatives.
+def check_scorers(
+    config: Scorer, correct: DropCorrect | None, dependencies: ScorerDependencies, targets: Sequence[str]
+) -> None:
+    """Check that the negatives of these targets can be scored, before anything is made.
 
     Raises:
-        MissingInput: negatives of an example are missing.
+        InputError: a scorer cannot work with these targets, or an API cannot be asked (its client or key is missing).
     """
-    groups, dropped = plan_groups(config, store, plan)
+    for scorer in _scorers(config, correct):
+        scorer.check(dependencies, targets)
+
+
+def rank(config: Scorer, dependencies: ScorerDependencies, plan: Plan, executor: Executor) -> Rows:
+    """Make the groups that are missing, each with the target first and its negatives after it.
+
+    Raises:
+        InputError: a scorer cannot work with these examples.
+        MissingInput: negatives of an example are missing.
+        RunError: an API that scores did not answer every request, or a cap is reached.
+    """
+    groups, dropped = plan_groups(config, dependencies, plan)
     example_ids = plan.selection["example_id"].to_pylist()
+    work = _work(config, dependencies, plan, dropped, groups)
 
     def find() -> pa.Table:
         missing = groups.missing(plan.selection.select(["example_id"]))
@@ -55,12 +84,13 @@ def rank(config: Scorer, store: Store, plan: Plan, executor: Executor) -> Rows:
         return missing
 
     def make(missing: pa.Table) -> None:
+        check_scorers(config, plan.drop_correct, dependencies, plan.selection["target"].to_pylist())
         ids = missing["example_id"].combine_chunks()
         examples = plan.selection.filter(pc.is_in(plan.selection["example_id"], ids))
         batches = (examples.slice(start, SLICE) for start in range(0, examples.num_rows, SLICE))
-        score = config.open(store) if config.ranks else None
-        work = GroupWork(dropped, groups, plan.sources, score, config.drop_duplicates, config.batch_size)
-        executor.run(work, batches, "rank", examples.num_rows)
+        in_process = any(scorer.in_process for scorer in _scorers(config, plan.drop_correct))
+        where = LocalExecutor() if in_process else executor
+        where.run(work, batches, "rank", examples.num_rows)
 
     make_missing(find, make, groups, dropped)
     counts = _count(groups, example_ids)
@@ -69,16 +99,35 @@ def rank(config: Scorer, store: Store, plan: Plan, executor: Executor) -> Rows:
     if reasons.total() < len(example_ids) + made - counts.candidates:  # a shard of the reasons was damaged
         with dropped.lock():
             for start in range(0, plan.selection.num_rows, SLICE):
-                part = plan.selection.slice(start, SLICE).to_pylist()
-                _, refused = collect_candidates(part, plan.sources, config.drop_duplicates)
+                _, refused = work.candidates(plan.selection.slice(start, SLICE).to_pylist())
                 dropped.append(pa.Table.from_pylist(unrecorded(refused, dropped), schema=dropped.schema))
         reasons = dropped_reasons(dropped, example_ids)
     log.info("%s", counts.summary(groups.name, reasons))
-    if counts.truncated and (embedder := config.embedder(store)) is not None:
+    if counts.truncated:
         remedy = "set rank.model to a model that reads more"
-        cut = truncation(counts.truncated, counts.candidates, embedder.name, embedder.window(), remedy)
-        log.warning("rank: %s", cut)
+        if isinstance(config, EmbeddingScorer):
+            remedy += ", rank.long_texts to average"
+        name, window = getattr(config, "model", config.by), config.window(dependencies.store)
+        log.warning("rank: %s", truncation(counts.truncated, counts.candidates, name, window, remedy))
+    for scorer in _scorers(config, plan.drop_correct):
+        for note in scorer.notes(dependencies, plan.selection):
+            log.warning("rank: %s", note)
     return groups
+
+
+def _scorers(config: Scorer, correct: DropCorrect | None) -> list[Scorer]:
+    """Return what scores the negatives: what finds correct ones, and what orders the others."""
+    return [*([correct.scorer()] if correct is not None else []), *([config] if config.ranks else [])]
+
+
+def _work(config: Scorer, dependencies: ScorerDependencies, plan: Plan, dropped: Rows, groups: Rows) -> "GroupWork":
+    """Return the work that makes groups; no model is loaded."""
+    correct = plan.drop_correct
+    is_correct = None
+    if correct is not None:
+        is_correct = CorrectFilter(correct.scorer().open(dependencies), correct.least, correct.reason)
+    score = config.open(dependencies) if config.ranks else None
+    return GroupWork(dropped, groups, plan.sources, score, config.drop_duplicates, is_correct, config.batch_size)
 
 
 @dataclass(frozen=True)
@@ -91,6 +140,7 @@ class GroupWork(Work):
     score: ScoreGroups | None
     """None: groups are not ranked."""
     drop_duplicates: bool
+    correct: CorrectFilter | None
     batch_size: int
 
     @property
@@ -102,15 +152,26 @@ class GroupWork(Work):
         """Return what makes groups; nothing is loaded before the first text."""
         return self._make
 
+    def candidates(self, examples: Sequence[dict[str, Any]]) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
+        """Return the unranked candidates of each example, and the rows of the negatives that were dropped."""
+        groups, refused = collect_candidates(examples, self.sources, self.drop_duplicates)
+        if self.correct is None:
+            return groups, refused
+        kept: list[list[dict[str, Any]]] = []
+        for first in range(0, len(examples), self.batch_size):
+            part = slice(first, first + self.batch_size)
+            left, correct = self.correct.drop(examples[part], groups[part])
+            kept, refused = kept + left, refused + correct
+        return kept, refused
+
     def _make(self, batch: pa.Table) -> Iterator[NewRows]:
         examples = batch.to_pylist()
-        kept, refused = collect_candidates(examples, self.sources, self.drop_duplicates)
+        kept, refused = self.candidates(examples)
         refused = unrecorded(refused, self.dropped)
         for first in range(0, len(examples), self.batch_size):
             part = slice(first, first + self.batch_size)
             if self.score is not None:
-                texts = [[candidate["text"] for candidate in group] for group in kept[part]]
-                add_ranks(kept[part], self.score(texts))
+                add_ranks(kept[part], checked_scores(self.score, examples[part], kept[part], "rank.by"))
             groups = [
                 {"example_id": e["example_id"], "prompt_ids": e["prompt_ids"], "candidates": candidates}
                 for e, candidates in zip(examples[part], kept[part], strict=True)
@@ -128,6 +189,8 @@ class _Counts:
     """Candidates that the scorer did not read to their end."""
     tied: int = 0
     """Negatives whose score equals that of another one of their group."""
+    all_tied: int = 0
+    """Groups of two or more negatives, all with the same score."""
 
     @property
     def candidates(self) -> int:
@@ -142,7 +205,9 @@ class _Counts:
         if self.sizes[1]:
             line += f"; {self.sizes[1]} groups have no negative left and leave the listwise loss"
         if self.tied:
-            line += f"; {self.tied} negatives have the same similarity as another one of their group"
+            line += f"; {self.tied} negatives have the same score as another one of their group"
+        if self.all_tied:
+            line += f"; in {self.all_tied} groups all negatives have the same score, so that their order is arbitrary"
         return line
 
 
@@ -153,8 +218,19 @@ def _count(groups: Rows, example_ids: list[str]) -> _Counts:
         lists = table["candidates"].combine_chunks()
         rows, group = lists.flatten(), pc.list_parent_indices(lists).to_numpy()
         negative = np.diff(group, prepend=-1) == 0  # the target is the first of each group
-        cosines = np.asarray(rows.field("similarity").to_numpy(zero_copy_only=False), np.float64)
+        scores = np.asarray(rows.field("similarity").to_numpy(zero_copy_only=False), np.float64)[negative]
         counts.sizes.update(pc.list_value_length(lists).to_pylist())
         counts.truncated += pc.sum(rows.field("truncated")).as_py() or 0
-        counts.tied += int(tied(cosines[negative], group[negative]).sum())
+        counts.tied += int(tied(scores, group[negative]).sum())
+        counts.all_tied += _all_tied(scores, group[negative])
     return counts
+
+
+def _all_tied(scores: NDArray[np.float64], group: NDArray[np.int64]) -> int:
+    """Return how many groups have several negatives, all with the same score. Both arrays are (n,), by group."""
+    if not len(group):
+        return 0
+    starts = np.flatnonzero(np.diff(group, prepend=-1))
+    spread = np.maximum.reduceat(scores, starts) - np.minimum.reduceat(scores, starts)
+    several = np.diff(starts, append=len(group)) > 1
+    return int(np.count_nonzero(several & (spread <= EQUAL)))

@@ -13,7 +13,7 @@ _MODULES = {
     "load_recipe": "cpo_pipe.recipe.load",
     "parse_recipe": "cpo_pipe.recipe.load",
     "Store": "cpo_pipe.data.store.store",
-    "Scorer": "cpo_pipe.pipeline.rank.scorer",
+    "Scorer": "cpo_pipe.pipeline.scorers.scorer",
     "Judge": "cpo_pipe.eval.judges.base",
     "JudgeConfig": "cpo_pipe.eval.judges.base",
     "ScoreJudge": "cpo_pipe.eval.judges.base",

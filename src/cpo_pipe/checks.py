@@ -6,7 +6,7 @@ from cpo_pipe.data.errors import MissingInput
 from cpo_pipe.data.execution.base import LocalExecutor
 from cpo_pipe.data.models.model import Model
 from cpo_pipe.pipeline.api.model import ApiModel
-from cpo_pipe.pipeline.rank.rank import plan_groups
+from cpo_pipe.pipeline.rank.rank import check_scorers, plan_groups
 from cpo_pipe.resolve import Resolver
 
 
@@ -45,12 +45,22 @@ def _check_negatives(resolver: Resolver) -> None:
     recipe = resolver.recipe
     if recipe.negatives is None:
         return
-    recipe.rank.spec(resolver.store)
+    dependencies = resolver.scorer_dependencies()
+    recipe.rank.spec(dependencies)
+    targets: list[str] = []
     for owner in resolver.negatives_owners():
-        for source in resolver.negatives_section(owner).sources:  # one by one: some may wait for a training
+        section = resolver.negatives_section(owner)
+        try:
+            resolver.groups(owner)
+        except MissingInput:
+            targets = (
+                targets or resolver.examples().read("train", section.max_examples, ["target"])["target"].to_pylist()
+            )
+            check_scorers(recipe.rank, section.drop_correct, dependencies, targets)
+        for source in section.sources:  # one by one: some may wait for a training
             with suppress(MissingInput):
                 plan = resolver.negatives(owner, source)
-                plan_groups(recipe.rank, resolver.store, plan)
+                plan_groups(recipe.rank, dependencies, plan)
                 plan.check_inputs()
 
 

@@ -210,9 +210,13 @@ def export(
         ),
     ] = [],  # noqa: B006  (typer copies it)
     conversational: Annotated[
-        bool,
-        typer.Option("--conversational", help="Write texts as messages, and prompts as they are before the template."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--conversational/--no-conversational",
+            help="Write texts as messages, and prompts as they are before the template.",
+            show_default="with data.template chat",
+        ),
+    ] = None,
     push: Annotated[
         str, typer.Option(metavar="REPO", help="Also upload to this data set on the hub.", show_default="no")
     ] = "",

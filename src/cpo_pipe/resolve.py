@@ -21,6 +21,7 @@ from cpo_pipe.pipeline.negatives.config import Negatives
 from cpo_pipe.pipeline.negatives.generate import Plan, plan_negatives
 from cpo_pipe.pipeline.prepare.prepare import find_examples
 from cpo_pipe.pipeline.rank.rank import plan_groups
+from cpo_pipe.pipeline.scorers.scorer import ScorerDependencies
 from cpo_pipe.recipe.recipe import Recipe
 from cpo_pipe.trainer.merge import ensemble, merge
 from cpo_pipe.trainer.objectives.preference import PreferenceTraining, ReferenceTraining
@@ -129,11 +130,18 @@ class Resolver:
             MissingInput: some are missing.
         """
         plan = self.complete_negatives(training)
-        groups, _ = plan_groups(self.recipe.rank, self.store, plan)
+        groups, _ = plan_groups(self.recipe.rank, self.scorer_dependencies(), plan)
         missing = groups.missing(plan.selection.select(["example_id"])).num_rows
         if missing:
             raise MissingInput(f"{missing} groups{of(training)} are missing: run `{self.command('rank')}`")
         return plan, groups
+
+    def dropped_as_correct(self, plan: Plan) -> Rows | None:
+        """Return the negatives that `rank` drops, with the reasons; None unless it drops correct ones."""
+        if plan.drop_correct is None:
+            return None
+        _, dropped = plan_groups(self.recipe.rank, self.scorer_dependencies(), plan)
+        return dropped
 
     def training_inputs(self, name: str) -> Inputs:
         """Return what a training starts from.
@@ -168,6 +176,10 @@ class Resolver:
                 with suppress(MissingInput):
                     return logprob_rows(self.store, self.model(training.reference), training.dtype)
         return None
+
+    def scorer_dependencies(self) -> ScorerDependencies:
+        """Return what scorers may need."""
+        return ScorerDependencies(self.store, self.apis)
 
     def ranker(self) -> str | None:
         """Return the fingerprint of the embedding model that ranks the negatives; None where none does."""

@@ -92,7 +92,7 @@ class Run:
     def _rank(self, training: str | None) -> None:
         plan = self.resolver.complete_negatives(training)
         with self.log.stage(f"rank{of(training)}") as made:
-            made["artifact"] = rank(self.recipe.rank, self.store, plan, self.executor).name
+            made["artifact"] = rank(self.recipe.rank, self.resolver.scorer_dependencies(), plan, self.executor).name
 
     def _for_each_owner(self, stage: Callable[[str | None], None]) -> None:
         """Run a stage for each that has negatives and can be done now; say what the others wait for.
@@ -117,7 +117,8 @@ class Run:
 
         plan, groups = self.resolver.groups(self.resolver.negatives_owners()[0])
         with self.log.stage("quality"):
-            measured = measure_quality(plan.selection, plan.sources, groups, self.resolver.reference_logprobs())
+            reference, dropped = self.resolver.reference_logprobs(), self.resolver.dropped_as_correct(plan)
+            measured = measure_quality(plan.selection, plan.sources, groups, reference, dropped)
             leakage = self.resolver.examples().leakage
             tables = {"quality": measured.table, "leakage": pa.Table.from_pylist(leakage, LEAKAGE)}
             for name, table in tables.items():
@@ -221,7 +222,7 @@ class Run:
         self,
         out: Path,
         pairs: Sequence[str] = (),
-        conversational: bool = False,
+        conversational: bool | None = None,
         push: str = "",
         public: bool = False,
         training: str = "",
@@ -246,7 +247,10 @@ class Run:
         elif public:
             raise InputError("--public: not used without --push; remove it")
         plan, groups = self.resolver.groups(owner)
-        tokenizer, text = self.resolver.examples().tokenizer, recipe_text(self.recipe)
-        export(out, self.recipe.name, text, negatives, tokenizer, plan.selection, groups, parsed, conversational)
+        examples, text, tokenizer = self.resolver.examples(), recipe_text(self.recipe), self.recipe.data.tokenizer
+        export(
+            out, self.recipe.name, text, tokenizer if isinstance(tokenizer, str) else None, negatives, examples,
+            plan.selection, groups, parsed, conversational,
+        )  # fmt: skip
         if push:
             upload(out, push, public)

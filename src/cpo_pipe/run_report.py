@@ -45,7 +45,10 @@ def write_run_report(
     identity = digest([artifacts, text, versions(), notes, reference.num_rows() if reference else 0])
     if run_log.has_report(identity):  # drawing takes longer than all the rest of a run with nothing to do
         return path
-    quality = measure_quality(plan.selection, plan.sources, groups, reference) if groups is not None else None
+    quality = None
+    if groups is not None:
+        dropped = resolver.dropped_as_correct(plan)
+        quality = measure_quality(plan.selection, plan.sources, groups, reference, dropped)
     first = plan.selection.slice(0, REPORTED_GROUPS)
     config = resolver.evaluate_section()
     data = ReportData(

@@ -16,8 +16,8 @@ from cpo_pipe.data.text import nearest
 from cpo_pipe.eval.config import System
 from cpo_pipe.pipeline.negatives.autoregressive import Autoregressive
 from cpo_pipe.pipeline.negatives.pool import Pool
-from cpo_pipe.pipeline.rank.embedding import EmbeddingScorer
-from cpo_pipe.pipeline.rank.none import NoScorer
+from cpo_pipe.pipeline.scorers.embedding import EmbeddingScorer
+from cpo_pipe.pipeline.scorers.none import NoScorer
 from cpo_pipe.recipe.load import load_recipe, parse_recipe
 from cpo_pipe.recipe.recipe import Recipe
 from cpo_pipe.recipe.render import recipe_text
@@ -81,7 +81,8 @@ def test_an_unknown_key_gets_the_nearest_known_one(sections: dict[str, Any], whe
 
 
 def test_an_unknown_key_like_none_gets_all_known_ones() -> None:
-    assert refusal(rank={"zzz": 1}) == "rank.zzz is not a known key; known are by, drop_duplicates, batch_size, model"
+    known = "by, drop_duplicates, batch_size, model, long_texts"
+    assert refusal(rank={"zzz": 1}) == f"rank.zzz is not a known key; known are {known}"
     assert refusal(zzz=1).endswith(
         "known are name, note, data, apis, train, negatives, rank, iterations, evaluate, published, scales"
     )

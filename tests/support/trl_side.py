@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 from unittest import mock
 
@@ -42,6 +43,14 @@ class PreparedDPOTrainer(DPOTrainer):
 
     def _send_telemetry(self) -> None:
         """Nothing leaves the machine."""
+
+
+def tokenized(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Rows of preference data with the token ids that DPOTrainer makes of them: `prompt_ids` and so on."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = DPOConfig(folder, max_length=None, bf16=False, use_cpu=True, report_to="none")
+        trainer: Any = SimpleNamespace(_tokenizer=tokenizer)
+        return list(DPOTrainer._prepare_dataset(trainer, rows, tokenizer, args, "train"))
 
 
 def stand_in_tokenizer() -> PreTrainedTokenizerBase:

@@ -7,8 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cpo_pipe.trainer.monitors import repetition
-from cpo_pipe.trainer.samples import SAMPLE_TOKENS, SAMPLES
+from cpo_pipe.trainer.samples import SAMPLES
 from tests.support.training import Bench, measured, metrics, weights
+
+SAMPLE_TOKENS = 64
+"""Those of a real training; other tests take fewer."""
 
 
 def test_samples_stay_within_the_models_context(tmp_path: Path, new_model: Callable[..., Path]) -> None:

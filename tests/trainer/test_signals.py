@@ -218,6 +218,7 @@ def test_a_training_stopped_by_signals_ends_bit_for_bit_as_if_it_was_not(
     assert_same_training(checkpoint_of(store, name), undisturbed(commands, project, name))
 
 
+@pytest.mark.slow
 def test_a_training_that_goes_on_otherwise_is_checked_anew(commands: Commands, project: Path, tmp_path: Path) -> None:
     store = shutil.copytree(project / "made", tmp_path / "rough")
     recipe = project / "recipe.yaml"

@@ -93,6 +93,8 @@ def follow(location: Sequence[int | str], value: Any) -> tuple[list[str], Any, R
             kind, registries = (field.annotation, field.metadata) if field else (None, [])
         else:
             kind = next(reversed(get_args(kind)), None)  # of a mapping or a list: what is in it
+        if len(inner := members(kind)) == 1:  # of an optional section
+            kind = inner[0]
         if get_origin(kind) is Annotated:
             kind, *registries = get_args(kind)
         registry = next((found for found in registries if isinstance(found, Registry)), None)

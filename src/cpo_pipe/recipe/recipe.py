@@ -17,10 +17,10 @@ from cpo_pipe.pipeline.negatives.config import TARGET, Negatives
 from cpo_pipe.pipeline.negatives.rejected import Rejected
 from cpo_pipe.pipeline.prepare.base import Data
 from cpo_pipe.pipeline.prepare.presets import PRESETS
-from cpo_pipe.pipeline.rank import SCORERS
-from cpo_pipe.pipeline.rank.embedding import EmbeddingScorer
-from cpo_pipe.pipeline.rank.none import NoScorer
-from cpo_pipe.pipeline.rank.scorer import Scorer
+from cpo_pipe.pipeline.scorers import SCORERS
+from cpo_pipe.pipeline.scorers.embedding import EmbeddingScorer
+from cpo_pipe.pipeline.scorers.none import NoScorer
+from cpo_pipe.pipeline.scorers.scorer import Scorer
 from cpo_pipe.trainer.objectives import OBJECTIVES
 from cpo_pipe.trainer.objectives.base import Training
 from cpo_pipe.trainer.objectives.preference import PreferenceTraining
@@ -91,6 +91,11 @@ class Recipe(Section):
         for name, judge in self.evaluate.judges.items() if self.evaluate is not None else ():
             for api in judge.apis():
                 self._check_api(f"evaluate.judges.{name}.api", api)
+        for api in self.rank.apis():
+            self._check_api("rank.api", api)
+        if self.negatives is not None and self.negatives.drop_correct is not None:
+            for api in self.negatives.drop_correct.scorer().apis():
+                self._check_api("negatives.drop_correct.api", api)
         self._check_local()
         for name, training in self.train.items():
             self._check_sources(name, training)

@@ -13,12 +13,12 @@ from cpo_pipe.data.registry import Registry
 from cpo_pipe.eval.judges.registry import JUDGES
 from cpo_pipe.pipeline.negatives.registry import STRATEGIES
 from cpo_pipe.pipeline.prepare.presets import PRESETS
-from cpo_pipe.pipeline.rank import SCORERS
+from cpo_pipe.pipeline.scorers import FILTERS, SCORERS
 from cpo_pipe.recipe.recipe import Recipe
 from cpo_pipe.trainer.objectives import OBJECTIVES
 
 WIDTH = 110
-REGISTRIES: tuple[Registry[Any], ...] = (PRESETS, OBJECTIVES, STRATEGIES, SCORERS, JUDGES)
+REGISTRIES: tuple[Registry[Any], ...] = (PRESETS, OBJECTIVES, STRATEGIES, SCORERS, FILTERS, JUDGES)
 _WHOLE_WORDS: Any = {"break_on_hyphens": False, "break_long_words": False}
 
 

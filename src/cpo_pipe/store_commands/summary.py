@@ -29,7 +29,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "negatives": ("strategy", "generator", *_SAMPLING, "*"),
     "groups": (
         "candidates.count", "candidates.label", "candidates.negatives.strategy", "scorer.scorer", "scorer.embedder",
-        "drop_duplicates",
+        "drop_duplicates", "drop_correct.by",
     ),
     "rejected": ("of",),
     "checkpoints": (
@@ -37,6 +37,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "settings.batch_size", "init.model", "settings.lora", "settings.seed", "merge", "base", "adapter",
     ),
     "generations": ("model", *_SAMPLING, "seed"),
+    "ratings": ("api.model", "*"),
     "verdicts": ("judge", "*"),
     "metrics": ("baseline", "systems", "judges.judge"),
 }  # fmt: skip

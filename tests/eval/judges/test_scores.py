@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cpo_pipe.data.errors import InputError, RunError
+from cpo_pipe.data.errors import RunError
 from cpo_pipe.data.fingerprint import Spec, digest
 from cpo_pipe.data.store import Rows, Store
-from cpo_pipe.eval.judges import exact
 from cpo_pipe.eval.judges.base import Case, Judgement, Pair, ScoreJudge, Verdict
 from cpo_pipe.eval.judges.exact import Exact, ExactJudge
 from cpo_pipe.eval.judges.longer import Longer, LongerJudge
@@ -69,89 +68,6 @@ def test_exact_compares_the_first_group_where_a_pattern_is_given() -> None:
     verdicts = _verdicts(judge, [Pair(target, "I guess #### 42 #### 7", "so 42"), Pair(target, "#### 41", "#### 42")])
     assert verdicts == [Verdict("a", None, {"a": 1, "b": 0}), Verdict("b", None, {"a": 0, "b": 1})]
     assert judge.scores([case("no answer")], ["no answer"]) == [0.0]  # nothing to be right about
-    assert judge.answer("none") is None
-
-
-NUMBERS = r"####\s*([-$€£¥]*[0-9,.]*[0-9])"
-"""The pattern of README and of the recipe gsm8k."""
-
-
-@pytest.mark.parametrize(
-    ("target", "same", "other"),
-    [
-        ("2,125", ["2125", "2,125.", "$2,125", "2125.00"], ["2,999", "2", "125", "21,25", "2.125"]),
-        ("72", ["72.", "72.0", "$72", "€72.", "£72", "¥72.00"], ["7", "72.5", "-72", "722", "7,2"]),
-        ("-5", ["-$5", "$-5", "-5.0", "-5."], ["5", "--5", "-5.5"]),
-        ("0.5", [".5", "0.50"], ["5", "0.05", "0,5"]),
-        ("1,2", ["1,2."], ["12", "1.2", "1,20"]),
-        ("1,000,000", ["1000000", "1,000,000.0"], ["1000,000", "1,0000,00", "1,000,001"]),
-        ("007", ["007."], ["7", "07"]),
-        ("0", ["-0", "0.0", "0."], ["00", "10"]),
-    ],
-)
-def test_numbers_that_a_pattern_finds_are_compared_by_value(target: str, same: list[str], other: list[str]) -> None:
-    judge = exact_judge(NUMBERS)
-    cases = [case(f"so\n#### {target}")] * (len(same) + len(other))
-    scores = judge.scores(cases, [f"#### {output}\nNext question: 9?" for output in (*same, *other)])
-    assert dict(zip([*same, *other], scores, strict=True)) == dict.fromkeys(same, 1) | dict.fromkeys(other, 0)
-
-
-def test_other_answers_that_a_pattern_finds_have_no_full_stop_at_their_end() -> None:
-    judge = exact_judge("answer: (.*)")
-    target = case("answer: Paris")
-    outputs = ["Answer: x answer: paris.", "answer: Paris!", "answer: Paris, France"]
-    assert judge.scores([target] * 3, outputs) == [1, 0, 0]
-    percent = case("answer: 50%")
-    assert judge.scores([percent] * 3, ["answer: 50%.", "answer: 50", "answer: 0.5"]) == [1, 0, 0]
-    money = case("answer: 18")
-    assert judge.scores([money] * 4, ["answer: 18 €", "answer: $ 18", "answer: −18", "answer: $"]) == [1, 1, 0, 0]
-
-
-def test_whole_texts_keep_their_full_stops_and_commas() -> None:
-    judge = exact_judge(None)
-    assert judge.scores([case("2,125")] * 3, ["2125", "2,125.", "2,125"]) == [0, 0, 1]
-
-
-@pytest.mark.parametrize("pattern", [None, "lives in (.*)"])
-def test_exact_ignores_the_unicode_form(pattern: str | None) -> None:
-    composed, decomposed = "lives in Z\u00fcrich", "lives in Zu\u0308rich"
-    judge = exact_judge(pattern)
-    assert judge.scores([case(decomposed), case(composed)], [composed, decomposed]) == [1, 1]
-    assert judge.scores([case(decomposed)], ["lives in Zurich"]) == [0]
-
-
-def test_a_pattern_matches_composed_letters_in_a_decomposed_text() -> None:
-    assert exact_judge("R\u00e9ponse: (.*)").answer("Re\u0301ponse: 7") == "7"
-
-
-@pytest.mark.parametrize(
-    ("pattern", "text", "cut"),
-    [
-        (r"####\s*(-?[0-9.]+)", "#### 2,125", ("2", "2,125")),
-        (r"####\s*(-?[0-9]+)", "#### 2,125,000.50 in all", ("2", "2,125,000.50")),
-        (r"####\s*(-?[0-9]+)", "#### 2.5", ("2", "2.5")),
-        (r"####\s*(-?[0-9]+)", "#### 72.", None),
-        (r"####\s*(-?[0-9]+)", "#### 1,2,3", None),
-        (r"####\s*([a-z]+)", "#### a5", None),
-        (NUMBERS, "#### 2,125.50.", None),
-        (None, "2,125", None),
-    ],
-)
-def test_a_pattern_that_cuts_a_number_is_found(pattern: str | None, text: str, cut: tuple[str, str] | None) -> None:
-    assert exact_judge(pattern).cut_number(text) == cut
-
-
-def test_an_optional_group_that_took_no_part_is_no_answer() -> None:
-    assert exact_judge("yes(!)?").answer("yes") is None
-
-
-def test_a_pattern_that_needs_exponential_time_is_an_error_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each further `a` doubles the ways to match: 40 of them take `re` days."""
-    monkeypatch.setattr(exact, "SEARCH_SECONDS", 0.2)
-    with pytest.raises(InputError, match=r"evaluate\.judges\.exact\.pattern: '\(a\|a\)\+\$' needs more than 0\.2 s"):
-        exact_judge("(a|a)+$").answer("a" * 40 + "b")
-    with pytest.raises(InputError, match="avoid repeats within repeats"):
-        exact_judge("(?R)(a)").answer("a" * 40)
 
 
 def test_similarity_prefers_what_is_nearer_to_the_target() -> None:
@@ -170,8 +86,8 @@ def test_longer_counts_characters() -> None:
 
 def test_specs_of_what_was_judged_before_there_were_names() -> None:
     """Verdicts that are in stores are addressed by these."""
-    assert exact_judge("(a)", "right").spec() == {"judge": "exact", "pattern": "(a)", "rules": 2}
-    assert exact_judge(None).spec() == {"judge": "exact", "pattern": None, "rules": 2}
+    assert exact_judge("(a)", "right").spec() == {"judge": "exact", "pattern": "(a)", "rules": 3}
+    assert exact_judge(None).spec() == {"judge": "exact", "pattern": None, "rules": 3}
     assert similarity_judge(_on_a_circle, "f", "near").spec() == {"judge": "similarity", "embedder": "f", "rules": 2}
 
 

@@ -205,7 +205,7 @@ def test_charts_say_in_words_what_they_show(tmp_path: Path) -> None:
     assert page.tags.count("svg") == 5
     assert "Win rates against mle: cpo, greedy 0.60 (0.50 to 0.70)." in page.text
     assert "Training of cpo-run: loss from 2.5 at step 1 to 2 at step 2; reward margin from 0" in page.text
-    assert "Similarity of the negatives to their targets: autoregressive 4 negatives, median 0.50." in page.text
+    assert "Scores of the negatives in the ranking: autoregressive 4 negatives, median 0.50." in page.text
     assert "Length of the negatives relative to their targets: autoregressive 4 negatives, median 0.75." in page.text
     assert "Candidates of a group: 4 groups, K 2.25 on average; 1 of them have no negative (K = 1)." in page.text
 
@@ -230,7 +230,7 @@ def test_the_quality_of_negatives_is_shown_with_what_it_is_compared_with(tmp_pat
     assert row_of(page, "copies of the target") == "25.0%–"
     assert row_of(page, "target is longest (chance)") == "62% (50%)–"
     assert row_of(page, "distinct-2 (the targets')") == "0.25 (0.50)0.50"
-    assert row_of(page, "cosine, quantiles 10/50/90%") == "0.12/0.50/0.75–"
+    assert row_of(page, "score, quantiles 10/50/90%") == "0.12/0.50/0.75–"
     assert "autoregressive: too short." in page.text
     assert "log-prob" not in page.text, "what was not measured"
     assert "share of those made that equal the target, token by token" in page.text
@@ -243,7 +243,7 @@ def test_strategies_together_are_shown_where_there_are_several(tmp_path: Path) -
     several = quality_table(strategy("batch"), strategy("x", similarity_histogram=None, similarity_p50=None))
     _, page = render(tmp_path, make_data(quality=several))
     assert "figurebatchxalltargets" in page.text
-    assert "Similarity of the negatives to their targets: batch 4 negatives, median 0.50. Shares" in page.text
+    assert "Scores of the negatives in the ranking: batch 4 negatives, median 0.50. Shares" in page.text
     assert "relative to their targets: batch 4 negatives, median 0.75; x 4 negatives, median 0.75." in page.text
 
 
@@ -251,7 +251,7 @@ def test_unranked_negatives_have_no_chart_of_similarities(tmp_path: Path) -> Non
     unranked = strategy("batch", similarity_histogram=None, similarity=None, similarity_p50=None)
     _, page = render(tmp_path, make_data(quality=quality_table(unranked)))
     assert page.tags.count("svg") == 4
-    assert "Similarity of the negatives" not in page.text
+    assert "Scores of the negatives" not in page.text
 
 
 def test_labels_and_warnings_stay_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,7 @@ def test_the_interval_is_the_percentile_bootstrap() -> None:
     assert estimate.high == pytest.approx(high, abs=0.004)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "shares"),
     [(50, (0.3, 0.4, 0.3)), (100, (0.1, 0.2, 0.7)), (300, (0.45, 0.1, 0.45)), (300, (0.05, 0.05, 0.9))],
@@ -54,6 +55,7 @@ def test_intervals_of_win_rates_cover_the_truth_93_to_97_times_in_100(
     assert 0.93 <= covered / samples <= 0.97
 
 
+@pytest.mark.slow
 def test_intervals_of_paired_differences_cover_the_truth_93_to_97_times_in_100() -> None:
     # Both systems fare well on the same examples: intervals of two unpaired means would be far too wide.
     covered, samples = 0, 1000

@@ -121,6 +121,7 @@ def test_a_tie_is_half_a_win_and_half_a_loss() -> None:
     assert twice.value == pytest.approx(x.value, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_the_interval_is_as_wide_as_the_rate_varies_from_sample_to_sample_and_covers_the_truth() -> None:
     rates = [controlled(*judge(0.5, 1, 50, n=150, seed=seed)) for seed in range(16)]
     widths = [(rate.high or 0) - (rate.low or 0) for rate in rates]

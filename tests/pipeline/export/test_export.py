@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from cpo_pipe.pipeline.export import export as export_module
 from cpo_pipe.pipeline.export import writer
 from cpo_pipe.pipeline.export.card import size_category
 from cpo_pipe.pipeline.export.pairs import PairCounts, pair_rows
+from cpo_pipe.pipeline.export.trl_tokens import as_texts
 from cpo_pipe.recipe.load import load_recipe
 from cpo_pipe.run import Run
 from cpo_pipe.trainer.checkpoint import METRICS_FILE
@@ -216,26 +218,29 @@ CHAT = (*OTHER, "--set", "data.template=chat")
 def test_what_a_chat_template_renders_is_exact_as_messages_and_as_text(project: Project) -> None:
     with_chat(project, CHATML)
     run = grouped(project, *CHAT)
-    for options in ((), ("--conversational",)):
-        out = f"out{len(options)}"
+    for out, options in (("messages", ()), ("texts", ("--no-conversational",))):
         result = project.cli("export", "tiny.yaml", "--out", out, *CHAT, *options)
         assert result.status == 0, result.err
+        assert f"written to {out} as {out}" in result.err
         assert "other token ids" not in result.err
         card = Path(out, "README.md").read_text()
         assert re.search(r" 0 of \d+ texts get other token ids", card)
-        assert ("EOS token; TRL appends" in card) is not bool(options)
+        assert 'AutoTokenizer.from_pretrained("chat")' in card
+        assert ("EOS token; TRL appends" in card) is (out == "texts")
     tokenizer = AutoTokenizer.from_pretrained("chat")
     ids = {e["example_id"]: [*e["prompt_ids"], *candidates[0]["token_ids"]] for e, candidates in groups_of(run)}
-    for row in pq.read_table("out0/data/train-00000.parquet").to_pylist():
+    for row in pq.read_table("texts/data/train-00000.parquet").to_pylist():
         assert tokenizer(row["prompt"] + row["chosen"] + tokenizer.eos_token)["input_ids"] == ids[row["example_id"]]
 
 
 def test_a_chat_template_that_changes_what_it_is_given_is_counted(project: Project) -> None:
     with_chat(project, CHATML.replace("{{ m['content'] }}", "{{ m['content'] | trim }}"))
     grouped(project, *CHAT)
-    result = project.cli("export", "tiny.yaml", "--out", "out", *CHAT, "--conversational")
+    result = project.cli("export", "tiny.yaml", "--out", "out", *CHAT)
     assert result.status == 0, result.err
-    found = re.search(r"TRL will give (\d+) of (\d+) texts other token ids .* it renders messages by the", result.err)
+    found = re.search(
+        r"TRL will give (\d+) of (\d+) texts other token ids .* a sampled text may begin or end", result.err
+    )
     assert found is not None
     assert 0 < int(found[1]) < int(found[2]), "those that are cut behind a space; targets are rendered alike"
 
@@ -263,7 +268,8 @@ def test_one_text_in_two_ways_of_writing_is_no_pair_and_another_end_than_eos_is_
     ]
     group = {"example_id": "e", "prompt_ids": tokenizer.encode("the"), "candidates": candidates}
     counts = PairCounts()
-    rows = list(pair_rows([group], [{"prompt": "the", "rendered": "the"}], [], False, tokenizer, counts))
+    example = {"prompt": "the", "rendered": "the", "messages": None}
+    rows = list(pair_rows([group], [example], [], partial(as_texts, tokenizer=tokenizer), tokenizer, counts))
     assert [(row["chosen"], row["rejected"]) for row in rows] == [(" quick brown", " quick")]
     assert (counts.equal, counts.endless, counts.groups, counts.pairs.total()) == (1, 2, 1, 1)
 

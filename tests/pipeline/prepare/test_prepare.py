@@ -84,6 +84,27 @@ def test_what_was_taken_otherwise_is_said_each_time(tmp_path, store, chat_tokeni
 # ── pairs ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_rows_with_the_same_prompt_and_target_are_one_example_with_all_their_rejected_answers(
+    tmp_path, store, chat_tokenizer, caplog, template
+):
+    rows = [{"prompt": "hi", "chosen": "yo", "rejected": "no"}, {"prompt": "ha", "chosen": "yo", "rejected": "o"},
+            {"prompt": "hi", "chosen": "yo", "rejected": "nay"}, {"prompt": "hi", "chosen": "yo", "rejected": "no"},
+            {"prompt": "hi", "chosen": "ya", "rejected": "no"}]  # fmt: skip
+    config = data(source=jsonl(tmp_path / "a.jsonl", rows), tokenizer=chat_tokenizer, train=3, template=template,
+                  max_rejected=0.5)  # fmt: skip
+    caplog.set_level("INFO")
+    examples = prepare(config, store)
+    found = {(row["prompt"], row["target"]): row["rejected"] for row in examples.read("train").to_pylist()}
+    texts = {key: [answer["text"] for answer in answers] for key, answers in found.items()}
+    assert texts == {("hi", "yo"): ["no", "nay"], ("ha", "yo"): ["o"], ("hi", "ya"): ["no"]}
+    assert examples.most_rejected == 2
+    assert examples.artifact.manifest["rejected"] == {"duplicate": 1}, "the row that has nothing new"
+    assert "1 rows with further rejected answers" in caplog.text
+    message = found["hi", "yo"][1]["message"]
+    assert message == (None if template == "plain" else '{"role": "assistant", "content": "nay"}')
+
+
 def test_a_pair_as_stored(tmp_path, store, byte_tokenizer):
     row = {"q": "hi", "c": "ctx", "a": "yo", "k": "kind"}
     source = jsonl(tmp_path / "a.jsonl", [row, {"q": "hi", "a": "no"}])
@@ -97,7 +118,7 @@ def test_a_pair_as_stored(tmp_path, store, byte_tokenizer):
         "example_id": example_id("hi", "yo", context="ctx"), "split": "train", "prompt": "hi\n\nctx",
         "rendered": "<hi|ctx>", "target": "yo", "prompt_ids": tokenizer.convert_tokens_to_ids(list("<hi|ctx>")),
         "target_ids": [*tokenizer.convert_tokens_to_ids(["y", "o"]), EOS], "ends": True, "category": "kind",
-        "messages": None, "source": None, "rejected": None,
+        "message": None, "messages": None, "source": None, "rejected": None,
     }  # fmt: skip
     assert (second["rendered"], second["category"]) == ("<hi|>", None)
     assert examples.tokenizer.path == Path(byte_tokenizer)

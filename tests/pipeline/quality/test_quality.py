@@ -150,7 +150,7 @@ def test_truncated_texts_and_ties_are_counted_and_not_passed_over(tmp_path: Path
     assert shares(rows["s"], "truncated", "tied") == pytest.approx([2 / 3, 4 / 12])  # of three lengths known
     assert shares(rows[TARGET], "truncated", "tied") == [None, None]
     assert any("66.7% of the negatives and 0.0% of the targets are longer than" in note for note in found.notes)
-    assert any("33% of the negatives have the cosine of another one of their group" in note for note in found.notes)
+    assert any("33% of the negatives have the score of another one of their group" in note for note in found.notes)
     assert not any("No problem was found" in note for note in found.notes)
 
 

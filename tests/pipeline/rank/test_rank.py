@@ -3,6 +3,7 @@
 import logging
 import re
 import shutil
+from collections.abc import Sequence
 from datetime import datetime, tzinfo
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -17,17 +18,19 @@ from transformers import AutoTokenizer
 from cpo_pipe.data.errors import InputError, MissingInput
 from cpo_pipe.data.execution.base import LocalExecutor, Work
 from cpo_pipe.data.fingerprint import candidate_id
+from cpo_pipe.data.models.chat import Conversation
 from cpo_pipe.data.models.embedder import Embedded, Embedder
 from cpo_pipe.data.schemas import EXAMPLES
 from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline.negatives.generate import Plan
 from cpo_pipe.pipeline.negatives.strategy import Job, Source
-from cpo_pipe.pipeline.rank.candidates import COPY, DUPLICATE, add_ranks
-from cpo_pipe.pipeline.rank.embedding import EmbeddingScorer, cosines
-from cpo_pipe.pipeline.rank.none import NoScorer
+from cpo_pipe.pipeline.rank.candidates import COPY, DUPLICATE, add_ranks, checked_scores
 from cpo_pipe.pipeline.rank.rank import plan_groups, rank
-from cpo_pipe.pipeline.rank.scorer import Scores
 from cpo_pipe.pipeline.samples import SampleRequest
+from cpo_pipe.pipeline.scorers.embedding import EmbeddingScorer, cosines
+from cpo_pipe.pipeline.scorers.none import NoScorer
+from cpo_pipe.pipeline.scorers.scorer import Group, Scores
+from cpo_pipe.pipeline.scorers.scorer import ScorerDependencies as of
 from cpo_pipe.recipe.load import parse_recipe
 from tests.support.project import Project
 
@@ -36,7 +39,7 @@ TARGET = [7, 8, 0]
 
 def example(name: str) -> dict[str, Any]:
     return {"example_id": name, "split": "train", "prompt": "p", "rendered": "p", "target": "a red fox",
-            "prompt_ids": [5, 6], "target_ids": TARGET, "ends": True, "category": None}  # fmt: skip
+            "prompt_ids": [5, 6], "target_ids": TARGET, "ends": True, "category": None, "messages": None}  # fmt: skip
 
 
 def negative(name: str, index: int, token_ids: list[int], text: str, reason: str = "stop") -> dict[str, Any]:
@@ -67,12 +70,12 @@ SAMPLES = [
 def test_copies_and_duplicates_are_dropped_with_a_reason(tmp_path: Path) -> None:
     store = Store(tmp_path)
     wanted = sources(store, SAMPLES, 5)
-    groups = rank(EmbeddingScorer(), store, wanted, LocalExecutor())
+    groups = rank(EmbeddingScorer(), of(store), wanted, LocalExecutor())
     (group,) = groups.read(["x"]).to_pylist()
     kept = [candidate["token_ids"] for candidate in group["candidates"]]
     assert kept == [TARGET, [9, 0], [7, 8, 7], [4, 4, 0]]
     assert [c["candidate_id"] for c in group["candidates"]] == [candidate_id([5, 6], ids) for ids in kept]
-    dropped = plan_groups(EmbeddingScorer(), store, wanted)[1].read(["x"]).to_pylist()
+    dropped = plan_groups(EmbeddingScorer(), of(store), wanted)[1].read(["x"]).to_pylist()
     assert [(row["source"], row["reason"]) for row in dropped] == [
         ("autoregressive:0", COPY),
         ("autoregressive:2", DUPLICATE),
@@ -92,10 +95,10 @@ def test_what_ends_a_candidate_makes_it_no_other_one(tmp_path: Path) -> None:
         negative("x", 7, [0], ""),
     ]
     wanted = sources(store, samples, 8)
-    (group,) = rank(EmbeddingScorer(), store, wanted, LocalExecutor()).read(["x"]).to_pylist()
+    (group,) = rank(EmbeddingScorer(), of(store), wanted, LocalExecutor()).read(["x"]).to_pylist()
     kept = [candidate["token_ids"] for candidate in group["candidates"]]
     assert kept == [TARGET, [7, 8, 0, 0], [9, 0], [7, 0], [0]], "those that end do so like the target"
-    dropped = plan_groups(EmbeddingScorer(), store, wanted)[1].read(["x"]).to_pylist()
+    dropped = plan_groups(EmbeddingScorer(), of(store), wanted)[1].read(["x"]).to_pylist()
     reasons = {row["source"].partition(":")[2]: row["reason"] for row in dropped}
     assert reasons == {"0": COPY, "1": COPY, "4": DUPLICATE, "5": DUPLICATE}
 
@@ -105,14 +108,19 @@ def test_a_sample_that_ends_where_a_cut_target_goes_on_is_a_copy(tmp_path: Path)
     wanted = sources(store, [negative("x", 0, [7, 8, 0], "a red fox"), negative("x", 1, [7, 0], "a red")], 2)
     cut = example("x") | {"target_ids": [7, 8], "ends": False}
     wanted = Plan(pa.Table.from_pylist([cut], schema=EXAMPLES), wanted.jobs)
-    (group,) = rank(NoScorer(), store, wanted, LocalExecutor()).read(["x"]).to_pylist()
+    (group,) = rank(NoScorer(), of(store), wanted, LocalExecutor()).read(["x"]).to_pylist()
     assert [candidate["token_ids"] for candidate in group["candidates"]] == [[7, 8], [7, 0]]
 
 
 def test_the_paper_to_the_letter_keeps_them(tmp_path: Path) -> None:
     store = Store(tmp_path)
     (group,) = (
-        rank(EmbeddingScorer(drop_duplicates=False), store, sources(store, SAMPLES, 5), LocalExecutor())
+        rank(
+            EmbeddingScorer(drop_duplicates=False),
+            of(store),
+            sources(store, SAMPLES, 5),
+            LocalExecutor(),
+        )
         .read(["x"])
         .to_pylist()
     )
@@ -125,7 +133,7 @@ def test_the_paper_to_the_letter_keeps_them(tmp_path: Path) -> None:
 
 def test_the_order_is_falling_similarity_to_the_target(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    (group,) = rank(EmbeddingScorer(), store, sources(store, SAMPLES, 5), LocalExecutor()).read(["x"]).to_pylist()
+    (group,) = rank(EmbeddingScorer(), of(store), sources(store, SAMPLES, 5), LocalExecutor()).read(["x"]).to_pylist()
     by_rank = sorted(group["candidates"], key=lambda c: c["rank"])
     assert [c["text"] for c in by_rank] == ["a red fox", "a red fox a", "a brown fox", "taxes were due in spring"]
     assert by_rank[0]["strategy"] == "target"
@@ -151,14 +159,14 @@ def test_texts_that_the_embedding_model_does_not_read_to_the_end_are_counted(
     wanted = sources(store, samples, 3)
     for _ in range(2):  # the second time nothing is made, and no model is loaded
         caplog.clear()
-        (group,) = rank(EmbeddingScorer(), store, wanted, LocalExecutor()).read(["x"]).to_pylist()
+        (group,) = rank(EmbeddingScorer(), of(store), wanted, LocalExecutor()).read(["x"]).to_pylist()
         assert [candidate["truncated"] for candidate in group["candidates"]] == [False, True, True, False]
         (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
         assert warning == (
             "rank: 2 of 4 texts (50.0%) are longer than the 256 tokens that minilm reads: differences after these are "
-            "not seen; set rank.model to a model that reads more, or shorten the texts"
+            "not seen; set rank.model to a model that reads more, rank.long_texts to average, or shorten the texts"
         )
-        assert "; 2 negatives have the same similarity as another one of their group" in caplog.text
+        assert "; 2 negatives have the same score as another one of their group" in caplog.text
         monkeypatch.setattr(Embedder, "embed", None)
 
 
@@ -168,25 +176,25 @@ def test_nothing_is_said_where_all_texts_are_read_and_no_cosines_are_equal(
     caplog.set_level(logging.INFO)
     store = Store(tmp_path)
     for scorer in (EmbeddingScorer(), NoScorer()):
-        (group,) = rank(scorer, store, sources(store, SAMPLES, 5), LocalExecutor()).read(["x"]).to_pylist()
+        (group,) = rank(scorer, of(store), sources(store, SAMPLES, 5), LocalExecutor()).read(["x"]).to_pylist()
         assert {candidate["truncated"] for candidate in group["candidates"]} == {False if scorer.ranks else None}
     assert "longer than" not in caplog.text
-    assert "similarity" not in caplog.text
+    assert "same score" not in caplog.text
 
 
 def test_ties_go_by_candidate_id() -> None:
-    class Same:
-        def embed(self, texts: list[str]) -> Embedded:
-            return Embedded(np.tile(np.array([1.0, 0.0], np.float32), (len(texts), 1)), np.zeros(len(texts), bool))
+    def same(texts: Sequence[str]) -> Embedded:
+        return Embedded(np.tile(np.array([1.0, 0.0], np.float32), (len(texts), 1)), np.zeros(len(texts), bool))
 
     group = [{"candidate_id": name, "text": "t"} for name in ("zz", "m", "b", "q")]
-    add_ranks([group], cosines(Same(), [[candidate["text"] for candidate in group]]))  # type: ignore[arg-type]
+    texts = Group("x", "p", Conversation.of_text("p"), ["t"] * 4)
+    add_ranks([group], cosines(same, [texts]))
     assert [candidate["rank"] for candidate in group] == [0, 2, 1, 3]
 
 
 def test_n_is_taken_from_the_front_and_never_topped_up(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    (group,) = rank(NoScorer(), store, sources(store, SAMPLES, 3), LocalExecutor()).read(["x"]).to_pylist()
+    (group,) = rank(NoScorer(), of(store), sources(store, SAMPLES, 3), LocalExecutor()).read(["x"]).to_pylist()
     assert [c["token_ids"] for c in group["candidates"]] == [TARGET, [9, 0]]
     assert [c["rank"] for c in group["candidates"]] == [None, None]
 
@@ -195,7 +203,7 @@ def test_a_group_may_be_left_alone_and_is_counted(tmp_path: Path, caplog: pytest
     caplog.set_level("INFO")
     store = Store(tmp_path)
     alone = [negative("y", 0, TARGET, "a red fox")]
-    groups = rank(EmbeddingScorer(), store, sources(store, alone, 1), LocalExecutor())
+    groups = rank(EmbeddingScorer(), of(store), sources(store, alone, 1), LocalExecutor())
     assert len(groups.read(["y"])["candidates"].to_pylist()[0]) == 1
     assert "1 groups have no negative left" in caplog.text
 
@@ -236,33 +244,33 @@ def test_a_date_in_the_chat_template_stays_on_a_later_day(project: Project, monk
 def test_missing_negatives_are_not_ranked_around(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with pytest.raises(MissingInput, match=r"1 negatives are missing: run `cpo-pipe generate-negatives`"):
-        rank(EmbeddingScorer(), store, sources(store, SAMPLES, 6), LocalExecutor())
+        rank(EmbeddingScorer(), of(store), sources(store, SAMPLES, 6), LocalExecutor())
 
 
 def test_groups_that_are_there_need_no_embedding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path)
     wanted = sources(store, SAMPLES, 5)
-    first = rank(EmbeddingScorer(), store, wanted, LocalExecutor())
+    first = rank(EmbeddingScorer(), of(store), wanted, LocalExecutor())
     monkeypatch.setattr(Embedder, "embed", lambda *_: pytest.fail("embedded again"))
-    assert rank(EmbeddingScorer(), store, wanted, LocalExecutor()).read(["x"]) == first.read(["x"])
+    assert rank(EmbeddingScorer(), of(store), wanted, LocalExecutor()).read(["x"]) == first.read(["x"])
 
 
 def test_reasons_whose_shard_was_damaged_are_found_again(tmp_path: Path) -> None:
     wanted = sources(Store(tmp_path), SAMPLES, 5)
-    rank(EmbeddingScorer(), Store(tmp_path), wanted, LocalExecutor())
-    dropped = plan_groups(EmbeddingScorer(), Store(tmp_path), wanted)[1]
+    rank(EmbeddingScorer(), of(Store(tmp_path)), wanted, LocalExecutor())
+    dropped = plan_groups(EmbeddingScorer(), of(Store(tmp_path)), wanted)[1]
     before = dropped.read(["x"])
     dropped.files()[0].write_bytes(b"damaged")
-    rank(EmbeddingScorer(), Store(tmp_path), wanted, LocalExecutor())
-    assert plan_groups(EmbeddingScorer(), Store(tmp_path), wanted)[1].read(["x"]) == before
+    rank(EmbeddingScorer(), of(Store(tmp_path)), wanted, LocalExecutor())
+    assert plan_groups(EmbeddingScorer(), of(Store(tmp_path)), wanted)[1].read(["x"]) == before
 
 
 def test_a_kill_before_the_groups_are_recorded_leaves_no_reason_twice(tmp_path: Path) -> None:
     wanted = sources(Store(tmp_path), SAMPLES, 5)
-    groups = rank(EmbeddingScorer(), Store(tmp_path), wanted, LocalExecutor())
+    groups = rank(EmbeddingScorer(), of(Store(tmp_path)), wanted, LocalExecutor())
     for folder in ("shards", "manifests"):
         shutil.rmtree(tmp_path / groups.name / folder)
-    rank(EmbeddingScorer(), Store(tmp_path), wanted, LocalExecutor())
+    rank(EmbeddingScorer(), of(Store(tmp_path)), wanted, LocalExecutor())
     recorded = [
         row["source"] for file in tmp_path.glob("rejected/*/shards/*") for row in pq.read_table(file).to_pylist()
     ]
@@ -296,8 +304,8 @@ def test_a_scorer_of_the_users_own(project: Project, monkeypatch: pytest.MonkeyP
 def test_an_incomplete_scorer_is_refused_when_the_recipe_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = 'from cpo_pipe.pipeline.rank.scorer import Scorer\nclass Silent(Scorer):\n    """Ranks by nothing."""\n'
-    (tmp_path / "silent_ranker.py").write_text(code + "    def spec(self, store): ...\n")
+    code = 'from cpo_pipe.pipeline.scorers.scorer import Scorer\nclass Silent(Scorer):\n    """Ranks by nothing."""\n'
+    (tmp_path / "silent_ranker.py").write_text(code + "    def spec(self, dependencies): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
     content = {
         "data": {"source": "a.jsonl", "tokenizer": "t", "train": 1},
@@ -309,12 +317,12 @@ def test_an_incomplete_scorer_is_refused_when_the_recipe_is_read(
 
 
 def test_scores_must_be_one_finite_number_for_each_text() -> None:
-    for similarity in ([1.0], [1.0, float("nan")]):
-        group = [{"candidate_id": "a", "text": "t"}, {"candidate_id": "b", "text": "u"}]
-        with pytest.raises(InputError, match="one finite number for each text"):
-            add_ranks([group], [Scores(similarity)])
     group = [{"candidate_id": "a", "text": "t"}, {"candidate_id": "b", "text": "u"}]
-    with pytest.raises(InputError, match="returned 0 Scores for 1 groups"):
-        add_ranks([group], [])
-    with pytest.raises(InputError, match="must set `truncated` for each text"):
-        add_ranks([group], [Scores([1.0, 0.5], [True])])
+    for scores, message in (
+        ([Scores([1.0])], "one finite number for each text"),
+        ([Scores([1.0, float("nan")])], "one finite number for each text"),
+        ([], "returned 0 Scores for 1 groups"),
+        ([Scores([1.0, 0.5], [True])], "must set `truncated` for each text"),
+    ):
+        with pytest.raises(InputError, match=f"rank.by: the scorer .*{message}"):
+            checked_scores(lambda groups: scores, [example("x")], [group], "rank.by")  # noqa: B023

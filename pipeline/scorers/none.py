@@ -4,8 +4,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from cpo_pipe.data.store import Store
-from cpo_pipe.pipeline.rank.scorer import ScoreGroups, Scorer
+from cpo_pipe.pipeline.scorers.scorer import ScoreGroups, Scorer, ScorerDependencies
 
 
 class NoScorer(Scorer):
@@ -15,9 +14,9 @@ class NoScorer(Scorer):
 
     by: str = Field("none", description=Scorer.model_fields["by"].description)
 
-    def spec(self, store: Store) -> None:
+    def spec(self, dependencies: ScorerDependencies) -> None:
         """Return None: no score decides the groups."""
 
-    def open(self, store: Store) -> ScoreGroups:
+    def open(self, dependencies: ScorerDependencies) -> ScoreGroups:
         """Raise; groups without a rank are not scored."""
         raise AssertionError("unranked groups are not scored")

@@ -69,7 +69,7 @@ def print_leakage(figures: Sequence[Mapping[str, Any]]) -> None:
     grid = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     grid.add_column("", no_wrap=True)
     for name in LEAKAGE_COLUMNS:
-        grid.add_column(name, justify="right")
+        grid.add_column(name, justify="right", no_wrap=True)
     for name, cells in leakage_rows(figures):
         grid.add_row(name, *cells)
     _print(Console(markup=False, highlight=False), grid)

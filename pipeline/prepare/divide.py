@@ -9,7 +9,7 @@ from cpo_pipe.pipeline.prepare.base import Data
 from cpo_pipe.pipeline.prepare.collect import ExampleCollector
 from cpo_pipe.pipeline.prepare.leakage import PARTS, find_leaks
 from cpo_pipe.pipeline.prepare.near_duplicates import near_duplicate_groups, with_keys
-from cpo_pipe.pipeline.prepare.split import split_ends, split_ranges, warn_of_short_splits
+from cpo_pipe.pipeline.prepare.split import SPLITS, split_ends, split_ranges, warn_of_short_splits
 
 LARGE_GROUP = 0.1
 """Share of the examples in one group of near-duplicates above which this group decides the split."""
@@ -57,7 +57,8 @@ def divide(
         splits["train"] = [row for row in splits["train"] if row not in collector.removed]
     if not splits["train"]:
         raise InputError("data.drop_leaks: all training examples overlap with held-out examples; set it to false")
-    facts["leakage"] = [row for found in leaks.values() for row in found.figures]
+    figures = [row for found in leaks.values() for row in found.figures]
+    facts["leakage"] = sorted(figures, key=lambda row: SPLITS.index(row["split"]))
     return splits
 
 

@@ -190,6 +190,6 @@ def leakage_warnings(figures: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             shown = ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
             yield (
                 f"{sum(counts.values()):,} of {row['examples']:,} {row['part']}s of the {row['split']} split overlap "
-                f"with training examples ({shown}), for example {row['example']}: results on them show what was "
-                "memorized; set data.drop_leaks to true to remove these training examples"
+                f"with training examples ({shown}), for example {row['example']}: results on them may show "
+                "what was memorized; set data.drop_leaks to true to remove these training examples"
             )

@@ -94,8 +94,8 @@ def test_warnings_name_what_overlaps_an_example_and_the_remedy():
     (sentence,) = leakage_warnings(leaks(TRAIN, [*UNRELATED, *PLANTED]).figures)
     assert sentence == (
         "12 of 98 prompts of the test split overlap with training examples (3 equal, 4 near-duplicates, 5 others with "
-        "13 words in a row), for example a.jsonl:281 (equal: a.jsonl:1): results on them show what was memorized; set "
-        "data.drop_leaks to true to remove these training examples"
+        "13 words in a row), for example a.jsonl:281 (equal: a.jsonl:1): results on them may show what was memorized; "
+        "set data.drop_leaks to true to remove these training examples"
     )
 
 

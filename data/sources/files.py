@@ -1,7 +1,6 @@
 """Files of rows: JSON, CSV, TSV, Parquet and text, compressed or not; one, several, or those of a folder."""
 
 import io
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,8 +20,6 @@ from cpo_pipe.data.sources.csv_rows import read_csv, read_tsv
 from cpo_pipe.data.sources.json_rows import read_json, read_jsonl
 from cpo_pipe.data.sources.rows import ColumnRequest, Row, Stream
 from cpo_pipe.data.sources.source import Source
-
-log = logging.getLogger(__name__)
 
 _TEXTS: dict[str, Callable[[BufferedReader, str, ColumnRequest], Stream]] = {
     ".jsonl": read_jsonl,

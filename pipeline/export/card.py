@@ -32,7 +32,8 @@ DPOTrainer("model", args=DPOConfig(max_length=None), train_dataset=pairs, proces
 - {ends} {endless:,} pairs with a text that does not end (cut at a
   token limit) are omitted: they would teach the model to stop there. {equal:,} pairs whose texts differ only in their
   token ids are omitted, too.
-- {prompts} {other_ids:,} of {texts:,} texts get other token ids from TRL than they had in cpo-pipe.{after_end}
+- {prompts}
+  {other_ids:,} of {texts:,} texts get other token ids from TRL than they had in cpo-pipe.{after_end}
 
 The recipe, with the source of prompts and ground truth:
 
@@ -51,7 +52,7 @@ _CONVERSATIONAL = (
     "`prompt` is the prompt before any template, as messages. TRL renders it with the completion by the chat template\n"
     "  of the tokenizer above, and reads `tools` and `chat_template_kwargs` where there are such columns.",
 )
-_JSON = " The type `Json` of messages needs `datasets` 4.7 or later."
+_JSON = "\n  The type `Json` of messages needs `datasets` 4.7 or later."
 
 
 def data_card(

@@ -179,7 +179,8 @@ class Pairs(Data):
         system = self._system(row)
         conversation = with_system(turn.prompt, system) if system else turn.prompt
         prompts = [content_of(message) for message in conversation.messages]
-        target, first = content_of(turn.answer), next(iter(turn.prompt.messages), None)
+        target = content_of(turn.answer)
+        questions = [content_of(message) for message in turn.prompt.messages if message["role"] == "user"]
         written = [*prompts, target, *map(content_of, turn.rejected)]
         if (broken := next((text for text in written if not is_encodable(text)), None)) is not None:
             return Refusal(row.source, "not UTF-8", broken)
@@ -190,7 +191,7 @@ class Pairs(Data):
         return Texts(
             row.source, target, conversation.text, "", None if category is None else str(category),
             None if is_plain else replace(turn, prompt=conversation), turn.rejected,
-            content_of(first) if several and first is not None else "",
+            questions[0] if several and questions else "",  # turns of one conversation are in one split
         )  # fmt: skip
 
     def corpus(self, texts: Texts) -> Iterator[str]:

@@ -52,8 +52,8 @@ class Part:
         given = {"name": self.name, "split": self.split, "count": self.count, "weight": self.weight}
         return {**spec, **{key: value for key, value in given.items() if value is not None}}
 
-    def rows(self) -> int:
-        """Count the rows of the source, or those of them that are read."""
+    def total(self) -> int:
+        """Return the number of rows that are read, before any are drawn."""
         count, limit = self.source.count(self.config.max_rows), self.config.max_rows
         return count if limit is None else min(count, limit)
 
@@ -126,7 +126,7 @@ def drawn_rows(parts: Sequence[Part], seed: int) -> list[NDArray[np.bool_] | Non
     """
     if not any(part.count or part.weight for part in parts):
         return [None] * len(parts)
-    totals = [part.rows() for part in parts]
+    totals = [part.total() for part in parts]
     weighed = [(total, part.weight) for total, part in zip(totals, parts, strict=True) if part.weight]
     scale = min((total / weight for total, weight in weighed), default=0.0)
     masks: list[NDArray[np.bool_] | None] = []

@@ -81,7 +81,7 @@ def _write(examples: Examples, writer: ArtifactWriter, config: Data, parts: list
     templates.eos_token_id(tokenizer)  # an error now, not after the work
     collector = ExampleCollector(_named(parts), config.split_seed, writer.path / "unordered.arrow")
     masks = drawn_rows(parts, config.split_seed)
-    total = sum(part.rows() if mask is None else int(mask.sum()) for part, mask in zip(parts, masks, strict=True))
+    total = sum(part.total() if mask is None else int(mask.sum()) for part, mask in zip(parts, masks, strict=True))
     with track("prepare", total) as meter, collector:
         for part, mask in zip(parts, masks, strict=True):
             before = meter.done

@@ -156,7 +156,10 @@ DATA_FILES = {
     "empty.jsonl": (b"", "data.source empty.jsonl: has no rows"),
     "header.csv": (b"prompt,target\n", "data.source header.csv: has no rows"),
     "empty.csv": (b"", "data.source empty.csv: has no rows"),
-    "other.csv": (b"question,target\na,b\n", "no column 'prompt' (data.columns.prompt); the columns there are"),
+    "other.csv": (
+        b"question,target\na,b\n",
+        "its columns (question, target) are those of no known format; set data.columns.prompt",
+    ),
     "open.csv": (b'prompt,target\na,"b\nc,d\n', "the quote opened at open.csv:2 is not closed"),
     "text.jsonl": (b"hello\n" * 9, "9 of 9 rows were rejected (9 not JSON), more than data.max_rejected 0.1 allows"),
     "bad.parquet": (b"PAR1 and no more", "data.source bad.parquet: not a Parquet file"),

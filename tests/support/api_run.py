@@ -28,6 +28,11 @@ def examples(count: int, target: str = "the dog") -> pa.Table:
     return pa.Table.from_pylist(rows, schema=EXAMPLES)
 
 
+def expected(count: int) -> list[str]:
+    """Return the texts that the server writes for `examples(count)`, without their seeds."""
+    return [f"re p{k}" for k in range(count)]
+
+
 class Run:
     """An API's samples of some examples in a store."""
 

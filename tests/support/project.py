@@ -2,9 +2,14 @@
 
 import hashlib
 import json
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
 
 RECIPE = """\
 name: tiny
@@ -73,3 +78,27 @@ def fill(root: Path, model: Path) -> None:
     rows = [{"prompt": f"{words[n % 9]} {n}", "target": f" {words[n % 7]} {words[n % 5]} {n}"} for n in range(24)]
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (root / "tiny.yaml").write_text(RECIPE.format(model=model))
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """Return the arguments of the commands that a message names."""
+    return [shlex.split(command)[1:] for command in re.findall(r"`(cpo-pipe [^`]*)`", text)]
+
+
+def stages(project: Project, run: str = "runs/tiny") -> dict[str, dict[str, Any]]:
+    """Return what a run has recorded of each stage, by the stage's name."""
+    found: dict[str, dict[str, Any]] = json.loads((project.root / run / "run.json").read_text())["stages"]
+    return found
+
+
+def trainings(project: Project) -> dict[str, str]:
+    """Return the checkpoint of each training, by the training's name."""
+    return {
+        name.removeprefix("train "): stage["artifact"] for name, stage in stages(project).items() if "train " in name
+    }
+
+
+def figures(project: Project) -> list[dict[str, Any]]:
+    """Return the rows of the run's metrics."""
+    rows: list[dict[str, Any]] = pq.read_table(project.root / "runs/tiny/metrics.parquet").to_pylist()
+    return rows

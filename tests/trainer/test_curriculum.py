@@ -15,7 +15,7 @@ from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.execution.base import LocalExecutor
 from cpo_pipe.data.schemas import CANDIDATE
 from cpo_pipe.data.store import Rows
-from cpo_pipe.trainer.curriculum import Curriculum, curriculum_batches, order_of
+from cpo_pipe.trainer.curriculum import Curriculum, curriculum_batches, order_of, shuffled_batches
 from cpo_pipe.trainer.difficulty import margins, similarities, strength_gaps
 from cpo_pipe.trainer.loop import Loop
 from cpo_pipe.trainer.objectives import OBJECTIVES
@@ -353,3 +353,12 @@ def test_what_nobody_wrote_is_nothing_to_train_on(bench: Models, caplog: pytest.
     config = OBJECTIVES.parse({"init": "m", "objective": "dpo", "reference": "m", "pairs": [["weak", "other"]]})
     with pytest.raises(InputError, match=r"train\.t: nothing to train on"):
         train("t", config, bench.store, bench.inputs("dpo"), None, LocalExecutor())
+
+
+def test_every_pass_covers_all_rows_once() -> None:
+    stream = [index for batch in shuffled_batches(10, 4, 5, seed=0) for index in batch]
+    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
+    assert stream[:10] != stream[10:]
+    assert stream == [index for batch in shuffled_batches(10, 4, 5, seed=0) for index in batch]
+    assert stream != [index for batch in shuffled_batches(10, 4, 5, seed=1) for index in batch]
+    assert len(next(shuffled_batches(3, 8, 1, seed=0))) == 8, "a batch may pass over a small set more than once"

@@ -23,6 +23,7 @@ from cpo_pipe.data.store import Store
 from cpo_pipe.trainer import merge as module
 from cpo_pipe.trainer.merge import _computed, merge, write_merged
 from tests.support.damage import rot
+from tests.support.training import Bench, weights
 
 NewModel = Callable[..., Path]
 ALPHA = 0.3
@@ -303,3 +304,17 @@ def test_end_tokens_in_a_nested_config_are_no_other_architecture() -> None:
     one = {"eos_token_id": 1, "hidden_size": 8, "text_config": {"eos_token_id": 1, "layers": 2}}
     other = {"eos_token_id": [1, 2], "hidden_size": 8, "text_config": {"eos_token_id": [1, 2], "layers": 2}}
     assert _computed(one) == _computed(other) == {"hidden_size": 8, "text_config": {"layers": 2}}
+
+
+def test_a_merged_model_is_the_weighted_mean_of_weights(
+    bench: Bench, new_model: Callable[..., Path], tiny_model: Path
+) -> None:
+    other = locate_model(str(new_model(seed=5)), bench.store)
+    artifact = merge("e", bench.store, [(bench.model, 0.25), (other, 0.75)], bench.tokenizer)
+    mine, theirs = load_file(tiny_model / "model.safetensors"), load_file(other.path / "model.safetensors")
+    for name, tensor in weights(artifact).items():
+        torch.testing.assert_close(tensor, 0.25 * mine[name] + 0.75 * theirs[name])
+    assert merge("e", bench.store, [(other, 0.75), (bench.model, 0.25)], bench.tokenizer).path == artifact.path
+    stranger = locate_model(str(new_model(hidden_size=32)), bench.store)
+    with pytest.raises(InputError, match="not of one architecture"):
+        merge("e", bench.store, [(bench.model, 0.5), (stranger, 0.5)], bench.tokenizer)

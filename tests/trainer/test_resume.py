@@ -1,6 +1,7 @@
 """The resume checkpoint of a training: crashes while it is saved, failed saves, damage."""
 
 import errno
+import math
 import os
 import shutil
 import sys
@@ -17,10 +18,12 @@ from cpo_pipe.data.errors import RunError
 from cpo_pipe.data.store import Store, atomic
 from cpo_pipe.trainer.accelerator import new_accelerator
 from cpo_pipe.trainer.objectives import OBJECTIVES
+from cpo_pipe.trainer.objectives.base import Training
+from cpo_pipe.trainer.optimizer import lr_factor
 from cpo_pipe.trainer.resume import ResumeCheckpoint
 from tests.support.marks import slow_except
 from tests.support.resume import assert_same_training, in_progress_of, interrupted_at, save_often
-from tests.support.training import Bench
+from tests.support.training import Bench, metrics, weights
 
 
 class Crash(BaseException):
@@ -264,3 +267,42 @@ def test_the_groups_file_of_a_killed_training_is_not_read_again(
     state = stopped(bench, monkeypatch, 3)
     (state.parent / "groups.arrow").write_bytes(b"damaged")
     assert_same_training(bench.train("cpo", **KEPT_BEST).path, calm)
+
+
+@pytest.mark.parametrize(("objective", "architecture"), [("cpo-ranked", "llama"), ("mle", "gpt2")])
+def test_a_stopped_training_resumes_bit_for_bit(
+    tmp_path: Path,
+    new_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    objective: str,
+    architecture: str,
+) -> None:
+    def killed_at(step: int) -> Callable[..., float]:
+        def factor(config: Training, at: int) -> float:
+            if at == step:
+                raise KeyboardInterrupt
+            return lr_factor(config, at)
+
+        return factor
+
+    model = new_model(architecture=architecture)  # GPT-2's weights are tied
+    settings: dict[str, Any] = {"max_steps": 9, "batch_size": 3, "lr_scheduler_type": "cosine"}
+    calm = Bench(tmp_path / "calm", model).train(objective, **settings)
+    rough = Bench(tmp_path / "rough", model)
+    monkeypatch.setattr("cpo_pipe.trainer.resume.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("cpo_pipe.trainer.resume.SAVE_SHARE", math.inf)
+    caplog.set_level("INFO")
+    for step in (2, 7):
+        with monkeypatch.context() as patch:
+            patch.setattr("cpo_pipe.trainer.loop.lr_factor", killed_at(step))
+            with pytest.raises(KeyboardInterrupt):
+                rough.train(objective, **settings)
+    artifact = rough.train(objective, **settings)
+    assert "resumes after step 2" in caplog.text
+    assert "resumes after step 7" in caplog.text
+    ours, theirs = weights(artifact), weights(calm)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    untimed = [[{**row, "seconds": 0} for row in metrics(one)] for one in (artifact, calm)]
+    assert untimed[0] == untimed[1]
+    assert not list(rough.store.root.glob("checkpoints/.in-progress/*"))

@@ -18,7 +18,7 @@ from cpo_pipe.pipeline.export.messages import MessageWriter
 from cpo_pipe.pipeline.export.trl_tokens import PromptedCandidate
 from cpo_pipe.recipe.load import load_recipe
 from cpo_pipe.run import Run
-from tests.support.chat_templates import FAMILIES, family_tokenizer
+from tests.support.chat_templates import FAMILIES, family_tokenizer, shipped
 from tests.support.project import Project
 
 ONLY = 'negatives={"sources": {"rejected": {}}}'
@@ -178,17 +178,21 @@ def test_arguments_of_the_chat_template_go_with_it(project: Project) -> None:
     assert tokenizer.decode(prompt).endswith("<think>\n\n</think>\n\n")
 
 
-def test_a_date_that_the_template_prints_is_named(project: Project) -> None:
-    tokenizer = family_tokenizer(project.root / "chat", "olmo")
-    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + tokenizer.chat_template
+@pytest.mark.parametrize("arguments", [{}, {"date_string": "26 Jul 2024"}])
+def test_a_date_that_the_template_prints_is_named_unless_it_is_given(
+    project: Project, arguments: dict[str, Any]
+) -> None:
+    tokenizer = family_tokenizer(project.root / "chat", "llama-3")
+    tokenizer.chat_template = shipped("llama3_2")
     tokenizer.save_pretrained("chat")
-    project.write("talk.jsonl", json.dumps(rows_of("olmo")[0]))
-    settings = [*options("talk.jsonl", "olmo", train=1), "--set", ONLY]
-    grouped(project, *settings)
+    project.write("talk.jsonl", json.dumps(rows_of("llama-3")[0]))
+    settings = [*options("talk.jsonl", "llama-3", train=1, chat_template_kwargs=arguments), "--set", ONLY]
+    ((prompt, _),) = grouped(project, *settings)
     result = project.cli("export", "tiny.yaml", "--out", "out", *settings)
-    assert "TRL will give 2 of 2 texts other token ids than they have here: the chat template prints the day" in (
-        result.err
-    )
+    said_of_dates = "TRL will give 2 of 2 texts other token ids than they have here: the chat template prints the day"
+    assert (said_of_dates in result.err) is not bool(arguments)
+    (row,) = trl_side.tokenized(datasets.load_dataset("out", split="train"), tokenizer)
+    assert row["prompt_ids"] == prompt or not arguments
 
 
 @pytest.mark.parametrize(

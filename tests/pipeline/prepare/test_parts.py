@@ -81,7 +81,7 @@ def test_a_count_above_the_rows_is_said(tmp_path: Path, store, byte_tokenizer, c
 @pytest.mark.parametrize(
     ("sizes", "weights", "expected"),
     [((30, 10), (1, 1), (10, 10)), ((30, 10), (3, 1), (30, 10)), ((30, 10), (1, 3), (3, 10)),
-     ((30, 10), (0.7, 0.3), (23, 10)), ((10, 10), (0.1, 0.3), (3, 10))],
+     ((30, 10), (0.7, 0.3), (23, 10)), ((10, 10), (0.1, 0.3), (3, 10)), ((10, 30), (0.01, 1), (0, 30))],
 )  # fmt: skip
 def test_weights_are_shares(tmp_path: Path, store, byte_tokenizer, sizes, weights, expected) -> None:
     names = ("one", "two")
@@ -90,7 +90,7 @@ def test_weights_are_shares(tmp_path: Path, store, byte_tokenizer, sizes, weight
         for name, size, weight in zip(names, sizes, weights, strict=True)
     }
     examples = prepare(data(sources=sources, tokenizer=byte_tokenizer, train=4), store)
-    assert counts(examples) == dict(zip(names, expected, strict=True))
+    assert counts(examples) == Counter(dict(zip(names, expected, strict=True)))
 
 
 def test_the_same_file_draws_other_rows_under_another_name(tmp_path: Path, store, byte_tokenizer) -> None:

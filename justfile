@@ -3,13 +3,14 @@
 # What `just quick` runs: losses, log-probs, the training step, the store, recipes, and one run from data to report.
 quick := "tests/trainer/objectives/test_losses.py tests/trainer/scoring/test_logprobs.py tests/trainer/scoring/test_group_table.py " \
     + "tests/trainer/test_train.py::test_the_step_equals_that_of_a_naive_loop tests/data/test_examples.py " \
-    + "tests/data/store/test_store.py tests/data/store/test_index.py tests/recipe " \
+    + "tests/data/store/test_store.py tests/data/store/test_rows.py tests/data/store/test_damage.py " \
+    + "tests/data/store/test_crashes.py tests/data/store/test_artifact.py tests/data/store/test_index.py tests/recipe " \
     + "tests/pipeline/rank/test_rank.py::test_the_order_is_falling_similarity_to_the_target " \
     + "tests/eval/statistics/test_bootstrap.py::test_the_interval_is_the_percentile_bootstrap " \
     + "tests/test_cli.py::test_run_makes_everything_and_a_second_run_nothing " \
-    + "--deselect tests/data/store/test_store.py::test_readers_that_find_the_same_damage_do_not_trip_over_each_other " \
-    + "--deselect tests/data/store/test_store.py::test_killed_for_real_and_resumed " \
-    + "--deselect tests/data/store/test_store.py::test_two_processes_share_the_work " \
+    + "--deselect tests/data/store/test_damage.py::test_several_readers_may_find_the_same_damage_at_once " \
+    + "--deselect tests/data/store/test_crashes.py::test_a_killed_process_resumes " \
+    + "--deselect tests/data/store/test_crashes.py::test_two_processes_share_the_work " \
     + "--deselect tests/data/store/test_store.py::test_seeds_leave_room_for_samples_and_stay_below_the_limit"
 
 default:

@@ -75,7 +75,7 @@ def test_names_of_columns_and_options(project: Project) -> None:
     row = {HOSTILE: "x", "target": "y"}
     project.write("odd.jsonl", "".join(json.dumps(row) + "\n" for _ in range(9)))
     result = project.cli("prepare", "tiny.yaml", "--set", "data.source=odd.jsonl")
-    assert f"the columns there are {LINE}, target" in result.error()
+    assert f"its columns ({LINE}, target) are those of no known format" in result.error()
     assert not RAW.search(result.out + result.err)
     for arguments in (["prepare", f"{HOSTILE}.yaml"], ["prepare", "tiny.yaml", "--set", f"{HOSTILE}=1"], [HOSTILE],
                       ["train", "tiny.yaml", HOSTILE], ["store", "show", HOSTILE]):  # fmt: skip

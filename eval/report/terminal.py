@@ -67,10 +67,12 @@ def print_leakage(figures: Sequence[Mapping[str, Any]]) -> None:
         return
     title = "Overlap with training examples"
     grid = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    grid.add_column("", no_wrap=True)
-    for name in LEAKAGE_COLUMNS:
-        grid.add_column(name, justify="right", no_wrap=True)
-    for name, cells in leakage_rows(figures):
+    rows = leakage_rows(figures)
+    grid.add_column("", no_wrap=True, min_width=_widest_line([name for name, _ in rows]))
+    for column, heading in enumerate(LEAKAGE_COLUMNS):
+        width = _widest_line([heading, *(cells[column] for _, cells in rows)])
+        grid.add_column(heading, justify="right", no_wrap=True, min_width=width)
+    for name, cells in rows:
         grid.add_row(name, *cells)
     _print(Console(markup=False, highlight=False), grid)
 

@@ -235,10 +235,13 @@ class Pairs(Data):
                     "category": pair.category, "messages": None if pair.turn is None else pair.conversation.to_json(),
                 }  # fmt: skip
                 rejected = answers.encode([row] * len(pair.rejected), pair.rejected, self.max_target_tokens)
+                if problem := next((one.problem for one in rejected if one.problem), ""):
+                    yield Refusal(pair.source, "rejected answer not renderable", problem, pair.example_id)
+                    continue
                 encoded = [
                     {"text": one.text, "token_ids": one.token_ids, "ends": one.ends,
                      "message": None if one.message is None else to_json(one.message)}
-                    for one in rejected if one.token_ids
+                    for one in rejected
                 ]  # fmt: skip
                 row["rejected"] = encoded or None
                 has_control = any(map(is_control, (pair.full_prompt, columns["target"])))

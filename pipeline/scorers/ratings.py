@@ -45,7 +45,7 @@ TEMPLATES = {
 _AROUND = r"[\s\"'“”‘’*_`()\[\]{}<>.,:#-]*"
 _RATING = re.compile(
     rf"{_AROUND}(?:(?:final )?(?:grade|rating|score|answer){_AROUND}:{_AROUND})?"
-    rf"([0-9]+(?:\.[0-9]+)?)(?:{_AROUND}(?:/|out of){_AROUND}{BEST})?{_AROUND}",
+    rf"(?<![-−])([0-9]+(?:\.[0-9]+)?)(?:{_AROUND}(?:/|out of){_AROUND}{BEST})?{_AROUND}",
     re.IGNORECASE,
 )
 

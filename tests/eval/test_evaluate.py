@@ -1,5 +1,6 @@
+"""Evaluations of tiny models: figures, reuse, and what is refused."""
+
 import json
-import logging
 import math
 import subprocess
 import sys
@@ -13,30 +14,14 @@ import pytest
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.examples import Examples
-from cpo_pipe.data.models.locate import locate_model
-from cpo_pipe.data.models.tokenizer import locate_tokenizer
 from cpo_pipe.data.schemas import EXAMPLES, METRICS
-from cpo_pipe.data.store import Rows, Store
+from cpo_pipe.data.store import Rows
 from cpo_pipe.eval.config import GROUND_TRUTH
-from cpo_pipe.eval.metrics.mauve import MIN_TEXTS
 from cpo_pipe.pipeline import samples
-from tests.support.evaluation import Bench, figures, no_engine
+from tests.support.evaluation import DECODINGS, Bench, figures, no_engine
 
 
-@pytest.fixture(scope="module")
-def models(new_model: Callable[..., Path]) -> dict[str, Path]:
-    return {"one": new_model(seed=1), "two": new_model(seed=2)}
-
-
-@pytest.fixture
-def bench(tmp_path: Path, models: dict[str, Path]) -> Bench:
-    return Bench(tmp_path / "store", models, 12)
-
-
-DECODINGS = {"greedy": {"temperature": 0}, "top-k": {"top_k": 5}}
-
-
-def test_all_figures_are_there(bench: Bench) -> None:
+def test_an_evaluation_has_all_figures(bench: Bench) -> None:
     result = bench.run(decodings=DECODINGS)
     found = figures(result)
 
@@ -53,12 +38,12 @@ def test_all_figures_are_there(bench: Bench) -> None:
     assert {row["n"] for row in found.values()} == {12}
     assert found["one", "-", "target NLL"]["value"] == pytest.approx(2)
     assert found["one", "-", "target perplexity"]["value"] == pytest.approx(math.exp(2))
-    # Without the token that ends it: a target's length is that of its text.
+    # A target's length does not count the token that ends it.
     lengths = [len(bench.examples.tokenizer.load().encode(text)) for text in result.examples["target"].to_pylist()]
     assert found[GROUND_TRUTH, "-", "length"]["value"] == pytest.approx(sum(lengths) / 12)
 
 
-def test_outputs_are_what_the_model_writes(bench: Bench) -> None:
+def test_outputs_are_those_of_the_model(bench: Bench) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -99,56 +84,6 @@ def test_the_seed_changes_samples_but_not_greedy_outputs(bench: Bench, monkeypat
     bench.run(seed=2)  # greedy only: nothing to make
 
 
-def test_two_systems_of_one_model_tie(tmp_path: Path, models: dict[str, Path]) -> None:
-    found = figures(Bench(tmp_path, {"one": models["one"], "copy": models["one"]}, 6).run(judges=["similarity"]))
-    assert found["copy", "greedy", "similarity tie"]["value"] == 1
-    assert found["copy", "greedy", "similarity win rate"]["value"] == 0.5
-    assert found["copy", "greedy", "cosine to target"] == found["one", "greedy", "cosine to target"] | {
-        "system": "copy"
-    }
-
-
-def test_similarity_wins_are_those_of_the_cosines(bench: Bench) -> None:
-    result = bench.run(judges=["similarity"])
-    values = pq.read_table(result.artifact.path / "values.parquet").to_pylist()
-    cosines = {
-        (row["system"], row["example_id"]): row["value"] for row in values if row["metric"] == "cosine to target"
-    }
-    ids = result.examples["example_id"].to_pylist()
-    wins = sum(cosines["two", i] > cosines["one", i] + 1e-6 for i in ids)
-    assert figures(result)["two", "greedy", "similarity win"]["value"] == pytest.approx(wins / len(ids))
-    (against,) = result.comparisons().to_pylist()
-    assert (against["system_a"], against["system_b"], against["n"]) == ("two", "one", len(ids))
-    rate = figures(result)["two", "greedy", "similarity win rate"]
-    assert against["difference"] == pytest.approx(rate["value"] - 0.5)
-
-
-def test_mauve_is_left_out_where_it_says_nothing(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        result = bench.run(mauve_seeds=2)
-    assert not [key for key in figures(result) if "MAUVE" in key[2]]
-    assert result.notes == ["MAUVE is not measured: it needs at least 100 examples, and there are 12"]
-    assert result.notes[0] in caplog.text
-
-
-def test_mauve_has_a_spread(tmp_path: Path, models: dict[str, Path]) -> None:
-    found = figures(Bench(tmp_path, {"one": models["one"]}, MIN_TEXTS).run(mauve_seeds=2))
-    assert 0 < found["one", "greedy", "MAUVE"]["value"] < 1
-    assert found["one", "greedy", "MAUVE sd"]["value"] >= 0
-
-
-def test_metrics_of_the_rankers_model_are_named(bench: Bench) -> None:
-    from cpo_pipe.data.models.embedder import locate_embedder
-
-    ranker = locate_embedder("minilm", bench.store).fingerprint
-    shared = bench.run(ranker=ranker, judges=["similarity"])
-    assert {"MAUVE", "cosine to target", "similarity win rate"} <= shared.shared_metrics
-    assert "chrF" not in shared.shared_metrics
-    other = bench.run(ranker="another", judges=["similarity"])
-    assert other.shared_metrics == frozenset()
-    assert other.artifact.path == shared.artifact.path  # a mark changes no figure
-
-
 def test_bad_input_is_one_line(bench: Bench) -> None:
     with pytest.raises(InputError, match=r"evaluate.split is validation, which has no examples"):
         bench.run(split="validation")
@@ -159,19 +94,19 @@ def test_bad_input_is_one_line(bench: Bench) -> None:
 def test_a_target_without_an_answer_is_noted(bench: Bench) -> None:
     result = bench.run(judges={"exact": {"pattern": r"(\d+)"}})
     assert result.notes == []
-    result = bench.run(judges={"exact": {"pattern": r"the (\w+)|1(\d)"}})  # two groups: the first is the answer
+    result = bench.run(judges={"exact": {"pattern": r"the (\w+)|1(\d)"}})  # two groups; the first is the answer
     assert result.notes
 
 
-def test_a_pattern_that_cuts_numbers_is_noted(bench: Bench) -> None:
-    (note,) = bench.run(judges={"exact": {"pattern": r"(\d)"}}).notes  # of the targets' numbers 1 to 12
+def test_a_pattern_that_truncates_numbers_is_noted(bench: Bench) -> None:
+    (note,) = bench.run(judges={"exact": {"pattern": r"(\d)"}}).notes  # the targets have the numbers 1 to 12
     assert note.startswith("exact: the pattern reads only a part of the number in 3 of 12 targets, such as 1 of 10:")
 
 
 def test_texts_are_compared_in_one_unicode_form(
     tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tokenizer that composes letters writes other code points than targets that a Mac decomposed."""
+    """A tokenizer that composes letters yields other code points than targets in decomposed form."""
     composed, decomposed = "In Z\u00fcrich und K\u00f6ln.", "In Zu\u0308rich und Ko\u0308ln."
     bench = Bench(tmp_path / "store", {name: models[name] for name in ("one", "two")}, 12)
     rows = pq.read_table(bench.examples.artifact.path / "examples.parquet").to_pylist()
@@ -195,7 +130,7 @@ def test_texts_are_compared_in_one_unicode_form(
         assert found[name, "greedy", "chrF"]["value"] == pytest.approx(100)
     assert found["one", "greedy", "longer characters"]["value"] == found["two", "greedy", "longer characters"]["value"]
     assert found["one", "greedy", "longer tie"]["value"] == 1
-    assert all(verdict["orders"] == [] for verdict in result.verdicts().to_pylist())  # equal outputs: nobody is asked
+    assert all(verdict["orders"] == [] for verdict in result.verdicts().to_pylist())  # equal outputs are not judged
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(tmp_path: Path, new_model: Callable[..., Path]) -> None:
@@ -209,7 +144,7 @@ def test_a_target_that_does_not_fit_is_refused_before_anything_is_made(
 ) -> None:
     whole = Bench(tmp_path / "one", {"one": new_model()}, 3).examples.read("test")
     longest = max(len(row["prompt_ids"] + row["target_ids"]) for row in whole.to_pylist())
-    assert longest > max(len(row["prompt_ids"]) for row in whole.to_pylist()) + 2  # there is room to write
+    assert longest > max(len(row["prompt_ids"]) for row in whole.to_pylist()) + 2  # there is room for new tokens
     monkeypatch.setattr(samples, "choose_engine", no_engine)
     bench = Bench(tmp_path / "two", {"one": new_model(max_position_embeddings=longest - 1)}, 3)
     message = (
@@ -220,32 +155,6 @@ def test_a_target_that_does_not_fit_is_refused_before_anything_is_made(
     monkeypatch.undo()
     fitting = Bench(tmp_path / "two", {"one": new_model(max_position_embeddings=longest)}, 3)
     assert fitting.run(max_new_tokens=2).artifact.complete()
-
-
-def test_all_texts_are_embedded_once_under_one_bar(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpo_pipe.data.models.embedder import Embedder, EmbeddingCache
-
-    labels: list[str] = []
-    add = EmbeddingCache.add
-    monkeypatch.setattr(
-        EmbeddingCache, "add", lambda cache, texts, label: [labels.append(label), add(cache, list(texts), label)]
-    )
-    embed, batches = Embedder.embed, []
-    monkeypatch.setattr(
-        Embedder, "embed", lambda embedder, texts: [batches.append(list(texts)), embed(embedder, texts)][1]
-    )
-    result = bench.run(judges=["similarity", "exact"], decodings=DECODINGS)
-    written = {*result.outputs()["text"].to_pylist(), *result.examples["target"].to_pylist()}
-    assert labels == ["embed outputs"]
-    assert len(batches) == 1
-    assert sorted(batches[0]) == sorted(written)
-
-
-def test_nothing_is_embedded_where_no_figure_needs_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpo_pipe.data.models.embedder import Embedder
-
-    monkeypatch.setattr(Embedder, "embed", no_engine)
-    assert bench.run(mauve_seeds=2).artifact.complete()  # too few examples for MAUVE
 
 
 def test_a_killed_evaluation_keeps_its_outputs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,6 +186,8 @@ nothing = dict(ranker=None, models={{}}, apis={{}}, executor=None)
 result = evaluate(config, store, examples, {{"one": model}}, max_new_tokens=6, **nothing)
 print(result.metrics().num_rows, [name for name in {heavy} if name in sys.modules])
 """
+
+
 HEAVY = ("torch", "transformers", "sentence_transformers", "sklearn", "scipy")
 
 
@@ -295,7 +206,7 @@ def test_a_warm_run_imports_nothing_heavy(tmp_path: Path, models: dict[str, Path
     assert done.stdout == f"{rows} []\n"
 
 
-def test_judges_and_people_are_compared(bench: Bench, tmp_path: Path) -> None:
+def test_judges_are_compared_with_each_other_and_with_annotations(bench: Bench, tmp_path: Path) -> None:
     first = bench.run(judges=["exact", "longer"])
     (judges,) = first.agreements().to_pylist()
     assert (judges["judge_a"], judges["judge_b"]) == ("exact", "longer")
@@ -311,7 +222,7 @@ def test_judges_and_people_are_compared(bench: Bench, tmp_path: Path) -> None:
     assert judges["n"] == len(unequal) > 5
     assert judges["agreement"] == pytest.approx(sum(alike) / len(alike))
 
-    # People who find the longer of the first five better, and see the other system's output first.
+    # Annotators prefer the longer of the first five outputs and see the other system's output first.
     swapped = {"a": "b", "b": "a", "tie": "tie"}
     labels = [
         {"prompt": example["prompt"], "output_a": written["one", example["example_id"]],
@@ -334,7 +245,7 @@ def test_judges_and_people_are_compared(bench: Bench, tmp_path: Path) -> None:
     ]
 
 
-def test_several_samples_show_how_various_they_are(bench: Bench) -> None:
+def test_the_diversity_of_several_samples_is_measured(bench: Bench) -> None:
     from cpo_pipe.eval.metrics.text import self_bleu
 
     one = bench.run(decodings=DECODINGS)
@@ -356,68 +267,3 @@ def test_several_samples_show_how_various_they_are(bench: Bench) -> None:
     expected = sum(map(self_bleu, texts.values())) / len(texts)
     assert found["two", "top-k", "self-BLEU"]["value"] == pytest.approx(expected)
     assert found["two", "top-k", "self-BLEU"]["n"] == 12
-
-
-def test_mauve_on_the_features_of_a_causal_model(tmp_path: Path, models: dict[str, Path]) -> None:
-    from cpo_pipe.eval.metrics.mauve import CausalEncoder, mauve
-
-    bench = Bench(tmp_path / "store", models, MIN_TEXTS)
-    scorer = bench.models["two"]
-    result = bench.run(mauve_seeds=2, mauve_model="two", judge_models=bench.models)
-    encoder = CausalEncoder(scorer, locate_tokenizer(str(scorer.path), bench.store))
-    targets = encoder.encode(result.examples["target"].to_pylist())
-    outputs = {(row["system"], row["example_id"]): row["text"] for row in result.outputs().to_pylist()}
-    written = [outputs["one", example_id] for example_id in result.examples["example_id"].to_pylist()]
-    expected = mauve(targets, encoder.encode(written), range(2))
-    found = figures(result)
-    assert found["one", "greedy", "MAUVE"]["value"] == pytest.approx(expected.mean, abs=1e-6)
-    assert found["one", "greedy", "MAUVE sd"]["value"] == pytest.approx(expected.sd, abs=1e-6)
-    spec = json.loads((result.artifact.path / "spec.json").read_text())
-    assert spec["mauve"] == {**encoder.spec(), "seeds": 2}
-
-    embedded = bench.run(mauve_seeds=2)
-    assert figures(embedded)["one", "greedy", "MAUVE"]["value"] != pytest.approx(expected.mean, abs=1e-3)
-
-
-def test_texts_longer_than_a_window_are_noted(
-    tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench = Bench(tmp_path / "store", {"one": models["one"]}, MIN_TEXTS)
-    plain = bench.run(judges=["similarity"], mauve_seeds=1)
-    assert not [note for note in plain.notes if "longer than" in note]
-
-    rows = pq.read_table(bench.examples.artifact.path / "examples.parquet").to_pylist()
-    long = [row | {"target": "the quick brown fox " * 200} for row in rows[1:4]]
-    selection = pa.Table.from_pylist([*long, *rows[4:]], schema=EXAMPLES)
-    monkeypatch.setattr(Examples, "read", lambda *_: selection)
-    result = bench.run(judges={"near": {"kind": "similarity"}}, mauve_seeds=1, seed=1)
-    texts = 2 * selection.num_rows  # outputs and targets
-    said = (
-        f"3 of {texts} texts (1.5%) are longer than the 256 tokens that minilm reads: differences after these are not "
-        "seen; set evaluate.embedder to a model that reads more, or shorten the texts"
-    )
-    assert [note for note in result.notes if "longer than" in note] == [f"near: {said}", f"MAUVE: {said}"]
-
-    context = bench.models["one"].context()
-    causal = bench.run(judges=["exact"], mauve_seeds=1, mauve_model="one", judge_models=bench.models, seed=1)
-    (note,) = [note for note in causal.notes if "longer than" in note]
-    assert note.startswith(f"MAUVE: 3 of {texts} texts (1.5%) are longer than the {context:,} tokens that one reads")
-    assert "set evaluate.mauve_model to a model that reads more" in note
-
-
-def test_causal_features_of_a_text_that_is_empty_or_too_long(models: dict[str, Path], tmp_path: Path) -> None:
-    import numpy as np
-    import torch
-
-    from cpo_pipe.eval.metrics.mauve import CausalEncoder, causal_features
-
-    store = Store(tmp_path)
-    model, tokenizer = locate_model(str(models["one"]), store), locate_tokenizer(str(models["one"]), store)
-    encoder, context = CausalEncoder(model, tokenizer), model.context()
-    assert context is not None
-    long = " the quick" * context
-    cut = tokenizer.load().decode(tokenizer.load().encode(long)[:context])
-    empty, whole, prefix = encoder.encode(["", long, cut])
-    np.testing.assert_allclose(whole, prefix, atol=1e-5)
-    ended = causal_features(model.load(torch.float32).eval(), [[tokenizer.load().eos_token_id]])  # type: ignore[list-item]
-    np.testing.assert_allclose([empty], ended, atol=1e-5)

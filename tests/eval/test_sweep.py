@@ -1,6 +1,5 @@
 """A sweep over decodings: all from one recipe, each generated once, on examples drawn by a seed."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,6 @@ SWEEP: dict[str, dict[str, Any]] = {
     "cool": {"temperature": 0.5},
     "beam": {"beams": 3},
 }
-
-
-@pytest.fixture(scope="module")
-def models(new_model: Callable[..., Path]) -> dict[str, Path]:
-    return {"one": new_model(seed=1), "two": new_model(seed=2)}
-
-
-@pytest.fixture
-def bench(tmp_path: Path, models: dict[str, Path]) -> Bench:
-    return Bench(tmp_path / "store", models, 12)
 
 
 def texts(result: Evaluation) -> dict[tuple[str, str], list[str]]:

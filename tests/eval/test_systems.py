@@ -1,7 +1,6 @@
 """What is compared: models, APIs and the ground truth itself; with a baseline, and any two with each other."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,16 +12,6 @@ from cpo_pipe.pipeline.api.config import Api
 from cpo_pipe.pipeline.api.model import ApiModel
 from tests.support.api_server import Reply, Seen, error, serve, written
 from tests.support.evaluation import Bench, figures, no_engine
-
-
-@pytest.fixture(scope="module")
-def models(new_model: Callable[..., Path]) -> dict[str, Path]:
-    return {"one": new_model(seed=1), "two": new_model(seed=2)}
-
-
-@pytest.fixture
-def bench(tmp_path: Path, models: dict[str, Path]) -> Bench:
-    return Bench(tmp_path / "store", models, 12)
 
 
 def texts(result: Evaluation, system: str) -> list[str]:

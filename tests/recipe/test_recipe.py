@@ -1,11 +1,11 @@
 """A recipe's sections: decodings, values of several forms, paths, and a description of every key."""
 
-import re
 from typing import Any
 
 import pytest
 import yaml
 
+from cpo_pipe.data.final_answer import AnswerFinder
 from cpo_pipe.data.models.model import ScratchModel
 from cpo_pipe.data.models.train_tokenizer import TrainedTokenizer
 from cpo_pipe.eval.config import System
@@ -79,12 +79,9 @@ def test_fields_that_take_a_name_or_a_section() -> None:
 def test_the_gsm8k_pattern_finds_the_answer() -> None:
     evaluation = load_recipe("gsm8k").evaluate
     assert evaluation is not None
-    pattern = evaluation.judges["exact"].pattern
-    assert pattern is not None
-    answers = {"#### 18.": "18", "####-1,234.50 kg": "-1,234.50", "so\n####  7": "7", "#### .": None}
-    for text, answer in answers.items():
-        match = re.search(pattern, text)
-        assert (match[1] if match else None) == answer
+    finder = AnswerFinder(evaluation.judges["exact"].pattern, "pattern")
+    answers = {"#### 18.": "18", "####-1,234.50 kg": "-1234.5", "so\n####  $7": "7", "#### .": None, "7": None}
+    assert {text: finder.answer(text) for text in answers} == answers
 
 
 def test_every_field_is_described() -> None:

@@ -19,6 +19,7 @@ from cpo_pipe.data.store import Store
 from cpo_pipe.eval.config import Evaluate
 from cpo_pipe.eval.evaluate import Evaluation, evaluate
 
+DECODINGS = {"greedy": {"temperature": 0}, "top-k": {"top_k": 5}}
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"]
 
 
@@ -38,6 +39,7 @@ def make_examples(store: Store, model: Path, count: int) -> Examples:
     if not artifact.complete():
         with artifact.create() as writer:
             pq.write_table(pa.Table.from_pylist(rows, schema=EXAMPLES), writer.path / "examples.parquet")
+            writer.facts["end_tokens"] = [0]
     return Examples(artifact, tokenizer, {"template": "plain"})
 
 

@@ -31,6 +31,17 @@ def values(rows: Rows, *examples: str) -> list[tuple[str, str, float]]:
     return list(zip(*(table[name].to_pylist() for name in ("example_id", "candidate_id", "logprob")), strict=True))
 
 
+def write(rows: Rows, *content: dict[str, Any]) -> None:
+    """Append rows under the lock, as a stage does."""
+    with rows.lock(), rows.writer() as writer:
+        writer.add(content)
+
+
+def manifest_of(shard: Path) -> Path:
+    """Return the path of a shard's manifest."""
+    return shard.parents[1] / "manifests" / f"{shard.stem}.json"
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

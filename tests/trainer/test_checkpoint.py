@@ -46,7 +46,7 @@ def test_a_failed_export_loses_no_step_and_leftovers_are_removed(
 
 
 GENERATION_CONFIG = {"temperature": 0.9, "top_p": 0.6, "repetition_penalty": 5.0, "min_length": 40, "eos_token_id": 7}
-"""Contradictory, as Vicuna's and Llama 2's are, and no greedy decoding of the model itself."""
+"""Contradictory settings, as in those of Vicuna and Llama 2, which also change greedy decoding."""
 
 
 def with_generation_config(source: Path, folder: Path, **content: Any) -> Path:
@@ -110,7 +110,7 @@ def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_first_step(
                 bench.train("mle")
         assert str(error.value).startswith("train.t: its checkpoint could not be written after the last step (these")
         assert "\n" not in str(error.value)
-    assert not [*bench.store.local.glob("checkpoints/.tmp-*")], "what was written on trial is removed"
+    assert not [*bench.store.local.glob("checkpoints/.tmp-*")], "files of the trial are removed"
 
 
 def test_the_trial_before_the_first_step_leaves_nothing(bench: Bench) -> None:

@@ -21,7 +21,7 @@ from tests.support.training import CANDIDATES, Bench, metrics
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_step_0_is_log_k_and_log_k_factorial(tmp_path: Path, new_model: Callable[..., Path], architecture: str) -> None:
-    # GPT-2 ships with dropout 0.1: were any of it on, the first loss would be another.
+    # GPT-2 ships with dropout 0.1, which would change the first loss.
     bench = Bench(tmp_path, new_model(architecture=architecture))
     sizes = [4, 2, 3, 3]
     first = metrics(bench.train("cpo", beta=5.0, max_steps=1))[0]
@@ -35,7 +35,7 @@ def test_step_0_is_log_k_and_log_k_factorial(tmp_path: Path, new_model: Callable
 
 @pytest.mark.parametrize(("dtype", "share"), [("float32", 0.003), ("bfloat16", 0.3)])
 def test_a_start_that_is_not_its_reference_is_refused(bench: Bench, dtype: str, share: float) -> None:
-    # The log-probs of one candidate in eleven are off by a little, as a forgotten dropout would have it.
+    # The log-prob of one candidate in eleven is slightly off, as with dropout that was left on.
     prompt, candidates, _ = CANDIDATES["a"]
     probe = table({"probe": (prompt, candidates)})
     true = cached_logprobs(bench.store, bench.model, dtype, probe, LocalExecutor()).read(["probe"]).to_pylist()
@@ -68,11 +68,11 @@ LONG = {
     "a": ([5, 6, 7], [[9 + k % 80 for k in range(n)] for n in (110, 90, 70)], [0, 1, 2]),
     "b": ([8], [[4, 4, 0], [6, 0]], [0, 1]),
 }
-"""Beside short candidates some with as many tokens as the tiny model has room for."""
+"""Short candidates, and some as long as the context of the tiny model allows."""
 
 
 def test_rounding_of_long_candidates_is_not_a_wrong_start(tmp_path: Path, tiny_model: Path) -> None:
-    # In bfloat16, and computed in another way than the reference, the rewards are several nats off 0 at a large β.
+    # In bfloat16, with another attention backend than the reference, rewards are several nats off 0 at a large β.
     bench = Bench(tmp_path, tiny_model, LONG)
     bench.train("cpo", dtype="bfloat16", attention="padded", beta=1.0, max_steps=1, batch_size=2)
     first = metrics(bench.train("cpo", dtype="bfloat16", attention="cascade", beta=50.0, max_steps=1, batch_size=2))[0]

@@ -62,7 +62,7 @@ def test_groups_without_negatives_do_not_count_in_the_listwise_loss(tmp_path: Pa
     assert first["loss"] == pytest.approx(np.mean([math.log(k) for k in (4, 2, 3, 3)]), abs=1e-3)
     with_mle = bench.train("cpo", batch_size=5, max_steps=1, mle_weight=1.0)
     assert with_mle.manifest["groups"] == 5
-    # The mean of the listwise loss is over the four groups that have one, that of MLE over all five.
+    # The listwise loss is the mean over the four groups with negatives, the MLE loss over all five.
     assert metrics(with_mle)[0]["preference_loss"] == pytest.approx(
         np.mean([math.log(k) for k in (4, 2, 3, 3)]), abs=1e-3
     )

@@ -38,7 +38,7 @@ def test_a_complete_training_is_repeated_only_when_it_changes(bench: Bench) -> N
         writer.add([{**row, "candidates": row["candidates"][:2]} for row in rows])
     config = OBJECTIVES.parse({"init": "m", "objective": "cpo", "reference": "m", "max_steps": 1, "batch_size": 4})
     train("t", config, bench.store, replace(bench.inputs("cpo"), groups=fewer), None, LocalExecutor())
-    assert log_probs.files() == shards, "none of these needs a reference log-prob again"
+    assert log_probs.files() == shards, "no reference log-prob is computed again"
 
 
 def test_the_order_of_negatives_is_identity_only_for_objectives_that_use_it(bench: Bench) -> None:
@@ -59,7 +59,7 @@ def test_the_order_of_negatives_is_identity_only_for_objectives_that_use_it(benc
     assert train_on("cpo-ranked", "one") != train_on("cpo-ranked", "other")
 
 
-# Each setting of a training: what it is changed to, with what else it needs, and whether that makes other weights.
+# For each setting: the settings it needs, the value it is changed to, and whether that changes the weights.
 _CONTRAST = {"objective": "cpo", "reference": "m"}
 
 
@@ -94,7 +94,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any, bool]] = {
     "validation": ({}, 1, True),
     "keep": ({"validation": 1}, "best", True),
     "eval_steps": ({"validation": 1}, 7, False),
-    # Of these the content counts, which is what a training gets as its inputs.
+    # The content of these counts, which a training takes as inputs.
     "init": ({}, "other", False),
     "reference": (_CONTRAST, "other", False),
     "negatives": (_CONTRAST, {"batch": 1}, False),
@@ -138,7 +138,7 @@ def test_the_embedder_of_the_negatives_is_identity_where_their_order_is(bench: B
     for settings, counts in (
         ({}, False),
         ({"objective": "cpo-ranked"}, True),
-        ({"objective": "cpo-ranked", "pairs": pairs}, False),  # a pair is in order as it is
+        ({"objective": "cpo-ranked", "pairs": pairs}, False),  # a pair has its own order
         ({"curriculum": {"by": "similarity"}}, True),
         ({"curriculum": {"by": "margin"}}, False),
     ):

@@ -161,3 +161,41 @@ locate_embedder("minilm", Store(Path({str(tmp_path)!r})))
 print([name for name in ("torch", "transformers", "sentence_transformers") if name in sys.modules])
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+# ── averages of chunks ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_long_texts_have_the_mean_of_their_chunks(store: Store) -> None:
+    """By hand: `word` is one token, and the packaged model reads 256, with [CLS] and [SEP]."""
+    embedder = locate_embedder("minilm", store)
+    long = " ".join(f"{word}" for word in ["cat"] * 254 + ["dog"] * 254 + ["tree"] * 10)
+    found = embedder.embed_averaged(["a cat", long, "cat " * 254, long.upper()])
+    parts = embedder.encode(["cat " * 254, "dog " * 254, "tree " * 10])
+    mean = parts.mean(axis=0)
+    np.testing.assert_allclose(found.vectors[1], mean / np.linalg.norm(mean), atol=1e-5)
+    np.testing.assert_allclose(found.vectors[3], found.vectors[1], atol=1e-5)
+    np.testing.assert_array_equal(found.vectors[[0, 2]], embedder.encode(["a cat", "cat " * 254]))
+    assert found.truncated.tolist() == [False] * 4
+    assert embedder.embed([long]).truncated.tolist() == [True]
+    assert embedder.embed_averaged([]).vectors.shape[0] == 0
+
+
+def test_chunks_end_between_words_and_lose_nothing(store: Store) -> None:
+    embedder = locate_embedder("minilm", store)
+    words = [f"unbelievable{number}" for number in range(300)]  # several tokens each
+    (chunks,) = embedder._chunks([" ".join(words)])
+    assert [word for chunk in chunks for word in chunk.split()] == words
+    assert not embedder.embed(chunks).truncated.any()
+    assert len(chunks) > 1
+    (cut,) = embedder._chunks(["x" * 3000])  # one word
+    assert "".join(cut) == "x" * 3000
+
+
+def test_an_average_tells_texts_apart_that_differ_after_the_window(store: Store) -> None:
+    embedder = locate_embedder("minilm", store)
+    texts = ["the apples are counted " * 100 + end for end in ("so it is five " * 60, "whales live in the sea " * 60)]
+    one, other = embedder.encode(texts)
+    assert one @ other == pytest.approx(1, abs=1e-5)
+    one, other = embedder.embed_averaged(texts).vectors
+    assert one @ other < 0.95

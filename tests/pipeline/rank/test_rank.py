@@ -170,6 +170,21 @@ def test_texts_that_the_embedding_model_does_not_read_to_the_end_are_counted(
         monkeypatch.setattr(Embedder, "embed", None)
 
 
+def test_averages_of_chunks_read_all_texts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store(tmp_path)
+    samples = [negative("x", 0, [9, 0], LONG + "so it is 5"), negative("x", 1, [9, 9, 0], "whales swim. " * 100 + LONG)]
+    wanted, scorer = sources(store, samples, 2), EmbeddingScorer(long_texts="average")
+    (group,) = rank(scorer, of(store), wanted, LocalExecutor()).read(["x"]).to_pylist()
+    assert [candidate["truncated"] for candidate in group["candidates"]] == [False] * 3
+    vectors = scorer.embedder(store).embed_averaged([candidate["text"] for candidate in group["candidates"]]).vectors
+    expected = [candidate["similarity"] for candidate in group["candidates"]]
+    np.testing.assert_allclose(vectors @ vectors[0], expected, atol=1e-5)
+    assert "longer than" not in caplog.text
+    names = {plan_groups(EmbeddingScorer(long_texts=way), of(store), wanted)[0].name for way in ("average", "truncate")}
+    assert len(names) == 2
+    assert "long_texts" not in EmbeddingScorer().spec(of(store)), "the identity of before"
+
+
 def test_nothing_is_said_where_all_texts_are_read_and_no_cosines_are_equal(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

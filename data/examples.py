@@ -3,6 +3,7 @@
 import hashlib
 import heapq
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -32,6 +33,11 @@ class Examples:
     def most_rejected(self) -> int:
         """The most rejected answers that an example has."""
         return int(self.artifact.manifest["most_rejected"])
+
+    @property
+    def leakage(self) -> list[dict[str, Any]]:
+        """The overlap of held-out examples with training examples: rows of LEAKAGE."""
+        return list(self.artifact.manifest["leakage"])
 
     def read(self, split: str, limit: int | None = None, columns: list[str] | None = None) -> pa.Table:
         """Return the split's selection, in its fixed order: the first `limit` examples of the EXAMPLES schema."""

@@ -101,6 +101,9 @@ def test_quality_is_printed_and_kept(made) -> None:
     assert "autoregressive" in result.out
     table = pq.read_table(made.root / "runs" / "tiny" / "quality.parquet")
     assert {"target", "autoregressive"} <= set(table["strategy"].to_pylist())
+    assert "Overlap with training examples" in result.out
+    leakage = pq.read_table(made.root / "runs" / "tiny" / "leakage.parquet").to_pylist()
+    assert {(row["split"], row["part"]) for row in leakage} >= {("test", "prompt"), ("test", "target")}
 
 
 def test_an_adapter_is_evaluated_as_a_system(made) -> None:

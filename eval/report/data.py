@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 
@@ -62,6 +63,8 @@ class ReportData:
     stages: Sequence[StageRecord] = ()
     trainings: Mapping[str, pa.Table] = field(default_factory=dict)
     """Step metrics, by training; the report draws the columns of `charts.CURVES`."""
+    leakage: Sequence[Mapping[str, Any]] = ()
+    """Overlap of held-out examples with training examples (rows of LEAKAGE)."""
     quality: pa.Table | None = None
     """Quality of the negatives: a row per strategy, then `all` and `target`."""
     quality_notes: Sequence[str] = ()

@@ -21,16 +21,19 @@ from cpo_pipe.eval.report.charts import Bar, Chart, Point, alpha_curves, quality
 from cpo_pipe.eval.report.data import ReportData
 from cpo_pipe.eval.report.examples import pack
 from cpo_pipe.eval.report.tables import (
+    LEAKAGE_COLUMNS,
     PUBLISHED_NOTE,
     SHARED_NOTE,
     agreement_rows,
     descriptions,
     difference_tables,
+    leakage_rows,
     marked,
     marked_grids,
     published_tables,
     quality_table,
 )
+from cpo_pipe.pipeline.prepare.leakage import leakage_warnings
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,9 @@ def write_report(path: Path, data: ReportData) -> None:
         published_note=PUBLISHED_NOTE,
         noticeable=NOTICEABLE,
         training_charts=[chart for name, steps in data.trainings.items() if (chart := training_curves(name, steps))],
+        leakage=leakage_rows(data.leakage),
+        leakage_columns=LEAKAGE_COLUMNS,
+        leakage_notes=list(leakage_warnings(data.leakage)),
         quality=quality_table(data.quality) if data.quality is not None else None,
         quality_charts=quality_charts(data.quality) if data.quality is not None else [],
         packed=pack(data.examples, data.outputs, data.verdicts),

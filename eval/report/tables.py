@@ -57,6 +57,10 @@ QUALITY_FORMATS = {
 }
 
 
+LEAKAGE_COLUMNS = ("examples", "equal", "near-duplicates", "n words in a row", "n", "fewer than n words")
+"""Of the overlap with training examples."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """The metrics under one decoding: a row per metric, a column per system."""
@@ -196,6 +200,25 @@ def quality_table(table: pa.Table) -> QualityTable:
     docs = {name: (table.schema.field(name).metadata or {}).get(b"doc", b"").decode() for name in table.column_names}
     meanings = {name: "; ".join(docs[column] for column in _columns(QUALITY_FORMATS[name][0])) for name, _ in rows}
     return QualityTable([row["strategy"] for row in columns], rows, meanings)
+
+
+def leakage_rows(figures: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Return the overlap with training examples (rows of LEAKAGE), a row per split and part, in LEAKAGE_COLUMNS."""
+    return [
+        (
+            f"{row['split']} {row['part']}s",
+            [
+                f"{row['examples']:,}",
+                *(
+                    f"{row[kind]:,} ({row[kind] / row['examples']:.1%})"
+                    for kind in ("equal", "near_duplicates", "ngrams")
+                ),
+                str(row["n"]),
+                f"{row['short']:,}",
+            ],
+        )
+        for row in figures
+    ]
 
 
 def _first_format(formats: Sequence[str], row: Mapping[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """The main metrics, and the quality of the negatives, on the terminal."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from typing import Any
 
 import pyarrow as pa
 from rich import box
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from cpo_pipe.data.text import say
 from cpo_pipe.eval.judges.base import ScoreMetric
-from cpo_pipe.eval.report.tables import DAGGER, SHARED_NOTE, Grid, grids, quality_table
+from cpo_pipe.eval.report.tables import DAGGER, LEAKAGE_COLUMNS, SHARED_NOTE, Grid, grids, leakage_rows, quality_table
 
 MAIN_METRICS = ("rep-4", "chrF", "target NLL", "MAUVE")
 """Shown on the terminal, beside win rates and some scores of judges; the report has all metrics."""
@@ -58,6 +59,22 @@ def print_quality(table: pa.Table, notes: Sequence[str] = ()) -> None:
     _print(console, grid)
     for note in notes:
         say(note)
+
+
+def print_leakage(figures: Sequence[Mapping[str, Any]]) -> None:
+    """Print the overlap of held-out examples with training examples (rows of LEAKAGE), a line per split and part."""
+    if not figures:
+        return
+    title = "Overlap with training examples"
+    grid = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    rows = leakage_rows(figures)
+    grid.add_column("", no_wrap=True, min_width=_widest_line([name for name, _ in rows]))
+    for column, heading in enumerate(LEAKAGE_COLUMNS):
+        width = _widest_line([heading, *(cells[column] for _, cells in rows)])
+        grid.add_column(heading, justify="right", no_wrap=True, min_width=width)
+    for name, cells in rows:
+        grid.add_row(name, *cells)
+    _print(Console(markup=False, highlight=False), grid)
 
 
 def _print(console: Console, table: Table) -> None:

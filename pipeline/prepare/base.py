@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -126,6 +126,17 @@ class Data(Section):
     validation: int = Field(0, ge=0, description="validation examples (of validation_source, by default all)")
     test: Positive | None = Field(None, description="test examples (default: what is left; of test_source, all)")
     split_seed: Seed = Field(0, description="seed of the split; it orders rows by hash(split_seed, prompt)")
+    near_duplicates: Literal["group", "drop", "keep"] = Field(
+        "group",
+        description="near-duplicate prompts: `group` (all in one split), `drop` (only the first is kept), or `keep`",
+    )
+    near_duplicate_similarity: float = Field(
+        0.5,
+        ge=0.3,
+        le=1,
+        description="smallest Jaccard similarity of near-duplicates, of their sets of two-word phrases",
+    )
+    drop_leaks: bool = Field(False, description="remove training examples that overlap with validation or test ones")
     max_prompt_tokens: Positive = Field(512, description="longest prompt, in tokens; longer rows are rejected")
     max_target_tokens: Positive = Field(512, description="longest target, in tokens; longer rows are rejected")
     max_rejected: Share = Field(0.1, description="largest share of rows that may be rejected before it is an error")

@@ -21,7 +21,7 @@ from cpo_pipe.pipeline.prepare.rows import batches
 BATCH = 1024
 """Rows of a row group."""
 
-_UNSPLIT = EXAMPLES.remove(EXAMPLES.get_field_index("split"))
+_UNSPLIT = EXAMPLES.remove(EXAMPLES.get_field_index("split")).append(pa.field("place", pa.string()))
 _REJECTED = EXAMPLES.field("rejected")
 
 
@@ -37,6 +37,8 @@ class ExampleCollector:
         """The split of each hash of a split key in an official split."""
         self.reasons: Counter[str] = Counter()
         """Rejected rows by reason."""
+        self.removed: dict[int, str] = {}
+        """Examples that the recipe wants to be removed, by their place in `keys`, and why."""
         self.short_ends = self.control_tokens = self.written_ends = 0
         self.end_tokens: Counter[int] = Counter()
         """The tokens that end targets."""
@@ -91,7 +93,7 @@ class ExampleCollector:
         self._splits.append(part.split)
         if part.split is not None:
             self._held[key] = part.split
-        self._keep({**encoded.row, "source": part.name})
+        self._keep({**encoded.row, "source": part.name, "place": part.label + encoded.source})
 
     def _add_answers(self, row: Mapping[str, Any]) -> bool:
         """Add the rejected answers of a row to those of its example; return whether any is new."""
@@ -135,9 +137,40 @@ class ExampleCollector:
                 self._write_rejected(file)
             raise
 
+    def collected(self) -> pa.Table:
+        """Return prompt, target and `place` of the examples in the order of `keys`; read from disk as they are used."""
+        table = pa.ipc.open_file(pa.memory_map(str(self._scratch))).read_all().select(["prompt", "target", "place"])
+        return table.take([self._rows[example_id][0] for _, example_id in self.keys]) if self.merged else table
+
+    def group(self, labels: Sequence[int]) -> None:
+        """Give all examples of a label the same place in the order, that of the one with the smallest id.
+
+        Examples of official splits stay where they are.
+        """
+        chosen: dict[int, tuple[str, str]] = {}
+        drawn = [row for row in range(len(self.keys)) if self.is_drawn(row)]
+        for row in drawn:
+            key, example_id = self.keys[row]
+            chosen[labels[row]] = min(chosen.get(labels[row], (example_id, key)), (example_id, key))
+        for row in drawn:
+            self.keys[row] = chosen[labels[row]][1], self.keys[row][1]
+
+    def is_drawn(self, row: int) -> bool:
+        """Return whether the split of an example is drawn, not official."""
+        return self._splits[row] is None
+
+    def remove(self, reason: str, details: Mapping[int, str]) -> None:
+        """Remove examples, by their place in `keys`; the recipe wants that, so they do not count as rejected."""
+        rows = sorted(row for row in details if row not in self.removed)
+        places = self.collected()["place"].take(pa.array(rows, pa.int64())).to_pylist()
+        for row, place in zip(rows, places, strict=True):
+            removed = {"source": place, "example_id": self.keys[row][1], "reason": reason, "detail": details[row][:200]}
+            self._rejected.append(removed)
+        self.removed |= dict.fromkeys(rows, reason)
+
     def ordered(self, split: str | None) -> list[int]:
         """Return the examples of an official split in order, or those whose split is drawn; places in `keys`."""
-        places = (place for place, own in enumerate(self._splits) if own == split)
+        places = (place for place, own in enumerate(self._splits) if own == split and place not in self.removed)
         return sorted(places, key=self.keys.__getitem__)
 
     def write(self, folder: Path, splits: Mapping[str, Sequence[int]]) -> None:

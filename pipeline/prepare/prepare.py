@@ -2,13 +2,14 @@
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.examples import Examples
 from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec
 from cpo_pipe.data.models import templates
@@ -19,14 +20,16 @@ from cpo_pipe.data.progress import track
 from cpo_pipe.data.store import ArtifactWriter, Store
 from cpo_pipe.pipeline.prepare.base import Data, Texts
 from cpo_pipe.pipeline.prepare.collect import ExampleCollector
+from cpo_pipe.pipeline.prepare.divide import divide, near_duplicate_note
+from cpo_pipe.pipeline.prepare.leakage import leakage_warnings
 from cpo_pipe.pipeline.prepare.parts import Part, drawn_rows, open_parts
 from cpo_pipe.pipeline.prepare.rejected import check_rejected, listed_counts
 from cpo_pipe.pipeline.prepare.rows import read_rows
-from cpo_pipe.pipeline.prepare.split import SPLITS, split_ends, split_ranges, warn_of_short_splits
+from cpo_pipe.pipeline.prepare.split import SPLITS
 
 log = logging.getLogger(__name__)
 
-RULES = 6
+RULES = 7
 """Raise it when the same rows yield other examples; this invalidates examples prepared before."""
 
 
@@ -88,7 +91,7 @@ def _write(examples: Examples, writer: ArtifactWriter, config: Data, parts: list
             of = f" of {part.label}{part.source.name}" if len(parts) > 1 else ""
             log.info("examples: read %s rows%s as %s", f"{meter.done - before:,}", of, part.config.format_label)
     collector.check(config.max_rejected, run_dir)
-    splits = _split(collector, config, {part.split for part in parts if part.split})
+    splits = divide(collector, config, {part.split for part in parts if part.split}, writer.facts)
     collector.write(writer.path, splits)
     (writer.path / "tokenizer").mkdir()
     for name in (*TOKENIZER_FILES, "config.json"):  # byte by byte: the fingerprint stays
@@ -99,31 +102,12 @@ def _write(examples: Examples, writer: ArtifactWriter, config: Data, parts: list
     writer.facts["end_tokens"] = [token for token, _ in collector.end_tokens.most_common()]
     writer.facts["most_rejected"] = collector.most_rejected
     writer.facts["merged"] = collector.merged
-    writer.facts["left_over"] = len(collector.keys) - sum(map(len, splits.values()))
+    writer.facts["left_over"] = len(collector.keys) - len(collector.removed) - sum(map(len, splits.values()))
     writer.facts["rejected"] = dict(collector.reasons.most_common())
+    writer.facts["removed"] = dict(Counter(collector.removed.values()).most_common())
     writer.facts["short_ends"] = collector.short_ends
     writer.facts["control_tokens"] = collector.control_tokens
     writer.facts["written_ends"] = collector.written_ends
-
-
-def _split(collector: ExampleCollector, config: Data, official: set[str]) -> dict[str, Sequence[int]]:
-    """Return the examples of each split: those of official splits, and those that are drawn."""
-    train, validation, test = config.split_sizes()
-    asked = {"validation": validation, "test": test}
-    drawn = collector.ordered(None)
-    ends = split_ends(
-        [collector.keys[row][0] for row in drawn],
-        train,
-        0 if "validation" in official else validation,
-        0 if "test" in official else test,
-    )
-    splits: dict[str, Sequence[int]] = {name: drawn[start:end] for name, start, end in split_ranges(ends)}
-    for name in official:
-        splits[name] = collector.ordered(name)[: asked[name] or None]
-        if not splits[name]:
-            raise InputError(f"data.{name}_source: no examples are left, all of its rows were rejected; correct them")
-    warn_of_short_splits(asked, splits)
-    return splits
 
 
 def _named(parts: list[Part]) -> str:
@@ -174,7 +158,11 @@ def _examples(config: Data, content: Spec, tokenizer: TokenizerFiles, store: Sto
     rendering: Spec = {**config.rendering(), "tokenizer": tokenizer.fingerprint, "special_tokens": "as text"}
     if rendering["template"] == templates.CHAT and (day := chat_date(tokenizer, store)):
         rendering["chat_date"] = day
-    split = {"seed": config.split_seed, **dict(zip(SPLITS, config.split_sizes(), strict=True))}
+    split = {
+        "seed": config.split_seed, **dict(zip(SPLITS, config.split_sizes(), strict=True)),
+        "near_duplicates": config.near_duplicates, "similarity": config.near_duplicate_similarity,
+        "drop_leaks": config.drop_leaks,
+    }  # fmt: skip
     spec = {**content, "rules": RULES, "rendering": rendering, "limits": config.limits(), "split": split}
     return Examples(store.artifact("examples", spec), tokenizer, rendering)
 
@@ -184,7 +172,9 @@ def _check_found(examples: Examples, config: Data, parts: list[Part]) -> None:
     facts = examples.artifact.manifest
     if facts["rejected"]:
         file = examples.artifact.path / "rejected.parquet"
-        rejected = pq.read_table(file, columns=["source", "reason", "detail"]).to_pylist()
+        rejected = pq.read_table(
+            file, columns=["source", "reason", "detail"], filters=pc.field("reason").isin([*facts["rejected"]])
+        ).to_pylist()
         kept = sum(facts["examples"].values()) + facts["left_over"]
         check_rejected(config.max_rejected, _named(parts), facts["rejected"], kept, rejected, file)
 
@@ -196,6 +186,8 @@ def _report(facts: dict[str, Any], found: str = "") -> None:
     line = f"examples: {splits}; {sum(rejected.values()):,} rejected"
     if rejected:
         line += f" ({listed_counts(rejected)})"
+    if removed := facts["removed"]:
+        line += f"; {sum(removed.values()):,} removed ({listed_counts(removed)})"
     if count := facts["merged"]:
         line += f"; {count:,} rows with further rejected answers added to others"
     if count := facts["short_ends"]:
@@ -209,3 +201,7 @@ def _report(facts: dict[str, Any], found: str = "") -> None:
     if count := facts["written_ends"]:
         log.warning("examples: %s targets end in a written EOS token; it is encoded as the end of the target",
                     f"{count:,}")  # fmt: skip
+    if note := near_duplicate_note(facts):
+        log.warning("examples: %s", note)
+    for sentence in leakage_warnings(facts["leakage"]):
+        log.warning("examples: %s", sentence)

@@ -20,6 +20,7 @@ from cpo_pipe.pipeline.export.export import export
 from cpo_pipe.pipeline.export.hub import check_repo, upload
 from cpo_pipe.pipeline.export.pairs import parse_pairs
 from cpo_pipe.pipeline.negatives.generate import generate_negatives
+from cpo_pipe.pipeline.prepare.leakage import LEAKAGE, leakage_warnings
 from cpo_pipe.pipeline.prepare.prepare import prepare
 from cpo_pipe.pipeline.quality.measure import measure_quality
 from cpo_pipe.pipeline.rank.rank import rank
@@ -111,17 +112,21 @@ class Run:
             log.info("%s is waiting: %s", training or "what the trainings share", reason)
 
     def quality(self) -> None:
-        """Print figures and warnings about the negatives, and write the figures to quality.parquet."""
-        from cpo_pipe.eval.report.terminal import print_quality
+        """Print figures and warnings about the negatives and the split; write quality.parquet and leakage.parquet."""
+        from cpo_pipe.eval.report.terminal import print_leakage, print_quality
 
         plan, groups = self.resolver.groups(self.resolver.negatives_owners()[0])
         with self.log.stage("quality"):
             reference, dropped = self.resolver.reference_logprobs(), self.resolver.dropped_as_correct(plan)
             measured = measure_quality(plan.selection, plan.sources, groups, reference, dropped)
-            content = pa.BufferOutputStream()
-            pq.write_table(measured.table, content)
-            atomic.write_bytes(self.run_dir / "quality.parquet", content.getvalue().to_pybytes())
-        print_quality(measured.table, measured.notes)
+            leakage = self.resolver.examples().leakage
+            tables = {"quality": measured.table, "leakage": pa.Table.from_pylist(leakage, LEAKAGE)}
+            for name, table in tables.items():
+                content = pa.BufferOutputStream()
+                pq.write_table(table, content)
+                atomic.write_bytes(self.run_dir / f"{name}.parquet", content.getvalue().to_pybytes())
+        print_leakage(leakage)
+        print_quality(measured.table, [*leakage_warnings(leakage), *measured.notes])
 
     def train(self, names: Sequence[str] = ()) -> dict[str, str]:
         """Stage `train`: the named trainings; without names all whose inputs exist, in order of dependency.

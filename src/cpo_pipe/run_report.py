@@ -75,6 +75,7 @@ def write_run_report(
         },
         stages=run_log.stages(),
         trainings={name: pq.read_table(model.path / METRICS_FILE) for name, model in trained.items()},
+        leakage=resolver.examples().leakage,
         quality=quality.table if quality else None,
         quality_notes=quality.notes if quality else (),
         group_examples=first if groups is not None else None,

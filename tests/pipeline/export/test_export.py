@@ -1,78 +1,38 @@
 """`cpo-pipe export`: what is written, that the hub and TRL take it, and that it comes back as a pool."""
 
-import base64
 import json
 import re
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow.parquet as pq
 import pytest
-from huggingface_hub import DatasetCard, constants
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from huggingface_hub import DatasetCard
+from transformers import AutoTokenizer
 
-from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline.convert.sentencepiece import write_tokenizer
 from cpo_pipe.pipeline.export import export as export_module
 from cpo_pipe.pipeline.export import writer
 from cpo_pipe.pipeline.export.card import size_category
 from cpo_pipe.pipeline.export.pairs import PairCounts, pair_rows
 from cpo_pipe.pipeline.export.trl_tokens import as_texts
-from cpo_pipe.recipe.load import load_recipe
-from cpo_pipe.run import Run
-from cpo_pipe.trainer.checkpoint import METRICS_FILE
+from tests.support.exports import (
+    BATCH,
+    CHAT,
+    CHATML,
+    OTHER,
+    TEMPLATE,
+    exported,
+    grouped,
+    groups_of,
+    opened,
+    row_of,
+    with_chat,
+)
 from tests.support.old_models import LIKE, as_pickles, with_sentencepiece
 from tests.support.project import Project
-
-BATCH = ("--set", "negatives={sources: {batch: {count: 2}, truncation: {count: 1}}}")
-"""Negatives that all end, and need no model."""
-
-
-def grouped(project: Project, *options: str) -> Run:
-    """Make the groups of the project's recipe."""
-    for stage in ("prepare", "generate-negatives", "rank"):
-        result = project.cli(stage, "tiny.yaml", *options)
-        assert result.status == 0, result.err
-    return opened(*options)
-
-
-def opened(*options: str) -> Run:
-    return Run(load_recipe("tiny.yaml", list(options[1::2])), "tiny.yaml", Store("cpo-store"), Path("runs/tiny"))
-
-
-def exported(project: Project, *options: str, out: str = "out") -> list[dict[str, Any]]:
-    result = project.cli("export", "tiny.yaml", "--out", out, *options)
-    assert result.status == 0, result.err
-    files = sorted((project.root / out).glob("data/*.parquet"))
-    return [row for file in files for row in pq.read_table(file).to_pylist()]
-
-
-def groups_of(run: Run) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Example and candidates of each group, in the order of the selection."""
-    sources, groups = run.resolver.groups()
-    found = groups.read(sources.selection["example_id"]).to_pylist()
-    return [(e, g["candidates"]) for e, g in zip(sources.selection.to_pylist(), found, strict=True)]
-
-
-def row_of(example: dict[str, Any], one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "prompt": example["rendered"],
-        "chosen": one["text"],
-        "rejected": other["text"],
-        "example_id": example["example_id"],
-        "chosen_strategy": one["strategy"],
-        "rejected_strategy": other["strategy"],
-        "similarity": other["similarity"],
-    }
-
-
-TEMPLATE = ("--set", "data.template='Q: {prompt} A:'")
 
 
 def test_a_row_is_the_target_and_a_negative(project: Project) -> None:
@@ -196,23 +156,6 @@ def test_of_sentencepiece_models_texts_are_written_so_that_trl_makes_their_ids(p
     exact = [tuple(c["token_ids"]) in again[e["example_id"]]
              for e, cs in groups for c in cs[1:] if c["strategy"] == "batch"]  # fmt: skip
     assert all(exact)
-
-
-CHATML = (
-    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% if m['role'] == 'assistant' %}"
-    "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-
-
-def with_chat(project: Project, template: str | None) -> None:
-    """The project's tokenizer with another chat template, in the folder `chat`."""
-    tokenizer = AutoTokenizer.from_pretrained(project.model)
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained("chat")
-
-
-OTHER = (*BATCH, "--set", "data.tokenizer=chat")
-CHAT = (*OTHER, "--set", "data.template=chat")
 
 
 def test_what_a_chat_template_renders_is_exact_as_messages_and_as_text(project: Project) -> None:
@@ -350,235 +293,3 @@ def test_nothing_is_written_over_and_nothing_is_left(made: Project) -> None:
     assert result.status == 2
     assert "no pair to write: " in result.error()
     assert sorted(path.name for path in made.root.iterdir()) == before
-
-
-# ── TRL ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def trl_losses(policy: Path, reference: Path, beta: float, chat_template: str | None = None) -> list[float]:
-    """The losses of two steps of TRL on what is in `out`, each on all pairs."""
-    trl_side = pytest.importorskip("tests.support.trl_side", reason="trl is not installed")
-
-    class Quiet(trl_side.DPOTrainer):  # type: ignore[misc, name-defined]
-        def _send_telemetry(self) -> None:
-            """Nothing leaves the machine."""
-
-    pairs = datasets.load_dataset("out", split="train")
-    tokenizer = AutoTokenizer.from_pretrained(reference)
-    tokenizer.chat_template = chat_template
-    trainer = Quiet(
-        AutoModelForCausalLM.from_pretrained(policy),
-        ref_model=AutoModelForCausalLM.from_pretrained(reference),
-        args=trl_side.DPOConfig(
-            "trl",
-            beta=beta,
-            max_steps=2,
-            learning_rate=1e-3,
-            per_device_train_batch_size=len(pairs),
-            max_length=None,
-            bf16=False,
-            gradient_checkpointing=False,
-            disable_dropout=True,
-            logging_steps=1,
-            save_strategy="no",
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-        ),
-        train_dataset=pairs,
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
-
-
-def test_trl_trains_on_it_and_its_first_loss_is_ours(project: Project, new_model: Callable[..., Path]) -> None:
-    """The policy is another model than the reference: else the first loss is log 2, whatever the pairs are."""
-    other, beta = new_model(seed=7), 0.05
-    options = ("--set", "negatives={sources: {batch: {count: 3}}}")
-    run = grouped(project, *options)
-    count = sum(len(candidates) - 1 for _, candidates in groups_of(run))
-    training = (
-        f"train.dpo={{init: {other}, objective: dpo, reference: {project.model}, beta: {beta}, max_steps: 1, "
-        f"learning_rate: 1e-3, batch_size: {count}, pairs: [[target, batch]]}}"
-    )
-    options = (*options, "--set", training)
-    result = project.cli("train", "tiny.yaml", "dpo", *options)
-    assert result.status == 0, result.err
-    metrics = pq.read_table(opened(*options).resolver.model("dpo").path / METRICS_FILE).to_pylist()
-    result = project.cli("export", "tiny.yaml", "--out", "out", *options)
-    assert "other token ids" not in result.err, "what TRL tokenizes are the same ids"
-    first, second = trl_losses(other, project.model, beta)
-    assert first == pytest.approx(metrics[0]["loss"], rel=1e-4)
-    assert abs(first - 0.6931) > 0.01, "not the loss of equal models"
-    assert second < first
-
-
-def test_trl_trains_on_messages(project: Project, new_model: Callable[..., Path]) -> None:
-    grouped(project, *BATCH)
-    exported(project, *BATCH, "--conversational")
-    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
-    first, second = trl_losses(new_model(seed=7), project.model, 0.05, template)
-    assert abs(first - 0.6931) > 0.01
-    assert second < first
-
-
-# ── and back ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("conversational", [False, True])
-def test_an_export_is_a_pool_again(project: Project, conversational: bool) -> None:
-    grouped(project, *BATCH)
-    rows = exported(project, *BATCH, *(["--conversational"] if conversational else []))
-    texts = {row["example_id"]: [] for row in rows}
-    for row in rows:
-        rejected = row["rejected"]
-        texts[row["example_id"]].append(rejected[0]["content"] if conversational else rejected)
-    pools = (
-        "worse: {strategy: pool, file: out, columns: {prompt: prompt, text: rejected}, count: 3}, "
-        "better: {strategy: pool, file: out/data/train-00000.parquet, columns: {text: chosen}, count: 4}"
-    )
-    options = ("--set", f"negatives={{sources: {{{pools}}}}}", "--set", "rank={drop_duplicates: false}")
-    run = grouped(project, *options)
-    for example, candidates in groups_of(run):
-        found = {label: [c["text"] for c in candidates if c["strategy"] == label] for label in ("worse", "better")}
-        assert found["worse"] == texts[example["example_id"]]
-        assert found["better"] == [example["target"]] * len(found["worse"])
-
-
-# ── the hub ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-OLD = ["data/train-00000.parquet", "data/train-00007.parquet", "notes.txt"]
-"""Files of a data set that is there."""
-
-
-class Hub:
-    """What of the hub's API an upload of small files takes."""
-
-    def __init__(self, private: bool | None, refuses: bool):
-        self.private, self.refuses = private, refuses
-        self.created: list[dict[str, Any]] = []
-        self.files: dict[str, bytes] = {}
-        self.deleted: list[str] = []
-        self.tokens: set[str | None] = set()
-
-    def answer(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
-        if self.refuses:
-            return 401, {"error": "Invalid username or password."}
-        if path == "/api/repos/create":
-            self.created.append(json.loads(body))
-            url = {"url": f"{constants.ENDPOINT}/datasets/me/pairs", "id": "me/pairs", "name": "me/pairs"}
-            if self.private is not None:
-                return 409, {**url, "error": "You already created this dataset repo"}
-            self.private = self.created[-1].get("visibility") == "private"
-            return 200, url
-        if path == "/api/datasets/me/pairs/settings":
-            assert self.files, "it is public only once it is whole"
-            self.private = json.loads(body)["visibility"] == "private"
-            return 200, {}
-        if method == "GET" and "/tree/" in path:
-            return 200, [{"type": "file", "path": old, "oid": "0" * 40, "size": 1} for old in OLD]
-        if method == "GET" and path.startswith("/api/datasets/me/pairs"):
-            return 200, {"id": "me/pairs", "private": self.private, "sha": "0" * 40, "siblings": [], "tags": [],
-                         "downloads": 0, "likes": 0, "disabled": False, "gated": False}  # fmt: skip
-        if path == "/api/validate-yaml":  # the card's facts, which the hub's client sends before the card
-            return 200, {"errors": [], "warnings": []}
-        if path == "/api/datasets/me/pairs/preupload/main":
-            files = json.loads(body)["files"]
-            return 200, {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                                   for file in files]}  # fmt: skip
-        if path.startswith("/api/datasets/me/pairs/commit/main"):
-            for line in body.splitlines():
-                item = json.loads(line)
-                if item["key"] == "file":
-                    self.files[item["value"]["path"]] = base64.b64decode(item["value"]["content"])
-                if item["key"] == "deletedFile":
-                    self.deleted.append(item["value"]["path"])
-            return 200, {
-                "commitUrl": f"{constants.ENDPOINT}/datasets/me/pairs/commit/1",
-                "commitOid": "1" * 40,
-                "success": True,
-            }
-        return 404, {"error": f"{method} {path}"}
-
-
-@contextmanager
-def hub(monkeypatch: pytest.MonkeyPatch, private: bool | None = None, refuses: bool = False) -> Iterator[Hub]:
-    """A hub on loopback, which is the one that huggingface_hub then knows; `private`: of a data set that is there."""
-    state = Hub(private, refuses)
-
-    class Handler(BaseHTTPRequestHandler):
-        def _answer(self) -> None:
-            if "/commit/" in self.path:
-                state.tokens.add(self.headers.get("Authorization"))
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            status, answer = state.answer(self.command, self.path, body)
-            content = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        do_GET = do_POST = do_PUT = do_HEAD = _answer
-
-        def log_message(self, *_: Any) -> None:
-            """Quiet."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_TOKEN", "hf_mine")
-    try:
-        yield state
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-@pytest.mark.parametrize("public", [False, True])
-def test_it_is_uploaded(project: Project, monkeypatch: pytest.MonkeyPatch, public: bool) -> None:
-    grouped(project, *BATCH)
-    with hub(monkeypatch) as there:
-        result = project.cli(
-            "export", "tiny.yaml", "--out", "out", *BATCH, "--push", "me/pairs", *["--public"] * public
-        )
-        assert result.status == 0, result.err
-    (created,) = there.created
-    assert (created["name"], created["organization"], created["type"]) == ("pairs", "me", "dataset")
-    assert (created.get("visibility") == "private") is not public
-    assert there.files == {
-        str(path.relative_to("out")): path.read_bytes() for path in Path("out").rglob("*") if path.is_file()
-    }
-    assert there.deleted == ["data/train-00007.parquet"], "of an export before, and nothing else"
-    assert there.tokens == {"Bearer hf_mine"}
-    assert "hf_mine" not in result.out + result.err + Path("out/README.md").read_text()
-
-
-def test_what_is_public_is_added_to_only_where_that_is_meant(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    grouped(project, *BATCH)
-    with hub(monkeypatch, private=False) as there:
-        result = project.cli("export", "tiny.yaml", "--out", "out", *BATCH, "--push", "me/pairs")
-        assert result.status == 2
-        assert "--push me/pairs: the data set exists and is public; add --public" in result.error()
-        assert not there.files
-        assert project.cli("export", "tiny.yaml", "--out", "more", *BATCH, "--push", "me/pairs", "--public").status == 0
-        assert there.files
-    with hub(monkeypatch, private=True) as there:
-        assert project.cli("export", "tiny.yaml", "--out", "again", *BATCH, "--push", "me/pairs").status == 0
-        assert there.files
-        assert there.private
-        assert project.cli("export", "tiny.yaml", "--out", "told", *BATCH, "--push", "me/pairs", "--public").status == 0
-        assert not there.private
-
-
-def test_what_the_hub_refuses_is_written(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    grouped(project, *BATCH)
-    with hub(monkeypatch, refuses=True):
-        result = project.cli("export", "tiny.yaml", "--out", "out", *BATCH, "--push", "me/pairs")
-    assert result.status == 1
-    assert "--push me/pairs: the hub did not take it (" in result.error()
-    assert "`hf upload me/pairs out --repo-type dataset` uploads it" in result.error()
-    assert Path("out/README.md").is_file()

@@ -217,6 +217,6 @@ class Published(Section):
     """Published results."""
 
     source: str = Field(description="the publication")
-    metric: str = Field(description="the metric that they are compared with, such as `gpt win rate`")
+    metric: str = Field(description="metric that they are compared with, such as `gpt win rate`")
     decoding: str = Field("greedy", description="the decoding of evaluation")
     values: dict[str, float] = Field(min_length=1, description="the values, by system")

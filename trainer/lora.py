@@ -18,10 +18,12 @@ class Lora(Section):
     """Low-rank adapters (Hu et al. 2021), through peft."""
 
     r: Positive = Field(16, description="rank of the adapters")
-    lora_alpha: Positive = Field(32, description="their output is scaled by lora_alpha / r")
+    lora_alpha: Positive = Field(32, description="scale: the output of an adapter is multiplied by lora_alpha / r")
     target_modules: (
         Literal["all-linear"] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
-    ) = Field("all-linear", description="names of the layers that get one; all-linear: all but the output embedding")
+    ) = Field(
+        "all-linear", description="layers that get an adapter, by name; `all-linear`: all except the output embedding"
+    )
 
 
 def check_peft(name: str) -> None:

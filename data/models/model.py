@@ -24,7 +24,8 @@ class ScratchModel(Section):
 
     architecture: str = Field(description="model type in transformers, such as llama or gpt2")
     config: dict[str, Any] = Field(
-        default_factory=dict, description="that architecture's config; the vocabulary and special tokens are filled in"
+        default_factory=dict,
+        description="config of the architecture; vocabulary size and special tokens are set automatically",
     )
     seed: Seed = Field(0, description="seed of the random weights")
 

@@ -337,7 +337,7 @@ class ApiJudgeConfig(JudgeConfig):
     """Settings of an `ApiJudge`."""
 
     api: str = Field(description="the API, one of `apis`")
-    max_tokens: Positive = Field(description="the longest answer, in tokens")
+    max_tokens: Positive = Field(description="longest answer, in tokens")
 
     def apis(self) -> list[str]:
         """Return the API."""

@@ -22,10 +22,10 @@ class OpenAi(ApiJudgeConfig):
     template: Template = "strict"
     both_orders: BothOrders = True
     max_tokens: Positive = Field(
-        16, description="the longest answer, in tokens; a model that reasons before it answers needs thousands"
+        16, description="longest answer, in tokens; a model that reasons before it answers needs thousands"
     )
     temperature: float | None = Field(
-        0.0, ge=0, description="softmax temperature; null: none is sent, for models that refuse any"
+        0.0, ge=0, description="sampling temperature; null sends none, for models that do not accept one"
     )
 
     def open(self, name: str, dependencies: JudgeDependencies) -> "OpenAiJudge":

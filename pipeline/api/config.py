@@ -22,7 +22,7 @@ class Api(Section):
     )
     key: str = Field(
         "OPENAI_API_KEY",
-        description="environment variable that holds the key, which stays there; a server of your own needs none",
+        description="environment variable that holds the API key, which is never stored; your own server needs none",
     )
     server: Literal["openai", "vllm"] = Field(
         "openai",
@@ -33,18 +33,20 @@ class Api(Section):
         "chat", description="`chat`: the prompt as a user's message; `completions`: as rendered by data.template"
     )
     system: str | None = Field(None, description="system message before the user's; chat only")
-    concurrency: Positive = Field(16, description="requests under way at a time")
-    timeout: float = Field(120, gt=0, description="seconds that a request may take")
+    concurrency: Positive = Field(16, description="concurrent requests at most")
+    timeout: float = Field(120, gt=0, description="timeout of a request, in seconds")
     attempts: Positive = Field(
         6, description="attempts before a request counts as failed; requests to slow down do not count"
     )
-    input_price: float | None = Field(None, ge=0, description="US dollars for a million prompt tokens")
-    output_price: float | None = Field(None, ge=0, description="US dollars for a million tokens written")
+    input_price: float | None = Field(None, ge=0, description="price in US dollars per million prompt tokens")
+    output_price: float | None = Field(None, ge=0, description="price in US dollars per million output tokens")
     max_usd: float | None = Field(
-        None, gt=0, description="stop a command before it spends more US dollars here; each command starts at zero"
+        None,
+        gt=0,
+        description="stop a command before it spends more US dollars on this API; each command starts at zero",
     )
     max_tokens: Positive | None = Field(
-        None, description="stop a command before it uses more tokens here, of prompts and written"
+        None, description="stop a command before it uses more tokens of this API, prompt and output together"
     )
 
     # Errors show neither value, since either may contain a key. The URL is also stored with the artifacts.

@@ -28,7 +28,9 @@ class BatchTargets(Strategy):
     kind: ClassVar[str] = "batch"
 
     hard_negatives_from: int = Field(
-        0, ge=0, description="draw this many targets and take those nearest to the own one by embedding (0: as drawn)"
+        0,
+        ge=0,
+        description="draw this many targets and take those nearest to the row's own target by embedding (0: as drawn)",
     )
     embedder: Location = Field("minilm", description="sentence-transformers model of `hard_negatives_from`")
 

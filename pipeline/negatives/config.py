@@ -25,7 +25,7 @@ class Negatives(Section):
         None, description="make groups for the first N training examples only (default: all)"
     )
     target_strength: float | None = Field(
-        None, description="how good the targets are, as the sources' strength; for a curriculum by strength"
+        None, description="quality of the targets, on the scale of the sources' strength; for a curriculum by strength"
     )
     drop_correct: Annotated[DropCorrect, FILTERS] | None = Field(
         None, description="remove negatives that are correct answers from the groups (default: keep them)"

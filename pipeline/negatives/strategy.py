@@ -116,7 +116,7 @@ class Strategy(Section):
     )
     count: int = Field(1, gt=0, lt=1 << 16, description="negatives per prompt")
     strength: float | None = Field(
-        None, description="how good this source is, compared with the others; for a curriculum by strength"
+        None, description="quality of this source, compared with the others; for a curriculum by strength"
     )
 
     @abstractmethod

@@ -119,7 +119,7 @@ class Data(Section):
     )
     columns: Section = Field(default_factory=Section, description="column mapping")
     tokenizer: Location | TrainedTokenizer = Field(
-        description="a folder or hub name, or {vocab_size: N} to make one from the data"
+        description="a folder or hub name, or {vocab_size: N} to train one on the data"
     )
     max_rows: Positive | None = Field(None, description="rows to read at most (default: all)")
     train: Positive | None = Field(None, description="training examples (default: what is left)")

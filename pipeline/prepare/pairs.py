@@ -35,7 +35,7 @@ class PairColumns(Section):
     prompt: str = Field("prompt", description="column with the prompt: a text, or messages")
     target: str = Field("target", description="column with the ground-truth answer: a text, or messages")
     context: str | None = Field(None, description="column with extra input, for templates that have a place for it")
-    rejected: str | None = Field(None, description="column with a worse answer, or a list of such")
+    rejected: str | None = Field(None, description="column with a worse answer, or a list of worse answers")
     system: str | None = Field(None, description="column with the system message (of conversations: `system`)")
     category: str | None = Field(None, description="column with a category, kept for reports")
 
@@ -50,13 +50,13 @@ class Pairs(Data):
         "`prompt-completion`, or `pairs` (the columns that data.columns names); default: by the columns",
     )
     turns: Literal["last", "every"] = Field(
-        "last", description="of a conversation: its last answer as the target, or an example for every answer"
+        "last", description="answers of a conversation that are targets: the `last`, or `every` answer, each an example"
     )
     system: str | None = Field(None, description="system message of conversations that have none")
     template: str | None = Field(
         None,
-        description="`plain` (the prompt unchanged), `dolly`, `chat` (the tokenizer's own), or a text with {prompt}; "
-        "default: chat for conversations, otherwise plain",
+        description="`plain` (the prompt unchanged), `dolly`, `chat` (the tokenizer's chat template), or a text with "
+        "{prompt}; default: chat for conversations, otherwise plain",
     )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="arguments of the chat template, such as {enable_thinking: false}"

@@ -70,12 +70,12 @@ RatingApi = Annotated[str, Field(description="the API, one of `apis`")]
 """A key of a recipe."""
 RatingTokens = Annotated[
     Positive,
-    Field(description="the longest answer, in tokens; a model that reasons before it answers needs thousands"),
+    Field(description="longest answer, in tokens; a model that reasons before it answers needs thousands"),
 ]
 """A key of a recipe."""
 RatingTemperature = Annotated[
     float | None,
-    Field(ge=0, description="softmax temperature; null: none is sent, for models that refuse any"),
+    Field(ge=0, description="sampling temperature; null sends none, for models that do not accept one"),
 ]
 """A key of a recipe."""
 

@@ -70,9 +70,9 @@ class Training(Section):
     """Whether the objective makes the target less likely on purpose; then nothing warns of it."""
 
     init: Location | ScratchModel = Field(
-        description="where it starts: a training's name, a folder, a hub name, or a scratch model"
+        description="initial model: a training's name, a folder, a hub name, or a scratch model"
     )
-    objective: str = Field(description="its objective: a name, or a class of your own as module:Class")
+    objective: str = Field(description="objective: a name, or a class of your own as module:Class")
     curriculum: Curriculum | None = Field(None, description="easy groups first (default: shuffled)")
     max_steps: Positive = Field(1000, description="optimizer steps")
     batch_size: Positive = Field(64, description="groups (for mle and pss: examples) per optimizer step")
@@ -124,11 +124,11 @@ class Training(Section):
     )
     logits_mb: Positive = Field(
         1024,
-        description="MiB of logits kept between forward and backward pass; more are computed twice; does not change "
-        "the result",
+        description="MiB of logits kept between forward and backward pass; others are computed again; does not "
+        "change the result",
     )
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
-        default_factory=list, description="also log the metrics of each step there, through accelerate"
+        default_factory=list, description="trackers that also get the metrics of each step, through accelerate"
     )
 
     @model_validator(mode="after")

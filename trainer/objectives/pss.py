@@ -34,8 +34,10 @@ class PSS(MLE):
 
     citation = "Duckworth et al. 2019, *Parallel Scheduled Sampling*"
 
-    sequences: Positive = Field(3, description="mixed sequences per target and step")
-    replace: float = Field(0.5, ge=0, le=1, description="the probability that a token of these is the policy's own")
+    sequences: Positive = Field(3, description="sequences with sampled tokens per target and step")
+    replace: float = Field(
+        0.5, ge=0, le=1, description="probability that a token of such a sequence is sampled from the policy"
+    )
 
     def largest_texts(self, group: Group) -> TokenGroup:
         """Return the target as often as sequences are drawn for it."""

@@ -74,7 +74,7 @@ class Recipe(Section):
     )
     evaluate: Evaluate | None = Field(None, description="comparison of the results")
     published: list[Published] = Field(
-        default_factory=list, description="figures that others published, shown beside those of the run"
+        default_factory=list, description="published figures, shown beside those of the run"
     )
     scales: dict[Name, dict[str, Any]] = Field(
         default_factory=dict,

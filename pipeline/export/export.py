@@ -103,7 +103,7 @@ def _warn(counts: PairCounts, conversational: bool, rendering: Spec) -> None:
     if counts.equal:
         log.warning("export: %s pairs are omitted: their texts are equal, in other token ids", f"{counts.equal:,}")
     if more := counts.after_end.total():
-        log.info("export: TRL also trains on %s, which the chat template writes behind the end of %s of %s texts",
+        log.info("export: TRL also trains on %s, which the chat template writes after the end of %s of %s texts",
                  listed(map(repr, counts.after_end)), f"{more:,}", f"{counts.texts:,}")  # fmt: skip
     if other := counts.other_ids - more:
         reason = "it tokenizes them together with their prompt, and a sampled text may have other ids than its sample"

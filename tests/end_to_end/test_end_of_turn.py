@@ -43,7 +43,7 @@ def test_p_of_the_end_of_turn_stays_over_50_steps(project: Project, tmp_path: Pa
         f"""
 data: {{source: rows.jsonl, tokenizer: {model}, train: 4}}
 train:
-  mle: {{init: {model}, objective: mle, max_steps: 160, batch_size: 4, learning_rate: 0.01}}
+  mle: {{init: {model}, objective: mle, max_steps: 250, batch_size: 4, learning_rate: 0.005}}
   cpo: {{init: mle, objective: cpo, reference: mle, beta: 0.5, max_steps: 50, batch_size: 4, learning_rate: 0.0001}}
 negatives:
   sources:

@@ -47,8 +47,8 @@ def function(model, context=None): pass
 
 @pytest.fixture(autouse=True)
 def users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module of a user's own, `my_engines`."""
-    (tmp_path / "my_engines.py").write_text(USERS)
+    """A module of a user's own, `users_engines`."""
+    (tmp_path / "users_engines.py").write_text(USERS)
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
@@ -56,7 +56,7 @@ class Settings(Section):
     engine: EngineName = "auto"
 
 
-@pytest.mark.parametrize("name", ["auto", "vllm", "transformers", "my_engines:Mine"])
+@pytest.mark.parametrize("name", ["auto", "vllm", "transformers", "users_engines:Mine"])
 def test_known_names_and_import_paths_stay_as_they_are(name: str) -> None:
     settings = Settings.model_validate({"engine": name})
     assert settings.model_dump(mode="json", exclude_unset=True) == {"engine": name}
@@ -68,16 +68,19 @@ def test_known_names_and_import_paths_stay_as_they_are(name: str) -> None:
         ("vlm", "unknown engine 'vlm'; did you mean vllm?"),
         ("aut", "unknown engine 'aut'; did you mean auto?"),
         ("trt", "unknown engine 'trt'; choose from vllm, transformers, or name a class as module:Class"),
-        ("my_engines:Mien", "engine my_engines:Mien cannot be imported (module 'my_engines' has no attribute"),
+        ("users_engines:Mien", "engine users_engines:Mien cannot be imported (module 'users_engines' has no attribute"),
         ("nowhere:Mine", "engine nowhere:Mine cannot be imported (No module named 'nowhere')"),
-        ("my_engines:Nameless", "engine my_engines:Nameless is incomplete; implement description"),
-        ("my_engines:Silent", "engine my_engines:Silent is incomplete; implement next_logprobs"),
-        ("my_engines:Engine", "is incomplete; implement __init__, description, generate"),
-        ("my_engines:Contextless", "engine my_engines:Contextless: __init__ must take the model and the context ("),
-        ("my_engines:Undescribed", "engine my_engines:Undescribed has no docstring; describe it in one line"),
+        ("users_engines:Nameless", "engine users_engines:Nameless is incomplete; implement description"),
+        ("users_engines:Silent", "engine users_engines:Silent is incomplete; implement next_logprobs"),
+        ("users_engines:Engine", "is incomplete; implement __init__, description, generate"),
         (
-            "my_engines:function",
-            "engine my_engines:function must be a subclass of cpo_pipe.pipeline.engines.base.Engine",
+            "users_engines:Contextless",
+            "engine users_engines:Contextless: __init__ must take the model and the context (",
+        ),
+        ("users_engines:Undescribed", "engine users_engines:Undescribed has no docstring; describe it in one line"),
+        (
+            "users_engines:function",
+            "engine users_engines:function must be a subclass of cpo_pipe.pipeline.engines.base.Engine",
         ),
     ],
 )
@@ -156,7 +159,7 @@ def test_an_engine_that_is_named_is_taken_or_refused(
     caplog.set_level("INFO")
     monkeypatch.setattr(ENGINES, "entries", {"one": Searcher, "picky": Picky, "absent": Absent})
     assert choose_engine("one", MODEL) is Searcher
-    assert choose_engine("my_engines:Mine", MODEL).__name__ == "Mine"
+    assert choose_engine("users_engines:Mine", MODEL).__name__ == "Mine"
     with pytest.raises(InputError, match=r"^engine is absent, which is not installed: pip install absent$"):
         choose_engine("absent", MODEL)
     with pytest.raises(

@@ -122,7 +122,7 @@ def test_trl_makes_our_token_ids_of_messages(project: Project, family: str, toke
     card = Path("out/README.md").read_text()
     if behind:
         shown = repr(AFTER_END[family])
-        assert f"TRL also trains on {shown}, which the chat template writes behind the end of {texts} of {texts}" in (
+        assert f"TRL also trains on {shown}, which the chat template writes after the end of {texts} of {texts}" in (
             result.err
         )
         assert f"{texts} of {texts} texts get other token ids" in card

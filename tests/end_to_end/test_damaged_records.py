@@ -7,6 +7,8 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 
+from tests.support.marks import slow_except
+
 DAMAGES = {
     "truncated": lambda content: content[: len(content) // 2],
     "empty": lambda content: b"",
@@ -39,7 +41,7 @@ SAID = [
 """By a file's place, what the run says; those of a part are damaged together."""
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", slow_except(DAMAGES, "truncated"))
 def test_the_next_run_is_complete_and_names_the_file(made, damage: str) -> None:
     shutil.rmtree(made.store / ".runs")  # of the folder that this one was copied from
     assert made.cli("run", "tiny.yaml").status == 0
@@ -64,7 +66,9 @@ def test_the_next_run_is_complete_and_names_the_file(made, damage: str) -> None:
     assert (made.root / "runs/tiny/metrics.md").read_bytes() == outputs
 
 
-@pytest.mark.parametrize("deleted", ["report.html", "metrics.md", "model_outputs/cpo/greedy.json"])
+@pytest.mark.parametrize(
+    "deleted", slow_except(["report.html", "metrics.md", "model_outputs/cpo/greedy.json"], "metrics.md")
+)
 def test_what_was_deleted_comes_back(made, deleted: str) -> None:
     assert made.cli("run", "tiny.yaml").status == 0
     path = made.root / "runs/tiny" / deleted

@@ -42,8 +42,8 @@ TOLERANCE = 2e-5
 """Relative error of log-probs, in float32, up to which a backend is equivalent. A wrong one shows 1e-3 or more."""
 
 GRADIENT_TOLERANCE = 1e-3
-"""The same for gradients, whose sums round more: in a pretrained model of 30 layers, transformers' own forward pass over
-a padded batch is off by 1e-4 to 2e-4 from that over single rows, in parameters with small gradients (docs/log.md)."""
+"""The same for gradients, whose sums round more: in a pretrained model of 30 layers, transformers' own forward pass
+over a padded batch is off by 1e-4 to 2e-4 from that over single rows (docs/log.md)."""
 
 CAUSAL_TOLERANCE = 1e-3
 """Relative difference allowed between a log-prob and the same log-prob in a row that continues after it."""

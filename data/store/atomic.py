@@ -4,6 +4,9 @@ import os
 import uuid
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from cpo_pipe.data.store.paths import AnyPath, reported
 
 
@@ -26,6 +29,13 @@ def rename(source: Path, target: Path) -> None:
 def temporary(path: Path) -> Path:
     """Return a name beside `path` that no reader looks at."""
     return path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a small table as a Parquet file that is complete or absent."""
+    content = pa.BufferOutputStream()
+    pq.write_table(table, content)
+    write_bytes(path, content.getvalue().to_pybytes())
 
 
 def write_bytes(path: AnyPath, content: bytes) -> None:

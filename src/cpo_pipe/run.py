@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cpo_pipe.checks import check_annotations, check_stages
 from cpo_pipe.data.errors import InputError, MissingInput
@@ -122,9 +121,7 @@ class Run:
             leakage = self.resolver.examples().leakage
             tables = {"quality": measured.table, "leakage": pa.Table.from_pylist(leakage, LEAKAGE)}
             for name, table in tables.items():
-                content = pa.BufferOutputStream()
-                pq.write_table(table, content)
-                atomic.write_bytes(self.run_dir / f"{name}.parquet", content.getvalue().to_pybytes())
+                atomic.write_table(self.run_dir / f"{name}.parquet", table)
         print_leakage(leakage)
         print_quality(measured.table, [*leakage_warnings(leakage), *measured.notes])
 
@@ -169,16 +166,10 @@ class Run:
         with self.log.stage("evaluate") as made:
             systems = self.resolver.systems()
             evaluation = evaluate(
-                config,
-                self.store,
-                examples,
-                systems,
+                config, self.store, examples, systems, ranker=self.resolver.ranker(),
                 max_new_tokens=config.max_new_tokens or self.recipe.data.longest_target(),
-                ranker=self.resolver.ranker(),
-                models=self.resolver.judge_models(config),
-                apis=self.resolver.apis,
-                executor=self.executor,
-            )
+                models=self.resolver.judge_models(config), apis=self.resolver.apis, executor=self.executor,
+            )  # fmt: skip
             made["artifact"] = evaluation.artifact.name
         shutil.copyfile(evaluation.artifact.path / "metrics.parquet", self.run_dir / "metrics.parquet")
         report = write_run_report(self.resolver, self.log, evaluation, systems)

@@ -211,6 +211,26 @@ class ChatTemplate:
         return whole.partition(_PROBE)[0].removeprefix(prompt) if whole.startswith(prompt) else ""
 
     @cached_property
+    def ending_template(self) -> str | None:
+        """The chat template, but without what it writes after the end of the last turn; None: it writes nothing there.
+
+        For programs that train on all that a template writes, such as TRL.
+        """
+        if self.end_of_turn is None:
+            return None
+        asked, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}
+        after = self._ids(self._render([asked, answer], (), add_generation_prompt=False).partition(_PROBE)[2])
+        more = str(self._tokenizer.decode(after[after.index(self.end_of_turn) + 1 :]))
+        if not more:
+            return None
+        return (
+            f"{{%- set written %}}{self._tokenizer.chat_template}{{% endset -%}}\n"
+            f"{{%- set ends = not add_generation_prompt and messages[-1]['role'] == 'assistant' "
+            f"and written.endswith({more!r}) -%}}\n"
+            f"{{{{- written[:{-len(more)}] if ends else written -}}}}"
+        )
+
+    @cached_property
     def end_of_turn(self) -> int | None:
         """The token that the template writes after an answer, whether or not the conversation goes on; None: none."""
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 
-from cpo_pipe.data.text import fenced, listed, markdown, visible
+from cpo_pipe.data.text import fenced, markdown, visible
 from cpo_pipe.pipeline.export.pairs import Pair, PairCounts
 from cpo_pipe.pipeline.export.writer import JSON_MESSAGES, PairWriter
 from cpo_pipe.pipeline.negatives.config import Negatives
@@ -22,7 +22,8 @@ from trl import DPOConfig, DPOTrainer
 
 pairs = load_dataset("this-folder", split="train")
 tokenizer = AutoTokenizer.from_pretrained({tokenizer})
-DPOTrainer("model", args=DPOConfig(max_length=None), train_dataset=pairs, processing_class=tokenizer).train()
+{chat_template}args = DPOConfig(max_length=None)
+DPOTrainer("model", args=args, train_dataset=pairs, processing_class=tokenizer).train()
 ```
 
 {labels}
@@ -33,7 +34,7 @@ DPOTrainer("model", args=DPOConfig(max_length=None), train_dataset=pairs, proces
   token limit) are omitted: they would teach the model to stop there. {equal:,} pairs whose texts differ only in their
   token ids are omitted, too.
 - {prompts}
-  {other_ids:,} of {texts:,} texts get other token ids from TRL than they had in cpo-pipe.{after_end}
+  {other_ids:,} of {texts:,} texts get other token ids from TRL than they had in cpo-pipe.
 
 The recipe, with the source of prompts and ground truth:
 
@@ -52,6 +53,12 @@ _CONVERSATIONAL = (
     "`prompt` is the prompt before any template, as messages. TRL renders it with the completion by the chat template\n"
     "  of the tokenizer above, and reads `tools` and `chat_template_kwargs` where there are such columns.",
 )
+CHAT_TEMPLATE = "chat_template.jinja"
+"""The file with the chat template that stops at the end of the last turn."""
+_SET_TEMPLATE = (
+    "# Without what the tokenizer's own template writes after the end of a turn, on which TRL would train:\n"
+    f'tokenizer.chat_template = open("this-folder/{CHAT_TEMPLATE}", encoding="utf-8").read()\n'
+)
 _JSON = "\n  The type `Json` of messages needs `datasets` 4.7 or later."
 
 
@@ -63,6 +70,7 @@ def data_card(
     writer: PairWriter,
     counts: PairCounts,
     conversational: bool,
+    has_chat_template: bool,
 ) -> str:
     """Return the data card of what a writer has written."""
     from datasets import DatasetInfo, Features, SplitDict
@@ -93,23 +101,13 @@ def data_card(
         equal=counts.equal,
         texts=counts.texts,
         other_ids=counts.other_ids,
-        after_end=_after_end(counts),
+        chat_template=_SET_TEMPLATE if has_chat_template else "",
         tokenizer=json.dumps(tokenizer_name or "model"),
         ends=ends,
         prompts=prompts + (_JSON if writer.schema.field("prompt").type == JSON_MESSAGES else ""),
         recipe=fenced(recipe, "yaml"),
     )
     return f"---\n{visible(facts.to_yaml())}\n---\n{text}"
-
-
-def _after_end(counts: PairCounts) -> str:
-    """Return what TRL's ids have behind ours, as a sentence."""
-    if not counts.after_end:
-        return ""
-    return (
-        f" {counts.after_end.total():,} of these differ only\n  behind the end of the turn, where the chat template "
-        f"writes {listed([markdown(repr(text)) for text in counts.after_end])}; TRL trains on it."
-    )
 
 
 def _labels(negatives: Negatives, pairs: Counter[Pair]) -> str:

@@ -14,8 +14,7 @@ from cpo_pipe.data.models.templates import CHAT
 from cpo_pipe.data.output_folder import new_folder
 from cpo_pipe.data.progress import track
 from cpo_pipe.data.store import Rows
-from cpo_pipe.data.text import listed
-from cpo_pipe.pipeline.export.card import data_card
+from cpo_pipe.pipeline.export.card import CHAT_TEMPLATE, data_card
 from cpo_pipe.pipeline.export.messages import MessageWriter
 from cpo_pipe.pipeline.export.pairs import EXAMPLE_COLUMNS, Pair, PairCounts, Write, pair_rows
 from cpo_pipe.pipeline.export.trl_tokens import as_texts
@@ -64,10 +63,11 @@ def export(
     if conversational and not tokenizer.chat_template:
         log.warning("export: the tokenizer of the examples has no chat template; TRL needs one to render messages")
     write: Write = partial(as_texts, tokenizer=tokenizer)
-    schema, settings = pair_schema(pa.string()), {}
+    schema, settings, chat_template = pair_schema(pa.string()), {}, None
     if conversational:
         settings = {key: rendering[key] for key in ("chat_template_kwargs",) if key in rendering}
         messages = MessageWriter(tokenizer, rendering, selection)
+        chat_template = messages.chat_template
         write, text = messages.write, JSON_MESSAGES if messages.has_more else MESSAGES
         schema = pair_schema(text, messages.has_tools, bool(settings))
     with new_folder(out) as scratch:
@@ -86,7 +86,11 @@ def export(
                 f"--out {out}: no pair to write: {counts.endless:,} have a text that does not end (cut at a token "
                 f"limit), which this format cannot express, and {counts.equal:,} have equal texts"
             )
-        card = data_card(name, recipe, tokenizer_name, negatives, writer, counts, conversational)
+        if chat_template is not None:
+            (scratch / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
+        card = data_card(
+            name, recipe, tokenizer_name, negatives, writer, counts, conversational, chat_template is not None
+        )
         (scratch / "README.md").write_text(card, encoding="utf-8")
     kind = "messages" if conversational else "texts"
     log.info("export: %s pairs of %s groups written to %s as %s", f"{writer.rows:,}", f"{counts.groups:,}", out, kind)
@@ -102,10 +106,7 @@ def _warn(counts: PairCounts, conversational: bool, rendering: Spec) -> None:
         )  # fmt: skip
     if counts.equal:
         log.warning("export: %s pairs are omitted: their texts are equal, in other token ids", f"{counts.equal:,}")
-    if more := counts.after_end.total():
-        log.info("export: TRL also trains on %s, which the chat template writes after the end of %s of %s texts",
-                 listed(map(repr, counts.after_end)), f"{more:,}", f"{counts.texts:,}")  # fmt: skip
-    if other := counts.other_ids - more:
+    if other := counts.other_ids:
         reason = "it tokenizes them together with their prompt, and a sampled text may have other ids than its sample"
         if rendering["template"] != CHAT and conversational:
             reason = "it renders messages by the tokenizer's chat template; data.template is another"

@@ -1,12 +1,14 @@
 """Messages from which TRL makes the token ids that we train on.
 
-TRL renders the prompt's messages together with the completion's by the tokenizer's chat template. It keeps what the
-template writes behind the token that ends the turn, where our ids stop.
+TRL renders the prompt's messages together with the completion's by the tokenizer's chat template. It also trains on
+what the template writes after the token that ends the turn, where our ids stop. An export has a template of its own
+for such tokenizers, which stops there as well.
 """
 
 import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from datetime import datetime
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -36,7 +38,6 @@ class MessageWriter:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", rendering: Spec, selection: pa.Table):
-        self._tokenizer = tokenizer
         self._known: dict[bytes, Message] = {}
         """Answers that are more than a text, by their token ids."""
         self.has_more = self.has_tools = False
@@ -44,6 +45,11 @@ class MessageWriter:
         for example in (row for batch in selection.select(_COLUMNS).to_batches() for row in batch.to_pylist()):
             self._look_at(example)
         self._chat = ChatTemplate.of(tokenizer, rendering) if rendering["template"] == CHAT else None
+        self.chat_template = self._chat.ending_template if self._chat is not None else None
+        """What TRL's tokenizer must use in place of its own chat template; None: its own."""
+        self._tokenizer = copy(tokenizer)
+        if self.chat_template is not None:
+            self._tokenizer.chat_template = self.chat_template
         self._arguments: dict[str, Any] = dict(rendering.get("chat_template_kwargs") or {})
         if "chat_date" in rendering:  # TRL prints the day on which it renders, which is not that of our ids
             self._arguments["strftime_now"] = datetime(1970, 1, 1).strftime
@@ -66,7 +72,7 @@ class MessageWriter:
     def _write(self, candidate: PromptedCandidate) -> WrittenCandidate:
         ways = self._ways(candidate)
         first = next(ways)
-        exact = (written for written in chain([first], ways) if written.same_ids or written.after_end)
+        exact = (written for written in chain([first], ways) if written.same_ids)
         return next(exact, first)
 
     def _ways(self, candidate: PromptedCandidate) -> Iterator[WrittenCandidate]:
@@ -83,13 +89,10 @@ class MessageWriter:
             whole = Conversation([*asked.messages, answer], asked.tools)
         else:
             whole = self._chat.whole(asked, answer)
-        theirs, ours = self._their_ids(whole), candidate.all_ids
-        more = theirs[len(ours) :] if theirs[: len(ours)] == ours else []
         return WrittenCandidate(
             prompt=whole.messages[:-1],
             completion=whole.messages[-1:],
-            same_ids=theirs == ours,
-            after_end=str(self._tokenizer.decode(more)) if more else "",
+            same_ids=self._their_ids(whole) == candidate.all_ids,
             tools=to_json(whole.tools) if whole.tools else None,
         )
 

@@ -36,8 +36,6 @@ class PairCounts:
     texts: int = 0
     other_ids: int = 0
     """Texts that TRL tokenizes to other ids than they have in their group."""
-    after_end: Counter[str] = field(default_factory=Counter)
-    """Those of them whose ids only go on with this text behind the end: a chat template writes it."""
 
 
 def parse_pairs(texts: Sequence[str], known: Sequence[str]) -> list[Pair]:
@@ -107,7 +105,6 @@ def pair_rows(
     written = write(candidates)
     counts.texts += len(written)
     counts.other_ids += sum(not candidate.same_ids for candidate in written)
-    counts.after_end.update(candidate.after_end for candidate in written if candidate.after_end)
     texts = dict(zip(used, written, strict=True))
     for row, (group, of_row) in enumerate(zip(groups, places, strict=True)):
         before = counts.pairs.total()

@@ -43,8 +43,6 @@ class WrittenCandidate:
     completion: Any
     same_ids: bool
     """Whether TRL makes our token ids of it."""
-    after_end: str = ""
-    """What TRL's ids have behind ours, if that is the only difference."""
     tools: str | None = None
     """As JSON."""
 

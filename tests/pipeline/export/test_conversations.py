@@ -37,7 +37,7 @@ TOOL = {
 WITHOUT_TOOLS = ("chatml", "gemma", "phi", "olmo", "plain")
 """Families whose template renders no tools."""
 AFTER_END = {"chatml": "\n", "gemma": "\n", "phi": "\n<|endoftext|>", "qwen-3": "\n", "granite": "\n"}
-"""What the templates write behind the end of the last turn, which TRL trains on."""
+"""What the templates write after the end of the last turn, on which TRL trains with the tokenizer's own template."""
 
 
 def said(text: str, **more: Any) -> dict[str, Any]:
@@ -112,23 +112,20 @@ def test_trl_makes_our_token_ids_of_messages(project: Project, family: str, toke
     groups = grouped(project, *settings)
     result = project.cli("export", "tiny.yaml", "--out", "out", *settings)
     assert result.status == 0, result.err
-    theirs = trl_side.tokenized(datasets.load_dataset("out", split="train"), tokenizer)
-    behind = tokenizer.encode(AFTER_END.get(family, ""))
-    assert [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in theirs] == [
-        (prompt, target + behind, negative + behind) for prompt, target, negative in pairs_of(groups)
-    ]
+    card = Path("out/README.md").read_text()
+    template = Path("out/chat_template.jinja")
+    assert template.exists() is (family in AFTER_END) is ("chat_template.jinja" in card)
+    rows = datasets.load_dataset("out", split="train")
+    if template.exists():
+        behind = tokenizer.encode(AFTER_END[family])
+        longer = trl_side.tokenized(rows, tokenizer)
+        assert [row["chosen_ids"] for row in longer] == [target + behind for _, target, _ in pairs_of(groups)]
+        tokenizer.chat_template = template.read_text()
+    theirs = trl_side.tokenized(rows, tokenizer)
+    assert [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in theirs] == list(pairs_of(groups))
     assert len(theirs) >= 2 * len(groups)
     texts = sum(len(candidates) for _, candidates in groups)
-    card = Path("out/README.md").read_text()
-    if behind:
-        shown = repr(AFTER_END[family])
-        assert f"TRL also trains on {shown}, which the chat template writes after the end of {texts} of {texts}" in (
-            result.err
-        )
-        assert f"{texts} of {texts} texts get other token ids" in card
-        assert f"{texts} of these differ only\n  behind the end of the turn" in card
-    else:
-        assert f" 0 of {texts} texts get other token ids" in card
+    assert f" 0 of {texts} texts get other token ids" in card
     assert "TRL will give" not in result.err
     assert 'AutoTokenizer.from_pretrained("chat")' in card
 
@@ -213,7 +210,7 @@ def test_a_sampled_text_has_no_start_that_the_template_writes(tmp_path: Path, te
         [PromptedCandidate(conversation, rendered, tokenizer.encode(rendered), text, ids)]
     )
     assert written.completion == [said(content)]
-    assert (written.same_ids, written.after_end) == (False, "\n")
+    assert written.same_ids
     (other,) = MessageWriter(tokenizer, {"template": "chat"}, examples).write(
         [
             PromptedCandidate(
@@ -221,4 +218,4 @@ def test_a_sampled_text_has_no_start_that_the_template_writes(tmp_path: Path, te
             )
         ]
     )
-    assert (other.same_ids, other.after_end) == (False, ""), "the template writes a thought before it"
+    assert not other.same_ids, "the template writes a thought before it"

@@ -173,6 +173,12 @@ def _text(values: Values, column: str) -> str:
     return value
 
 
+def texts(value: Any, column: str) -> list[Message]:
+    """Return answers that are one text, a list of texts, or none."""
+    values = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    return [_answer(_text({column: one}, column)) for one in values]
+
+
 def _answer(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
@@ -215,8 +221,8 @@ def preference(prompt: Any, chosen: Any, rejected: Any) -> Turn:
     Raises:
         Unusable: an answer is missing, or the answers have different prompts.
     """
-    chosen = _parsed(chosen)
-    answers = [] if rejected is None else _several(_parsed(rejected), chosen)
+    chosen = _messages_or_text(chosen)
+    answers = [] if rejected is None else _several(_messages_or_text(rejected), chosen)
     if prompt is None and isinstance(chosen, str):
         return _implicit(chosen, answers)
     turn = of_prompt(prompt, chosen, "chosen")
@@ -237,7 +243,7 @@ def _several(rejected: Any, chosen: Any) -> list[Any]:
 
 def of_prompt(prompt: Any, answer: Any, column: str) -> Turn:
     """Return the turn of a prompt (text, messages or None) and an answer (text, or messages that may repeat it)."""
-    prompt, answer = _parsed(prompt), _parsed(answer)
+    prompt, answer = _messages_or_text(prompt), _messages_or_text(answer)
     if isinstance(answer, str):
         if isinstance(prompt, str):
             return Turn(Conversation([{"role": "user", "content": prompt}]), _answer(answer), conversational=False)
@@ -249,7 +255,7 @@ def of_prompt(prompt: Any, answer: Any, column: str) -> Turn:
         raise Unusable("no answer", f"column {column} ends in a message of the role {last['role']}, not the assistant")
     given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else []
     given = given or ([] if prompt is None else messages_in(prompt, "prompt"))
-    if before[: len(given)] == given or not any(message["role"] == "user" for message in given):
+    if before[: len(given)] == given:
         given = []  # the answer's messages repeat the prompt
     elif any(message["role"] == "user" for message in before) and given == before[-len(given) :]:
         given = []  # and have a system message before it
@@ -284,6 +290,17 @@ def _hh(text: str) -> list[dict[str, str]]:
     roles, texts = parts[::2], parts[1::2]
     return [{"role": "user" if role == "Human" else "assistant", "content": content.strip()}
             for role, content in zip(roles, texts, strict=True)]  # fmt: skip
+
+
+def _messages_or_text(value: Any) -> Any:
+    """Return messages that are written as JSON text, as in CSV. Other texts stay texts: an answer may be JSON."""
+    found = _parsed(value)
+    is_messages = (
+        isinstance(found, list)
+        and found
+        and all(isinstance(one, Mapping) and not {"role", "from"}.isdisjoint(one) for one in found)
+    )
+    return found if is_messages else value
 
 
 def _parsed(value: Any) -> Any:

@@ -161,11 +161,10 @@ class Pairs(Data):
             row.source, texts["target"], texts.get("prompt", ""), texts.get("context", ""),
             texts.get("category") or None,
         )  # fmt: skip
-        turn = formats.preference(pair.full_prompt, pair.target, rejected)
+        answers = formats.texts(rejected, columns["rejected"])
         system = self._system(row)
-        if not system:
-            return replace(pair, rejected=turn.rejected)
-        return replace(pair, turn=replace(turn, prompt=with_system(turn.prompt, system)), rejected=turn.rejected)
+        turn = Turn(with_system(pair.conversation, system), pair.answer) if system else None
+        return replace(pair, turn=turn, rejected=answers)
 
     def _system(self, row: Row) -> str | None:
         """Return the system message of a row: that of its column, or the recipe's."""

@@ -64,6 +64,14 @@ def test_system_messages_and_turns(tmp_path, store, chat_tokenizer, settings, ro
     assert example["prompt"] == "a"
 
 
+@pytest.mark.parametrize("target", ['{"a": 1}', "[1, 2]", '[{"role": "user", "content": "x"}]'])
+def test_a_target_that_is_json_is_a_text_as_are_rejected_ones(tmp_path, store, chat_tokenizer, target):
+    row = {"prompt": "[3]", "target": target, "bad": [target + " ", "[]"]}
+    example = one(tmp_path, store, chat_tokenizer, row, columns={"rejected": "bad"})
+    assert (example["prompt"], example["target"], example["messages"]) == ("[3]", target, None)
+    assert [answer["text"] for answer in example["rejected"]] == [target + " ", "[]"]
+
+
 def test_settings_of_chat_templates_are_refused_with_other_templates():
     for key, value in (("system", "Be brief."), ("chat_template_kwargs", {"enable_thinking": False})):
         with pytest.raises(ValueError, match=f"{key} is not used with the template plain; set template: chat"):

@@ -47,6 +47,21 @@ def test_all_formats_write_one_question_alike(name: str, row: dict[str, Any]) ->
     assert list(turn.rejected) == ([WORSE] if name == "preference" else [])
 
 
+@pytest.mark.parametrize(("chosen", "rejected"), [("[1, 2]", "[3]"), ('{"a": 1}', '{"a": 2}'), ('[{"a": 1}]', "[]")])
+def test_an_answer_that_is_json_is_a_text(chosen: str, rejected: str) -> None:
+    turn = last("preference", {"prompt": "[0]", "chosen": chosen, "rejected": rejected})
+    assert turn.prompt.messages == [{"role": "user", "content": "[0]"}]
+    assert (turn.answer["content"], [one["content"] for one in turn.rejected]) == (chosen, [rejected])
+    assert last("prompt-completion", {"prompt": "{}", "completion": chosen}).answer["content"] == chosen
+    messages = '[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]'
+    assert last("preference", {"chosen": messages, "rejected": messages}).answer == ANSWER, "as CSV has messages"
+
+
+def test_a_system_message_before_an_answer_that_has_the_question_is_kept() -> None:
+    turn = last("preference", {"prompt": [SYSTEM], "chosen": [USER, ANSWER], "rejected": [USER, WORSE]})
+    assert turn.prompt.messages == [SYSTEM, USER]
+
+
 def test_every_answer_of_a_conversation_has_all_before_it_as_its_prompt() -> None:
     messages = [SYSTEM, USER, ANSWER, {"role": "user", "content": "And?"}, WORSE]
     one, two = FORMATS["messages"].read({"messages": messages})

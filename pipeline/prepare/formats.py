@@ -104,17 +104,13 @@ def _message(value: Any, place: str) -> dict[str, Any]:
         value = {"role": value["from"], "content": value.get("value")}
     role, content = value.get("role"), value.get("content")
     if role == "function_call":  # of ShareGPT: the call as JSON
-        call = _parsed(content)
-        calls = call if isinstance(call, list) else [call]
-        if not all(isinstance(one, Mapping) and "name" in one for one in calls):
-            raise Unusable("not messages", f"{place} is the call {_shown(content)}, without a name")
-        return {"role": "assistant", "content": "", "tool_calls": [_call(one) for one in calls]}
+        return {"role": "assistant", "content": "", "tool_calls": _calls(content, place)}
     role = _ROLES.get(str(role), role)
     if role not in _KNOWN_ROLES:
         raise Unusable("unknown role", f"{place} has the role {_shown(role)}; known are {listed(_KNOWN_ROLES)}")
     message = {**value, "role": role, "content": _content(content, place)}
     if calls := value.get("tool_calls"):
-        message["tool_calls"] = [_call(_parsed(call)) for call in _parsed(calls)]
+        message["tool_calls"] = _calls(calls, place)
     if role == "assistant" and "reasoning" in value:  # the other name of the same
         message["reasoning_content"] = message.pop("reasoning")
     return message
@@ -133,13 +129,19 @@ def _content(value: Any, place: str) -> str:
     return "".join(map(str, texts))
 
 
-def _call(value: Any) -> dict[str, Any]:
-    """Return a call of a tool as templates take it: its arguments as an object, not as JSON text."""
-    function = dict(value.get("function", value))
-    if "arguments" in function:
-        function["arguments"] = _parsed(function["arguments"])
-    rest = {key: part for key, part in value.items() if key not in ("function", "name", "arguments")}
-    return {"type": "function", **rest, "function": function}
+def _calls(value: Any, place: str) -> list[dict[str, Any]]:
+    """Return calls of tools as templates take them: with the arguments as an object, not as JSON text."""
+    value = _parsed(value)
+    calls = []
+    for given in value if isinstance(value, list | tuple) else [value]:
+        call = _parsed(given)
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise Unusable("not a call", f"{place} has the call {_shown(given)}, without a function's name")
+        rest = {key: part for key, part in call.items() if key not in ("function", "name", "arguments")}
+        arguments = {"arguments": _parsed(function["arguments"])} if "arguments" in function else {}
+        calls.append({"type": "function", **rest, "function": {**function, **arguments}})
+    return calls
 
 
 def _tools(values: Values) -> list[dict[str, Any]]:
@@ -184,13 +186,15 @@ def _answer(text: str) -> Message:
 
 
 def _alpaca(values: Values) -> Iterator[Turn]:
-    instruction, more = _text(values, "instruction"), values.get("input") or ""
-    past = [
-        {"role": role, "content": text}
-        for turn in values.get("history") or ()
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
-    prompt = f"{instruction}\n\n{more}" if str(more).strip() else instruction
+    prompt = _text(values, "instruction")
+    if values.get("input") is not None and (more := _text(values, "input")).strip():
+        prompt = f"{prompt}\n\n{more}"
+    past: list[Message] = []
+    history = _parsed(values.get("history")) or ()
+    for turn in history if isinstance(history, list | tuple) else [history]:
+        if not isinstance(turn, list | tuple) or [type(text) for text in turn] != [str, str]:
+            raise Unusable("not a history", f"column history has {_shown(turn)}, not a question with its answer")
+        past += [{"role": "user", "content": turn[0]}, _answer(turn[1])]
     conversation = Conversation([*past, {"role": "user", "content": prompt}])
     yield Turn(conversation, _answer(_text(values, "output")), conversational=bool(past))
 

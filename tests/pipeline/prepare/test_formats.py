@@ -1,10 +1,14 @@
 """What a row of each format holds."""
 
+import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.models.chat import content_of
 from cpo_pipe.pipeline.prepare.formats import FORMATS, Turn, Unusable, detect
 
 USER = {"role": "user", "content": "Why?"}
@@ -102,8 +106,8 @@ def test_calls_of_tools_in_all_ways_of_writing_are_one() -> None:
         (found,) = turn.answer["tool_calls"]
         assert found["function"] == call["function"]
     tools = [{"name": "add", "parameters": {}}]
-    for given in (tools, '[{"name": "add", "parameters": {}}]', [{"type": "function", "function": tools[0]}]):
-        turn = last("messages", {"messages": [USER, ANSWER], "tools": given})
+    for written in (tools, '[{"name": "add", "parameters": {}}]', [{"type": "function", "function": tools[0]}]):
+        turn = last("messages", {"messages": [USER, ANSWER], "tools": written})
         assert turn.prompt.tools == [{"type": "function", "function": tools[0]}]
 
 
@@ -141,3 +145,34 @@ def test_rows_that_break_a_rule(name: str, row: dict[str, Any], reason: str, det
 def test_columns_of_no_format() -> None:
     with pytest.raises(InputError, match=r"its columns \(q, a\) are those of no known format; set data\.columns\.prom"):
         detect(["q", "a"], "s")
+
+
+KEYS = st.sampled_from(["role", "content", "function", "name", "arguments", "type", "text"])
+WORDS = st.sampled_from(["user", "assistant", "gpt", "system", "function_call", "text", "[1]", "{}", '{"name": 1}', ""])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.floats() | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=8,
+)
+CALLS = st.lists(st.fixed_dictionaries({"function": VALUES}) | VALUES, max_size=2) | VALUES
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": WORDS}, optional={"content": VALUES, "tool_calls": CALLS})
+    | st.fixed_dictionaries({"from": WORDS, "value": VALUES}),
+    max_size=3,
+)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_whatever_a_row_holds_it_is_read_or_refused(name: str, data: st.DataObject) -> None:
+    known = FORMATS[name]
+    row = {column: data.draw(MESSAGES | VALUES, label=column) for column in (*known.columns, *known.optional)}
+    try:
+        turns = list(known.read(row))
+    except Unusable:
+        return
+    for turn in turns:
+        json.loads(turn.prompt.to_json())
+        assert isinstance(content_of(turn.answer), str)
+        assert all(isinstance(message["content"], str) for message in (*turn.prompt.messages, turn.answer))

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
@@ -9,7 +10,7 @@ from pydantic import AfterValidator, Field
 from cpo_pipe.data.fingerprint import digest
 from cpo_pipe.data.models.templates import fill
 from cpo_pipe.eval.judges.base import Pair, Verdict, unparseable
-from cpo_pipe.pipeline.api.question import KEPT, without_reasoning
+from cpo_pipe.pipeline.api.question import AROUND, KEPT, check_template, without_reasoning
 
 TEMPLATES = {
     # Feng et al. 2025, A.3 and A.4, to the letter.
@@ -39,25 +40,17 @@ TEMPLATES = {
     ),
 }
 
-_AROUND = r"[\s\"'“”‘’*_`()\[\]{}<>.,:#-]*"
 _VERDICT = re.compile(
-    rf"{_AROUND}(?:(?:more helpful|better|answer|verdict){_AROUND}:{_AROUND})?"
-    rf"(?:(?:response|continuation){_AROUND}\s{_AROUND})?(A|B|tie)"
-    rf"(?:{_AROUND} is (?:better|more helpful))?{_AROUND}",
+    rf"{AROUND}(?:(?:more helpful|better|answer|verdict){AROUND}:{AROUND})?"
+    rf"(?:(?:response|continuation){AROUND}\s{AROUND})?(A|B|tie)"
+    rf"(?:{AROUND} is (?:better|more helpful))?{AROUND}",
     re.IGNORECASE,
 )
 
 
-def _check_template(template: str) -> str:
-    places = ("{prompt}", "{output_a}", "{output_b}")
-    if template not in TEMPLATES and not all(place in template for place in places):
-        raise ValueError(f"{template!r} is not {', '.join(TEMPLATES)} or a text with {', '.join(places)}")
-    return template
-
-
 Template = Annotated[
     str,
-    AfterValidator(_check_template),
+    AfterValidator(partial(check_template, known=TEMPLATES, places=("{prompt}", "{output_a}", "{output_b}"))),
     Field(
         description="what is asked: `dolly` and `wiki` (from the CPO paper), `strict` (robust to position, length and "
         "instructions in the outputs), or a text with {prompt}, {output_a} and {output_b}"

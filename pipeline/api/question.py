@@ -1,7 +1,7 @@
 """One question to a language model behind an API, and its answer without reasoning."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from cpo_pipe.pipeline.api.answers import Failed, Refused
@@ -11,10 +11,24 @@ from cpo_pipe.pipeline.api.model import ApiModel
 KEPT = 200
 """Characters of an answer that are stored."""
 
+AROUND = r"[\s\"'“”‘’*_`()\[\]{}<>.,:#-]*"
+"""What models write around a short answer, as a regular expression."""
+
 _OPENED = re.compile(r"\s*<think>.*</think>", re.DOTALL)
 _CLOSED = re.compile(r".*\n\s*</think>\s*\n", re.DOTALL)
 """Reasoning before the answer, if the server does not separate it. If the chat template writes the opening tag, not the
 model, the closing tag must be on a line of its own."""
+
+
+def check_template(template: str, known: Collection[str], places: Sequence[str]) -> str:
+    """Return the template of a question: a known name, or a text that has all places.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if template not in known and not all(place in template for place in places):
+        raise ValueError(f"{template!r} is not {', '.join(known)} or a text with {', '.join(places)}")
+    return template
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ class Continuations:
         self.rejections = Rejections()
         """Rejected rows of the file, also of other keys."""
         self.unmatched: str | None = None
-        """The first key of the file that is none of the `keys`."""
+        """The first key of the file that is not among `keys`."""
         self._refused: dict[int, list[Refusal]] = {}
         for key, text in found:
             number = self._number.get(_short(key)) if key is not None else None

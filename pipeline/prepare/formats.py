@@ -220,7 +220,7 @@ def preference(prompt: Any, chosen: Any, rejected: Any) -> Turn:
     Args:
         prompt: a text or messages; None: the answers begin with it.
         chosen: a text or messages.
-        rejected: an answer in the form of the chosen one, or a list of such; None: there is none.
+        rejected: an answer in the form of the chosen one, or a list of such; None: no rejected answer.
 
     Raises:
         Unusable: an answer is missing, or the answers have different prompts.

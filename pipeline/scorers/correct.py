@@ -18,7 +18,7 @@ from cpo_pipe.pipeline.scorers.ratings import RatingApi, RatingTemperature, Rati
 from cpo_pipe.pipeline.scorers.scorer import Scorer, ScorerDependencies
 
 CORRECT = "correct by "
-"""How the reasons begin for which correct negatives are dropped."""
+"""Prefix of the reasons for dropping correct negatives."""
 
 
 class DropCorrect(Section):

@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -18,7 +19,7 @@ from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.data.store.locks import make_missing
 from cpo_pipe.pipeline.api.client import ApiClient, ask_all
 from cpo_pipe.pipeline.api.model import ApiModel
-from cpo_pipe.pipeline.api.question import KEPT, Reply, ask, without_reasoning
+from cpo_pipe.pipeline.api.question import AROUND, KEPT, Reply, ask, check_template, without_reasoning
 from cpo_pipe.pipeline.scorers.scorer import Group, Scores
 
 log = logging.getLogger(__name__)
@@ -42,24 +43,16 @@ TEMPLATES = {
     ),
 }
 
-_AROUND = r"[\s\"'“”‘’*_`()\[\]{}<>.,:#-]*"
 _RATING = re.compile(
-    rf"{_AROUND}(?:(?:final )?(?:grade|rating|score|answer){_AROUND}:{_AROUND})?"
-    rf"(?<![-−])([0-9]+(?:\.[0-9]+)?)(?:{_AROUND}(?:/|out of){_AROUND}{BEST})?{_AROUND}",
+    rf"{AROUND}(?:(?:final )?(?:grade|rating|score|answer){AROUND}:{AROUND})?"
+    rf"(?<![-−])([0-9]+(?:\.[0-9]+)?)(?:{AROUND}(?:/|out of){AROUND}{BEST})?{AROUND}",
     re.IGNORECASE,
 )
 
 
-def _check_template(template: str) -> str:
-    places = ("{prompt}", "{target}", "{answer}")
-    if template not in TEMPLATES and not all(place in template for place in places):
-        raise ValueError(f"{template!r} is not {', '.join(TEMPLATES)} or a text with {', '.join(places)}")
-    return template
-
-
 RatingTemplate = Annotated[
     str,
-    AfterValidator(_check_template),
+    AfterValidator(partial(check_template, known=TEMPLATES, places=("{prompt}", "{target}", "{answer}"))),
     Field(
         description="what is asked: `strict` (robust to instructions in the texts), or a text with {prompt}, {target} "
         "and {answer} that asks for a number from 0 to 10"

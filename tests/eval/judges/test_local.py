@@ -317,7 +317,7 @@ class Own(LogprobEngine):
         self.network = model.load(torch.float32).eval()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
-        raise NotImplementedError
+        raise AssertionError("a judge does not sample")
 
     def next_logprobs(
         self, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]

@@ -99,10 +99,10 @@ class Searcher(Engine):
     description = "searcher"
 
     def __init__(self, model: Any, context: int | None = None):
-        raise NotImplementedError
+        raise AssertionError("only chosen, never opened")
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
-        raise NotImplementedError
+        raise AssertionError("only chosen, never opened")
 
 
 class Picky(Searcher):

@@ -99,7 +99,7 @@ def generate_negatives(plan: Plan, executor: Executor) -> None:
                  recorded - before, before)  # fmt: skip
         refused = len(ids) * source.count - recorded
         if refused and source.request.refused is not None:
-            log.warning("negatives: %d %s cannot be made; the reasons are in %s", refused, source.label,
+            log.warning("negatives: %d %s do not exist or cannot be made; the reasons are in %s", refused, source.label,
                         source.request.refused.name)  # fmt: skip
 
 

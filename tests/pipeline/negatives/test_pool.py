@@ -60,7 +60,7 @@ def test_a_mixture_with_pools_makes_ragged_groups(pools: Project) -> None:
     for said, column in ((generated.err, "made"), (pools.cli("generate-negatives", "tiny.yaml").err, "reused")):
         counts = [int(count) for count in re.findall(rf"(\d+) {column}\b", said)]
         assert sum(counts) == there, "what was refused was neither made nor reused"
-        assert "strong cannot be made; the reasons are in rejected/" in said
+        assert "strong do not exist or cannot be made; the reasons are in rejected/" in said
     assert pools.cli("rank", "tiny.yaml").status == 0
     assert pools.made() == before
 

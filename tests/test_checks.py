@@ -54,6 +54,7 @@ def test_a_missing_key_is_found_first(project: Project, setting: str, monkeypatc
     assert costly(project) == []
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_checked_for_what_it_does_not_use(made: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openai")
     with serve(lambda seen: written(seen, "A")) as server:

@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.support.project import figures, trainings
 
 ENSEMBLES = ("--set", "evaluate.ensembles={mix: {of: [start, cpo], alphas: [0, 0.5, 1]}}")
 
 
+@pytest.mark.slow
 def test_an_ensemble_with_weight_0_or_1_reuses_the_outputs_of_its_model(made) -> None:
     def kept(kind: str) -> set[Path]:
         return {path.parent for path in made.store.glob(f"{kind}/*/spec.json")}

@@ -19,6 +19,7 @@ def process(*arguments: str, cwd: Path, **environment: str) -> subprocess.Comple
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_installed_command(project) -> None:
     done = process("prepare", "tiny.yaml", cwd=project.root)
     assert (done.returncode, done.stdout) == (0, "")

@@ -81,6 +81,7 @@ def test_the_report_shows_the_similarities_of_the_negatives(made) -> None:
     assert f"{len(cosines)} negatives, median {statistics.median(cosines):.2f}" in html
 
 
+@pytest.mark.slow
 def test_the_report_says_which_stage_was_not_finished(made, monkeypatch: pytest.MonkeyPatch) -> None:
     from cpo_pipe.pipeline.engines.transformers import TransformersEngine
 
@@ -106,6 +107,7 @@ def test_quality_is_printed_and_kept(made) -> None:
     assert {(row["split"], row["part"]) for row in leakage} >= {("test", "prompt"), ("test", "target")}
 
 
+@pytest.mark.slow
 def test_an_adapter_is_evaluated_as_a_system(made) -> None:
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM

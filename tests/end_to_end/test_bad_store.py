@@ -31,6 +31,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing_and_the_same_command_resumes(project, small_disk: Callable[[str], Path]) -> None:
     """The disk grows step by step: each run gets further and finds everything that was made before."""
     kept: dict[str, str] = {}

@@ -200,6 +200,7 @@ def test_published_figures_of_what_is_not_measured_are_warned_of(made: Project, 
     assert "is not measured by this run" in done.err
 
 
+@pytest.mark.slow
 def test_published_figures_that_no_decoding_changes_are_found(made: Project) -> None:
     figures = "{source: s, metric: target NLL, values: {cpo: 0.5}}"
     done = made.cli("evaluate", "tiny.yaml", "--set", f"published=[{figures}]")

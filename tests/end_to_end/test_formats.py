@@ -11,6 +11,7 @@ from cpo_pipe.data.store import Store
 from cpo_pipe.recipe.load import load_recipe
 from cpo_pipe.run import Run
 from tests.support.chat_templates import family_tokenizer
+from tests.support.marks import slow_except
 from tests.support.models import make_model
 from tests.support.project import Project
 
@@ -89,7 +90,7 @@ def recipe(model: Path, negatives: str) -> str:
     )
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", slow_except(ROWS, "pairs", "tools", "implicit"))
 def test_from_five_rows_to_a_training(project: Project, chat_model: Path, name: str) -> None:
     rows, label = ROWS[name]
     project.write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from cpo_pipe.data.store import Store
-from tests.support.marks import slow_except
 
 LATEST = ("--set", "evaluate.systems.latest={model: cpo@3}")
 
@@ -154,7 +153,8 @@ def test_stage_by_stage_each_says_what_it_waits_for(project) -> None:
     assert refused("train", "tiny.yaml", "cpo@4") == ("error: training cpo@4: not in the recipe; did you mean cpo@3?")
 
 
-@pytest.mark.parametrize("stopped", slow_except(["negatives", "training"], "training"))
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", ["negatives", "training"])
 def test_a_run_that_is_stopped_between_iterations_goes_on(made, monkeypatch: pytest.MonkeyPatch, stopped: str) -> None:
     from cpo_pipe import run
 
@@ -196,6 +196,7 @@ def test_chains_do_not_mix_and_without_a_reference_only_the_start_is_replaced(ma
     assert "train tuned@2" not in stages(made)
 
 
+@pytest.mark.slow
 def test_negatives_that_no_model_writes_are_the_same_in_each_iteration(made) -> None:
     options = ("--set", "negatives.sources={batch: {count: 1}, truncation: {count: 1}}", *iterations(2))
     ok(made.cli("run", "tiny.yaml", *options))

@@ -60,6 +60,7 @@ def test_what_is_said_beforehand_is_what_is_asked(made: Project) -> None:
         assert "judge taste (apis.mini): 0 calls" in made.cli("evaluate", *arguments, "--dry-run").out
 
 
+@pytest.mark.slow
 def test_figures_are_called_by_the_judges_name(made: Project) -> None:
     with serve(first) as server:
         done = made.cli(
@@ -137,6 +138,7 @@ def is_query(seen: Seen) -> bool:
     return "Which response is better?" in str(seen.prompt)
 
 
+@pytest.mark.slow
 def test_systems_that_are_asked_have_their_price_too(made: Project) -> None:
     def script(seen: Seen) -> Reply:
         if is_query(seen):
@@ -173,6 +175,7 @@ def test_systems_that_are_asked_have_their_price_too(made: Project) -> None:
         assert [line.split(" (")[0] for line in alone[:-1]] == ["system gpt, greedy"]
 
 
+@pytest.mark.slow
 def test_who_has_the_answers_of_another_costs_nothing(made: Project) -> None:
     """A server that takes no top-k has one answer whatever that is; and that it is not used is said once."""
     judges = ("{one: {kind: openai, api: mini, both_orders: false}, two: {kind: openai, api: mini}, "
@@ -200,6 +203,7 @@ def test_who_has_the_answers_of_another_costs_nothing(made: Project) -> None:
         assert len(server.seen) - before == sum(said)
 
 
+@pytest.mark.slow
 def test_an_unused_top_k_is_said_once_for_each(made: Project) -> None:
     decodings = "evaluate.decodings={a: {top_k: 5}, b: {top_k: 5, top_p: 0.5}, c: {top_k: 6, top_p: 0.7}}"
     with serve() as server:
@@ -222,6 +226,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
     }
 
 
+@pytest.mark.slow
 def test_what_is_said_beforehand_merges_and_downloads_nothing(made: Project) -> None:
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
@@ -255,6 +260,7 @@ def test_what_is_said_beforehand_merges_and_downloads_nothing(made: Project) -> 
         assert " yet" not in again.out + again.err
 
 
+@pytest.mark.slow
 def test_what_a_failed_evaluation_cost_is_counted(made: Project) -> None:
     broken = True
 
@@ -287,6 +293,7 @@ def test_what_a_failed_evaluation_cost_is_counted(made: Project) -> None:
     assert "mini: 40 prompt tokens and 20 written" in (made.root / "runs/tiny/report.html").read_text()
 
 
+@pytest.mark.slow
 def test_two_judges_by_similarity_are_one(made: Project) -> None:
     done = made.cli("evaluate", "tiny.yaml", "--set", "evaluate.judges={similarity: {}, near: {kind: similarity}}")
     assert done.status == 2

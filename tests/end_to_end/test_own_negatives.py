@@ -33,6 +33,7 @@ def strategies(project: Project, training: str) -> list[tuple[str, int]]:
     return [(source["negatives"]["strategy"], source["count"]) for source in groups["candidates"]]
 
 
+@pytest.mark.slow
 def test_each_training_has_the_negatives_that_it_names(project: Project) -> None:
     done = project.cli("run", "tiny.yaml", *settings("evaluate.systems.mix={model: mix}"))
     assert done.status == 0, done.err

@@ -93,6 +93,7 @@ def test_nothing_is_embedded_when_no_figure_needs_it(bench: Bench, monkeypatch: 
     assert bench.run(mauve_seeds=2).artifact.complete()  # too few examples for MAUVE
 
 
+@pytest.mark.slow
 def test_mauve_with_the_features_of_a_causal_model(tmp_path: Path, models: dict[str, Path]) -> None:
     from cpo_pipe.eval.metrics.mauve import CausalEncoder, mauve
 

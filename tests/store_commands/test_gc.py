@@ -10,6 +10,7 @@ from filelock import FileLock
 
 from cpo_pipe.data.store import Rows, Store, gc
 from cpo_pipe.data.store.inventory import Inventory
+from tests.support.marks import slow_except
 from tests.support.store_commands import names_in, path_of, register
 
 
@@ -87,6 +88,7 @@ def test_gc_deletes_nothing_when_a_registration_is_unreadable(used) -> None:
     assert "broken.json" in used.cli("store", "verify").error()
 
 
+@pytest.mark.slow
 def test_gc_in_a_moved_project_keeps_what_runs_need_that_were_not_repeated(used) -> None:
     """The store moves with its run folders, so no registered path exists any more."""
     other = ["--run-dir", "runs/other", "--set", "negatives.seed=1"]
@@ -203,6 +205,7 @@ def test_gc_deletes_leftovers_of_artifacts_that_it_keeps(used) -> None:
     assert not any(path.exists() for path in leftovers)
 
 
+@pytest.mark.slow
 def test_a_run_registers_what_it_uses_before_it_makes_it(project, monkeypatch: pytest.MonkeyPatch) -> None:
     """gc relies on this: nothing that a run uses is garbage, even in the middle of a stage."""
     append, registered = Rows.append, []
@@ -218,7 +221,7 @@ def test_a_run_registers_what_it_uses_before_it_makes_it(project, monkeypatch: p
     assert project.cli("store", "gc").out == "nothing to delete\n"
 
 
-@pytest.mark.parametrize("allowed", [1, 4, 11, 16])
+@pytest.mark.parametrize("allowed", slow_except([1, 4, 11, 16], 4))
 def test_a_run_finishes_after_a_killed_gc(used, monkeypatch: pytest.MonkeyPatch, allowed: int) -> None:
     register(used, used.root / "runs/tiny", *names_in(used, "examples"))
     unlink, left = Path.unlink, iter(range(allowed))

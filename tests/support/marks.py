@@ -7,5 +7,10 @@ import pytest
 
 
 def slow_except(values: Iterable[Any], *fast: Any) -> list[Any]:
-    """The values as parameters, all but `fast` marked slow."""
-    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    """The values (tuples for several names) as parameters, all but `fast` marked slow."""
+
+    def parameter(value: Any) -> Any:
+        values = value if isinstance(value, tuple) else (value,)
+        return value if value in fast else pytest.param(*values, marks=pytest.mark.slow)
+
+    return [parameter(value) for value in values]

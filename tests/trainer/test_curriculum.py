@@ -20,6 +20,7 @@ from cpo_pipe.trainer.difficulty import margins, similarities, strength_gaps
 from cpo_pipe.trainer.loop import Loop
 from cpo_pipe.trainer.objectives import OBJECTIVES
 from cpo_pipe.trainer.train import Inputs, train
+from tests.support.marks import slow_except
 from tests.support.training import Bench, metrics, naive_logprob
 
 STRENGTHS = {"target": 3.0, "medium": 2.0, "weak": 1.0}
@@ -203,7 +204,7 @@ BY = [("dpo", "similarity"), ("cpo", "margin"), ("slic", "strength"), ("mle", "l
       ("pss", "length")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("objective", "by"), BY)
+@pytest.mark.parametrize(("objective", "by"), slow_except(BY, BY[0], BY[1]))
 def test_every_difficulty_trains_and_has_a_hash_of_its_own(bench: Models, objective: str, by: str) -> None:
     # Pairs of two kinds: all groups have the medium model's text in one place, and its cosine, otherwise.
     pairs = {"pairs": PAIRS} if objective in ("dpo", "slic") else {}

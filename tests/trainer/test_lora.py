@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.store import Artifact
 from cpo_pipe.trainer.objectives import OBJECTIVES
+from tests.support.marks import slow_except
 from tests.support.training import CANDIDATES, Bench, measured, metrics, naive_logprob, weights
 
 pytest.importorskip("peft")
@@ -104,6 +105,7 @@ def test_adapters_start_as_no_change(
     assert first["target_drop_per_token"] == pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_adapters_depend_on_the_seed_and_on_no_other_randomness(tmp_path: Path, tiny_model: Path) -> None:
     def trained(number: int, **settings: Any) -> dict[str, torch.Tensor]:
         torch.manual_seed(number)
@@ -156,6 +158,7 @@ def test_weights_that_two_layers_share_get_no_adapter(tmp_path: Path, new_model:
             bench.train("cpo", lora={"target_modules": [target]})
 
 
+@pytest.mark.slow
 def test_an_adapter_on_the_output_embedding_is_exported_too(tmp_path: Path, tiny_model: Path) -> None:
     bench = Bench(tmp_path, tiny_model)
     settings: dict[str, Any] = {
@@ -177,7 +180,7 @@ def test_an_adapter_on_the_output_embedding_is_exported_too(tmp_path: Path, tiny
     assert after == pytest.approx(np.mean(losses), rel=1e-3)
 
 
-@pytest.mark.parametrize("attention", ["cascade", "padded"])
+@pytest.mark.parametrize("attention", slow_except(["cascade", "padded"], "cascade"))
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path, tiny_model: Path, attention: str) -> None:
     def trained(on: bool) -> Artifact:
         bench = Bench(tmp_path / str(on), tiny_model)
@@ -193,6 +196,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, tiny_model: Path
         torch.testing.assert_close(weights(on)[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters_of_another_rank_or_scale_are_another_training(tmp_path: Path, tiny_model: Path) -> None:
     bench = Bench(tmp_path, tiny_model)
     kinds: list[dict[str, Any]] = [{}, {"r": 2}, {"lora_alpha": 4}, {"target_modules": ["q_proj"]}]

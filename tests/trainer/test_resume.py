@@ -160,6 +160,7 @@ def test_best_weights_saved_after_the_state_are_saved_again(tmp_path: Path) -> N
     assert all(map(torch.equal, again.module.parameters(), third))
 
 
+@pytest.mark.slow
 def test_a_training_whose_save_failed_goes_on_bit_for_bit(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,9 +212,9 @@ def cut(file: Path) -> None:
     ("file", "damage"),
     [
         ("state.safetensors", flip),
-        ("metrics.parquet", cut),
-        ("facts.json", Path.unlink),
-        ("best/state.safetensors", flip),
+        pytest.param("metrics.parquet", cut, marks=pytest.mark.slow),
+        pytest.param("facts.json", Path.unlink, marks=pytest.mark.slow),
+        pytest.param("best/state.safetensors", flip, marks=pytest.mark.slow),
     ],
 )
 def test_a_damaged_state_is_moved_aside_and_the_training_starts_again(
@@ -243,6 +244,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     return Bench(tmp_path_factory.mktemp("calm"), tiny_model).train("cpo", **KEPT_BEST).path
 
 
+@pytest.mark.slow
 def test_best_weights_damaged_since_the_start_are_not_exported(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, calm: Path
 ) -> None:

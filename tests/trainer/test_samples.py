@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +28,7 @@ def test_a_model_with_several_eos_tokens_can_be_sampled_from(tmp_path: Path, new
     assert metrics(bench.train("cpo", max_steps=1))[0]["repetition"] is not None
 
 
+@pytest.mark.slow
 def test_samples_taken_together_are_those_taken_alone(tmp_path: Path, new_model: Callable[..., Path]) -> None:
     folder = new_model(eos_token_id=list(range(0, 200, 9)))
     prompts = [[token, 7, token + 1][: 2 + token % 2] for token in range(10, 10 + SAMPLES)]
@@ -44,6 +46,7 @@ def test_samples_taken_together_are_those_taken_alone(tmp_path: Path, new_model:
     assert metrics(bench.train("cpo", max_steps=1, learning_rate=1e-9))[0]["repetition"] == repetition(alone)
 
 
+@pytest.mark.slow
 def test_sampling_changes_nothing_of_the_training(tmp_path: Path, tiny_model: Path) -> None:
     often = Bench(tmp_path / "a", tiny_model).train("cpo", max_steps=4, eval_steps=1, gradient_checkpointing=True)
     seldom = Bench(tmp_path / "b", tiny_model).train("cpo", max_steps=4, eval_steps=100)

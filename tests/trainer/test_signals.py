@@ -16,7 +16,6 @@ import pytest
 import yaml
 
 from cpo_pipe.trainer.checkpoint import METRICS_FILE
-from tests.support.marks import slow_except
 from tests.support.pairs import pairs, write_jsonl
 from tests.support.resume import assert_same_training, saved
 
@@ -187,7 +186,8 @@ def checkpoint_of(store: Path, name: str) -> Path:
     return store / str(run["stages"][f"train {name}"]["artifact"])
 
 
-@pytest.mark.parametrize("name", slow_except(TRAININGS, "best"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAININGS)
 def test_a_training_stopped_by_signals_ends_bit_for_bit_as_if_it_was_not(
     commands: Commands, project: Path, tmp_path: Path, name: str
 ) -> None:
@@ -237,7 +237,8 @@ def test_a_training_that_goes_on_otherwise_is_checked_anew(commands: Commands, p
     assert rows == pytest.approx(calm, rel=1e-5)
 
 
-@pytest.mark.parametrize("number", slow_except([signal.SIGINT, signal.SIGTERM], signal.SIGTERM))
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_is_not_waited_for(
     commands: Commands, project: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

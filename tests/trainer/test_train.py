@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cpo_pipe.data.errors import InputError, RunError
+from tests.support.marks import slow_except
 from tests.support.training import CANDIDATES, Bench, metrics, naive_decay, naive_logprob, weights
 
 
@@ -37,7 +38,7 @@ def naive_loss(model: Any, frozen: Any, objective: str, beta: float, mle_weight:
 
 
 @pytest.mark.parametrize(("objective", "mle_weight"), [("cpo", 0.0), ("cpo-ranked", 0.0), ("cpo", 0.7), ("mle", 0.0)])
-@pytest.mark.parametrize("budget", [1, 40, 8192])
+@pytest.mark.parametrize("budget", slow_except([1, 40, 8192], 40))
 def test_the_step_equals_that_of_a_naive_loop(bench: Bench, objective: str, mle_weight: float, budget: int) -> None:
     listwise = {} if objective == "mle" else {"beta": 0.5, "mle_weight": mle_weight}
     artifact = bench.train(objective, max_steps=3, micro_batch_tokens=budget, weight_decay=0.05, **listwise)

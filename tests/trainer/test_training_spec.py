@@ -13,6 +13,7 @@ from cpo_pipe.trainer.train import train, training_spec
 from tests.support.training import CANDIDATES, Bench
 
 
+@pytest.mark.slow
 def test_a_complete_training_is_repeated_only_when_it_changes(bench: Bench) -> None:
     def count() -> int:
         return len(list(bench.store.root.glob("checkpoints/*/manifest.json")))

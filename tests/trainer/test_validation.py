@@ -34,6 +34,7 @@ def test_which_groups_are_for_validation_hardly_depends_on_which_others_there_ar
     assert validation_ids(Bench(tmp_path, tiny_model, many(40)), 7) < whole
 
 
+@pytest.mark.slow
 def test_validation_groups_leave_no_trace_in_the_weights(tmp_path: Path, tiny_model: Path) -> None:
     names = validation_ids(Bench(tmp_path, tiny_model), 2)
     settings: dict[str, Any] = {"validation": 2, "batch_size": 2, "max_steps": 3, "mle_weight": 0.5}

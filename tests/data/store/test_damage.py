@@ -133,6 +133,7 @@ print(store.rows("reference-logprobs", {"model": "m", "dtype": "float32"}).num_r
 """
 
 
+@pytest.mark.slow
 def test_several_readers_may_find_the_same_damage_at_once(tmp_path: Path) -> None:
     for number in range(40):
         rows_of(tmp_path).append(pa.Table.from_pylist([row(f"{number:02d}")]))

@@ -68,6 +68,7 @@ def test_of_equal_rows_in_merged_shards_the_first_stays(tmp_path: Path) -> None:
     assert physical(rows) == 5 + 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_limit")
 def test_interrupted_at_every_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     point, crashed = 0, True
@@ -113,6 +114,7 @@ def test_readers_with_an_older_index_survive(tmp_path: Path) -> None:
     assert reader.contains(keys(("00", "own"), ("00", "other")), refresh=False).tolist() == [True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_limit")
 def test_readers_at_the_same_time_see_every_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = rows_of(tmp_path)

@@ -88,6 +88,7 @@ def test_what_another_process_writes_is_seen() -> None:
     assert rows.num_rows() == 2
 
 
+@pytest.mark.slow
 def test_two_writers_at_once_do_no_harm() -> None:
     """There is no lock between machines: both make the same rows."""
     script = (
@@ -137,6 +138,7 @@ def test_a_damaged_shard_is_set_aside(s3: Any, caplog: pytest.LogCaptureFixture,
     assert values(rows_of(), "a", "b") == [("a", "c", 3), ("b", "c", 2)]
 
 
+@pytest.mark.slow
 def test_small_shards_are_merged(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARD_ROWS", 16)
     rows, names = rows_of(), [f"{number:02d}" for number in range(20)]
@@ -268,6 +270,7 @@ def test_a_missing_package_is_named_by_its_extra(monkeypatch: pytest.MonkeyPatch
         Store("s3://bucket/store")
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

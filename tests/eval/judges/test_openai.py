@@ -212,6 +212,7 @@ Bench(Path(sys.argv[1]), sys.argv[2], concurrency=2)(pairs(60))
 """
 
 
+@pytest.mark.slow
 def test_killed_and_gone_on_with_no_answer_is_asked_for_twice(tmp_path: Path) -> None:
     def slow(seen: Seen) -> Reply:
         reply = prefers("good")(seen)

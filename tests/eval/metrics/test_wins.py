@@ -89,6 +89,7 @@ def test_where_few_are_won_there_is_no_rate_at_equal_length() -> None:
     assert not rates(measured, "judge length-controlled win rate")
 
 
+@pytest.mark.slow
 def test_one_model_under_two_names_is_compared_once() -> None:
     contests = {
         ("good", "greedy"): GOOD,

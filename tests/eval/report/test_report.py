@@ -91,5 +91,6 @@ def test_labels_and_warnings_stay_text(tmp_path: Path, capsys: pytest.CaptureFix
     assert "[bold]not markup[/bold]" in shown
 
 
+@pytest.mark.slow
 def test_the_page_is_reproducible(tmp_path: Path) -> None:
     assert render(tmp_path, make_data())[0] == render(tmp_path, make_data())[0]

@@ -54,6 +54,7 @@ def check_resumed(run: Run, server: ApiServer, most_lost: int) -> None:
     assert not {f"e{int(prompt[1:]):03d}" for prompt in twice} & made
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes(tmp_path: Path, tokenizer: TokenizerFiles) -> None:
     with serve() as server:
         server.script = lambda seen: slowly(server, seen)

@@ -11,6 +11,7 @@ from cpo_pipe.data.models.tokenizer import TokenizerFiles
 from cpo_pipe.pipeline.api import client, limits
 from tests.support.api_run import Run, examples, expected
 from tests.support.api_server import Reply, Seen, error, serve, written
+from tests.support.marks import slow_except
 
 
 def test_a_rate_limit_is_not_a_failed_attempt(
@@ -39,7 +40,9 @@ RATE_LIMITS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("body", RATE_LIMITS, ids=map(str, range(len(RATE_LIMITS))))
+@pytest.mark.parametrize(
+    "body", slow_except(RATE_LIMITS, RATE_LIMITS[0], RATE_LIMITS[4]), ids=map(str, range(len(RATE_LIMITS)))
+)
 def test_a_rate_limit_inside_an_answer(
     body: dict[str, Any], tmp_path: Path, tokenizer: TokenizerFiles, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -68,7 +71,7 @@ PAUSES = [
 ]
 
 
-@pytest.mark.parametrize("headers", PAUSES)
+@pytest.mark.parametrize("headers", slow_except(PAUSES, PAUSES[0]))
 def test_a_requested_pause_applies_to_all_requests(
     headers: dict[str, str], tmp_path: Path, tokenizer: TokenizerFiles
 ) -> None:

@@ -25,6 +25,7 @@ from cpo_pipe.pipeline.engines.decoding import SeededChoice
 from cpo_pipe.pipeline.engines.transformers import TransformersEngine
 from tests.support.answers import answers
 from tests.support.architectures import make, openai_gpt
+from tests.support.marks import slow_except
 
 PROMPT = [5, 6, 7]
 CPU = torch.device("cpu")
@@ -164,7 +165,7 @@ def assert_search_is_that_of_transformers(engine: TransformersEngine, folder: Pa
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-@pytest.mark.parametrize("beams", [2, 5])
+@pytest.mark.parametrize("beams", slow_except([2, 5], 2))
 def test_beam_search_is_that_of_transformers(
     open_: Callable[[Path], TransformersEngine],
     new_model: Callable[..., Path],

@@ -19,6 +19,7 @@ from cpo_pipe.pipeline.export.trl_tokens import PromptedCandidate
 from cpo_pipe.recipe.load import load_recipe
 from cpo_pipe.run import Run
 from tests.support.chat_templates import FAMILIES, family_tokenizer, shipped
+from tests.support.marks import slow_except
 from tests.support.project import Project
 
 ONLY = 'negatives={"sources": {"rejected": {}}}'
@@ -96,7 +97,7 @@ def pairs_of(groups: list[Group]) -> Iterator[tuple[list[int], list[int], list[i
         yield from ((prompt, target, negative) for negative in negatives)
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=slow_except(FAMILIES, "qwen-3", "gemma", "llama-3", "mistral"))
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -92,6 +92,7 @@ def test_pairs_are_chosen_by_strategy(project: Project) -> None:
     assert "- `weak`: the file weak.jsonl" in card
 
 
+@pytest.mark.slow
 def test_what_does_not_end_is_left_out_and_counted(made: Project) -> None:
     pairs = [(e, candidates[0], other) for e, candidates in groups_of(opened()) for other in candidates[1:]]
     ending = [pair for pair in pairs if pair[2]["token_ids"][-1] == 0]

@@ -18,6 +18,7 @@ from cpo_pipe.pipeline.negatives.strategy import ExampleWork
 from cpo_pipe.pipeline.prepare.pairs import Pairs
 from cpo_pipe.pipeline.prepare.prepare import prepare
 from cpo_pipe.pipeline.samples import SampleRequest, make_missing
+from tests.support.marks import slow_except
 from tests.support.pairs import write_jsonl
 
 WORDS = ["a red fox", "the Danube", "two apples", "winter", "an old clock", "bread", "a loud drum", "blue paint"]
@@ -83,7 +84,7 @@ def test_targets_that_the_embedding_model_does_not_read_to_the_end_are_counted(
     assert "set negatives.sources.batch.embedder to a model that reads more" in caplog.text
 
 
-@pytest.mark.parametrize("hard_negatives_from", [6, 20])
+@pytest.mark.parametrize("hard_negatives_from", slow_except([6, 20], 6))
 def test_they_are_the_nearest_of_those_drawn(bench: Bench, hard_negatives_from: int) -> None:
     found = bench.borrowed(4, hard_negatives_from)
     model = SentenceTransformer(str(bench.embedder.path), device="cpu")
@@ -138,6 +139,7 @@ def test_more_of_them_only_add(bench: Bench) -> None:
     assert all(len(set(texts)) == 5 for texts in grown.values()), "none stands twice"
 
 
+@pytest.mark.slow
 def test_what_is_equal_to_the_model_comes_in_one_order(tmp_path: Path, tiny_model: Path) -> None:
     rows = [*ROWS[:8], *ONLY_IN_CASE]
     found = Bench(tmp_path / "at once", tiny_model, rows).borrowed(5, 30)

@@ -39,6 +39,7 @@ def groups(project: Project) -> list[dict[str, Any]]:
     return [group for path in project.store.glob("groups/*/shards/*") for group in pq.read_table(path).to_pylist()]
 
 
+@pytest.mark.slow
 def test_a_mixture_with_pools_makes_ragged_groups(pools: Project) -> None:
     generated = pools.cli("generate-negatives", "tiny.yaml")
     assert generated.status == 0, generated.err

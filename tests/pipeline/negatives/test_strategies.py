@@ -27,6 +27,7 @@ from cpo_pipe.pipeline.prepare.prepare import prepare
 from cpo_pipe.pipeline.samples import SAMPLE_INDICES
 from cpo_pipe.trainer.scoring.head import Head
 from cpo_pipe.trainer.scoring.scorer import Scorer
+from tests.support.marks import slow_except
 from tests.support.negatives import negatives_section
 from tests.support.pairs import pairs, write_jsonl
 
@@ -187,7 +188,7 @@ def test_a_share_of_the_tokens_is_drawn_again(bench: Bench) -> None:
                 assert 0 not in row["token_ids"][:-1], "an end token inside would end the text"
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", slow_except(["llama", "gpt2"], "gpt2"))
 def test_draws_follow_the_models_own_distribution(new_model: Callable[..., Path], architecture: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(new_model(architecture=architecture, initializer_range=0.08)).eval()
     prompt, target = [5, 6, 7], [20, 30, 40, 50]

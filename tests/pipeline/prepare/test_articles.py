@@ -92,6 +92,7 @@ def test_chunks_must_fit_the_limits_and_have_no_template(tmp_path, store, byte_t
         prepare(data(**shared), store)
 
 
+@pytest.mark.slow
 def test_python_docs_with_a_tokenizer_made_from_them(store):
     config = data(preset="python-docs", tokenizer={"vocab_size": 300}, train=10, test=20, max_rows=3, chunk_tokens=32)
     assert find_examples(config, store) is None

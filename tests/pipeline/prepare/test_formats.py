@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.models.chat import content_of
 from cpo_pipe.pipeline.prepare.formats import FORMATS, Turn, Unusable, detect
+from tests.support.marks import slow_except
 
 USER = {"role": "user", "content": "Why?"}
 ANSWER = {"role": "assistant", "content": "Because."}
@@ -162,7 +163,7 @@ MESSAGES = st.lists(
 )
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", slow_except(FORMATS, "preference"))
 @given(data=st.data())
 @settings(max_examples=200, deadline=None)
 def test_whatever_a_row_holds_it_is_read_or_refused(name: str, data: st.DataObject) -> None:

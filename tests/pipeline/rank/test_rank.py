@@ -223,6 +223,7 @@ def test_a_group_may_be_left_alone_and_is_counted(tmp_path: Path, caplog: pytest
     assert "1 groups have no negative left" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_date_in_the_chat_template_stays_on_a_later_day(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     model = shutil.copytree(project.model, project.root / "model")
     tokenizer = AutoTokenizer.from_pretrained(model)

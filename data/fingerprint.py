@@ -205,8 +205,8 @@ def model_fingerprint(folder: Path, hash_file: Callable[[Path], str]) -> str:
     weights = hash_weights(folder, hash_file)
     if not weights:
         raise InputError(
-            f"model {folder}: no *.safetensors there; weights are read from safetensors only "
-            "(save the model again with save_pretrained)"
+            f"model {folder}: no *.safetensors there; weights are read from safetensors only; `cpo-pipe convert` makes "
+            "them from pickles and GGUF files"
         )
     config = read_json(folder / "config.json")
     for field in _CONFIG_PROVENANCE:

@@ -24,6 +24,8 @@ def fetch_folder(
         InputError: neither a folder nor something the hub gives, or a model that asks to run code of its own.
         MissingInput: without `make`, where it would have to be downloaded.
     """
+    if what == "model" and _is_gguf(Path(name)):
+        raise InputError(f"model {name}: is in GGUF; run `cpo-pipe convert {name} --out FOLDER` and give that folder")
     if Path(name).is_dir():
         _check_code(name, what, Path(name))
         return Path(name)
@@ -54,6 +56,12 @@ def fetch_folder(
         raise InputError(
             f"{what} {name}: no such folder or training, and the hub did not give it ({cause(error)})"
         ) from error
+
+
+def _is_gguf(path: Path) -> bool:
+    """Return whether this is a GGUF file or a folder that contains one in place of a model."""
+    folder_of_gguf = path.is_dir() and any(path.glob("*.gguf")) and not (path / "config.json").is_file()
+    return folder_of_gguf or (path.suffix == ".gguf" and path.is_file())
 
 
 def _check_code(name: str, what: str, folder: Path) -> None:

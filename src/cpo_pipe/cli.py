@@ -98,11 +98,13 @@ def init(
 
 @app.command()
 def convert(
-    model: Annotated[str, typer.Argument(help="A folder or hub name whose weights are pickles (pytorch_model.bin).")],
+    model: Annotated[
+        str, typer.Argument(help="A GGUF file, or a folder or hub name whose weights are pickles (pytorch_model.bin).")
+    ],
     out: OutOption,
     debug: DebugOption = False,
 ) -> None:
-    """Write pickled weights as safetensors, which the other commands read, and an exact SentencePiece tokenizer."""
+    """Write a model of pickles or in GGUF as safetensors, which the other commands read, with an exact tokenizer."""
     with reported(debug):
         convert_model(model, out)
 

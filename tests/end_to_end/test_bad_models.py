@@ -18,6 +18,11 @@ def pickled_weights(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def in_gguf(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "model.gguf")
+
+
 def cut_weights(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
@@ -84,6 +89,7 @@ def other_tokenizer(folder: Path) -> None:
 MODELS: dict[Callable[[Path], None], str] = {
     without_weights: "model mine: no *.safetensors there; weights are read from safetensors only",
     pickled_weights: "model mine: no *.safetensors there; weights are read from safetensors only",
+    in_gguf: "model mine: is in GGUF; run `cpo-pipe convert mine --out FOLDER` and give that folder",
     cut_weights: "model mine: model.safetensors is damaged",
     no_weights_at_all: "model mine: model.safetensors is damaged",
     a_shard_is_absent: "model mine: model-00002-of-00002.safetensors is missing, but model.safetensors.index.json",

@@ -36,15 +36,15 @@ class CheckpointFiles:
     groups: int
     """How many groups it is trained on."""
 
-    def write(self, folder: Path, model: "PreTrainedModel", metrics: "Metrics", loss: float) -> None:
-        """Write weights, configs, tokenizer, metrics and model card; `loss` is that of the last step."""
+    def write(self, folder: Path, model: "PreTrainedModel", metrics: "Metrics") -> None:
+        """Write weights, configs, tokenizer, metrics and model card."""
         from cpo_pipe.trainer.model_card import write_card
         from cpo_pipe.trainer.resume import metrics_table
 
         model.save_pretrained(folder)
         copy_tokenizer(self.tokenizer.path, folder)
         pq.write_table(metrics_table(metrics), folder / METRICS_FILE)
-        write_card(folder, self.name, self.config, self.init, self.settings, self.groups, loss)
+        write_card(folder, self.name, self.config, self.init, self.settings, self.groups, metrics)
 
     def rehearse(self, artifact: Artifact, model: "PreTrainedModel") -> None:
         """Write all of it once and remove it, so that what cannot be written is found before the first step.
@@ -57,7 +57,7 @@ class CheckpointFiles:
         folder = atomic.temporary(artifact.path)
         try:
             folder.mkdir(parents=True)
-            self.write(folder, model, [{"step": 0, "loss": math.nan}], math.nan)
+            self.write(folder, model, [{"step": 0, "loss": math.nan}])
         except (OSError, SafetensorError, InputError):  # a full disk is no fault of the model's
             raise
         except Exception as error:  # the libraries' refusals have no common type

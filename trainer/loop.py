@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.progress import track
 from cpo_pipe.data.store import Artifact
+from cpo_pipe.trainer.checks import check_start
 from cpo_pipe.trainer.curriculum import curriculum_batches, shuffled_batches
 from cpo_pipe.trainer.groups import Data, Group
-from cpo_pipe.trainer.monitors import Watch, check_start, repetition
+from cpo_pipe.trainer.monitors import Watch, repetition
 from cpo_pipe.trainer.objectives.base import GroupFigures, Normalizers, Training
 from cpo_pipe.trainer.optimizer import lr_factor, parameter_groups
 from cpo_pipe.trainer.resume import Metrics, ResumeCheckpoint, best_step
@@ -88,7 +89,8 @@ class Loop:
         """Take all steps, or those that are left of a training that was stopped, and return their metrics.
 
         Row n is about the weights after n steps: the loss of the batch that step n learns from and, where they are due,
-        measurements of validation groups and samples. The last row has only the measurements after the last step.
+        measurements of validation groups and samples. The last row has only the measurements after the last step. There
+        are fewer steps than `max_steps` where a monitor of `stop_on` warns.
 
         Raises:
             RunError: a loss is not finite (the last good state is kept), or the first one shows that policy and
@@ -98,12 +100,14 @@ class Loop:
         """
         metrics, facts = self._resume.restore()
         self._start(facts)
-        watch = Watch(self.name, self.config, metrics)
+        main = self._accelerator.is_main_process
+        watch = Watch(self.name, self.config, metrics, quiet=not main)
         done = len(metrics)
         order = self._order()
-        main = self._accelerator.is_main_process
         with StopRequests() as stop, track(f"train {self.name}", self.config.max_steps - done, shown=main) as meter:
             for step, chosen in islice(enumerate(order), done, None):
+                if watch.stop is not None:
+                    break
                 start = time.monotonic()
                 measured = self._measurements(step)
                 if self._is_best(metrics, measured):
@@ -116,7 +120,7 @@ class Loop:
                 self._resume.save_now_and_then(metrics, self.facts)
             self._resume.save(metrics, self.facts)  # whatever may happen to the checkpoint
             start = time.monotonic()
-            last = self._measurements(self.config.max_steps)
+            last = self._measurements(len(metrics), last=True)
             self._leave_if_asked(stop, metrics, between_steps=True)
         if len(last) > 1:
             metrics.append({**last, "seconds": time.monotonic() - start})
@@ -127,8 +131,7 @@ class Loop:
 
     def _report(self, row: dict[str, float], watch: Watch) -> None:
         """Give a row of metrics to the monitors and the trackers."""
-        if self._accelerator.is_main_process:
-            watch.step(row)
+        watch.step(row)
         if self.config.report_to:
             values = {key: value for key, value in row.items() if key != "step"}
             self._accelerator.log(values, step=int(row["step"]))
@@ -319,10 +322,10 @@ class Loop:
 
     # ── measurements ───────────────────────────────────────────────────────────────────────────────
 
-    def _measurements(self, step: int) -> dict[str, float]:
+    def _measurements(self, step: int, last: bool = False) -> dict[str, float]:
         """Measure validation groups and samples after `step` steps if they are due; the first are before any step."""
         row: dict[str, float] = {"step": step}
-        if step % self.config.eval_steps and step != self.config.max_steps:
+        if step % self.config.eval_steps and not last:
             return row
         if self.data.validation:
             row |= {f"validation_{key}": value for key, value in self._validation(step).items()}
@@ -348,7 +351,7 @@ class Loop:
     def _keep_best(self, metrics: Metrics) -> None:
         best = best_step(metrics)
         loss = next(row["validation_loss"] for row in metrics if row["step"] == best)
-        if best < self.config.max_steps:
+        if best < metrics[-1]["step"]:
             self._resume.restore_best(best)
         if best == 0:
             log.warning(

@@ -4,7 +4,9 @@ Written with the weights, for a checkpoint is complete or absent: what is added 
 verified nor uploaded. Figures of an evaluation belong to a run, and many runs may use one checkpoint.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
@@ -15,6 +17,9 @@ from cpo_pipe.data.models.model import Model, ScratchModel, own_attention
 from cpo_pipe.data.text import fenced, visible
 from cpo_pipe.trainer.objectives import OBJECTIVES
 from cpo_pipe.trainer.objectives.base import Training
+
+if TYPE_CHECKING:
+    from cpo_pipe.trainer.resume import Metrics
 
 CARD_FILE = "README.md"
 
@@ -32,6 +37,7 @@ tokenizer = AutoTokenizer.from_pretrained("this-folder")
 ```
 
 - groups trained on: {groups}
+- steps: {steps}
 - loss of the last step: {loss_at_end:.4g}
 - weights: float32; arithmetic while training: {dtype}
 
@@ -44,7 +50,13 @@ No licence is named: it follows from those of the initial model and of the data.
 
 
 def write_card(
-    folder: Path, name: str, config: Training, init: Model | ScratchModel, settings: Spec, groups: int, loss: float
+    folder: Path,
+    name: str,
+    config: Training,
+    init: Model | ScratchModel,
+    settings: Spec,
+    groups: int,
+    metrics: "Metrics",
 ) -> None:
     """Write the card of a training's checkpoint.
 
@@ -55,7 +67,7 @@ def write_card(
         init: what it started from.
         settings: those that decide the weights.
         groups: how many it was trained on.
-        loss: of its last step.
+        metrics: of all its steps.
     """
     facts = ModelCardData(
         library_name="transformers",
@@ -63,6 +75,7 @@ def write_card(
         tags=["cpo-pipe", config.objective, *(["lora"] if config.lora is not None else [])],
         base_model=_base_model(init),
     )
+    losses = [row["loss"] for row in metrics if "loss" in row]
     attention = own_attention(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     text = _TEXT.format(
         name=name,
@@ -71,11 +84,17 @@ def write_card(
         description=OBJECTIVES.description(config.objective),
         citation=f" {config.citation}." if config.citation else "",
         groups=groups,
-        loss_at_end=loss,
+        steps=_steps(config, losses),
+        loss_at_end=losses[-1],
         dtype=config.dtype,
         settings=fenced(yaml.safe_dump(settings, sort_keys=False), "yaml"),
     )
     (folder / CARD_FILE).write_text(f"---\n{visible(facts.to_yaml())}\n---\n{text}", encoding="utf-8")
+
+
+def _steps(config: Training, losses: Sequence[float]) -> str:
+    early = f" of {config.max_steps}; a monitor of `stop_on` ended it" if len(losses) < config.max_steps else ""
+    return f"{len(losses)}{early}"
 
 
 def _base_model(init: Model | ScratchModel) -> str | None:

@@ -1,207 +1,259 @@
-"""Warnings of the known ways in which preference training goes wrong, each logged once when it shows."""
+"""Monitors of a training: each sees the metrics of every step, and warns once it shows a known way of going wrong."""
 
 import logging
+import math
+from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Sequence
+from statistics import fmean, median, pvariance
+from typing import ClassVar
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from cpo_pipe.data.errors import InputError, RunError
-from cpo_pipe.trainer.groups import Groups
-from cpo_pipe.trainer.mapped_groups import PAIR
-from cpo_pipe.trainer.objectives.base import Training
-from cpo_pipe.trainer.objectives.preference import PreferenceTraining
-from cpo_pipe.trainer.scoring.group_table import Flags, Lengths
+from cpo_pipe.trainer.objectives.base import StopReason, Training
+from cpo_pipe.trainer.objectives.preference import PreferenceTraining, ReferenceTraining
 
 log = logging.getLogger(__name__)
 
+Row = dict[str, float]
+
+WINDOW = 10
+"""Steps over which metrics are averaged."""
 DROP = 0.5
 """Nats per token that the target's log-prob may fall, below the reference's and since the first step, before a warning;
 repeats when the value doubles."""
-DROP_STEPS = 10
-"""Steps that this is averaged over."""
 CHANGE = 0.1
-"""Share of the first step's loss by which the median of the last ten must differ to count as risen or fallen."""
-START_TOLERANCE = 2e-3
-"""How far policy and reference may be apart at step 0, in nats per square root of a token; what is really wrong shows
-as a share of a nat per token."""
-START_NOISE = 2.0
-"""Added to START_TOLERANCE for rounding, as a multiple of the noise that the self-check measured: both models are
-rounded, and the reference's log-probs may have been computed in another way."""
-ALREADY_RIGHT = 0.8
-"""Share of groups whose target the reference prefers, per token, from which there is little to learn."""
-ALONE = 0.2
-"""Share of groups without a negative from which something is wrong with the negatives."""
+"""Share of the first step's loss by which the median of a window must differ to count as risen or fallen."""
 REPETITION = 0.2
 """Rise of the share of repeated 4-grams in greedy samples."""
+SATURATED = 1e-3
+"""Nats of preference loss below which a window is saturated. The gradient with respect to the rewards is no larger."""
+SENSIBLE_MARGIN = 2.0
+"""Reward margin at which a suggested β would have put the log-ratios: far from 0 and from saturation."""
+RISE = 0.2
+"""Share by which the mean loss of a window must exceed the loss at the start to be divergence."""
+NOISE = 4.0
+"""Standard errors by which it must also exceed it; for accuracies, by which they must be below chance."""
+STARTED_ALIKE = 2e-3
+"""Nats per token that policy and reference may be apart at step 0 to count as equal models."""
 
 
-def check_groups(name: str, groups: Groups, total: int) -> None:
-    """Log how many groups have K = 1, and warn of too few negatives and of negatives that teach little.
+class Monitor(ABC):
+    """Watches for one way of going wrong."""
 
-    Args:
-        name: of the training, for messages.
-        groups: all of the selection with K ≥ 2; without log π_ref only their sizes are checked.
-        total: groups of the selection, including those of K = 1.
-    """
-    several_G = np.diff(groups.bounds) > 1
-    alone = total - int(several_G.sum())
-    if alone:
-        log.info("train %s: %d of %d groups have K = 1, so no preference loss", name, alone, total)
-    if alone > ALONE * total:
-        log.warning(
-            "train %s: %.0f%% of the groups have no negative left (K = 1), and only an MLE loss uses them: their "
-            "negatives were rejected, or equal the target; add negatives of another strategy, or sample at a higher "
-            "temperature",
-            name, 100 * alone / total,
-        )  # fmt: skip
-    if groups.reference_C is None:
-        return
-    right = _already_right(groups)[several_G].sum() / max(total - alone, 1)
-    if right > ALREADY_RIGHT:
-        log.warning(
-            "train %s: by log-prob per token the reference already puts the target first in %.0f%% of the groups (of "
-            "pairs, the chosen text): there is little to learn; negatives that the reference finds likelier are harder",
-            name, 100 * right,
-        )  # fmt: skip
+    stops: ClassVar[StopReason | None] = None
+    """The reason by which `stop_on` names it."""
 
+    def __init__(self, config: Training):
+        self.config = config
 
-def check_pairs(name: str, groups: pa.Table, kinds: Sequence[tuple[str, str]], total: int) -> None:
-    """Log how many pairs of each kind there are, and warn if many prompts have no pair.
-
-    Args:
-        name: of the training, for messages.
-        groups: the pairs.
-        kinds: the requested pairs of strategies, [chosen, rejected].
-        total: prompts of the selection.
-
-    Raises:
-        InputError: no prompt has a pair of one kind.
-    """
-    prompts = pc.count_distinct(groups["example_id"]).as_py()
-    counts = np.bincount(groups[PAIR].to_numpy(), minlength=len(kinds)).tolist()
-    found = list(zip(counts, kinds, strict=True))
-    shown = ", ".join(f"{count} of {chosen} over {rejected}" for count, (chosen, rejected) in found)
-    log.info("train %s: %d pairs of %d of %d prompts: %s", name, groups.num_rows, prompts, total, shown)
-    for count, (chosen, rejected) in found:
-        if not count:
-            raise InputError(
-                f"train.{name}.pairs: no pair [{chosen}, {rejected}] exists: no prompt has both (a text that equals "
-                "the target or one before it in its group is dropped); remove the pair, or add such texts"
-            )
-    if total - prompts > ALONE * total:
-        log.warning(
-            "train %s: %.0f%% of the prompts have none of the pairs, and are not trained on: a file may lack them, or "
-            "their texts equal others of the group, which are dropped",
-            name, 100 * (total - prompts) / total,
-        )  # fmt: skip
-
-
-def _already_right(groups: Groups) -> Flags:
-    """Return for each group whether the target's log-prob per token is above that of every negative."""
-    assert groups.reference_C is not None
-    per_token_C = groups.reference_C / Lengths.of(groups.table).candidate_C
-    first = groups.bounds[:-1]
-    target_G = per_token_C[first]
-    per_token_C[first] = -np.inf
-    right: Flags = target_G > np.maximum.reduceat(per_token_C, first)
-    return right
-
-
-def check_start(name: str, apart: float, noise: float) -> None:
-    """Refuse a run that starts from its reference and does not compute it as the reference's log-probs were.
-
-    Of equal models all rewards are 0 at step 0, and the loss of a group is log K (eq. 1), log K! (eq. 2), log 2 (DPO),
-    1 (APO). The log-probs themselves are compared: in a loss those that are too large and too small may cancel.
-
-    Args:
-        name: of the training, for messages.
-        apart: largest |log π_θ − log π_ref| of a candidate, mean over the first batch's groups, in nats per square root
-            of a token.
-        noise: rounding that the self-check measured, in the same unit.
-
-    Raises:
-        RunError: they differ by more than rounding.
-    """
-    allowed = START_TOLERANCE + START_NOISE * noise
-    if not apart <= allowed:
-        raise RunError(
-            f"train.{name}: step 0: the policy starts from its reference, but their log-probs differ by {apart:.4f} "
-            f"nats per square root of a token, where rounding explains {allowed:.4f}: the two are not computed alike"
-        )
+    @abstractmethod
+    def step(self, row: Row) -> str | None:
+        """Add the metrics of one more step; return a warning, without the training's name, once there is one."""
 
 
 class Watch:
-    """Warn when the metrics of the steps show that a training goes wrong."""
+    """All monitors of one training. Their warnings are logged as they arise.
 
-    def __init__(self, name: str, config: Training, metrics: Sequence[dict[str, float]]):
-        """`metrics` are those of the steps already done; their warnings are not repeated."""
+    Args:
+        name: of the training, for messages.
+        config: its settings.
+        metrics: of the steps already done, whose warnings are not repeated.
+        quiet: collect warnings, but do not log them.
+    """
+
+    def __init__(self, name: str, config: Training, metrics: Sequence[Row], *, quiet: bool = False):
         self._name, self._config = name, config
-        self._silent = True
-        self._losses: list[float] = []
-        self._drops: list[float] = []
-        self._first_loss = self._first_drop = 0.0
-        self._next_drop = DROP
-        self._first_repetition: float | None = None
-        self._warned_repetition = False
+        self._monitors = [kind(config) for kind in (TargetDrop, Repetition, Saturation, Divergence)]
+        self.warnings: list[str] = []
+        self.stop: StopReason | None = None
+        """The reason of `stop_on` that has shown; None without one."""
+        self._quiet = True
         for row in metrics:
             self.step(row)
-        self._silent = False
+        self._quiet = quiet
 
-    def _warn(self, message: str, *values: object) -> None:
-        if not self._silent:
-            log.warning(message, *values)
-
-    def step(self, row: dict[str, float]) -> None:
+    def step(self, row: Row) -> None:
         """Add the metrics of one more step, and warn if they show a fault."""
-        if row.get("target_drop_per_token") is not None and not self._config.lowers_target:
-            self._drop(row["step"], row["target_drop_per_token"], row["loss"])
-        if row.get("repetition") is not None:
-            self._repetition(row["step"], row["repetition"])
+        for monitor in self._monitors:
+            message = monitor.step(row)
+            if message is None:
+                continue
+            if monitor.stops in self._config.stop_on:
+                self.stop = self.stop or monitor.stops
+                message += f"; stops here, because stop_on names {monitor.stops}"
+            self.warnings.append(f"train {self._name}, step {row['step']:.0f}: {message}")
+            if not self._quiet:
+                log.warning("%s", self.warnings[-1])
 
-    def _drop(self, step: float, drop: float, loss: float) -> None:
+
+class TargetDrop(Monitor):
+    """The target itself becomes less likely than under the reference."""
+
+    def __init__(self, config: Training):
+        super().__init__(config)
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._drops: deque[float] = deque(maxlen=WINDOW)
+        self._first_loss = self._first_drop = 0.0
+        self._next = DROP
+
+    def step(self, row: Row) -> str | None:
+        """See `Monitor.step`."""
+        drop = row.get("target_drop_per_token")
+        if drop is None or self.config.lowers_target:
+            return None
         if not self._drops:
-            self._first_drop, self._first_loss = drop, loss
-        self._drops = [*self._drops[-DROP_STEPS + 1 :], drop]
-        self._losses = [*self._losses[-DROP_STEPS + 1 :], loss]
-        mean = sum(self._drops) / len(self._drops)
+            self._first_drop, self._first_loss = drop, row["loss"]
+        self._drops.append(drop)
+        self._losses.append(row["loss"])
+        mean = fmean(self._drops)
         # A policy that does not start as its reference may be below it from the start, and rise.
         fall = mean - max(self._first_drop, 0.0)
-        if len(self._drops) == DROP_STEPS and fall > self._next_drop:
-            self._warn(
-                "train %s, step %d: the target's own log-prob is %.2f nats per token below the reference's, and at the "
-                "first step it was %.2f: %s",
-                self._name, step, mean, self._first_drop, self._advice(float(np.median(self._losses))),
-            )  # fmt: skip
-            while self._next_drop < fall:
-                self._next_drop *= 2
+        if len(self._drops) < WINDOW or not fall > self._next:
+            return None
+        while self._next < fall:
+            self._next *= 2
+        return (
+            f"the target's own log-prob is {mean:.2f} nats per token below the reference's, and at the first step it "
+            f"was {self._first_drop:.2f}: {self._advice(median(self._losses))}"
+        )
 
     def _advice(self, loss: float) -> str:
         """Return how the loss explains a target that gets less likely, and what to change."""
         change = f"from {self._first_loss:.4g} to {loss:.4g}"
         if loss > self._first_loss * (1 + CHANGE):
-            return (
-                f"the loss rose {change}, the training diverges; lower learning_rate, raise beta or set max_grad_norm"
-            )
+            return f"the loss rose {change}; lower learning_rate, raise beta or set max_grad_norm"
         if loss < self._first_loss * (1 - CHANGE):
             return (f"the loss fell {change}: it rewards the order of the candidates, not a likely target; "
                     "lower learning_rate, or raise beta or mle_weight, to keep the target likely")  # fmt: skip
         return f"the loss went {change}, so nothing was gained; lower learning_rate, or raise beta or mle_weight"
 
-    def _repetition(self, step: float, repetition: float) -> None:
-        if self._first_repetition is None:
-            self._first_repetition = repetition
-        elif repetition > self._first_repetition + REPETITION and not self._warned_repetition:
-            self._warned_repetition = True
-            # An MLE loss would work against an objective that lowers the target.
-            has_mle = isinstance(self._config, PreferenceTraining) and not self._config.lowers_target
-            self._warn(
-                "train %s, step %d: %.0f%% of the 4-grams in greedy samples are repetitions, at first it was %.0f%%: "
-                "the model begins to loop; lower learning_rate or train for fewer steps%s",
-                self._name, step, 100 * repetition, 100 * self._first_repetition,
-                ", or raise mle_weight" if has_mle else "",
-            )  # fmt: skip
+
+class Repetition(Monitor):
+    """Greedy samples repeat themselves more than at the start."""
+
+    def __init__(self, config: Training):
+        super().__init__(config)
+        self._first: float | None = None
+        self._warned = False
+
+    def step(self, row: Row) -> str | None:
+        """See `Monitor.step`."""
+        share = row.get("repetition")
+        if share is None:
+            return None
+        if self._first is None:
+            self._first = share
+        if self._warned or share <= self._first + REPETITION:
+            return None
+        self._warned = True
+        # An MLE loss would work against an objective that lowers the target.
+        has_mle = isinstance(self.config, PreferenceTraining) and not self.config.lowers_target
+        return (
+            f"{100 * share:.0f}% of the 4-grams in greedy samples are repetitions, at first it was "
+            f"{100 * self._first:.0f}%: the model begins to loop; lower learning_rate or train for fewer steps"
+            + (", or raise mle_weight" if has_mle else "")
+        )
+
+
+class Saturation(Monitor):
+    """The preference loss is 0 up to rounding, so its gradient is, too: further steps change nothing."""
+
+    stops = "saturation"
+
+    def __init__(self, config: Training):
+        super().__init__(config)
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._margins: deque[float] = deque(maxlen=WINDOW)
+        self._warned = False
+
+    def step(self, row: Row) -> str | None:
+        """See `Monitor.step`."""
+        loss = row.get("preference_loss", math.nan)
+        if self._warned or math.isnan(loss):  # NaN: of a batch without negatives
+            return None
+        self._losses.append(abs(loss))
+        self._margins.append(row["reward_margin"])
+        if len(self._losses) < WINDOW or not max(self._losses) < SATURATED:
+            return None
+        self._warned = True
+        still = "only the MLE loss is left" if getattr(self.config, "mle_weight", 0) else "it learns nothing more"
+        return (
+            f"the preference loss is saturated: it was below {SATURATED:g} in the last {WINDOW} steps "
+            f"(reward margin {median(self._margins):.3g}), so {still}; {self._advice(median(self._margins))}"
+        )
+
+    def _advice(self, margin: float) -> str:
+        if not isinstance(self.config, ReferenceTraining):
+            return "stop earlier, or use negatives that are harder to tell from the target"
+        suggested = self.config.beta * SENSIBLE_MARGIN / margin
+        normalize = "" if self.config.length_normalize else ", or set length_normalize: true"
+        return (
+            f"with beta {suggested:.1g} instead of {self.config.beta:g} the log-ratios seen would give a margin of "
+            f"about {SENSIBLE_MARGIN:g}: lower beta{normalize}"
+        )
+
+
+class Divergence(Monitor):
+    """The loss rises above its start, or the target wins against its negatives less often than by chance.
+
+    The loss of a policy that starts as its reference begins at a constant, without noise; of others the first window
+    is compared. A policy that has hardly moved (as in warm-up) has rewards near 0 and an accuracy that means nothing,
+    so the mean margin must be negative, too.
+    """
+
+    stops = "divergence"
+
+    def __init__(self, config: Training):
+        super().__init__(config)
+        self._first: list[float] = []
+        self._alike = False
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._accuracies: deque[float] = deque(maxlen=WINDOW)
+        self._chances: deque[float] = deque(maxlen=WINDOW)
+        self._margins: deque[float] = deque(maxlen=WINDOW)
+        self._warned = False
+
+    def step(self, row: Row) -> str | None:
+        """See `Monitor.step`."""
+        loss = row.get("preference_loss", row.get("loss", math.nan))
+        if self._warned or math.isnan(loss):
+            return None
+        if not self._first:
+            self._alike = abs(row.get("target_drop_per_token", math.inf)) < STARTED_ALIKE
+        if len(self._first) < (1 if self._alike else WINDOW):
+            self._first.append(loss)
+            return None
+        self._losses.append(loss)
+        if isinstance(self.config, ReferenceTraining) and "reward_accuracy" in row:
+            self._accuracies.append(row["reward_accuracy"])
+            self._chances.append(1 / row["candidates"])
+            self._margins.append(row["reward_margin"])
+        if len(self._losses) < WINDOW:
+            return None
+        finding = self._risen() or self._below_chance()
+        if finding is None:
+            return None
+        self._warned = True
+        raise_beta = ", raise beta" if isinstance(self.config, ReferenceTraining) else ""
+        return f"the training diverges: {finding}; lower learning_rate{raise_beta} or set max_grad_norm"
+
+    def _risen(self) -> str | None:
+        start, mean = fmean(self._first), fmean(self._losses)
+        noise = math.sqrt(pvariance(self._first) / len(self._first) + pvariance(self._losses) / WINDOW)
+        if not mean - start > max(RISE * abs(start), NOISE * noise):
+            return None
+        return f"the loss rose from {start:.4g} to {mean:.4g} (mean of {WINDOW} steps)"
+
+    def _below_chance(self) -> str | None:
+        if not self._accuracies or fmean(self._margins) >= 0:
+            return None
+        accuracy, chance = fmean(self._accuracies), fmean(self._chances)
+        groups = WINDOW * self.config.batch_size
+        if not accuracy < chance - NOISE * math.sqrt(chance * (1 - chance) / groups):
+            return None
+        return (
+            f"the target has the highest reward in {100 * accuracy:.0f}% of the groups (mean of {WINDOW} steps), less "
+            f"than the {100 * chance:.0f}% of chance"
+        )
 
 
 def repetition(samples: Sequence[Sequence[int]]) -> float:

@@ -62,7 +62,7 @@ class Inputs:
 
 def training_spec(config: Training, inputs: Inputs) -> Spec:
     """Return everything that decides the weights, and nothing else."""
-    excluded = _NOT_IDENTITY | {name for name in ("pairs", "curriculum") if getattr(config, name, None) is None}
+    excluded = _NOT_IDENTITY | {name for name in ("pairs", "curriculum", "stop_on") if not getattr(config, name, None)}
     if config.keep == "best":  # then the steps that are looked at decide which weights are kept
         excluded -= {"eval_steps"}
     init = inputs.init
@@ -164,13 +164,13 @@ def _make(
 ) -> None:
     """Train on a table of groups and write the checkpoint."""
     from cpo_pipe.trainer.checkpoint import CheckpointFiles
+    from cpo_pipe.trainer.checks import check_groups, check_pairs
     from cpo_pipe.trainer.difficulty import check_differences, group_difficulties
     from cpo_pipe.trainer.groups import Data, Groups
     from cpo_pipe.trainer.initial_model import check_fits, initial_model
     from cpo_pipe.trainer.loop import Loop
     from cpo_pipe.trainer.lora import add_adapters, check_peft, merged
     from cpo_pipe.trainer.mapped_groups import DIFFICULTY
-    from cpo_pipe.trainer.monitors import check_groups, check_pairs
     from cpo_pipe.trainer.scoring.group_table import Extremes
     from cpo_pipe.trainer.scoring.logprobs import cached_logprobs, read_logprobs
     from cpo_pipe.trainer.scoring.probes import select_probes
@@ -223,7 +223,8 @@ def _make(
     metrics = loop.run()
 
     # Write the checkpoint.
-    loss = metrics[config.max_steps - 1]["loss"]
+    steps = [row for row in metrics if "loss" in row]  # the last row may have measurements only
+    loss = steps[-1]["loss"]
     state = loop.whole_state() if loop.sharded else None
     if accelerator.is_main_process:
         if state is not None:  # into a network that is whole
@@ -238,7 +239,7 @@ def _make(
             )
         model.config = model_config
         with artifact.create() as folder:
-            files.write(folder.path, model, metrics, loss)
+            files.write(folder.path, model, metrics)
             folder.facts["fingerprint"] = model_fingerprint(folder.path, sha256_file)
             folder.facts["seconds"] = sum(row["seconds"] for row in metrics)
             folder.facts["groups"] = len(trained)
@@ -247,4 +248,4 @@ def _make(
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:  # end_training would also part the processes, which may train again
         tracker.finish()
-    log.info("train %s: %d steps in %s, loss %.4f", name, config.max_steps, artifact.name, loss)
+    log.info("train %s: %d steps in %s, loss %.4f", name, len(steps), artifact.name, loss)

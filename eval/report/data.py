@@ -63,6 +63,8 @@ class ReportData:
     stages: Sequence[StageRecord] = ()
     trainings: Mapping[str, pa.Table] = field(default_factory=dict)
     """Step metrics, by training; the report draws the columns of `charts.CURVES`."""
+    training_warnings: Sequence[str] = ()
+    """What the monitors of the trainings warned of."""
     leakage: Sequence[Mapping[str, Any]] = ()
     """Overlap of held-out examples with training examples (rows of LEAKAGE)."""
     quality: pa.Table | None = None

@@ -26,6 +26,7 @@ from cpo_pipe.recipe.render import recipe_text
 from cpo_pipe.resolve import Resolver, of
 from cpo_pipe.run_log import RunLog, versions
 from cpo_pipe.trainer.checkpoint import METRICS_FILE
+from cpo_pipe.trainer.monitors import Watch
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ def write_run_report(
         },
         stages=run_log.stages(),
         trainings={name: pq.read_table(model.path / METRICS_FILE) for name, model in trained.items()},
+        training_warnings=[warning for name, model in trained.items() for warning in _warnings(resolver, name, model)],
         leakage=resolver.examples().leakage,
         quality=quality.table if quality else None,
         quality_notes=quality.notes if quality else (),
@@ -87,6 +89,13 @@ def write_run_report(
     write_report(path, data)
     run_log.record_report(identity, {str(file.relative_to(run_dir)): sha256_file(file) for file in written})
     return path
+
+
+def _warnings(resolver: Resolver, name: str, model: Model) -> list[str]:
+    """Return what the monitors of a finished training warned of."""
+    metrics = pq.read_table(model.path / METRICS_FILE).to_pylist()
+    rows = [{key: value for key, value in row.items() if value is not None} for row in metrics]
+    return Watch(name, resolver.recipe.training(name), rows, quiet=True).warnings
 
 
 def _shown_groups(resolver: Resolver) -> tuple[Plan, Rows | None, list[str]]:

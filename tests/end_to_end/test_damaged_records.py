@@ -41,7 +41,8 @@ SAID = [
 """By a file's place, what the run says; those of a part are damaged together."""
 
 
-@pytest.mark.parametrize("damage", slow_except(DAMAGES, "truncated"))
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_the_next_run_is_complete_and_names_the_file(made, damage: str) -> None:
     shutil.rmtree(made.store / ".runs")  # of the folder that this one was copied from
     assert made.cli("run", "tiny.yaml").status == 0

@@ -175,7 +175,7 @@ def test_60_kills_of_commands_and_actors_change_no_row(tmp_path: Path, tiny_mode
     soak(tmp_path, tiny_model, 160, list(MADE_BY), KILLS)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_killed_command_changes_no_row(tmp_path: Path, tiny_model: Path) -> None:
     """Ray's drivers and actors are killed in the soak only: each of its commands takes most of a minute."""
     soak(tmp_path, tiny_model, 8, ["generate-negatives"], {"local driver": 1})

@@ -1,5 +1,6 @@
 """Trainings of tiny models on groups written out by hand, and naive computations to compare them with."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,10 @@ def naive_decay(model: torch.nn.Module, weight_decay: float) -> list[dict[str, A
     whole = list(model.parameters())
     return [{"params": [p for p in whole if p.ndim > 1], "weight_decay": weight_decay},
             {"params": [p for p in whole if p.ndim == 1], "weight_decay": 0.0}]  # fmt: skip
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The warnings since the last call."""
+    messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    caplog.clear()
+    return messages

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from cpo_pipe.trainer.checkpoint import METRICS_FILE
+from tests.support.marks import soak_except
 from tests.support.pairs import pairs, write_jsonl
 from tests.support.resume import assert_same_training, saved
 
@@ -187,7 +188,7 @@ def checkpoint_of(store: Path, name: str) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.parametrize("name", soak_except(TRAININGS, "ranked", "lora"))
 def test_a_training_stopped_by_signals_ends_bit_for_bit_as_if_it_was_not(
     commands: Commands, project: Path, tmp_path: Path, name: str
 ) -> None:

@@ -93,6 +93,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any, bool]] = {
     "dtype": ({}, "bfloat16", True),
     "lora": ({}, {"r": 2}, True),
     "validation": ({}, 1, True),
+    "stop_on": ({}, ["divergence"], True),
     "keep": ({"validation": 1}, "best", True),
     "eval_steps": ({"validation": 1}, 7, False),
     # The content of these counts, which a training takes as inputs.

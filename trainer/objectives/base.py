@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from cpo_pipe.trainer.scoring.prefix_tree import Packed
 
 
+StopReason = Literal["saturation", "divergence"]
+
+
 class GroupFigures(NamedTuple):
     """The loss of each group and its metrics; 0 where a figure needs negatives and the group has none."""
 
@@ -113,6 +116,11 @@ class Training(Section):
         "last",
         description="`last`: the weights after the last step; `best`: the measured weights, the initial ones included, "
         "with the lowest validation loss",
+    )
+    stop_on: list[StopReason] = Field(
+        default_factory=list,
+        description="end the training, with the weights of that step, once its loss is 0 (`saturation`) or exceeds its "
+        "start (`divergence`); both are warned of in any case",
     )
     attention: Literal["auto", "cascade", "split", "flex", "dense", "packed", "padded"] = Field(
         "auto",

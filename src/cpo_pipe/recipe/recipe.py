@@ -230,7 +230,7 @@ class Recipe(Section):
 
     def _compared(self, name: str) -> list[str]:
         """Return the labels of the candidates that a training learns from."""
-        training = self._training(name)
+        training = self.training(name)
         if isinstance(training, PreferenceTraining) and training.pairs is not None:
             return list(dict.fromkeys(label for pair in training.pairs for label in pair))
         negatives = self._negatives_of(name, training)
@@ -238,9 +238,10 @@ class Recipe(Section):
 
     def negatives_of(self, name: str) -> Negatives | None:
         """Return the negatives that a training learns from; in a later iteration the one before samples them."""
-        return self._negatives_of(name, self._training(name))
+        return self._negatives_of(name, self.training(name))
 
-    def _training(self, name: str) -> Training:
+    def training(self, name: str) -> Training:
+        """Return a training by its name, also of a later iteration."""
         return self.train[name] if name in self.train else self.trainings()[name]
 
     def _negatives_of(self, name: str, training: Training) -> Negatives | None:

@@ -1,3 +1,5 @@
+import pytest
+
 from cpo_pipe.data.sources import python_docs as pydocs
 
 
@@ -38,6 +40,7 @@ def test_file_that_does_not_parse_gives_nothing(tmp_path):
     assert list(pydocs._docstrings(tmp_path / "m.py")) == []
 
 
+@pytest.mark.slow
 def test_corpus_of_this_python():
     articles = pydocs.collect()
     assert sum(map(len, articles)) > 1_000_000

@@ -99,6 +99,13 @@ class Ensemble(Section):
         return System(merge={first: alpha, second: round(1 - alpha, 12)})  # 1 − 0.9 is the 0.1 that a user writes
 
 
+class Headline(Section):
+    """The metric, higher is better, and the decoding by which systems are ranked."""
+
+    metric: str = Field(description="`JUDGE win rate`, the metric of a judge's scores, or chrF")
+    decoding: Name | None = Field(None, description="name in `decodings` (default: the first)")
+
+
 class Evaluate(Section):
     """Which systems are compared, on what, and how."""
 
@@ -107,6 +114,9 @@ class Evaluate(Section):
         default_factory=dict, description="more systems, each merged from two models by a list of weights, by name"
     )
     baseline: str = Field(description=f"the system that the others are compared with; `{GROUND_TRUTH}`: the targets")
+    headline: Headline | None = Field(
+        None, description="what the report ranks systems by (default: the first judge's win rate, the first decoding)"
+    )
     compare: list[tuple[str, str]] = Field(
         default_factory=list, description="more comparisons, each [SYSTEM, SYSTEM], of the first against the second"
     )
@@ -203,6 +213,29 @@ class Evaluate(Section):
             raise ValueError(f"engine is {self.engine}, but decodings.{searching[0]} is beam search, which it does not "
                              f"support; set engine to auto or {able}")  # fmt: skip
         return self
+
+    @model_validator(mode="after")
+    def _check_headline(self) -> "Evaluate":
+        if self.headline is None:
+            return self
+        known = [f"{name} win rate" for name in self.judges]
+        known += [metric.name for name, judge in self.judges.items() if (metric := judge.score_metric(name))]
+        for field, value, choices in (
+            ("metric", self.headline.metric, [*known, "chrF"]),
+            ("decoding", self.headline.decoding, [*self.decodings]),
+        ):
+            if value is not None and value not in choices:
+                hint = nearest(value, choices) or f"choose from {listed(choices)}"
+                raise ValueError(f"headline.{field} {value!r}: not measured; {hint}")
+        return self
+
+    def ranked_by(self) -> tuple[str, str]:
+        """Return the metric and the decoding by which systems are ranked."""
+        first = f"{next(iter(self.judges))} win rate" if self.judges else "chrF"
+        decoding = next(iter(self.decodings))
+        if self.headline is None:
+            return first, decoding
+        return self.headline.metric, self.headline.decoding or decoding
 
     def all_systems(self) -> dict[str, System]:
         """Return the systems by name, those of the ensembles last."""

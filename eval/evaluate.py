@@ -40,17 +40,20 @@ from cpo_pipe.eval.generate import (
 )
 from cpo_pipe.eval.judges.base import Judge, JudgeDependencies, Judgement, ScoreJudge, ScoreMetric
 from cpo_pipe.eval.judging import Comparison, judge_outputs, read_cases, score_outputs, verdicts_table, winners_by_rater
+from cpo_pipe.eval.metrics.differences import value_differences
 from cpo_pipe.eval.metrics.figures import ANY_DECODING, Figures
 from cpo_pipe.eval.metrics.mauve import MIN_TEXTS, CausalEncoder, measure_mauve
 from cpo_pipe.eval.metrics.text import measure_diversity, measure_likelihood, measure_overlap, measure_text
-from cpo_pipe.eval.metrics.wins import WinRates, win_metrics
+from cpo_pipe.eval.metrics.wins import COMPARISONS, WinRates, win_metrics
+from cpo_pipe.eval.report.leaderboard import Leaderboard, leaderboards
 from cpo_pipe.eval.statistics.agreement import AGREEMENT, HUMANS, agreements
 from cpo_pipe.eval.statistics.bootstrap import Bootstrap
+from cpo_pipe.eval.verdict import Verdict, verdict
 from cpo_pipe.pipeline.api.model import ApiModel
 
 log = logging.getLogger(__name__)
 
-DEFINITIONS = 6
+DEFINITIONS = 7
 """Raise when a metric's meaning or name changes: stored metrics are then invalid."""
 
 
@@ -59,6 +62,9 @@ class Evaluation:
     """The result of the stage."""
 
     artifact: Artifact
+    baseline: str
+    ranked_by: tuple[str, str]
+    """Metric and decoding by which systems are ranked."""
     examples: pa.Table
     """The selection, in order (EXAMPLES schema)."""
     shared_metrics: frozenset[str]
@@ -73,6 +79,20 @@ class Evaluation:
     def comparisons(self) -> pa.Table:
         """Return the differences between systems (COMPARISONS schema)."""
         return pq.read_table(self.artifact.path / "comparisons.parquet")
+
+    def values(self) -> pa.Table:
+        """Return the values per example that the metrics average (VALUES schema)."""
+        return pq.read_table(self.artifact.path / "values.parquet")
+
+    def leaderboards(self) -> list[Leaderboard]:
+        """Return the ranked table of each decoding."""
+        return leaderboards(
+            self.metrics(), self.comparisons(), self.baseline, self.ranked_by, self.shared_metrics, self.score_metrics
+        )
+
+    def verdict(self) -> Verdict | None:
+        """Return how the best system compares with the baseline."""
+        return verdict(self.metrics(), self.comparisons(), self.baseline, *self.ranked_by)
 
     def agreements(self) -> pa.Table:
         """Return the agreement of judges and human annotations (AGREEMENT schema)."""
@@ -137,6 +157,7 @@ class EvaluationPlan:
             "systems": {name: model.fingerprint for name, model in self.systems.items()},
             "generations": [[one.system, one.decoding, content_hash(one.rows.spec)] for one in self.generations],
             "baseline": config.baseline,
+            "headline": [*config.ranked_by()],
             **({"compare": [[*pair] for pair in config.compare]} if config.compare else {}),
             "judges": [self.judge_spec(judge) for judge in self.judges],
             "mauve": {**self.mauve_spec, "seeds": config.mauve_seeds} if self.mauve_spec else None,
@@ -202,7 +223,7 @@ def evaluate(
         scores = (config.judges[name].score_metric(name) for name in judges)
         shared |= {metric.name for metric in scores if metric is not None}
         shared |= {"MAUVE", "MAUVE sd"} if config.mauve_model is None else set()
-    return Evaluation(artifact, plan.selection, frozenset(shared), metrics)
+    return Evaluation(artifact, config.baseline, config.ranked_by(), plan.selection, frozenset(shared), metrics)
 
 
 def plan_evaluation(
@@ -307,7 +328,12 @@ def measure_outputs(plan: EvaluationPlan, store: Store, executor: Executor) -> t
                 wins.add(judge.name, found, system, decoding, written, sides[opponent, decoding], against)
                 if judge.sees_order and against is None:
                     wins.add_order(judge.name, system, decoding, found)
-    differences = wins.compare(config.baseline, {name: model.fingerprint for name, model in plan.systems.items()})
+    fingerprints = {name: model.fingerprint for name, model in plan.systems.items()}
+    differences = wins.compare(config.baseline, fingerprints)
+    metric, decoding = config.ranked_by()
+    if metric not in differences["metric"].to_pylist():
+        more = value_differences(figures, metric, decoding, config.baseline, fingerprints)
+        differences = pa.concat_tables([differences, pa.Table.from_pylist(more, schema=COMPARISONS)])
     winners, places = winners_by_rater(judgements, cases, sides, plan.annotations)
     agreement = pa.Table.from_pylist(agreements(winners, places, figures.bootstrap), schema=AGREEMENT)
     tables = {

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from cpo_pipe.data.schemas import METRICS
-from cpo_pipe.eval.statistics.bootstrap import Bootstrap, Estimate, share
+from cpo_pipe.eval.statistics.bootstrap import Bootstrap, Estimate, Values, share
 
 ANY_DECODING = "-"
 """The decoding of metrics that do not depend on one."""
@@ -33,6 +33,14 @@ class Figures:
     def values(self) -> pa.Table:
         """Return the values per example that the metrics average (VALUES schema)."""
         return pa.concat_tables([VALUES.empty_table(), *self._values])
+
+    def values_of(self, decoding: str, metric: str) -> dict[str, Values]:
+        """Return a metric's values per example, by system."""
+        return {
+            table["system"][0].as_py(): table["value"].to_numpy()
+            for table in self._values
+            if (table["decoding"][0].as_py(), table["metric"][0].as_py()) == (decoding, metric)
+        }
 
     def add(self, system: str, decoding: str, metric: str, estimate: Estimate) -> None:
         """Add a metric."""

@@ -47,7 +47,8 @@ COMPARISONS = pa.schema(
         ("p", pa.float64()),  # two-sided, by exchanging a and b on each example
         ("p_holm", pa.float64()),  # adjusted for all rows of the metric
         ("n", pa.int64()),  # examples
-        ("n_needed", pa.int64()),  # examples that detect a true difference of NOTICEABLE with a power of 0.8
+        ("n_needed", pa.int64()),  # examples that detect a true difference of NOTICEABLE with a power of 0.8; null for
+        # other metrics than win rates, and where nothing varied
     ]
 )
 

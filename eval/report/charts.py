@@ -28,12 +28,17 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.facecolor": "none",  # the page's background, light or dark
+    "figure.facecolor": "none",
     "grid.color": "#dddddd",
     "axes.axisbelow": True,
 }
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 """Okabe and Ito's palette, safe for colour-blind readers."""
+
+PAGE_COLORS = {"#000000": "var(--text)", "#333333": "var(--text)", "#dddddd": "var(--line)"}
+"""Colours of the page that take the place of those of a figure, which are black on white."""
 
 MARKERS, LINES = "os^Dv", ("-", "--", ":", "-.")
 """Distinguish several curves without colour."""
@@ -128,25 +133,35 @@ def _at_alpha(point: Point) -> str:
     return f"{_with_interval(Bar('', value, low, high))} at {alpha:g}"
 
 
-def training_curves(name: str, steps: pa.Table) -> Chart | None:
-    """Draw a training's step metrics, one panel each; None if it has none of CURVES."""
-    series = _series(steps)
-    if not series:
+def training_curves(trainings: Mapping[str, pa.Table]) -> Chart | None:
+    """Draw the step metrics of all trainings, one panel for each of CURVES; None if there is none."""
+    series = {name: found for name, steps in trainings.items() if (found := _series(steps))}
+    drawn = [column for column in CURVES if any(column in found for found in series.values())]
+    if not drawn:
         return None
     with matplotlib.rc_context(STYLE):
-        rows = (len(series) + 1) // 2
-        figure = Figure(figsize=(WIDTH, 2.2 * rows), layout="constrained")
-        panels = figure.subplots(rows, 2, squeeze=False).flat
-        for panel, (column, (step, value)) in zip(panels, series.items(), strict=False):
-            _draw_curve(panel, CURVES[column], step, value)
-        if len(series) % 2:
-            panels[len(series)].set_axis_off()
-        title = f"Training of {name}"
+        rows = (len(drawn) + 1) // 2
+        figure = Figure(figsize=(2 * WIDTH, 2.6 * rows + 0.5), layout="constrained")
+        panels = list(figure.subplots(rows, 2, squeeze=False).flat)
+        for panel, column in zip(panels, drawn, strict=False):
+            for number, (name, found) in enumerate(series.items()):
+                if column in found:
+                    _draw_curve(panel, name, number, *found[column])
+            panel.set(xlabel="step", title=CURVES[column])
+            panel.title.set_fontsize(10)
+        for panel in panels[len(drawn) :]:
+            panel.set_axis_off()
+        lines = {line.get_label(): line for panel in panels for line in panel.get_lines()}
+        legend = figure.legend([*lines.values()], [*map(str, lines)], loc="outside upper left", ncols=6, frameon=False)
+        for entry in legend.get_texts():
+            entry.set_parse_math(False)
         text = "; ".join(
-            f"{CURVES[column]} from {value[0]:.3g} at step {step[0]:g} to {value[-1]:.3g} at step {step[-1]:g}"
-            for column, (step, value) in series.items()
+            f"{name}: {CURVES[column]} from {value[0]:.3g} at step {step[0]:g} to {value[-1]:.3g} at step {step[-1]:g}"
+            for name, found in series.items()
+            for column, (step, value) in found.items()
         )
-        return Chart(title, f"{title}: {text}.", _svg(figure, title))
+        title = "All trainings"
+        return Chart(title, f"{title}. {text}.", _svg(figure, title))
 
 
 def quality_charts(quality: pa.Table) -> list[Chart]:
@@ -216,10 +231,10 @@ def _series(steps: pa.Table) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-def _draw_curve(axes: Axes, label: str, step: np.ndarray, value: np.ndarray) -> None:
-    axes.plot(step, value, color=COLORS[0], linewidth=1.2, marker="o" if len(step) < SPARSE else None)
-    axes.set(xlabel="step", title=label)
-    axes.title.set_fontsize(10)
+def _draw_curve(axes: Axes, name: str, number: int, step: np.ndarray, value: np.ndarray) -> None:
+    color, marker, line = (each[number % len(each)] for each in (COLORS, MARKERS, LINES))
+    shown = marker if len(step) < SPARSE else None
+    axes.plot(step, value, color=color, linewidth=1.2, linestyle=line, marker=shown, label=name)
 
 
 def _with_interval(bar: Bar) -> str:
@@ -236,6 +251,8 @@ def _svg(figure: Figure, title: str) -> str:
     svg = (
         re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
     )
+    for color, variable in PAGE_COLORS.items():
+        svg = svg.replace(color, variable)
     prefix = re.sub(r"\W+", "-", title.lower())
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1).strip()

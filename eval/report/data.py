@@ -9,6 +9,8 @@ import pyarrow as pa
 
 from cpo_pipe.eval.config import Published
 from cpo_pipe.eval.judges.base import ScoreMetric
+from cpo_pipe.eval.report.leaderboard import Leaderboard
+from cpo_pipe.eval.verdict import Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,9 @@ class ReportData:
     artifacts: Mapping[str, str]
     """Artifacts in the store, by what they hold."""
     baseline: str
+    verdict: Verdict | None = None
+    leaderboards: Sequence[Leaderboard] = ()
+    """The ranked tables; the first is of the decoding that ranks."""
     metrics: pa.Table
     """METRICS schema."""
     comparisons: pa.Table
@@ -54,6 +59,8 @@ class ReportData:
     """The evaluated examples, in order (EXAMPLES schema)."""
     outputs: pa.Table
     """`example_id`, `system`, `decoding`, `text`."""
+    scores: pa.Table | None = None
+    """The values per example (VALUES schema) of one metric, by which examples can be sorted."""
     verdicts: pa.Table
     """How each output was judged (VERDICTS schema)."""
     published: Sequence[Published] = ()

@@ -32,17 +32,18 @@ class Packed:
     """The number of examples that fit."""
 
 
-def pack(examples: pa.Table, outputs: pa.Table, verdicts: pa.Table) -> Packed:
+def pack(examples: pa.Table, outputs: pa.Table, verdicts: pa.Table, scores: pa.Table | None = None) -> Packed:
     """Return the examples with their outputs and verdicts, as many as fit.
 
     Args:
         examples: the selection, in order (EXAMPLES schema).
         outputs: `example_id`, `system`, `decoding`, `text`.
         verdicts: how the outputs were judged (VERDICTS schema).
+        scores: of the outputs, in one metric (VALUES schema), to sort by.
     """
     gzip = zlib.compressobj(9, zlib.DEFLATED, _GZIP)
     chunks, size, count = list[bytes](), 0, -1  # the first line is no example
-    for line in _lines(examples, outputs, verdicts):
+    for line in _lines(examples, outputs, verdicts, scores):
         chunks.append(gzip.compress(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"))
         size, count = size + len(chunks[-1]), count + 1
         if size > MAX_PACKED:
@@ -51,7 +52,9 @@ def pack(examples: pa.Table, outputs: pa.Table, verdicts: pa.Table) -> Packed:
     return Packed(base64.b64encode(b"".join(chunks)).decode(), count)
 
 
-def _lines(examples: pa.Table, outputs: pa.Table, verdicts: pa.Table) -> Iterator[Mapping[str, Any]]:
+def _lines(
+    examples: pa.Table, outputs: pa.Table, verdicts: pa.Table, scores: pa.Table | None
+) -> Iterator[Mapping[str, Any]]:
     texts: dict[str, dict[tuple[str, str], str]] = defaultdict(dict)
     for row in outputs.to_pylist():
         texts[row["example_id"]][row["system"], row["decoding"]] = row["text"]
@@ -62,8 +65,13 @@ def _lines(examples: pa.Table, outputs: pa.Table, verdicts: pa.Table) -> Iterato
                   for asked in row["orders"]]  # fmt: skip
         of = tuple(row[name] for name in _COMPARISON)
         judged[row["example_id"]][of] = {"winner": row["winner"], "orders": orders}
+    scored: dict[str, dict[tuple[str, str], float]] = defaultdict(dict)
+    for row in scores.to_pylist() if scores is not None else []:
+        scored[row["example_id"]][row["system"], row["decoding"]] = round(row["value"], 4)
+    metric = scores["metric"][0].as_py() if scores is not None and scores.num_rows else None
     comparisons = list(dict.fromkeys(of for found in judged.values() for of in found))
-    yield {"columns": columns, "comparisons": [dict(zip(_COMPARISON, of, strict=True)) for of in comparisons]}
+    named = [dict(zip(_COMPARISON, of, strict=True)) for of in comparisons]
+    yield {"columns": columns, "comparisons": named, "metric": metric}
     for example in examples.select(["example_id", "category", "rendered", "target"]).to_pylist():
         written, found = texts[example["example_id"]], judged[example["example_id"]]
         yield {
@@ -73,6 +81,7 @@ def _lines(examples: pa.Table, outputs: pa.Table, verdicts: pa.Table) -> Iterato
             "target": visible(example["target"]),
             "outputs": [visible(written[column]) if column in written else None for column in columns],
             "verdicts": [found.get(of) for of in comparisons],
+            "scores": [scored[example["example_id"]].get(column) for column in columns],
         }
 
 

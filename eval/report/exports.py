@@ -10,6 +10,7 @@ from cpo_pipe.data.text import markdown
 from cpo_pipe.eval.config import GROUND_TRUTH
 from cpo_pipe.eval.report.data import ReportData
 from cpo_pipe.eval.report.tables import (
+    AGREEMENT_COLUMNS,
     PUBLISHED_NOTE,
     SHARED_NOTE,
     Row,
@@ -72,6 +73,8 @@ def _write_outputs(folder: Path, data: ReportData) -> Iterator[Path]:
 
 
 def _markdown(data: ReportData) -> Iterator[str]:
+    if data.verdict is not None:
+        yield f"{markdown(data.verdict.sentence)}\n"
     yield f"{data.examples.num_rows} held-out prompts; baseline: {data.baseline}; brackets are 95% intervals."
     for grid in marked_grids(data):
         yield f"\nDecoding: {grid.decoding}\n"
@@ -83,7 +86,7 @@ def _markdown(data: ReportData) -> Iterator[str]:
         yield f"\n{PUBLISHED_NOTE}"
     if agreements := agreement_rows(data):
         yield "\nAgreement of judges\n"
-        yield from _table(["judges", "agreement", "kappa", "pairs"], agreements)
+        yield from _table(["judges", *AGREEMENT_COLUMNS], agreements)
     shared = [] if data.shared_metrics.isdisjoint(data.metrics["metric"].to_pylist()) else [SHARED_NOTE]
     yield from (f"\n{markdown(note)}" for note in [*data.notes, *shared])
     yield ""

@@ -1,5 +1,5 @@
 "use strict";
-// The report's browser of examples: unpacks what examples.py packed and shows a page of the selected examples. All text
+// Tabs and sortable columns of the report, and its browser of examples: unpacks what examples.py packed and shows a page of the selected examples. All text
 // is added to the page as text, never as markup, because models wrote it. The selection is in the address, after #examples?.
 
 const PER_PAGE = 25;
@@ -40,8 +40,26 @@ function offerAll() {
   offer("against", head.comparisons.map(({ opponent }) => opponent));
   form.elements.outcome.closest("label").hidden = !head.comparisons.length;
   const both = examples.some((example) => example.verdicts.some((verdict) => verdict?.orders.length > 1));
+  form.elements.sort.closest("label").hidden = !examples.some((example) => gain(example, {}) !== null);
+  for (const option of form.elements.sort.options) if (option.value) option.text += ` (${head.metric})`;
   if (!both) form.elements.outcome.querySelector("[value=flips]").remove();
   if (!head.columns.some(([system]) => system === data.baseline)) form.elements.marked.querySelector("[value=baseline]").remove();
+}
+
+// The difference of an example's score between a system and the baseline, under one decoding; null without both.
+function gain(example, { system, decoding }) {
+  const wanted = system && system !== data.baseline ? system : data.best;
+  const ours = head.columns.findIndex(([name, how]) => name === wanted && (!decoding || how === decoding));
+  if (ours < 0) return null;
+  const theirs = head.columns.findIndex(([name, how]) => name === data.baseline && how === head.columns[ours][1]);
+  const [a, b] = [example.scores[ours], example.scores[theirs]].map((score) => score ?? null);
+  return a === null || b === null ? null : a - b;
+}
+
+function sorted(chosen, found) {
+  if (!chosen.sort) return found;
+  const sign = chosen.sort === "gain" ? -1 : 1, gains = new Map(found.map((example) => [example, gain(example, chosen)]));
+  return found.filter((example) => gains.get(example) !== null).sort((a, b) => sign * (gains.get(a) - gains.get(b)));
 }
 
 function readAddress() {
@@ -80,7 +98,7 @@ function isChosen(example, { search, category, system, decoding, judge, against,
 
 function choose() {
   const chosen = choice();
-  matches = examples.filter((example) => isChosen(example, chosen));
+  matches = sorted(chosen, examples.filter((example) => isChosen(example, chosen)));
   show();
 }
 
@@ -125,6 +143,8 @@ function output(example, column, chosen) {
   const [system, decoding] = head.columns[column], isBaseline = system === data.baseline;
   const written = example.outputs[column], other = reference(example, column, chosen.marked);
   const made = element("section", "", element("h5", "", `${system}, ${decoding}${isBaseline ? " (baseline)" : ""}`));
+  const score = example.scores[column] ?? null;
+  if (score !== null) made.append(element("p", "score", `${head.metric}: ${score.toPrecision(4)}`));
   head.comparisons.forEach((comparison, i) => {
     const { judge, opponent } = comparison, verdict = example.verdicts[i];
     if (comparison.system !== system || comparison.decoding !== decoding || !verdict) return;
@@ -222,7 +242,81 @@ function turn(by) {
   part("examples").scrollIntoView();
 }
 
+// ── tabs and sortable columns ───────────────────────────────────────────────────────────────────────────────────
+
+function makeTabs(box, number) {
+  const panels = [...box.children];
+  if (panels.length < 2) return;
+  const list = element("div"), tabs = panels.map((panel, i) => {
+    const heading = panel.querySelector("h3"), tab = element("button", "", heading.textContent);
+    heading.hidden = true;
+    panel.id ||= `panel-${number}-${i}`;
+    Object.assign(tab, { type: "button", id: `tab-${panel.id}` });
+    tab.setAttribute("role", "tab");
+    tab.setAttribute("aria-controls", panel.id);
+    panel.setAttribute("role", "tabpanel");
+    panel.setAttribute("aria-labelledby", tab.id);
+    tab.addEventListener("click", () => select(i));
+    return tab;
+  });
+  const select = (chosen, focus) => {
+    tabs.forEach((tab, i) => {
+      tab.setAttribute("aria-selected", i === chosen);
+      tab.tabIndex = i === chosen ? 0 : -1;
+      panels[i].hidden = i !== chosen;
+    });
+    if (focus) tabs[chosen].focus();
+  };
+  list.setAttribute("role", "tablist");
+  list.setAttribute("aria-label", box.closest("section").querySelector("h2").textContent);
+  list.append(...tabs);
+  list.addEventListener("keydown", ({ key }) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[key], now = tabs.indexOf(document.activeElement);
+    if (step) select((now + step + tabs.length) % tabs.length, true);
+  });
+  box.before(list);
+  select(0);
+  const open = () => {
+    const asked = panels.findIndex((panel) => `#${panel.id}` === location.hash);
+    if (asked < 0) return;
+    select(asked);
+    panels[asked].scrollIntoView();
+  };
+  open();
+  window.addEventListener("hashchange", open);
+}
+
+// The number that a cell begins with, or its text; null, which comes last, of a cell without a value.
+function sortKey(row, column) {
+  const written = row.cells[column].textContent.replace(/[,★\s]/g, ""), number = Number.parseFloat(written);
+  if (written === "–") return null;
+  return Number.isNaN(number) ? written : number;
+}
+
+function makeSortable(table) {
+  const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
+  if (body.rows.length < 2) return;
+  heads.forEach((head, column) => {
+    const button = element("button", "", ...head.childNodes);
+    button.type = "button";
+    head.append(button);
+    button.addEventListener("click", () => {
+      const before = head.getAttribute("aria-sort"), falling = before ? before === "ascending" : column > 0;
+      for (const other of heads) other.removeAttribute("aria-sort");
+      head.setAttribute("aria-sort", falling ? "descending" : "ascending");
+      const keyed = [...body.rows].map((row) => [sortKey(row, column), row]), sign = falling ? -1 : 1;
+      keyed.sort(([a], [b]) => {
+        if (a === null || b === null) return (a === null) - (b === null);
+        return sign * (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b)));
+      });
+      body.append(...keyed.map(([, row]) => row));
+    });
+  });
+}
+
 async function start() {
+  document.querySelectorAll(".tabs").forEach(makeTabs);
+  document.querySelectorAll("table.sortable").forEach(makeSortable);
   if (!("DecompressionStream" in window)) {
     found.textContent = "This browser is too old to unpack the examples; one of 2023 or later can.";
     return;

@@ -20,7 +20,9 @@ from cpo_pipe.eval.metrics.wins import NOTICEABLE
 from cpo_pipe.eval.report.charts import Bar, Chart, Point, alpha_curves, quality_charts, training_curves, win_rates
 from cpo_pipe.eval.report.data import ReportData
 from cpo_pipe.eval.report.examples import pack
+from cpo_pipe.eval.report.leaderboard import Cell, Column, Leaderboard
 from cpo_pipe.eval.report.tables import (
+    AGREEMENT_COLUMNS,
     LEAKAGE_COLUMNS,
     PUBLISHED_NOTE,
     SHARED_NOTE,
@@ -60,11 +62,11 @@ def write_report(path: Path, data: ReportData) -> None:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_visible
     )
-    environment.filters |= {"duration": _duration}
     folder = files("cpo_pipe.eval.report")
     source, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("report.html.j2", "report.js"))
     html = environment.from_string(source).render(
         data=data,
+        leaderboards=[_drawn(table) for table in data.leaderboards],
         grids=marked_grids(data),
         meanings=descriptions(data),
         shared_note="" if data.shared_metrics.isdisjoint(data.metrics["metric"].to_pylist()) else SHARED_NOTE,
@@ -74,18 +76,64 @@ def write_report(path: Path, data: ReportData) -> None:
         published=published_tables(data),
         published_note=PUBLISHED_NOTE,
         noticeable=NOTICEABLE,
-        training_charts=[chart for name, steps in data.trainings.items() if (chart := training_curves(name, steps))],
+        training_chart=training_curves(data.trainings),
         leakage=leakage_rows(data.leakage),
         leakage_columns=LEAKAGE_COLUMNS,
+        agreement_columns=AGREEMENT_COLUMNS,
+        stages=[
+            (stage.name, [_duration(stage.seconds), _duration(stage.total_seconds), stage.spent or "–"])
+            for stage in data.stages
+        ],
         leakage_notes=list(leakage_warnings(data.leakage)),
         quality=quality_table(data.quality) if data.quality is not None else None,
         quality_charts=quality_charts(data.quality) if data.quality is not None else [],
-        packed=pack(data.examples, data.outputs, data.verdicts),
+        packed=pack(data.examples, data.outputs, data.verdicts, data.scores),
         grouped=group_cards(data),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     atomic.write_bytes(path, html.encode())
+
+
+@dataclass(frozen=True)
+class DrawnCell:
+    """A cell with its value and interval in percent of the column's width."""
+
+    cell: Cell
+    x: float | None
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class DrawnTable:
+    """A ranked table: a row per system."""
+
+    decoding: str
+    columns: list[Column]
+    rows: list[tuple[str, list[DrawnCell]]]
+
+
+def _drawn(table: Leaderboard) -> DrawnTable:
+    """Return a ranked table by rows, with the intervals of each column on one scale."""
+    columns = [[*_scaled(column.cells)] for column in table.columns]
+    rows = [(system, [column[row] for column in columns]) for row, system in enumerate(table.systems)]
+    return DrawnTable(table.decoding, table.columns, rows)
+
+
+def _scaled(cells: Sequence[Cell]) -> Iterator[DrawnCell]:
+    ends = [end for cell in cells for end in (cell.value, cell.low, cell.high) if end is not None]
+    start, width = (min(ends), max(ends) - min(ends)) if ends else (0.0, 0.0)
+
+    def place(value: float) -> float:
+        return 100 * (value - start) / width if width else 50.0
+
+    for cell in cells:
+        if cell.value is None:
+            yield DrawnCell(cell, None, 0, 0)
+        else:
+            low, high = (cell.value if end is None else end for end in (cell.low, cell.high))
+            yield DrawnCell(cell, place(cell.value), place(low), place(high))
 
 
 def _visible(value: Any) -> Any:

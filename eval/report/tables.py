@@ -13,8 +13,8 @@ from cpo_pipe.eval.metrics.mauve import MAUVE_METRICS
 from cpo_pipe.eval.metrics.text import TEXT_METRICS
 from cpo_pipe.eval.metrics.wins import JUDGED
 from cpo_pipe.eval.report.data import ReportData
+from cpo_pipe.eval.report.leaderboard import DAGGER
 
-DAGGER = " †"
 SHARED_NOTE = (
     "† Measured with the embedding model that ranked the negatives: systems trained on that ranking have an advantage "
     "in this metric. Compare it with the other metrics."
@@ -59,6 +59,10 @@ QUALITY_FORMATS = {
 
 LEAKAGE_COLUMNS = ("examples", "equal", "near-duplicates", "n words in a row", "n", "fewer than n words")
 """Of the overlap with training examples."""
+
+
+AGREEMENT_COLUMNS = ("agreement", "of decided pairs", "ties", "kappa", "pairs")
+"""Of two judges."""
 
 
 @dataclass(frozen=True)
@@ -151,17 +155,19 @@ def difference_tables(data: ReportData) -> list[TitledTable]:
     tables: dict[str, list[Row]] = {}
     for row in data.comparisons.to_pylist():
         interval = "" if row["ci_low"] is None else f" [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
-        cells = [f"{row['difference']:+.3f}{interval}", _p(row["p"]), _p(row["p_holm"]), f"{row['n_needed']:,}"]
+        cells = [f"{row['difference']:+.3f}{interval}", _p(row["p"]), _p(row["p_holm"]), _count(row["n_needed"])]
         head = f"{row['system_a']} against {row['system_b']}, {row['decoding']}"
         tables.setdefault(row["metric"], []).append((head, cells))
     return [TitledTable(marked(metric, data), rows) for metric, rows in tables.items()]
 
 
 def agreement_rows(data: ReportData) -> list[Row]:
-    """Return agreement, kappa and pairs of every two judges, or a judge and the human annotations."""
+    """Return the AGREEMENT_COLUMNS of every two judges, or a judge and the human annotations."""
     rows = []
     for row in data.agreements.to_pylist():
-        cells = [_share(row["agreement"], row["ci_low"], row["ci_high"]),
+        decided = "–" if row["decided"] is None else f"{row['decided']:.3f} ({row['n_decided']:,})"
+        cells = [_share(row["agreement"], row["ci_low"], row["ci_high"]), decided,
+                 f"{row['ties_a']:.1%}, {row['ties_b']:.1%}",
                  _share(row["kappa"], row["kappa_low"], row["kappa_high"]), f"{row['n']:,}"]  # fmt: skip
         rows.append((f"{row['judge_a']} and {row['judge_b']}", cells))
     return rows
@@ -234,6 +240,10 @@ def _share(value: float | None, low: float | None, high: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.3f}" if low is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _count(count: int | None) -> str:
+    return "–" if count is None else f"{count:,}"
 
 
 def _p(p: float) -> str:

@@ -1,8 +1,7 @@
-"""The main metrics, and the quality of the negatives, on the terminal."""
+"""The ranked systems, the answer, and the quality of the negatives, on the terminal."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -12,37 +11,46 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from cpo_pipe.data.text import say
-from cpo_pipe.eval.judges.base import ScoreMetric
-from cpo_pipe.eval.report.tables import DAGGER, LEAKAGE_COLUMNS, SHARED_NOTE, Grid, grids, leakage_rows, quality_table
+from cpo_pipe.eval.report.leaderboard import DAGGER, Cell, Leaderboard
+from cpo_pipe.eval.report.tables import LEAKAGE_COLUMNS, SHARED_NOTE, leakage_rows, quality_table
 
-MAIN_METRICS = ("rep-4", "chrF", "target NLL", "MAUVE")
-"""Shown on the terminal, beside win rates and some scores of judges; the report has all metrics."""
+NARROW = 80
+"""Columns of a screen that every table fits; metrics that do not are left to the report."""
+LONGEST_NAME = 18
+"""Characters of a system's name before it is broken."""
 
-_NUMBER = re.compile(r"[0-9]+\.[0-9]+")
 
-
-def print_table(
-    metrics: pa.Table,
-    baseline: str,
-    shared_metrics: AbstractSet[str],
-    score_metrics: Sequence[ScoreMetric] = (),
-    notes: Sequence[str] = (),
-) -> None:
-    """Print the main metrics, a table per decoding and a line per system."""
-    console = Console()
-    main = {*MAIN_METRICS, *(metric.name for metric in score_metrics if metric.on_terminal)}
-    for grid in grids(metrics):
-        columns = dict(_columns(grid, main, shared_metrics))
-        title = f"{grid.decoding} decoding, against {baseline}"
+def print_leaderboards(tables: Sequence[Leaderboard], baseline: str, notes: Sequence[str] = ()) -> None:
+    """Print the ranked table of each decoding, with the metrics that fit the screen, and the notes."""
+    console = Console(markup=False, highlight=False)
+    for shown in tables:
+        title = f"{shown.decoding}, {baseline} is the baseline"
         table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-        table.add_column("", no_wrap=True)
-        for name in columns:
-            table.add_column(name, justify="right", overflow="fold", min_width=_widest_line(columns[name]))
-        for row, system in enumerate(grid.systems):
-            table.add_row(system, *(cells[row] for cells in columns.values()))
+        table.add_column("", overflow="fold", min_width=min(LONGEST_NAME, _widest_line(shown.systems)))
+        for number, column in enumerate(shown.columns):
+            cells = [_cell(cell, with_interval=not number) for cell in column.cells]
+            heading = f"{column.title} {column.direction}"
+            if column.metric.endswith(" win rate"):
+                heading = heading.replace(" win rate", "\nwin rate")
+            width = max(_widest_line(cells), *map(len, re.split(r"\s", heading)))
+            table.add_column(heading, justify="right", min_width=width)
+            if number and _width(console, table) > max(console.width, NARROW):
+                table.columns.pop()
+                break
+        for row, system in enumerate(shown.systems):
+            cells = [_cell(column.cells[row], with_interval=not number) for number, column in enumerate(shown.columns)]
+            table.add_row(system, *cells[: len(table.columns) - 1])
         _print(console, table)
-    for note in [*notes, *([] if shared_metrics.isdisjoint(metrics["metric"].to_pylist()) else [SHARED_NOTE])]:
+    if any(cell.significant for shown in tables for column in shown.columns for cell in column.cells):
+        say(f"* differs significantly from {baseline}")
+    shared = any(column.title.endswith(DAGGER) for shown in tables for column in shown.columns)
+    for note in [*notes, *([SHARED_NOTE] if shared else [])]:
         say(note)
+
+
+def _cell(cell: Cell, with_interval: bool) -> str:
+    star = "*" if cell.significant else ""
+    return f"{cell.text}{star}" + (f" {cell.interval}" if with_interval and cell.interval else "")
 
 
 def print_quality(table: pa.Table, notes: Sequence[str] = ()) -> None:
@@ -77,9 +85,13 @@ def print_leakage(figures: Sequence[Mapping[str, Any]]) -> None:
     _print(Console(markup=False, highlight=False), grid)
 
 
+def _width(console: Console, table: Table) -> int:
+    return Measurement.get(console, console.options.update(width=10_000), table).minimum
+
+
 def _print(console: Console, table: Table) -> None:
     """Print a table; one that is wider than the terminal is wrapped by it, never cut."""
-    needed = Measurement.get(console, console.options.update(width=10_000), table).minimum
+    needed = _width(console, table)
     screen, console.width = console.width, max(needed, console.width)  # a width given to print would be cut to it
     console.print(table, crop=False)
     console.width = screen
@@ -88,27 +100,3 @@ def _print(console: Console, table: Table) -> None:
 def _widest_line(cells: Sequence[str]) -> int:
     """Return the width of the longest line: numbers are never broken, headings may be."""
     return max(len(line) for cell in cells for line in cell.split("\n"))
-
-
-def _columns(grid: Grid, main: AbstractSet[str], shared_metrics: AbstractSet[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield columns that fit on a screen: intervals only of win rates; wins, ties and losses in one column."""
-    rows = dict(grid.rows)
-    for metric, cells in rows.items():
-        judge, _, figure = metric.rpartition(" ")
-        dagger = DAGGER if metric in shared_metrics else ""
-        if figure == "win":
-            parts = zip(*(rows[f"{judge} {part}"] for part in ("win", "tie", "loss")), strict=True)
-            yield f"{judge} {dagger}\nW/T/L %", [_percentages(part) for part in parts]
-        elif metric.endswith(" win rate"):
-            percent = [_NUMBER.sub(_as_percentage, cell) for cell in cells]
-            yield f"{judge.removesuffix(' win')} {dagger}\nwin rate %", [cell.replace(" [", "\n[") for cell in percent]
-        elif metric in main:
-            yield f"{metric}{dagger}", [cell.partition(" [")[0].replace(" ± ", "\n± ") for cell in cells]
-
-
-def _as_percentage(share: re.Match[str]) -> str:
-    return f"{100 * float(share[0]):.0f}"
-
-
-def _percentages(shares: Sequence[str]) -> str:
-    return "–" if "–" in shares else "/".join(f"{100 * float(share.split()[0]):.0f}" for share in shares)

@@ -22,6 +22,13 @@ AGREEMENT = pa.schema(
         ("agreement", pa.float64()),  # share of pairs with the same verdict
         ("ci_low", pa.float64()),  # 95% bootstrap interval, over examples
         ("ci_high", pa.float64()),
+        (
+            "decided",
+            pa.float64(),
+        ),  # share with the same verdict of the pairs on which neither says tie; null without any
+        ("n_decided", pa.int64()),  # these pairs
+        ("ties_a", pa.float64()),  # share of pairs on which each says tie
+        ("ties_b", pa.float64()),
         ("kappa", pa.float64()),  # Cohen's; null if all verdicts of both are the same
         ("kappa_low", pa.float64()),
         ("kappa_high", pa.float64()),
@@ -44,6 +51,12 @@ class Agreement:
     None if all verdicts of both are the same: then all agreement may be chance.
     """
     pairs: int
+    decided: int
+    """Pairs on which neither says tie."""
+    same_decided: int
+    """Those of them with the same verdict."""
+    ties: tuple[float, float]
+    """Share of the pairs on which each says tie."""
 
 
 def agreement(
@@ -77,7 +90,11 @@ def agreement(
     kappa = None if alike else bootstrap.statistic(_kappa, *counts)
     if kappa is not None and kappa.low == kappa.high:  # all resamples are equal, which does not make it certain
         kappa = replace(kappa, low=None, high=None)
-    return Agreement(raw, kappa, len(both))
+    table = counts.sum(axis=1).reshape(3, 3)
+    tie = _VERDICTS.index("tie")
+    ties = float(table[tie].sum() / len(both)), float(table[:, tie].sum() / len(both))
+    clear = np.delete(np.delete(table, tie, axis=0), tie, axis=1)
+    return Agreement(raw, kappa, len(both), int(clear.sum()), int(np.trace(clear)), ties)
 
 
 def agreements(
@@ -96,6 +113,8 @@ def agreements(
             kappa = found.kappa
             rows.append({
                 "judge_a": a, "judge_b": b,
+                "decided": found.same_decided / found.decided if found.decided else None,
+                "n_decided": found.decided, "ties_a": found.ties[0], "ties_b": found.ties[1],
                 "agreement": found.raw.value, "ci_low": found.raw.low, "ci_high": found.raw.high,
                 "kappa": kappa and kappa.value, "kappa_low": kappa and kappa.low, "kappa_high": kappa and kappa.high,
                 "n": found.pairs,

@@ -6,6 +6,9 @@ import numpy as np
 
 from cpo_pipe.eval.statistics.bootstrap import Values
 
+RESAMPLES = 9999
+"""Random exchanges of `permutation_p`, whose smallest value is therefore 0.0002 (two-sided)."""
+
 OUTCOME_STEP = 0.25
 """Outcomes are multiples of this: a win is 1, a tie 0.5, and two orders of one pair may be averaged."""
 
@@ -35,6 +38,27 @@ def sign_flip_p(differences: Sequence[float] | Values) -> float:
         chances = np.convolve(chances, spread)
     sums = 2 * np.arange(len(chances)) - (len(chances) - 1)
     return min(1.0, float(chances[np.abs(sums) >= abs(signed.sum())].sum()))
+
+
+def permutation_p(differences: Sequence[float] | Values, seed: int) -> float:
+    """Return the two-sided p of paired differences of any values, by exchanging the systems on each example.
+
+    As `sign_flip_p`, with RESAMPLES random exchanges in place of all.
+
+    Args:
+        differences: one per example.
+        seed: of the exchanges.
+    """
+    from scipy.stats import permutation_test
+
+    values = np.asarray(differences, np.float64)
+    if not values.any():
+        return 1.0
+    test = permutation_test(
+        (values,), np.mean, permutation_type="samples", vectorized=True, n_resamples=RESAMPLES,
+        rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    return float(test.pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -159,7 +159,7 @@ class Run:
     def evaluate(self) -> Path:
         """Stage `evaluate`: print the table, write report.html and metrics.parquet; return the report's path."""
         from cpo_pipe.eval.evaluate import evaluate
-        from cpo_pipe.eval.report.terminal import print_table
+        from cpo_pipe.eval.report.terminal import print_leaderboards
         from cpo_pipe.run_report import write_run_report
 
         config, examples = self.resolver.evaluate_section(), self.resolver.examples()
@@ -173,9 +173,10 @@ class Run:
             made["artifact"] = evaluation.artifact.name
         shutil.copyfile(evaluation.artifact.path / "metrics.parquet", self.run_dir / "metrics.parquet")
         report = write_run_report(self.resolver, self.log, evaluation, systems)
-        shared, scores = evaluation.shared_metrics, evaluation.score_metrics
-        print_table(evaluation.metrics(), config.baseline, shared, scores, evaluation.notes)
+        print_leaderboards(evaluation.leaderboards(), config.baseline, evaluation.notes)
         say(one_line(f"report: {report}"))
+        if (answer := evaluation.verdict()) is not None:
+            say(answer.sentence)
         return report
 
     def evaluation_costs(self) -> None:

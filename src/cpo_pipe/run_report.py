@@ -7,13 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cpo_pipe.data.errors import MissingInput
 from cpo_pipe.data.fingerprint import digest, sha256_file
 from cpo_pipe.data.models.model import Model
 from cpo_pipe.data.store import Rows
-from cpo_pipe.eval.config import ensemble_system
+from cpo_pipe.eval.config import Evaluate, ensemble_system
 from cpo_pipe.eval.evaluate import Evaluation
 from cpo_pipe.eval.report.data import ReportData
 from cpo_pipe.eval.report.exports import write_exports
@@ -60,6 +61,8 @@ def write_run_report(
         recipe=text,
         artifacts=artifacts,
         baseline=config.baseline,
+        verdict=evaluation.verdict(),
+        leaderboards=evaluation.leaderboards(),
         metrics=evaluation.metrics(),
         comparisons=evaluation.comparisons(),
         agreements=evaluation.agreements(),
@@ -69,6 +72,7 @@ def write_run_report(
         notes=[*([recipe.note] if recipe.note else []), *evaluation.notes, *notes],
         examples=evaluation.examples,
         outputs=evaluation.outputs(),
+        scores=_scores(evaluation, config),
         verdicts=evaluation.verdicts(),
         ensembles={
             name: [(alpha, ensemble_system(name, alpha)) for alpha in sorted(ensemble.alphas)]
@@ -96,6 +100,17 @@ def _warnings(resolver: Resolver, name: str, model: Model) -> list[str]:
     metrics = pq.read_table(model.path / METRICS_FILE).to_pylist()
     rows = [{key: value for key, value in row.items() if value is not None} for row in metrics]
     return Watch(name, resolver.recipe.training(name), rows, quiet=True).warnings
+
+
+def _scores(evaluation: Evaluation, config: Evaluate) -> pa.Table:
+    """Return the values per example of the metric that ranks; for a win rate of its judge's scores or of chrF."""
+    metric, _ = config.ranked_by()
+    judge = metric.removesuffix(" win rate")
+    if judge in config.judges:
+        score = config.judges[judge].score_metric(judge)
+        metric = score.name if score is not None else "chrF"
+    values = evaluation.values()
+    return values.filter(pc.equal(values["metric"], metric))
 
 
 def _shown_groups(resolver: Resolver) -> tuple[Plan, Rows | None, list[str]]:

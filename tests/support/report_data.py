@@ -9,6 +9,7 @@ from cpo_pipe.eval.config import GROUND_TRUTH
 from cpo_pipe.eval.judging import VERDICTS
 from cpo_pipe.eval.metrics.wins import COMPARISONS
 from cpo_pipe.eval.report.data import ReportData
+from cpo_pipe.eval.report.leaderboard import leaderboards
 from cpo_pipe.eval.statistics.agreement import AGREEMENT
 from cpo_pipe.pipeline.quality.schema import QUALITY
 
@@ -85,11 +86,13 @@ def make_data(text: str = "", count: int = 3, **changes: Any) -> ReportData:
         for number in range(count)
     ]
     steps = {"step": [1, 2, 3], "loss": [2.5, 2.0, None], "reward_margin": [0.0, 0.1, 0.3], "learning_rate": [1e-5] * 3}
+    table = pa.Table.from_pylist(metrics, schema=METRICS)
+    ranked = leaderboards(table, COMPARISONS.empty_table(), "mle", ("similarity win rate", "greedy"), {"MAUVE"})
     settings: dict[str, Any] = {
-        "identity": "i1", "run": "a-run",
+        "leaderboards": ranked, "identity": "i1", "run": "a-run",
         "created": "2026-11-20 15:00", "versions": {"cpo-pipe": "0.1.0"}, "recipe": f"name: {text}",
         "artifacts": {"examples": "examples/abc"}, "baseline": "mle",
-        "metrics": pa.Table.from_pylist(metrics, schema=METRICS),
+        "metrics": table,
         "comparisons": COMPARISONS.empty_table(), "agreements": AGREEMENT.empty_table(),
         "verdicts": VERDICTS.empty_table(),
         "shared_metrics": {"MAUVE", "similarity win rate"}, "notes": ["a note"],

@@ -12,9 +12,9 @@ from tests.support.report_page import render
 
 def test_charts_are_described_in_words(tmp_path: Path) -> None:
     _, page = render(tmp_path, make_data())
-    assert page.tags.count("svg") == 5
+    assert page.tags.count("figure") == 5
     assert "Win rates against mle: cpo, greedy 0.60 (0.50 to 0.70)." in page.text
-    assert "Training of cpo-run: loss from 2.5 at step 1 to 2 at step 2; reward margin from 0" in page.text
+    assert "All trainings. cpo-run: loss from 2.5 at step 1 to 2 at step 2; cpo-run: reward margin from 0" in page.text
     assert "Scores of the negatives in the ranking: autoregressive 4 negatives, median 0.50." in page.text
     assert "Length of the negatives relative to their targets: autoregressive 4 negatives, median 0.75." in page.text
     assert "Candidates of a group: 4 groups, K 2.25 on average; 1 of them have no negative (K = 1)." in page.text
@@ -23,7 +23,7 @@ def test_charts_are_described_in_words(tmp_path: Path) -> None:
 def test_unranked_negatives_have_no_chart_of_similarities(tmp_path: Path) -> None:
     unranked = strategy("batch", similarity_histogram=None, similarity=None, similarity_p50=None)
     _, page = render(tmp_path, make_data(quality=quality_table(unranked)))
-    assert page.tags.count("svg") == 4
+    assert page.tags.count("figure") == 4
     assert "Scores of the negatives" not in page.text
 
 

@@ -72,7 +72,7 @@ def test_sections_without_data_are_omitted(tmp_path: Path) -> None:
     data = make_data(trainings={"a": pa.table({"other": [1]})}, quality=None, quality_notes=[], groups=None,
                      group_examples=None)  # fmt: skip
     _, page = render(tmp_path, data)
-    assert page.tags.count("svg") == 1
+    assert page.tags.count("figure") == 1
     assert "There are no groups to measure." in page.text
     assert "Training" not in page.text
 

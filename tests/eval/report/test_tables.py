@@ -32,23 +32,28 @@ def test_differences_between_systems_are_shown_judge_by_judge(tmp_path: Path) ->
     _, page = render(tmp_path, make_data(comparisons=table))
     assert row_of(page, "cpo against mle, greedy") == "+0.100 [+0.013, +0.200]0.0200.0401,785"
     assert "-0.250< 0.0010.0401,785" in page.text
-    similarity, exact = page.text.index("\nsimilarity win rate †\n"), page.text.index("\nexact win rate\n")
+    similarity, exact = (
+        page.text.index(f"\nDifferences in {name}\n") for name in ("similarity win rate †", "exact win rate")
+    )
     assert similarity < page.text.index("+0.100") < exact < page.text.index("-0.250")
     _, page = render(tmp_path, make_data())
-    assert "Differences between systems" not in page.text
+    assert "Differences" not in page.text
 
 
 def test_the_agreement_of_judges_is_shown_and_exported(tmp_path: Path) -> None:
     row = {"judge_a": "gpt", "judge_b": "human annotations", "agreement": 0.8125, "ci_low": 0.7, "ci_high": 0.9,
-           "kappa": 0.5, "kappa_low": 0.25, "kappa_high": 0.75, "n": 1600}  # fmt: skip
-    alike = row | {"judge_b": "longer", "kappa": None, "kappa_low": None, "kappa_high": None}
+           "kappa": 0.5, "kappa_low": 0.25, "kappa_high": 0.75, "n": 1600, "decided": 0.875, "n_decided": 1200,
+           "ties_a": 0.05, "ties_b": 0.125}  # fmt: skip
+    alike = row | {"judge_b": "longer", "kappa": None, "kappa_low": None, "kappa_high": None, "decided": None}
     data = make_data(agreements=pa.Table.from_pylist([row, alike], schema=AGREEMENT))
     _, page = render(tmp_path, data)
-    assert row_of(page, "gpt and human annotations") == "0.812 [0.700, 0.900]0.500 [0.250, 0.750]1,600"
-    assert row_of(page, "gpt and longer") == "0.812 [0.700, 0.900]–1,600"
+    assert row_of(page, "gpt and human annotations") == (
+        "0.812 [0.700, 0.900]0.875 (1,200)5.0%, 12.5%0.500 [0.250, 0.750]1,600"
+    )
+    assert row_of(page, "gpt and longer") == "0.812 [0.700, 0.900]–5.0%, 12.5%–1,600"
     write_exports(tmp_path, data)
     assert (
-        "| gpt and human annotations | 0.812 [0.700, 0.900] | 0.500 [0.250, 0.750] | 1,600 |"
+        "| gpt and human annotations | 0.812 [0.700, 0.900] | 0.875 (1,200) | 5.0%, 12.5% | 0.500 [0.250, 0.750] |"
         in (tmp_path / "metrics.md").read_text()
     )
     _, page = render(tmp_path, make_data())
@@ -76,7 +81,7 @@ def test_metrics_that_use_the_rankers_model_are_marked(tmp_path: Path) -> None:
     assert "MAUVE †" in page.text
     assert "rep-4 †" not in page.text
     assert "† Measured with the embedding model that ranked" in page.text
-    _, page = render(tmp_path, make_data(shared_metrics=frozenset()))
+    _, page = render(tmp_path, make_data(shared_metrics=frozenset(), leaderboards=()))
     assert "†" not in page.text
 
 

@@ -3,46 +3,53 @@
 import pyarrow as pa
 import pytest
 
-from cpo_pipe.eval.report.terminal import print_quality, print_table
-from tests.support.report_data import make_data, quality_table, strategy
+from cpo_pipe.data.schemas import METRICS
+from cpo_pipe.eval.report.data import ReportData
+from cpo_pipe.eval.report.leaderboard import Leaderboard, leaderboards
+from cpo_pipe.eval.report.tables import SHARED_NOTE
+from cpo_pipe.eval.report.terminal import print_leaderboards, print_quality
+from tests.support.report_data import figure, make_data, quality_table, strategy
 
 
-def test_the_terminal_shows_the_same_figures(
+def shown(capsys: pytest.CaptureFixture[str], data: ReportData) -> list[str]:
+    print_leaderboards(boards(data), data.baseline, data.notes)
+    return capsys.readouterr().out.splitlines()
+
+
+def boards(data: ReportData) -> list[Leaderboard]:
+    ranked_by = ("similarity win rate", "greedy")
+    return leaderboards(data.metrics, data.comparisons, data.baseline, ranked_by, data.shared_metrics)
+
+
+def test_the_terminal_shows_the_figures_that_rank(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    data = make_data()
-    print_table(data.metrics, "mle", data.shared_metrics, notes=data.notes)
-    shown = capsys.readouterr().out
-    assert "against mle" in shown
-    assert "0.250" in shown
-    assert "± 0.015" in shown
-    assert "MAUVE †" in shown
-    assert "† Measured with the embedding model" in shown
-    assert "a note" in shown
+    lines = shown(capsys, make_data())
+    assert lines[0] == "greedy, mle is the baseline".ljust(len(lines[0]))
+    (cpo,) = (line.split() for line in lines if line.startswith(" cpo"))
+    assert cpo == ["cpo", "60%", "[50,", "70]", "0.750", "0.250", "–"]
+    names = [line.split()[0] for line in lines if line.startswith(" ") and line.split()]
+    assert names[-3:] == ["cpo", "mle", "ground-truth"]
+    assert lines[-2:] == ["a note", SHARED_NOTE]
 
 
-def test_the_terminal_omits_secondary_figures(
+def test_metrics_that_do_not_fit_the_screen_are_left_to_the_report(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    names = {"a-judge-with-a-long-name": 0.7, "another-judge-with-a-name": 0.6, "a-third-judge-with-a-name": 0.5}
     data = make_data()
-    row = {"system": "cpo", "decoding": "greedy", "value": 0.987, "ci_low": None, "ci_high": None, "n": 4}
-    left = ["gpt position bias", "gpt flip rate", "likely log-prob", "gpt win rate against mix@0.5", "distinct-3"]
-    more = pa.Table.from_pylist([row | {"metric": metric} for metric in left], schema=data.metrics.schema)
-    print_table(pa.concat_tables([data.metrics, more]), "mle", data.shared_metrics)
-    shown = capsys.readouterr().out
-    assert "0.987" not in shown
-    assert "99" not in shown
-
-
-def test_a_narrow_terminal_loses_no_figure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "30")
-    data = make_data()
-    print_table(data.metrics, "mle", data.shared_metrics)
-    shown = capsys.readouterr().out
-    assert "…" not in shown
-    assert all(figure in shown for figure in ("0.500", "0.250", "4.125", "0.750", "± 0.015", "60"))
+    rows = [figure("cpo", "greedy", f"{name} win rate", value) for name, value in names.items()]
+    more = pa.concat_tables([data.metrics, pa.Table.from_pylist(rows, schema=METRICS)])
+    for columns in ("30", "80", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        lines = shown(capsys, make_data(metrics=more, notes=[]))[:-1]
+        assert max(map(len, lines)) <= max(80, int(columns))
+        text = "\n".join(lines)
+        assert "…" not in text
+        assert "60% [50, 70]" in text, "the metric that ranks is always there"
+        assert ("third" in text) == (columns == "200")
+        assert all(word in text for word in ("similarity", "win rate", "ground-truth"))
 
 
 def test_the_terminal_shows_the_quality_of_negatives(

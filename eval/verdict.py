@@ -1,0 +1,127 @@
+"""The answer of an evaluation: the best system against the baseline, whether that is decided, and what it costs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from cpo_pipe.eval.config import GROUND_TRUTH
+from cpo_pipe.eval.metrics.figures import ANY_DECODING
+from cpo_pipe.eval.statistics.tests import holm
+
+SIGNIFICANCE = 0.05
+COSTS = {"target NLL": "nats per token", "length": "tokens"}
+"""Metrics that a gain may cost, with their units."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What else differs between the best system and the baseline."""
+
+    metric: str
+    value: float
+    baseline: float
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.value:.3g} against {self.baseline:.3g} {COSTS[self.metric]}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How the best system compares with the baseline, in the metric that ranks systems (higher is better)."""
+
+    metric: str
+    decoding: str
+    system: str
+    baseline: str
+    value: float
+    baseline_value: float
+    """One half of a win rate."""
+    difference: float
+    low: float | None
+    """95% interval of the difference."""
+    high: float | None
+    p: float
+    """Of this difference, adjusted (Holm) for the number of systems that were compared with the baseline."""
+    systems: int
+    """How many these are."""
+    costs: tuple[Cost, ...]
+
+    @property
+    def decided(self) -> bool:
+        """Whether the difference is significant."""
+        return self.p < SIGNIFICANCE
+
+    @property
+    def headline(self) -> str:
+        """The answer without figures."""
+        if not self.decided:
+            return f"Undecided: the best system, {self.system}, does not differ significantly from {self.baseline}"
+        if self.difference > 0:
+            return f"{self.system} is better than {self.baseline}"
+        return f"No system is better than {self.baseline}; the best other one, {self.system}, is worse"
+
+    @property
+    def figures(self) -> str:
+        """The figures of the answer."""
+        interval = "" if self.low is None else f" [{self._signed(self.low)}, {self._signed(self.high or 0.0)}]"
+        p = "p < 0.001" if self.p < 0.001 else f"p = {self.p:.3f}"
+        return (
+            f"{self.metric} of {self.system} under {self.decoding} {self._shown(self.value)} against "
+            f"{self._shown(self.baseline_value)}, {self._signed(self.difference)}{interval}, {p}"
+        )
+
+    @property
+    def sentence(self) -> str:
+        """The answer in one sentence."""
+        costs = f"; {', '.join(map(str, self.costs))}" if self.costs else ""
+        return f"{self.headline}: {self.figures}{costs}."
+
+    def _shown(self, value: float) -> str:
+        return f"{100 * value:.0f}%" if self.metric.endswith("win rate") else f"{value:.3g}"
+
+    def _signed(self, value: float) -> str:
+        return f"{100 * value:+.0f}" if self.metric.endswith("win rate") else f"{value:+.2g}"
+
+
+def verdict(metrics: pa.Table, comparisons: pa.Table, baseline: str, metric: str, decoding: str) -> Verdict | None:
+    """Return the verdict; None if no system was compared with the baseline.
+
+    Args:
+        metrics: METRICS schema.
+        comparisons: COMPARISONS schema.
+        baseline: the system that the others are compared with.
+        metric: what ranks the systems.
+        decoding: of the outputs.
+    """
+    rows = [
+        row
+        for row in comparisons.to_pylist()
+        if (row["metric"], row["decoding"], row["system_b"]) == (metric, decoding, baseline)
+    ]
+    if not rows:
+        return None
+    adjusted = holm([row["p"] for row in rows])
+    number = max(range(len(rows)), key=lambda one: rows[one]["difference"])
+    best, values = rows[number], _values(metrics, decoding)
+    system, is_rate = best["system_a"], metric.endswith("win rate")
+    costs = tuple(
+        Cost(cost, values[system, cost], values[baseline, cost])
+        for cost in COSTS
+        if (system, cost) in values and (baseline, cost) in values
+    )
+    return Verdict(
+        metric, decoding, system, baseline, values[system, metric],
+        0.5 if is_rate else values[baseline, metric],
+        best["difference"], best["ci_low"], best["ci_high"], adjusted[number], len(rows),
+        () if baseline == GROUND_TRUTH else costs,
+    )  # fmt: skip
+
+
+def _values(metrics: pa.Table, decoding: str) -> Mapping[tuple[str, str], float]:
+    """Return the values under a decoding, by system and metric."""
+    return {
+        (row["system"], row["metric"]): row["value"]
+        for row in metrics.to_pylist()
+        if row["decoding"] in (decoding, ANY_DECODING)
+    }

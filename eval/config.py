@@ -99,10 +99,17 @@ class Ensemble(Section):
         return System(merge={first: alpha, second: round(1 - alpha, 12)})  # 1 − 0.9 is the 0.1 that a user writes
 
 
-class Headline(Section):
-    """The metric, higher is better, and the decoding by which systems are ranked."""
+DIVERSITY = ("distinct-1", "distinct-2", "distinct-3")
+"""Metrics of all outputs together, in which a system is better that is nearer to the ground truth."""
 
-    metric: str = Field(description="`JUDGE win rate`, the metric of a judge's scores, or chrF")
+
+class Headline(Section):
+    """The metric and the decoding by which systems are ranked."""
+
+    metric: str = Field(
+        description="`JUDGE win rate`, the metric of a judge's scores or chrF (higher is better), or distinct-1, "
+        "distinct-2 or distinct-3 (nearer to the ground truth's is better)"
+    )
     decoding: Name | None = Field(None, description="name in `decodings` (default: the first)")
 
 
@@ -221,7 +228,7 @@ class Evaluate(Section):
         known = [f"{name} win rate" for name in self.judges]
         known += [metric.name for name, judge in self.judges.items() if (metric := judge.score_metric(name))]
         for field, value, choices in (
-            ("metric", self.headline.metric, [*known, "chrF"]),
+            ("metric", self.headline.metric, [*known, "chrF", *DIVERSITY]),
             ("decoding", self.headline.decoding, [*self.decodings]),
         ):
             if value is not None and value not in choices:

@@ -27,7 +27,7 @@ from cpo_pipe.data.models.model import Model
 from cpo_pipe.data.models.tokenizer import tokenizer_in
 from cpo_pipe.data.store import Artifact, ArtifactWriter, Store
 from cpo_pipe.eval.annotations import Annotations, read_annotations
-from cpo_pipe.eval.config import GROUND_TRUTH, Evaluate
+from cpo_pipe.eval.config import DIVERSITY, GROUND_TRUTH, Evaluate
 from cpo_pipe.eval.generate import (
     Generation,
     generate_outputs,
@@ -41,6 +41,7 @@ from cpo_pipe.eval.generate import (
 from cpo_pipe.eval.judges.base import Judge, JudgeDependencies, Judgement, ScoreJudge, ScoreMetric
 from cpo_pipe.eval.judging import Comparison, judge_outputs, read_cases, score_outputs, verdicts_table, winners_by_rater
 from cpo_pipe.eval.metrics.differences import value_differences
+from cpo_pipe.eval.metrics.diversity import diversity_differences
 from cpo_pipe.eval.metrics.figures import ANY_DECODING, Figures
 from cpo_pipe.eval.metrics.mauve import MIN_TEXTS, CausalEncoder, measure_mauve
 from cpo_pipe.eval.metrics.text import measure_diversity, measure_likelihood, measure_overlap, measure_text
@@ -332,7 +333,13 @@ def measure_outputs(plan: EvaluationPlan, store: Store, executor: Executor) -> t
     differences = wins.compare(config.baseline, fingerprints)
     metric, decoding = config.ranked_by()
     if metric not in differences["metric"].to_pylist():
-        more = value_differences(figures, metric, decoding, config.baseline, fingerprints)
+        if metric in DIVERSITY:
+            written_by = {system: outputs[system, decoding].token_ids for system in plan.systems}
+            more = diversity_differences(
+                metric, decoding, written_by, targets.token_ids, config.baseline, fingerprints, config.seed
+            )
+        else:
+            more = value_differences(figures, metric, decoding, config.baseline, fingerprints)
         differences = pa.concat_tables([differences, pa.Table.from_pylist(more, schema=COMPARISONS)])
     winners, places = winners_by_rater(judgements, cases, sides, plan.annotations)
     agreement = pa.Table.from_pylist(agreements(winners, places, figures.bootstrap), schema=AGREEMENT)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from cpo_pipe.eval.config import GROUND_TRUTH
+from cpo_pipe.eval.config import DIVERSITY, GROUND_TRUTH
 from cpo_pipe.eval.metrics.figures import ANY_DECODING
 from cpo_pipe.eval.statistics.tests import holm
 
@@ -28,7 +28,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How the best system compares with the baseline, in the metric that ranks systems (higher is better)."""
+    """How the best system compares with the baseline, in the metric that ranks systems."""
 
     metric: str
     decoding: str
@@ -37,7 +37,10 @@ class Verdict:
     value: float
     baseline_value: float
     """One half of a win rate."""
+    truth: float | None
+    """The ground truth's value, of a metric in which the nearer system is better."""
     difference: float
+    """Of the values; with `truth` by how much the system is nearer to it. Positive is better."""
     low: float | None
     """95% interval of the difference."""
     high: float | None
@@ -57,6 +60,8 @@ class Verdict:
         """The answer without figures."""
         if not self.decided:
             return f"Undecided: the best system, {self.system}, does not differ significantly from {self.baseline}"
+        if self.difference > 0 and self.truth is not None:
+            return f"{self.system} comes nearer to the ground truth than {self.baseline}"
         if self.difference > 0:
             return f"{self.system} is better than {self.baseline}"
         return f"No system is better than {self.baseline}; the best other one, {self.system}, is worse"
@@ -66,9 +71,12 @@ class Verdict:
         """The figures of the answer."""
         interval = "" if self.low is None else f" [{self._signed(self.low)}, {self._signed(self.high or 0.0)}]"
         p = "p < 0.001" if self.p < 0.001 else f"p = {self.p:.3f}"
+        gain = f"{self._signed(self.difference)}{interval}"
+        if self.truth is not None:
+            gain = f"the ground truth has {self._shown(self.truth)}; nearer by {gain}"
         return (
             f"{self.metric} of {self.system} under {self.decoding} {self._shown(self.value)} against "
-            f"{self._shown(self.baseline_value)}, {self._signed(self.difference)}{interval}, {p}"
+            f"{self._shown(self.baseline_value)}, {gain}, {p}"
         )
 
     @property
@@ -112,7 +120,7 @@ def verdict(metrics: pa.Table, comparisons: pa.Table, baseline: str, metric: str
     )
     return Verdict(
         metric, decoding, system, baseline, values[system, metric],
-        0.5 if is_rate else values[baseline, metric],
+        0.5 if is_rate else values[baseline, metric], values[GROUND_TRUTH, metric] if metric in DIVERSITY else None,
         best["difference"], best["ci_low"], best["ci_high"], adjusted[number], len(rows),
         () if baseline == GROUND_TRUTH else costs,
     )  # fmt: skip

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from cpo_pipe.data.progress import track
 from cpo_pipe.eval.generate import Outputs
+from cpo_pipe.eval.metrics.diversity import distinct_estimate, distinct_n, n_grams
 from cpo_pipe.eval.metrics.figures import ANY_DECODING, Figures
 
 TEXT_METRICS = {
@@ -34,7 +35,7 @@ def measure_text(figures: Figures, system: str, decoding: str, outputs: Outputs)
     figures.add_mean(system, decoding, "rep-4", [rep_n(ids, 4) for ids in outputs.token_ids])
     figures.add_share(system, decoding, "repetition loops", [ends_in_loop(ids) for ids in outputs.token_ids])
     for n in (1, 2, 3):
-        figures.add_value(system, decoding, f"distinct-{n}", distinct_n(outputs.token_ids, n))
+        figures.add(system, decoding, f"distinct-{n}", distinct_estimate(outputs.token_ids, n))
     figures.add_mean(system, decoding, "length", [len(ids) for ids in outputs.token_ids])
 
 
@@ -78,7 +79,7 @@ def rep_n(token_ids: Sequence[int], n: int = 4) -> float:
 
     The seq-rep-n of Welleck et al. 2020, "Neural text generation with unlikelihood training", eq. 10.
     """
-    grams = _n_grams(token_ids, n)
+    grams = n_grams(token_ids, n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
@@ -90,16 +91,6 @@ def ends_in_loop(token_ids: Sequence[int]) -> bool:
     """
     ids = list(token_ids)
     return any(ids[-3 * size : -size] == ids[-2 * size :] for size in range(2, len(ids) // 3 + 1))
-
-
-def distinct_n(texts: Sequence[Sequence[int]], n: int = 2) -> float:
-    """Return distinct n-grams divided by all n-grams of all texts together (Li et al. 2016); 0 without n-grams.
-
-    Low values mean that the texts are alike. The value falls with the number of texts, so that only systems measured on
-    the same prompts can be compared.
-    """
-    grams = [gram for text in texts for gram in _n_grams(text, n)]
-    return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def chrf(outputs: Sequence[str], targets: Sequence[str]) -> NDArray[np.float64]:
@@ -129,7 +120,3 @@ def self_bleu(samples: Sequence[str]) -> float:
     others = [[*samples[:number], *samples[number + 1 :]] for number in range(len(samples))]
     scores = [metric.sentence_score(sample, rest).score for sample, rest in zip(samples, others, strict=True)]
     return float(np.mean(scores))
-
-
-def _n_grams(token_ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
-    return [tuple(token_ids[start : start + n]) for start in range(len(token_ids) - n + 1)]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from cpo_pipe.eval.config import GROUND_TRUTH
+from cpo_pipe.eval.config import DIVERSITY, GROUND_TRUTH
 from cpo_pipe.eval.judges.base import ScoreMetric
 from cpo_pipe.eval.metrics.figures import ANY_DECODING
 from cpo_pipe.eval.verdict import SIGNIFICANCE
@@ -110,9 +110,11 @@ def leaderboards(
         }  # fmt: skip
 
         def rank(system: str, here: Mapping[tuple[str, str], Any] = here) -> float:
-            row = here.get((system, ranked_by[0]))
-            # The baseline has no win rate against itself.
-            return -row["value"] if row is not None else -0.5
+            row, truth = (here.get((name, ranked_by[0])) for name in (system, GROUND_TRUTH))
+            if row is None:  # the baseline has no win rate against itself
+                return -0.5
+            value: float = row["value"]
+            return abs(value - truth["value"]) if truth is not None and ranked_by[0] in DIVERSITY else -value
 
         order = [*sorted(systems, key=rank), *([GROUND_TRUTH] if (GROUND_TRUTH, "rep-4") in here else [])]
         columns = [
@@ -132,7 +134,7 @@ def _metrics(
     rates = [metric for metric in measured if metric.endswith(" win rate") and "length-controlled" not in metric]
     scores = [metric.name for metric in score_metrics if metric.on_terminal]
     names = dict.fromkeys(name for name in (ranking, *rates, *scores, *ALWAYS) if name in measured)
-    yield from [(name, ALWAYS.get(name, "↑")) for name in names][:COLUMNS]
+    yield from [(name, "≈" if name in DIVERSITY else ALWAYS.get(name, "↑")) for name in names][:COLUMNS]
 
 
 def _cells(

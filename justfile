@@ -69,6 +69,10 @@ exactness:
 bench-train *ARGS:
     OMP_NUM_THREADS=1 python -m tests.benchmarks.train_step {{ARGS}}
 
+# The demo on ten fresh seeds: verdicts, time and memory (most of an hour on two cores; a second call resumes)
+demo-seeds *ARGS:
+    python -m tests.benchmarks.demo_seeds {{ARGS}}
+
 # The papers' comparisons at the scale small, over five seeds: docs/results.md (over an hour on two cores; a second call resumes)
 results *ARGS:
     python -m tests.benchmarks.results {{ARGS}}

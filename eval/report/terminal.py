@@ -1,6 +1,6 @@
 """The ranked systems, the answer, and the quality of the negatives, on the terminal."""
 
-import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,14 +26,12 @@ def print_leaderboards(tables: Sequence[Leaderboard], baseline: str, notes: Sequ
     for shown in tables:
         title = f"{shown.decoding}, {baseline} is the baseline"
         table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-        table.add_column("", overflow="fold", min_width=min(LONGEST_NAME, _widest_line(shown.systems)))
+        table.add_column("", overflow="fold", width=min(LONGEST_NAME, _widest_line(shown.systems)))
         for number, column in enumerate(shown.columns):
             cells = [_cell(cell, with_interval=not number) for cell in column.cells]
             heading = f"{column.title} {column.direction}"
-            if column.metric.endswith(" win rate"):
-                heading = heading.replace(" win rate", "\nwin rate")
-            width = max(_widest_line(cells), *map(len, re.split(r"\s", heading)))
-            table.add_column(heading, justify="right", min_width=width)
+            width = max(_widest_line(cells), *map(len, heading.split()))
+            table.add_column("\n".join(textwrap.wrap(heading, width)), justify="right", no_wrap=True, min_width=width)
             if number and _width(console, table) > max(console.width, NARROW):
                 table.columns.pop()
                 break

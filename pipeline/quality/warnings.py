@@ -100,9 +100,10 @@ def _likelihood(row: Mapping[str, Any]) -> Iterator[str]:
         )
     else:
         yield (
-            f"the reference model finds the negative {likelier} in {_share(share)} of the pairs: training can succeed "
-            "by making all likely text less likely; raise its temperature or top_k (0 is the model's own "
-            "distribution), and set train.*.mle_weight."
+            f"the reference model finds the negative {likelier} in {_share(share)} of the pairs, as text cut by top_k, "
+            "top_p or a low temperature is: training can succeed by making likely text less likely. Under a decoder "
+            "that cuts likewise this gives diversity back, at the price of likelihood (set train.*.mle_weight); for "
+            "other decoders raise its temperature or top_k (0 is the model's own distribution)."
         )
 
 

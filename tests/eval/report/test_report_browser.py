@@ -11,13 +11,16 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from cpo_pipe.data.schemas import EXAMPLES
+from cpo_pipe.data.schemas import EXAMPLES, METRICS
 from cpo_pipe.eval.judging import VERDICTS
+from cpo_pipe.eval.metrics.figures import VALUES
 from cpo_pipe.eval.metrics.wins import COMPARISONS
 from cpo_pipe.eval.report.data import ReportData, StageRecord
+from cpo_pipe.eval.report.leaderboard import leaderboards
 from cpo_pipe.eval.report.report import write_report
 from cpo_pipe.eval.statistics.agreement import AGREEMENT
-from tests.support.report_data import HOSTILE, example, make_data, said, verdict
+from cpo_pipe.eval.verdict import verdict as verdict_of
+from tests.support.report_data import HOSTILE, example, figure, make_data, said, verdict
 
 playwright = pytest.importorskip("playwright.sync_api")
 
@@ -52,11 +55,25 @@ def data_of(**changes: Any) -> ReportData:
     difference = {"metric": "similarity win rate", "decoding": "greedy", "system_a": "cpo", "system_b": "mle",
                   "difference": 0.1, "ci_low": 0.0, "ci_high": 0.2, "p": 0.04, "p_holm": 0.08, "n": 60,
                   "n_needed": 700}  # fmt: skip
+    found = make_data()
+    metrics = pa.concat_tables([found.metrics, pa.Table.from_pylist(
+        [figure(system, decoding, "chrF", value) for decoding in ("greedy", "top-k")
+         for system, value in {"mle": 18.5, "cpo": 20.25, "rival": 9.0}.items()], schema=METRICS)])  # fmt: skip
+    comparisons = pa.Table.from_pylist([difference], schema=COMPARISONS)
+    ranked_by = ("similarity win rate", "greedy")
+    scores = [
+        {"example_id": f"e{number}", "system": system, "decoding": "greedy", "metric": "chrF", "value": value}
+        for number in range(COUNT)
+        for system, value in {"mle": 50.0, "cpo": 50.0 + (number * 7) % COUNT - 30, "rival": 1.0}.items()
+    ]
     agreement = {"judge_a": "similarity", "judge_b": "api", "agreement": 0.8, "ci_low": 0.7, "ci_high": 0.9,
-                 "kappa": 0.5, "kappa_low": 0.2, "kappa_high": 0.8, "n": 7}  # fmt: skip
+                 "kappa": 0.5, "kappa_low": 0.2, "kappa_high": 0.8, "n": 7, "decided": 0.9,
+                 "n_decided": 5, "ties_a": 0.1, "ties_b": 0.2}  # fmt: skip
     return make_data(**{
         "agreements": pa.Table.from_pylist([agreement], schema=AGREEMENT),
-        "comparisons": pa.Table.from_pylist([difference], schema=COMPARISONS), "ensembles": {"e": [(0.5, "cpo")]},
+        "metrics": metrics, "comparisons": comparisons, "scores": pa.Table.from_pylist(scores, schema=VALUES),
+        "leaderboards": leaderboards(metrics, comparisons, "mle", ranked_by, {"MAUVE"}),
+        "verdict": verdict_of(metrics, comparisons, "mle", *ranked_by), "ensembles": {"e": [(0.5, "cpo")]},
         "examples": pa.Table.from_pylist(examples, schema=EXAMPLES), "outputs": pa.Table.from_pylist(outputs),
         "verdicts": pa.Table.from_pylist(verdicts, schema=VERDICTS),
         "stages": [StageRecord(name="prepare", seconds=1, total_seconds=2, spent="")], **changes,
@@ -122,8 +139,9 @@ def visit(browser: Any, written: dict[str, Path]) -> Iterator[Callable[..., Open
     """Opens a report; no page may have complained, or asked for anything but itself."""
     visits: list[Opened] = []
 
-    def opened(fragment: str = "", *, name: str = "plain", width: int = 1440) -> Opened:
-        page = browser.new_page(viewport={"width": width, "height": 900})
+    def opened(fragment: str = "", *, name: str = "plain", width: int = 1440, dark: bool = False) -> Opened:
+        scheme = "dark" if dark else "light"
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         made = Opened(page)
         address = written[name].as_uri()
         visits.append(made)
@@ -229,7 +247,7 @@ def test_every_control_is_reached_by_tab_and_enter_does_not_send_the_form(visit:
     for _ in range(6):
         report.page.keyboard.press("Tab")
         reached.append(report.page.evaluate("document.activeElement.name"))
-    assert reached == ["category", "system", "decoding", "judge", "outcome", "marked"]
+    assert reached == ["category", "system", "decoding", "judge", "outcome", "sort"]
 
 
 def test_differences_are_marked_word_by_word(visit: Callable[..., Opened]) -> None:
@@ -253,6 +271,82 @@ def test_differences_are_a_longest_common_subsequence(visit: Callable[..., Opene
     assert differences("differences('same words', 'same words')") == [["", "same words"]]
     assert differences("differences('a '.repeat(2000), 'b '.repeat(2000))") is None, "too long to compare"
     assert differences("differences('a '.repeat(9000) + 'x', 'a '.repeat(9000) + 'y').at(-2)") == ["ins", "y"]
+
+
+def test_the_answer_comes_first(visit: Callable[..., Opened]) -> None:
+    report = visit()
+    first = report.page.locator("main > *").first.inner_text()
+    assert first.startswith(
+        "cpo is better than mle\nsimilarity win rate of cpo under greedy 60% against 50%, +10 [+0, +20]"
+    )
+    assert report.page.locator("main h2").all_inner_texts() == [
+        "cpo is better than mle", "Ranking", "Charts", "Training", "Examples", "Details"
+    ]  # fmt: skip
+
+
+def systems(report: Opened) -> list[str]:
+    texts: list[str] = report.page.locator("[role=tabpanel]:not([hidden]) table.ranked tbody th").all_inner_texts()
+    return [text.split()[0] for text in texts]
+
+
+def test_columns_are_sorted_by_their_numbers(visit: Callable[..., Opened]) -> None:
+    report = visit()
+    assert systems(report) == ["cpo", "mle", "rival", "ground-truth"]
+    chrf = report.page.locator("table.ranked >> nth=0 >> th button", has_text="chrF")
+    chrf.click()
+    assert systems(report) == ["cpo", "mle", "rival", "ground-truth"], "those without a value last"
+    chrf.press("Enter")
+    assert systems(report) == ["rival", "mle", "cpo", "ground-truth"]
+    head = report.page.locator("table.ranked >> nth=0 >> th[aria-sort]")
+    assert head.get_attribute("aria-sort") == "ascending"
+    report.page.locator("table.ranked >> nth=0 >> th button", has_text="system").click()
+    assert systems(report) == ["cpo", "ground-truth", "mle", "rival"]
+    assert report.page.locator("th[aria-sort]").count() == 1
+
+
+def test_tabs_are_opened_by_mouse_keyboard_and_address(visit: Callable[..., Opened]) -> None:
+    report = visit()
+    shown = report.page.locator("#details ~ div > [role=tabpanel]:not([hidden])")
+    assert shown.get_attribute("id") == "metrics"
+    report.page.get_by_role("tab", name="Negatives").click()
+    assert shown.get_attribute("id") == "negatives"
+    report.page.keyboard.press("ArrowLeft")
+    assert shown.get_attribute("id") == "agreement"
+    assert report.page.evaluate("document.activeElement.textContent") == "Judges"
+    assert report.page.evaluate("document.activeElement.getAttribute('aria-selected')") == "true"
+    report.page.evaluate("location.hash = '#recipe'")
+    playwright.expect(shown).to_have_attribute("id", "recipe")
+    assert visit("#stages").page.locator("#stages").is_visible()
+
+
+def test_examples_are_sorted_by_the_difference_of_their_scores(visit: Callable[..., Opened]) -> None:
+    report = visit()
+    report.choose("sort", "gain")
+    gains = [(number * 7) % COUNT - 30 for number in range(COUNT)]
+    best = sorted(range(COUNT), key=lambda number: -gains[number])
+    report.expect("^60 of 60")
+    assert [text.split()[1] for text in report.cards()] == [str(number + 1) for number in best[:25]]
+    assert f"chrF: {50.0 + gains[best[0]]:.2f}" in report.page.locator("#cards article").first.inner_text()
+    report.choose("sort", "loss")
+    assert [text.split()[1] for text in report.cards()][:2] == [str(number + 1) for number in best[::-1][:2]]
+    report.choose("system", "rival")
+    report.choose("decoding", "top-k")
+    report.expect("^0 of 60")  # no scores under this decoding
+    assert report.page.url.endswith("#examples?system=rival&decoding=top-k&sort=loss")
+
+
+def test_without_its_script_the_page_shows_all_panels(browser: Any, written: dict[str, Path]) -> None:
+    page = browser.new_context(java_script_enabled=False).new_page()
+    page.goto(written["plain"].as_uri())
+    assert page.locator(".panel").count() == page.locator(".panel:visible").count() > 5
+    assert page.locator("h3", has_text="Negatives").is_visible()
+    page.close()
+
+
+def test_a_dark_page_is_dark(visit: Callable[..., Opened]) -> None:
+    color = "getComputedStyle(document.body).backgroundColor"
+    assert visit(dark=True).page.evaluate(color) == "rgb(22, 24, 27)"
+    assert visit().page.evaluate(color) == "rgb(255, 255, 255)"
 
 
 def test_hostile_texts_are_shown_as_they_are(visit: Callable[..., Opened]) -> None:
@@ -281,9 +375,10 @@ def test_the_page_is_no_wider_than_the_screen(visit: Callable[..., Opened], widt
 
 
 @pytest.mark.skipif(not AXE.is_file(), reason=f"{AXE} is not there (npm install axe-core; AXE_CORE names its folder)")
+@pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [390, 1440])
-def test_axe_finds_nothing_serious(visit: Callable[..., Opened], width: int) -> None:
-    report = visit("#examples?marked=baseline", width=width)
+def test_axe_finds_nothing_serious(visit: Callable[..., Opened], width: int, dark: bool) -> None:
+    report = visit("#examples?marked=baseline", width=width, dark=dark)
     report.page.evaluate(AXE.read_text(encoding="utf-8"))
     violations = report.page.evaluate("axe.run().then((found) => found.violations)")
     serious = [

@@ -23,7 +23,7 @@ class Cost:
     baseline: float
 
     def __str__(self) -> str:
-        return f"{self.metric} {self.value:.3g} against {self.baseline:.3g} {COSTS[self.metric]}"
+        return f"{self.metric} {self.value:#.3g} against {self.baseline:#.3g} {COSTS[self.metric]}"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Verdict:
         return f"{self.headline}: {self.figures}{costs}."
 
     def _shown(self, value: float) -> str:
-        return f"{100 * value:.0f}%" if self.metric.endswith("win rate") else f"{value:.3g}"
+        return f"{100 * value:.0f}%" if self.metric.endswith("win rate") else f"{value:#.3g}"
 
     def _signed(self, value: float) -> str:
         return f"{100 * value:+.0f}" if self.metric.endswith("win rate") else f"{value:+.2g}"

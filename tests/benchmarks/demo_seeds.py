@@ -1,4 +1,4 @@
-"""The demo on fresh seeds: how often its claim holds, its time and its memory. `just demo-seeds`; a second call resumes.
+"""The demo on fresh seeds: how often its claim holds, its time and its memory (`just demo-seeds`; resumable).
 
 A seed changes the split, initial weights, data orders, negatives and samples. Each run has a store of its own, as that
 of a new user. Prints a Markdown table.

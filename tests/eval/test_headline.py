@@ -7,7 +7,7 @@ from scipy.stats import ttest_1samp
 
 from cpo_pipe.eval.config import Evaluate
 from cpo_pipe.eval.metrics.diversity import distinct_n
-from tests.support.evaluation import Bench
+from tests.support.evaluation import DECODINGS, Bench
 
 
 def config(**settings: object) -> Evaluate:
@@ -38,7 +38,7 @@ def test_what_is_not_measured_is_refused(headline: dict[str, str], said: str) ->
 
 
 def test_a_metric_with_values_per_example_is_compared_by_these(bench: Bench) -> None:
-    result = bench.run(headline={"metric": "chrF", "decoding": "top-k"}, judges=["similarity"])
+    result = bench.run(headline={"metric": "chrF", "decoding": "top-k"}, judges=["similarity"], decodings=DECODINGS)
     values = result.values().to_pylist()
     of = {
         system: [row["value"] for row in values if (row["system"], row["decoding"], row["metric"]) == key]
@@ -69,4 +69,4 @@ def test_diversity_is_compared_with_the_ground_truths(bench: Bench) -> None:
     assert answer.truth == pytest.approx(distinct_n([ids[:-1] for ids in targets], 2))
     gain = abs(answer.baseline_value - answer.truth) - abs(answer.value - answer.truth)
     assert answer.difference == pytest.approx(gain)
-    assert f"the ground truth has {answer.truth:.3g}; nearer by {gain:+.2g}" in answer.sentence
+    assert f"the ground truth has {answer.truth:#.3g}; nearer by {gain:+.2g}" in answer.sentence

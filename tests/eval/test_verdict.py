@@ -39,7 +39,7 @@ def test_a_decided_gain() -> None:
     assert found.p == pytest.approx(0.02), "Holm's adjustment for the two systems"
     assert found.sentence == (
         "cpo is better than mle: gpt win rate of cpo under greedy 60% against 50%, +10 [+4, +16], p = 0.020; "
-        "target NLL 4.25 against 4 nats per token, length 41 against 50 tokens."
+        "target NLL 4.25 against 4.00 nats per token, length 41.0 against 50.0 tokens."
     )
 
 
@@ -63,7 +63,7 @@ def test_all_others_are_worse() -> None:
 def test_another_metric_has_the_baselines_own_value() -> None:
     found = answer(row("cpo", 1.5, 0.0001, metric="chrF", ci_low=1.04, ci_high=1.96), metric="chrF")
     assert found is not None
-    assert found.figures == "chrF of cpo under greedy 20 against 18.5, +1.5 [+1, +2], p < 0.001"
+    assert found.figures == "chrF of cpo under greedy 20.0 against 18.5, +1.5 [+1, +2], p < 0.001"
 
 
 def test_other_pairs_decodings_and_metrics_are_no_answer() -> None:
@@ -76,3 +76,15 @@ def test_against_the_ground_truth_there_are_no_costs() -> None:
     found = answer(row("cpo", 0.1, 0.01, system_b=GROUND_TRUTH), baseline=GROUND_TRUTH)
     assert found is not None
     assert found.costs == ()
+
+
+def test_of_diversity_the_nearer_system_is_better() -> None:
+    rows = [figure(name, "greedy", "distinct-2", value) for name, value in {"mle": 0.4, "cpo": 0.5}.items()]
+    metrics = pa.Table.from_pylist([*rows, figure(GROUND_TRUTH, "-", "distinct-2", 0.62)], schema=METRICS)
+    compared = pa.Table.from_pylist([row("cpo", 0.1, 0.001, metric="distinct-2")], schema=COMPARISONS)
+    found = verdict(metrics, compared, "mle", "distinct-2", "greedy")
+    assert found is not None
+    assert found.sentence == (
+        "cpo comes nearer to the ground truth than mle: distinct-2 of cpo under greedy 0.500 against 0.400, the ground "
+        "truth has 0.620; nearer by +0.1 [+0.04, +0.16], p = 0.001."
+    )

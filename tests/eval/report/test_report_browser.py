@@ -277,7 +277,7 @@ def test_the_answer_comes_first(visit: Callable[..., Opened]) -> None:
     report = visit()
     first = report.page.locator("main > *").first.inner_text()
     assert first.startswith(
-        "cpo is better than mle\nsimilarity win rate of cpo under greedy 60% against 50%, +10 [+0, +20]"
+        "cpo is better than mle\n\nsimilarity win rate of cpo under greedy 60% against 50%, +10 [+0, +20]"
     )
     assert report.page.locator("main h2").all_inner_texts() == [
         "cpo is better than mle", "Ranking", "Charts", "Training", "Examples", "Details"
@@ -339,7 +339,7 @@ def test_without_its_script_the_page_shows_all_panels(browser: Any, written: dic
     page = browser.new_context(java_script_enabled=False).new_page()
     page.goto(written["plain"].as_uri())
     assert page.locator(".panel").count() == page.locator(".panel:visible").count() > 5
-    assert page.locator("h3", has_text="Negatives").is_visible()
+    assert page.get_by_role("heading", name="Negatives", exact=True).is_visible()
     page.close()
 
 

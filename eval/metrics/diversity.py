@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
 
 from cpo_pipe.eval.statistics.bootstrap import CONFIDENCE, Estimate, Values
 from cpo_pipe.eval.statistics.tests import holm
@@ -99,6 +98,8 @@ def _leave_one_out(texts: Texts, n: int) -> Values:
 
 def _jackknife(value: float, without: Values) -> tuple[float | None, float | None]:
     """Return the 95% interval of a statistic from its values without each example; None for a single example."""
+    from scipy.stats import norm
+
     count = len(without)
     if count < 2:
         return None, None

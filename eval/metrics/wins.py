@@ -31,7 +31,7 @@ JUDGED = {
     "flip rate": "share of the pairs whose verdict changes with the order in which the outputs are shown",
     "unparseable": "share of the answers that are no verdict; each counts as a tie",
     "length-controlled win rate": "the win rate that a logistic model of outcome and length predicts for equal "
-    "length, after AlpacaEval 2.0; needs 100 examples, and is missing if one system always writes more",
+    "length, after AlpacaEval 2.0; needs 100 examples, and is missing if one system writes more on 85% of them",
 }
 """A judge's metrics; their names follow the judge's."""
 

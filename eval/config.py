@@ -9,6 +9,7 @@ from cpo_pipe.data.config import Location, Name, Positive, Section, Seed, Share
 from cpo_pipe.data.text import listed, nearest
 from cpo_pipe.eval.judges.base import JudgeConfig
 from cpo_pipe.eval.judges.registry import JUDGES
+from cpo_pipe.pipeline.engines.base import SamplingDtype
 from cpo_pipe.pipeline.engines.registry import AUTO, ENGINES, EngineName
 
 GROUND_TRUTH = "ground-truth"
@@ -158,6 +159,7 @@ class Evaluate(Section):
     bootstrap: Positive = Field(2000, description="resamples of the bootstrap intervals")
     seed: Seed = Field(0, description="seed of sampling and of the bootstrap")
     engine: EngineName = AUTO
+    dtype: SamplingDtype = "auto"
     batch_size: Positive = Field(256, description="prompts per engine call")
 
     @model_validator(mode="after")

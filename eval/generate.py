@@ -130,7 +130,7 @@ def generate_outputs(
     if isinstance(model, Model):
         longest = max(generation.sampling.max_new_tokens for generation in generations)
         length = check_context(selection, model, longest, "evaluate.max_new_tokens")
-        engine = LazyEngine(config.engine, model, length)
+        engine = LazyEngine(config.engine, model, length, config.dtype)
     for generation in sorted(generations, key=lambda generation: generation.sampling.beams):
         rows, sampling, seed, tokenizer = generation.rows, generation.sampling, config.seed, examples.tokenizer
         name = f"{generation.system}, {generation.decoding}"

@@ -17,7 +17,7 @@ from cpo_pipe.data.models.end_tokens import without_end
 from cpo_pipe.data.models.model import Model
 from cpo_pipe.data.models.tokenizer import TokenizerFiles
 from cpo_pipe.data.store import Rows, locks
-from cpo_pipe.pipeline.engines.base import Engine, Request, Sampling
+from cpo_pipe.pipeline.engines.base import Engine, Request, Sampling, SamplingDtype
 from cpo_pipe.pipeline.engines.registry import choose_engine
 
 WINDOW = 1024
@@ -99,23 +99,23 @@ class LazyEngine:
     It holds one engine at a time: one without beam search is dropped when beam search is needed.
     """
 
-    def __init__(self, name: str, model: Model, context: int | None = None):
+    def __init__(self, name: str, model: Model, context: int | None = None, dtype: SamplingDtype = "auto"):
         """Keep what the engine is opened with: its name or `auto`, and the arguments of `Engine`."""
         self.model = model
-        self._arguments = name, model, context
+        self._arguments = name, model, context, dtype
         self._engine: Engine | None = None
 
     def __call__(self, sampling: Sampling) -> Engine:
         """Return the engine for a sampling."""
-        name, model, context = self._arguments
+        name, model, context, dtype = self._arguments
         beam_search = sampling.beams > 1
         if self._engine is not None and beam_search and not self._engine.beam_search:
             self._engine = None  # first free its memory, which may not suffice for both
         if self._engine is None:
-            self._engine = choose_engine(name, model, beam_search)(model, context)
+            self._engine = choose_engine(name, model, beam_search)(model, context, dtype)
         return self._engine
 
-    def __reduce__(self) -> tuple[type["LazyEngine"], tuple[str, Model, int | None]]:
+    def __reduce__(self) -> tuple[type["LazyEngine"], tuple[str, Model, int | None, SamplingDtype]]:
         return LazyEngine, self._arguments
 
 

@@ -30,9 +30,9 @@ MIN_RARER = 10
 """Minimum number of wins, and of losses, with ties as halves."""
 
 MIN_SIDE = 0.15
-"""Share of the examples on which the system that usually writes more writes less, or the other way round. Below it, Δ = 0
-is an extrapolation: on AlpacaEval's annotations of 56 models, rates differed from the published ones by 0.7 points on
-average and 2.0 at most above it, and by 7.5 and 27 below (docs/log.md, 2026-11-30)."""
+"""Share of the examples on which the system that usually writes more writes less, or the other way round. Below it,
+Δ = 0 is an extrapolation: on AlpacaEval's annotations of 56 models, rates differed from the published ones by 0.7
+points on average and 2.0 at most above it, and by 7.5 and 27 below (docs/log.md, 2026-11-30)."""
 
 REFITS = 100
 """Bootstrap refits for the standard error; percentiles would need thousands."""

@@ -1,16 +1,47 @@
 """What an engine is: its interface, and the requests and samples that it exchanges."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.fingerprint import Spec
 from cpo_pipe.data.models.model import Model
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+
+SamplingDtype = Annotated[
+    Literal["auto", "float32", "bfloat16"],
+    Field(
+        description="precision of sampling (`auto`: bfloat16 on a GPU, float32 on a CPU; bfloat16 is faster on CPUs "
+        "with AVX512-BF16 or AMX); not part of a row's identity"
+    ),
+]
+"""The key `dtype` of a section that samples."""
+
+
+def torch_dtype(dtype: SamplingDtype) -> "torch.dtype":
+    """Return the dtype to sample in, and warn if bfloat16 is slow here."""
+    import torch
+
+    if dtype == "float32" or (dtype == "auto" and not torch.cuda.is_available()):
+        return torch.float32
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if not torch.cuda.is_available() and not fast:
+        log.warning(
+            "dtype is bfloat16, for which this CPU has no instructions (AVX512-BF16, AMX): float32 may be faster"
+        )
+    return torch.bfloat16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +120,13 @@ class Engine(ABC):
         return None
 
     @abstractmethod
-    def __init__(self, model: Model, context: int | None = None):
+    def __init__(self, model: Model, context: int | None = None, dtype: SamplingDtype = "auto"):
         """Load a model.
 
         Args:
             model: the model to sample from.
             context: tokens of the longest prompt and its continuation together, if known.
+            dtype: of weights and arithmetic; `auto`: bfloat16 on a GPU, float32 on a CPU.
         """
 
     @property

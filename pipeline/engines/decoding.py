@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from cpo_pipe.data.errors import cause
 from cpo_pipe.data.models.model import Model
-from cpo_pipe.pipeline.engines.base import Sample, Sampling
+from cpo_pipe.pipeline.engines.base import Sample, Sampling, SamplingDtype, torch_dtype
 
 log = logging.getLogger(__name__)
 
@@ -43,17 +43,17 @@ BATCHINGS = {
 class Decoder:
     """Decodes with a model in memory, by the fastest batching that is numerically equivalent to `PLAIN`."""
 
-    def __init__(self, model: Model):
+    def __init__(self, model: Model, dtype: SamplingDtype = "auto"):
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
-        network: Any = model.load(dtype)  # transformers types neither `to` nor `generate` well
+        chosen = torch_dtype(dtype)
+        network: Any = model.load(chosen)  # transformers types neither `to` nor `generate` well
         self.model = network.to(self._device).eval()
         # The authors' sampling defaults, such as a repetition penalty, must not change the requested distribution.
         self.model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         state_space = "cache_params" in inspect.signature(network.forward).parameters
         self._cache_name = "cache_params" if state_space else "past_key_values"
         self.batching = self._fastest_equivalent()
-        self.description = f"transformers {transformers.__version__}, {str(dtype).removeprefix('torch.')}"
+        self.description = f"transformers {transformers.__version__}, {str(chosen).removeprefix('torch.')}"
 
     def sample(self, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int], sampling: Sampling) -> list[Sample]:
         """Return a sample after each prompt, by its own seed."""

@@ -31,9 +31,11 @@ def _check(name: str) -> str:
         if name not in ENGINES.entries and (hint := nearest(name, [AUTO])):
             raise ValueError(f"unknown engine {name!r}; {hint}")
         try:
-            inspect.signature(ENGINES[name]).bind("model", "context")
+            inspect.signature(ENGINES[name]).bind("model", "context", "dtype")
         except TypeError as error:
-            raise ValueError(f"engine {name}: __init__ must take the model and the context ({error})") from error
+            raise ValueError(
+                f"engine {name}: __init__ must take the model, the context and the dtype ({error})"
+            ) from error
     return name
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from cpo_pipe.data.models.model import Model
-from cpo_pipe.pipeline.engines.base import Engine, Request, Sample, Sampling
+from cpo_pipe.pipeline.engines.base import Engine, Request, Sample, Sampling, SamplingDtype
 
 BATCH_TOKENS = 1 << 14
 """Tokens of a batch, prompts and limits together; bounds the memory of the KV cache."""
@@ -17,11 +17,11 @@ class TransformersEngine(Engine):
 
     beam_search = True
 
-    def __init__(self, model: Model, context: int | None = None):
+    def __init__(self, model: Model, context: int | None = None, dtype: SamplingDtype = "auto"):
         """Load the model; the cache grows as needed, whatever the `context`."""
         from cpo_pipe.pipeline.engines.decoding import Decoder  # imports torch
 
-        self._decoder = Decoder(model)
+        self._decoder = Decoder(model, dtype)
 
     @property
     def description(self) -> str:

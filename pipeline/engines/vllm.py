@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from cpo_pipe.data.models.model import Model
-from cpo_pipe.pipeline.engines.base import LogprobEngine, Request, Sample, Sampling
+from cpo_pipe.pipeline.engines.base import LogprobEngine, Request, Sample, Sampling, SamplingDtype, torch_dtype
 
 if TYPE_CHECKING:  # vLLM is imported where it is needed, by `_import_vllm`
     from vllm import RequestOutput, SamplingParams
@@ -56,13 +56,14 @@ class VllmEngine(LogprobEngine):
                 return f"attention heads of {size} dimensions on a CPU"
         return None
 
-    def __init__(self, model: Model, context: int | None = None):
+    def __init__(self, model: Model, context: int | None = None, dtype: SamplingDtype = "auto"):
         """Load the model.
 
         Args:
             model: the model.
             context: tokens of the longest prompt and its continuation together. None: as many as the model's context
                 and the memory of the cache allow, for which vLLM reserves buffers.
+            dtype: of weights and arithmetic.
         """
         _import_vllm()
         import torch
@@ -75,7 +76,7 @@ class VllmEngine(LogprobEngine):
             "skip_tokenizer_init": True,
             "trust_remote_code": False,
             "generation_config": "vllm",
-            "dtype": "bfloat16" if on_gpu else "float32",
+            "dtype": str(torch_dtype(dtype)).removeprefix("torch."),
             # A model's own context may need more memory for a single row than there is for the cache.
             "max_model_len": -1 if context is None else context,
             "disable_log_stats": True,

@@ -15,7 +15,7 @@ from cpo_pipe.data.models.model import Model
 from cpo_pipe.pipeline.api.client import Question
 from cpo_pipe.pipeline.api.model import ApiModel
 from cpo_pipe.pipeline.api.work import ApiWork, prompt_of
-from cpo_pipe.pipeline.engines.base import Sampling, check_context
+from cpo_pipe.pipeline.engines.base import Sampling, SamplingDtype, check_context
 from cpo_pipe.pipeline.engines.registry import AUTO, EngineName
 from cpo_pipe.pipeline.negatives.strategy import Inputs, Job, Strategy
 from cpo_pipe.pipeline.samples import WINDOW, EngineWork, LazyEngine
@@ -84,6 +84,7 @@ class EngineSampler(Sampler):
     """Samples continuations with a local engine."""
 
     engine: EngineName = AUTO
+    dtype: SamplingDtype = "auto"
     batch_size: Positive = Field(256, description="prompts per engine call; does not change the distribution")
 
     def plan_model(self, inputs: Inputs, model: Model) -> Job:
@@ -97,7 +98,9 @@ class EngineSampler(Sampler):
         context = check_context(inputs.selection, model, sampling.max_new_tokens, f"{inputs.key}.max_new_tokens")
         rows = inputs.rows(sampled_spec(inputs.examples.rendering, model.fingerprint, sampling, inputs.seed))
         columns = {"strategy": self.kind, "generator": model.fingerprint}
-        work = EngineWork(rows, LazyEngine(self.engine, model, context), sampling, inputs.seed, tokenizer, columns)
+        work = EngineWork(
+            rows, LazyEngine(self.engine, model, context, self.dtype), sampling, inputs.seed, tokenizer, columns
+        )
         return Job(inputs.source(rows, self.count), work, self.batch_size)
 
 

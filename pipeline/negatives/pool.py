@@ -61,7 +61,7 @@ class Pool(EngineSampler):
     def _check(self) -> "Pool":
         if (self.model is None) == (self.file is None):
             raise ValueError("give either model or file")
-        for key in ("columns",) if self.file is None else ("top_k", "temperature", "engine", "batch_size"):
+        for key in ("columns",) if self.file is None else ("top_k", "temperature", "engine", "dtype", "batch_size"):
             if key in self.model_fields_set:
                 raise ValueError(f"{key}: not used with a {'model' if self.file is None else 'file'}; remove it")
         return self
@@ -86,8 +86,9 @@ class Pool(EngineSampler):
         spec = pool_model_spec(examples.rendering, model.fingerprint, own.fingerprint, sampling, inputs.seed, day)
         rows, refused = inputs.rows(spec), inputs.refused(spec)
         columns = {"strategy": self.kind, "generator": model.fingerprint}
-        work = PoolModelWork(rows, refused, LazyEngine(self.engine, model), own, examples.rendering, sampling,
-                             inputs.seed, examples.tokenizer, columns, day)  # fmt: skip
+        engine = LazyEngine(self.engine, model, None, self.dtype)
+        work = PoolModelWork(rows, refused, engine, own, examples.rendering, sampling, inputs.seed, examples.tokenizer,
+                             columns, day)  # fmt: skip
         return Job(inputs.source(rows, self.count, refused), work, self.batch_size)
 
     def _plan_file(self, inputs: Inputs, file: PoolFile) -> Job:

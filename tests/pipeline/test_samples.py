@@ -24,8 +24,8 @@ class Sampler(Engine):
 
     description = "sampler"
 
-    def __init__(self, model: Any, context: int | None = None):
-        self.context = context
+    def __init__(self, model: Any, context: int | None = None, dtype: str = "auto"):
+        self.context, self.dtype = context, dtype
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
         raise NotImplementedError
@@ -36,10 +36,11 @@ def test_an_engine_without_beam_search_gives_way_to_transformers(
 ) -> None:
     caplog.set_level("INFO")
     monkeypatch.setattr(ENGINES, "entries", {"sampler": Sampler, "transformers": TransformersEngine})
-    engine = LazyEngine("auto", locate_model(str(tiny_model), Store(tmp_path / "store")), 9)
+    engine = LazyEngine("auto", locate_model(str(tiny_model), Store(tmp_path / "store")), 9, "bfloat16")
     first = engine(SAMPLED)
     assert isinstance(first, Sampler)
-    assert first.context == 9
+    assert (first.context, first.dtype) == (9, "bfloat16")
+    assert pickle.loads(pickle.dumps(engine))(SAMPLED).dtype == "bfloat16"
     assert engine(SAMPLED) is first, "one engine for all samples"
     search = engine(SEARCHED)
     assert isinstance(search, TransformersEngine)

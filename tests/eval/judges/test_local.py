@@ -313,7 +313,7 @@ class Own(LogprobEngine):
 
     description = "own, float32"
 
-    def __init__(self, model: Model, context: int | None = None):
+    def __init__(self, model: Model, context: int | None = None, dtype: str = "auto"):
         self.network = model.load(torch.float32).eval()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:

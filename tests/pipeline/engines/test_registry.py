@@ -23,12 +23,12 @@ from cpo_pipe.pipeline.engines.base import Engine, LogprobEngine
 class Mine(Engine):
     "My own."
     description = "mine"
-    def __init__(self, model, context=None): pass
+    def __init__(self, model, context=None, dtype="auto"): pass
     def generate(self, requests, sampling): yield from ()
 
 class Nameless(Engine):
     "It does not say what it is."
-    def __init__(self, model, context=None): pass
+    def __init__(self, model, context=None, dtype="auto"): pass
     def generate(self, requests, sampling): yield from ()
 
 class Silent(Mine, LogprobEngine):
@@ -75,7 +75,7 @@ def test_known_names_and_import_paths_stay_as_they_are(name: str) -> None:
         ("users_engines:Engine", "is incomplete; implement __init__, description, generate"),
         (
             "users_engines:Contextless",
-            "engine users_engines:Contextless: __init__ must take the model and the context (",
+            "engine users_engines:Contextless: __init__ must take the model, the context and the dtype (",
         ),
         ("users_engines:Undescribed", "engine users_engines:Undescribed has no docstring; describe it in one line"),
         (
@@ -98,7 +98,7 @@ class Searcher(Engine):
     beam_search = True
     description = "searcher"
 
-    def __init__(self, model: Any, context: int | None = None):
+    def __init__(self, model: Any, context: int | None = None, dtype: str = "auto"):
         raise AssertionError("only chosen, never opened")
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:

@@ -13,8 +13,8 @@ from cpo_pipe.data.models.locate import locate_model
 from cpo_pipe.data.models.model import Model
 from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline.engines import transformers
-from cpo_pipe.pipeline.engines.base import Request, Sample, Sampling, check_context
-from cpo_pipe.pipeline.engines.decoding import PLAIN, Batching
+from cpo_pipe.pipeline.engines.base import Request, Sample, Sampling, SamplingDtype, check_context, torch_dtype
+from cpo_pipe.pipeline.engines.decoding import PLAIN, Batching, GivenChoice
 from cpo_pipe.pipeline.engines.transformers import TransformersEngine
 from tests.support.answers import answers
 from tests.support.architectures import VOCABULARY, each, make, openai_gpt
@@ -139,3 +139,36 @@ def test_limits_that_are_advised_can_be_kept(llama: Model, longest: int, new_tok
         f"{llama.name} is 128 tokens; {fix}"
     )
     assert check_context(selection.slice(1), llama, 127, "evaluate.max_new_tokens") == 128
+
+
+@pytest.mark.parametrize(("dtype", "shown"), [("auto", "float32"), ("float32", "float32"), ("bfloat16", "bfloat16")])
+def test_the_dtype_is_that_of_weights_and_provenance(llama: Model, dtype: SamplingDtype, shown: str) -> None:
+    engine = TransformersEngine(llama, dtype=dtype)
+    assert engine.description.endswith(f", {shown}")
+    assert engine._decoder.model.dtype == getattr(torch, shown)
+
+
+def test_in_bfloat16_log_probs_are_those_of_float32_up_to_its_rounding(llama: Model) -> None:
+    exact, rounded = (TransformersEngine(llama, dtype=dtype)._decoder for dtype in ("float32", "bfloat16"))
+    given = [[5, 9, 13, 2, 30, 7, 8, 40]]
+    found = []
+    for decoder in (exact, rounded):
+        choice = GivenChoice(given, [], torch.device("cpu"))
+        decoder._decode([(7, 8, 9)], choice, decoder.batching)
+        found.append(choice.samples()[0].logprob)
+    assert found[1] == pytest.approx(found[0], rel=0.02)
+    assert found[1] != found[0]
+
+
+def test_a_cpu_without_instructions_for_bfloat16_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for fast in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert torch_dtype("bfloat16") == torch.bfloat16
+        assert ("float32 may be faster" in caplog.text) == (not fast)
+    caplog.clear()
+    torch_dtype("float32")
+    torch_dtype("auto")
+    assert not caplog.text

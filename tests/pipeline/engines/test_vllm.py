@@ -133,7 +133,7 @@ def test_beam_search_is_that_of_transformers_once_vllm_is_gone(
     class Recorded(TransformersEngine):
         """transformers, which notes whether vLLM is still there when it is loaded."""
 
-        def __init__(self, model: Model, context: int | None = None):
+        def __init__(self, model: Model, context: int | None = None, dtype: str = "auto"):
             there.append(torch.distributed.is_initialized())
             super().__init__(model, context)
 

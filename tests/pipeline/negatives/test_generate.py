@@ -176,6 +176,7 @@ def test_what_decides_the_values_makes_new_rows(workplace: Workplace, settings: 
 def test_what_does_not_decide_them_makes_none(workplace: Workplace) -> None:
     workplace.generate(pairs(4), n=2)
     assert workplace.generate(pairs(4), n=2, batch_size=1)[0] == 0
+    assert workplace.generate(pairs(4), n=2, dtype="bfloat16")[0] == 0, "provenance, not identity"
     moved = workplace.root / "renamed"
     workplace.model.rename(moved)
     workplace.model = moved

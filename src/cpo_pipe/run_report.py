@@ -14,7 +14,7 @@ from cpo_pipe.data.errors import MissingInput
 from cpo_pipe.data.fingerprint import digest, sha256_file
 from cpo_pipe.data.models.model import Model
 from cpo_pipe.data.store import Rows
-from cpo_pipe.eval.config import Evaluate, ensemble_system
+from cpo_pipe.eval.config import DIVERSITY, Evaluate, ensemble_system
 from cpo_pipe.eval.evaluate import Evaluation
 from cpo_pipe.eval.report.data import ReportData
 from cpo_pipe.eval.report.exports import write_exports
@@ -103,12 +103,14 @@ def _warnings(resolver: Resolver, name: str, model: Model) -> list[str]:
 
 
 def _scores(evaluation: Evaluation, config: Evaluate) -> pa.Table:
-    """Return the values per example of the metric that ranks; for a win rate of its judge's scores or of chrF."""
+    """Return the values per example of the metric that ranks, of its judge's scores, or else of chrF."""
     metric, _ = config.ranked_by()
     judge = metric.removesuffix(" win rate")
     if judge in config.judges:
         score = config.judges[judge].score_metric(judge)
         metric = score.name if score is not None else "chrF"
+    elif metric in DIVERSITY:  # of all outputs together
+        metric = "chrF"
     values = evaluation.values()
     return values.filter(pc.equal(values["metric"], metric))
 

@@ -37,8 +37,9 @@ STYLE: Any = {
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 """Okabe and Ito's palette, safe for colour-blind readers."""
 
-PAGE_COLORS = {"#000000": "var(--text)", "#333333": "var(--text)", "#dddddd": "var(--line)"}
-"""Colours of the page that take the place of those of a figure, which are black on white."""
+_PAGE = {"#000000": "text", "#333333": "text", "#dddddd": "line"}
+PAGE_COLORS = {color: f"var(--{name}, {color})" for color, name in _PAGE.items()}
+"""Colours of the page that take the place of those of a figure, which are black on white, and stay elsewhere."""
 
 MARKERS, LINES = "os^Dv", ("-", "--", ":", "-.")
 """Distinguish several curves without colour."""

@@ -47,6 +47,8 @@ def test_curves_differ_by_more_than_colour() -> None:
     )
     assert "&lt;two&gt;" in chart.svg
     assert "stroke-dasharray" in chart.svg
+    assert "var(--text, #000000)" in chart.svg, "black where no page defines its colour of text"
+    assert "#000000" not in chart.svg.replace("var(--text, #000000)", "")
     assert chart.text == "t against α. one: 0.10 at 0; <two>: 0.20 (0.10 to 0.30) at 0, 0.30 at 1."
 
 

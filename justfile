@@ -73,6 +73,10 @@ bench-train *ARGS:
 demo-seeds *ARGS:
     python -m tests.benchmarks.demo_seeds {{ARGS}}
 
+# Methods compared on a real model, seed by seed (hours; a second call resumes); --help names the files it needs
+results-real *ARGS:
+    python -m tests.benchmarks.results_real {{ARGS}}
+
 # The papers' comparisons at the scale small, over five seeds: docs/results.md (over an hour on two cores; a second call resumes)
 results *ARGS:
     python -m tests.benchmarks.results {{ARGS}}

@@ -55,7 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "an, β 5, mean log-probs": {"beta": 5.0, "length_normalize": True},
     "an, whole distribution": {"negatives": {"whole": 3}},
 }
-"""What else is varied, on validation with the tuning seed; where answers can be compared also AN without correct ones."""
+"""What else is varied, on validation with the tuning seed; where answers can be compared also WITHOUT_CORRECT."""
 WITHOUT_CORRECT = "an, correct ones dropped"
 
 

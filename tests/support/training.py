@@ -1,6 +1,7 @@
 """Trainings of tiny models on groups written out by hand, and naive computations to compare them with."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from cpo_pipe.data.schemas import EXAMPLES
 from cpo_pipe.data.store import Artifact, Rows, Store
 from cpo_pipe.trainer import samples
 from cpo_pipe.trainer.checkpoint import METRICS_FILE
+from cpo_pipe.trainer.monitors import Watch
 from cpo_pipe.trainer.objectives import OBJECTIVES
+from cpo_pipe.trainer.objectives.base import Training
 from cpo_pipe.trainer.train import Inputs, train
 from cpo_pipe.trainer.validation_split import split_validation
 from tests.support.architectures import table
@@ -142,3 +145,17 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     caplog.clear()
     return messages
+
+
+def monitored(objective: str = "cpo", **settings: Any) -> Training:
+    reference = {} if objective in ("mle", "pss", "slic") else {"reference": "m"}
+    return OBJECTIVES.parse({"init": "m", "objective": objective, **reference, **settings})
+
+
+def watching(metrics: Sequence[dict[str, Any]] = (), objective: str = "cpo") -> Watch:
+    return Watch("t", monitored(objective), metrics)
+
+
+def look(watch: Watch, rows: Sequence[dict[str, Any]]) -> None:
+    for row in rows:
+        watch.step(row)

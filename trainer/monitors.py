@@ -182,7 +182,7 @@ class Saturation(Monitor):
         )
 
     def _advice(self, margin: float) -> str:
-        if not isinstance(self.config, ReferenceTraining):
+        if not isinstance(self.config, ReferenceTraining) or margin <= 0:
             return "stop earlier, or use negatives that are harder to tell from the target"
         suggested = self.config.beta * SENSIBLE_MARGIN / margin
         normalize = "" if self.config.length_normalize else ", or set length_normalize: true"

@@ -1,11 +1,21 @@
 """Differences between systems in the metric that ranks them, where it is no win rate."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from cpo_pipe.eval.metrics.figures import Figures
 from cpo_pipe.eval.statistics.tests import holm, permutation_p
+
+
+def compared(systems: Collection[str], baseline: str, fingerprints: Mapping[str, str]) -> list[str]:
+    """Return the systems to compare, the baseline last; of those with one model only one."""
+    models: dict[str, str] = {}
+    for name in [baseline, *fingerprints]:
+        if name in systems:
+            models.setdefault(fingerprints.get(name, name), name)
+    others = [name for name in models.values() if name != baseline]
+    return [*others, baseline] if baseline in systems else others
 
 
 def value_differences(
@@ -21,14 +31,8 @@ def value_differences(
         fingerprints: the model of each system; of systems with one model only one is compared.
     """
     values = figures.values_of(decoding, metric)
-    models: dict[str, str] = {}
-    for name in [baseline, *fingerprints]:
-        if name in values:
-            models.setdefault(fingerprints.get(name, name), name)
-    compared = [name for name in models.values() if name != baseline]
-    compared += [baseline] if baseline in values else []
     rows: list[dict[str, Any]] = []
-    for a, b in itertools.combinations(compared, 2):
+    for a, b in itertools.combinations(compared(values, baseline, fingerprints), 2):
         differences = values[a] - values[b]
         estimate = figures.bootstrap.mean(differences)
         rows.append({

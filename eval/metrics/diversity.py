@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cpo_pipe.eval.metrics.differences import compared
 from cpo_pipe.eval.statistics.bootstrap import CONFIDENCE, Estimate, Values
 from cpo_pipe.eval.statistics.tests import holm
 
@@ -61,14 +62,9 @@ def diversity_differences(
         seed: of the permutations.
     """
     n = int(metric.removeprefix("distinct-"))
-    models: dict[str, str] = {}
-    for name in [baseline, *outputs]:
-        if name in outputs:
-            models.setdefault(fingerprints.get(name, name), name)
-    compared = [*(name for name in models.values() if name != baseline), *([baseline] if baseline in outputs else [])]
     target, targets_without = distinct_n(truth, n), _leave_one_out(truth, n)
     rows: list[dict[str, Any]] = []
-    for a, b in itertools.combinations(compared, 2):
+    for a, b in itertools.combinations(compared(outputs, baseline, fingerprints), 2):
         gain = _nearer(distinct_n(outputs[a], n), distinct_n(outputs[b], n), target)
         without = _nearer(_leave_one_out(outputs[a], n), _leave_one_out(outputs[b], n), targets_without)
         low, high = _jackknife(float(gain), without)

@@ -135,7 +135,7 @@ def _at_alpha(point: Point) -> str:
 
 
 def training_curves(trainings: Mapping[str, pa.Table]) -> Chart | None:
-    """Draw the step metrics of all trainings, one panel for each of CURVES; None if there is none."""
+    """Draw the step metrics of all trainings, one panel for each of CURVES; None without any."""
     series = {name: found for name, steps in trainings.items() if (found := _series(steps))}
     drawn = [column for column in CURVES if any(column in found for found in series.values())]
     if not drawn:

@@ -159,9 +159,10 @@ def _write_plain(reader: "GGUFReader", out: Path) -> None:
 def _set_pre_tokenizer(name: str, pre_tokenizer: str | None, tokenizer: "PreTrainedTokenizerFast") -> None:
     """Split texts before they are merged as the file says, where transformers does not know how."""
     from tokenizers import pre_tokenizers
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    if pre_tokenizer is None or pre_tokenizer in _LIKE_GPT_2 | GGUF_PRE_TOKENIZER_SPLITS.keys():
+    # transformers splits as GPT-2 wherever it does not know the name.
+    as_gpt_2 = isinstance(tokenizer.backend_tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
+    if pre_tokenizer is None or pre_tokenizer in _LIKE_GPT_2 or not as_gpt_2:
         return
     if pre_tokenizer in _DIGITS_FIRST:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -38,9 +38,7 @@ def torch_dtype(dtype: SamplingDtype) -> "torch.dtype":
         return torch.float32
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if not torch.cuda.is_available() and not fast:
-        log.warning(
-            "dtype is bfloat16, for which this CPU has no instructions (AVX512-BF16, AMX): float32 may be faster"
-        )
+        log.warning("dtype bfloat16 is slow on this CPU, which has neither AVX512-BF16 nor AMX; float32 may be faster")
     return torch.bfloat16
 
 

@@ -40,7 +40,6 @@ def run(seed: int, folder: Path) -> dict[str, Any]:
     found = {
         "seed": seed, "verdict": done.stdout.strip().splitlines()[-1], "seconds": time.monotonic() - start,
         "peak_mib": int(peak) / 1024, "values": values,
-        "warnings": [line for line in done.stderr.splitlines() if line.startswith("train ") and " step " in line],
     }  # fmt: skip
     result.write_text(json.dumps(found))
     return found

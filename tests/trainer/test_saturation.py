@@ -64,6 +64,12 @@ def test_the_advice_on_saturation_fits_the_settings(caplog: pytest.LogCaptureFix
     assert message.endswith("stop earlier, or use negatives that are harder to tell from the target")
 
 
+def test_no_beta_is_suggested_without_a_margin(caplog: pytest.LogCaptureFixture) -> None:
+    look(watching(), steps([0.0] * 11, margin=0.0))
+    (message,) = [message for message in said(caplog) if "saturated" in message]
+    assert "beta" not in message
+
+
 def test_batches_without_negatives_say_nothing(caplog: pytest.LogCaptureFixture) -> None:
     nothing = {"preference_loss": math.nan, "reward_accuracy": math.nan, "reward_margin": math.nan, "loss": 0.0}
     look(watching(), [{"step": n, **nothing, "candidates": 1.0, "target_drop_per_token": 0.0} for n in range(40)])

@@ -110,6 +110,16 @@ def test_texts_begin_with_bos_where_the_file_says_so(llama: Path, tmp_path: Path
         assert new("the fox").input_ids == first + old("the fox").input_ids
 
 
+def test_a_pre_tokenizer_that_transformers_knows_is_left_to_it(llama: Path, tmp_path: Path, cli: Cli) -> None:
+    write_gguf(llama, tmp_path / "model.gguf", **{"tokenizer.ggml.pre": "llama-bpe"})
+    result = cli("convert", tmp_path / "model.gguf", "--out", tmp_path / "new")
+    assert "pre-tokenizer" not in result.err
+    # Llama 3 splits digits by threes; GPT-2 does not split them.
+    backend = AutoTokenizer.from_pretrained(tmp_path / "new").backend_tokenizer
+    parts = [part for part, _ in backend.pre_tokenizer.pre_tokenize_str("12345")]
+    assert parts == ["123", "45"]
+
+
 def test_an_unknown_pre_tokenizer_is_warned_of(llama: Path, tmp_path: Path, cli: Cli) -> None:
     write_gguf(llama, tmp_path / "model.gguf", **{"tokenizer.ggml.pre": "own-split"})
     result = cli("convert", tmp_path / "model.gguf", "--out", tmp_path / "new")

@@ -8,6 +8,7 @@ independent of the embedding model that ranks the negatives.
 """
 
 import argparse
+import math
 import os
 import re
 import subprocess
@@ -170,9 +171,9 @@ def run(work: Path, content: Mapping[str, Any]) -> Figures:
 
 
 def value(figures: Figures, system: str, decoding: str, metric: str) -> float:
-    """A figure, also one that depends on no decoding."""
-    found = figures.get((system, decoding, metric))
-    return figures[system, ANY_DECODING, metric] if found is None else found
+    """A figure, also one that depends on no decoding; NaN where it was not measured."""
+    found = [figures[key] for key in ((system, decoding, metric), (system, ANY_DECODING, metric)) if key in figures]
+    return found[0] if found else math.nan
 
 
 def tune(work: Path, name: str, task: Task, model: Path, methods: Sequence[str]) -> tuple[dict[str, int], Figures]:
@@ -207,6 +208,8 @@ def vary(work: Path, name: str, task: Task, model: Path, best: Mapping[str, floa
 def interval(values: Sequence[float]) -> str:
     """Mean over seeds and, of several, its 95% interval of Student's t."""
     mean = sum(values) / len(values)
+    if math.isnan(mean):
+        return "–"
     if len(values) < 2 or max(values) == min(values):
         return f"{mean:+.3g}"
     low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
@@ -224,10 +227,8 @@ def page(name: str, task: Task, seeds: Sequence[Figures], chosen: Mapping[str, i
         for system in (GROUND_TRUTH, "reference", *chosen):
             cells = []
             for of, digits in [*measures, ("target NLL", 3)]:
-                keys = [(system, at, of) for at in (shown, ANY_DECODING)]
-                known = [next((figures[key] for key in keys if key in figures), None) for figures in seeds]
-                values = [one for one in known if one is not None]
-                cells.append(f"{sum(values) / len(values):.{digits}f}" if values else "–")
+                mean = sum(value(figures, system, shown, of) for figures in seeds) / len(seeds)
+                cells.append("–" if math.isnan(mean) else f"{mean:.{digits}f}")
             yield f"| {system} | {' | '.join(cells)} |"
         yield "\nMinus MLE continued, paired by seed:\n"
         yield f"| | {' | '.join(of for of, _ in measures)} |"

@@ -40,16 +40,13 @@ from cpo_pipe.eval.generate import (
 )
 from cpo_pipe.eval.judges.base import Judge, JudgeDependencies, Judgement, ScoreJudge, ScoreMetric
 from cpo_pipe.eval.judging import Comparison, judge_outputs, read_cases, score_outputs, verdicts_table, winners_by_rater
-from cpo_pipe.eval.metrics.differences import value_differences
-from cpo_pipe.eval.metrics.diversity import diversity_differences
+from cpo_pipe.eval.metrics.differences import diversity_differences, value_differences
 from cpo_pipe.eval.metrics.figures import ANY_DECODING, Figures
 from cpo_pipe.eval.metrics.mauve import MIN_TEXTS, CausalEncoder, measure_mauve
 from cpo_pipe.eval.metrics.text import measure_diversity, measure_likelihood, measure_overlap, measure_text
 from cpo_pipe.eval.metrics.wins import COMPARISONS, WinRates, win_metrics
-from cpo_pipe.eval.report.leaderboard import Leaderboard, leaderboards
 from cpo_pipe.eval.statistics.agreement import AGREEMENT, HUMANS, agreements
 from cpo_pipe.eval.statistics.bootstrap import Bootstrap
-from cpo_pipe.eval.verdict import Verdict, verdict
 from cpo_pipe.pipeline.api.model import ApiModel
 
 log = logging.getLogger(__name__)
@@ -84,16 +81,6 @@ class Evaluation:
     def values(self) -> pa.Table:
         """Return the values per example that the metrics average (VALUES schema)."""
         return pq.read_table(self.artifact.path / "values.parquet")
-
-    def leaderboards(self) -> list[Leaderboard]:
-        """Return the ranked table of each decoding."""
-        return leaderboards(
-            self.metrics(), self.comparisons(), self.baseline, self.ranked_by, self.shared_metrics, self.score_metrics
-        )
-
-    def verdict(self) -> Verdict | None:
-        """Return how the best system compares with the baseline."""
-        return verdict(self.metrics(), self.comparisons(), self.baseline, *self.ranked_by)
 
     def agreements(self) -> pa.Table:
         """Return the agreement of judges and human annotations (AGREEMENT schema)."""

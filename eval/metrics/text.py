@@ -1,5 +1,6 @@
 """Metrics of texts by themselves and against their targets: repetition, diversity, length, overlap, likelihood."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,8 +8,10 @@ from numpy.typing import NDArray
 
 from cpo_pipe.data.progress import track
 from cpo_pipe.eval.generate import Outputs
-from cpo_pipe.eval.metrics.diversity import distinct_estimate, distinct_n, n_grams
 from cpo_pipe.eval.metrics.figures import ANY_DECODING, Figures
+from cpo_pipe.eval.statistics.bootstrap import CONFIDENCE, Estimate, Values
+
+Texts = Sequence[Sequence[int]]
 
 TEXT_METRICS = {
     "rep-4": "share of a text's 4-grams that repeat an earlier one, 0 to 1; closer to the ground truth's is better",
@@ -120,3 +123,51 @@ def self_bleu(samples: Sequence[str]) -> float:
     others = [[*samples[:number], *samples[number + 1 :]] for number in range(len(samples))]
     scores = [metric.sentence_score(sample, rest).score for sample, rest in zip(samples, others, strict=True)]
     return float(np.mean(scores))
+
+
+def n_grams(token_ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    """Return the n-grams of a text, repeated ones included."""
+    return [tuple(token_ids[start : start + n]) for start in range(len(token_ids) - n + 1)]
+
+
+def distinct_n(texts: Texts, n: int = 2) -> float:
+    """Return distinct n-grams divided by all n-grams of all texts together (Li et al. 2016); 0 without n-grams.
+
+    Low values mean that the texts are alike. The value falls with the number of texts, so that only systems measured on
+    the same prompts can be compared.
+    """
+    grams = [gram for text in texts for gram in n_grams(text, n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct_estimate(texts: Texts, n: int) -> Estimate:
+    """Return `distinct_n` with its jackknife interval over texts.
+
+    A bootstrap would be wrong here: a text that is drawn twice has no distinct n-gram of its own.
+    """
+    value, without = distinct_n(texts, n), leave_one_out(texts, n)
+    low, high = jackknife(value, without)
+    return Estimate(value, low, high, len(texts))
+
+
+def leave_one_out(texts: Texts, n: int) -> Values:
+    """Return `distinct_n` of all texts but one, for each of them."""
+    grams = [Counter(n_grams(text, n)) for text in texts]
+    holders = Counter(gram for counted in grams for gram in counted)
+    own = np.array([sum(holders[gram] == 1 for gram in counted) for counted in grams], np.float64)
+    totals = np.array([counted.total() for counted in grams], np.float64)
+    rest = totals.sum() - totals
+    left: Values = np.divide(len(holders) - own, rest, out=np.zeros_like(rest), where=rest > 0)
+    return left
+
+
+def jackknife(value: float, without: Values) -> tuple[float | None, float | None]:
+    """Return the 95% interval of a statistic from its values without each example; None for a single example."""
+    from scipy.stats import norm
+
+    count = len(without)
+    if count < 2:
+        return None, None
+    error = np.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum())
+    half = float(norm.ppf((1 + CONFIDENCE) / 2) * error)
+    return value - half, value + half

@@ -14,8 +14,7 @@ from cpo_pipe.eval.judges.base import Judgement
 from cpo_pipe.eval.metrics.figures import Figures
 from cpo_pipe.eval.statistics.bootstrap import share
 from cpo_pipe.eval.statistics.length_control import length_controlled
-from cpo_pipe.eval.statistics.power import examples_needed
-from cpo_pipe.eval.statistics.tests import holm, sign_flip_p
+from cpo_pipe.eval.statistics.significance import examples_needed, holm, sign_flip_p
 
 OUTCOME = {"a": 1.0, "tie": 0.5, "b": 0.0}
 

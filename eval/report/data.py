@@ -10,7 +10,7 @@ import pyarrow as pa
 from cpo_pipe.eval.config import Published
 from cpo_pipe.eval.judges.base import ScoreMetric
 from cpo_pipe.eval.report.leaderboard import Leaderboard
-from cpo_pipe.eval.verdict import Verdict
+from cpo_pipe.eval.report.verdict import Verdict
 
 
 @dataclass(frozen=True, kw_only=True)

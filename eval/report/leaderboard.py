@@ -10,7 +10,7 @@ import pyarrow as pa
 from cpo_pipe.eval.config import DIVERSITY, GROUND_TRUTH
 from cpo_pipe.eval.judges.base import ScoreMetric
 from cpo_pipe.eval.metrics.figures import ANY_DECODING
-from cpo_pipe.eval.verdict import SIGNIFICANCE
+from cpo_pipe.eval.report.verdict import SIGNIFICANCE
 
 DAGGER = " †"
 """Marks metrics of the embedding model that also ranked the negatives."""

@@ -160,7 +160,7 @@ class Run:
         """Stage `evaluate`: print the table, write report.html and metrics.parquet; return the report's path."""
         from cpo_pipe.eval.evaluate import evaluate
         from cpo_pipe.eval.report.terminal import print_leaderboards
-        from cpo_pipe.run_report import write_run_report
+        from cpo_pipe.run_report import rankings, write_run_report
 
         config, examples = self.resolver.evaluate_section(), self.resolver.examples()
         with self.log.stage("evaluate") as made:
@@ -173,9 +173,10 @@ class Run:
             made["artifact"] = evaluation.artifact.name
         shutil.copyfile(evaluation.artifact.path / "metrics.parquet", self.run_dir / "metrics.parquet")
         report = write_run_report(self.resolver, self.log, evaluation, systems)
-        print_leaderboards(evaluation.leaderboards(), config.baseline, evaluation.notes)
+        boards, answer = rankings(evaluation)
+        print_leaderboards(boards, config.baseline, evaluation.notes)
         say(one_line(f"report: {report}"))
-        if (answer := evaluation.verdict()) is not None:
+        if answer is not None:
             say(answer.sentence)
         return report
 

@@ -18,8 +18,10 @@ from cpo_pipe.eval.config import DIVERSITY, Evaluate, ensemble_system
 from cpo_pipe.eval.evaluate import Evaluation
 from cpo_pipe.eval.report.data import ReportData
 from cpo_pipe.eval.report.exports import write_exports
+from cpo_pipe.eval.report.leaderboard import Leaderboard, leaderboards
 from cpo_pipe.eval.report.report import write_report
 from cpo_pipe.eval.report.tables import unmeasured
+from cpo_pipe.eval.report.verdict import Verdict, verdict
 from cpo_pipe.pipeline.api.model import ApiModel
 from cpo_pipe.pipeline.negatives.generate import Plan
 from cpo_pipe.pipeline.quality.measure import measure_quality
@@ -52,7 +54,7 @@ def write_run_report(
         dropped = resolver.dropped_as_correct(plan)
         quality = measure_quality(plan.selection, plan.sources, groups, reference, dropped)
     first = plan.selection.slice(0, REPORTED_GROUPS)
-    config = resolver.evaluate_section()
+    config, (boards, answer) = resolver.evaluate_section(), rankings(evaluation)
     data = ReportData(
         identity=identity,
         run=recipe.name,
@@ -61,8 +63,8 @@ def write_run_report(
         recipe=text,
         artifacts=artifacts,
         baseline=config.baseline,
-        verdict=evaluation.verdict(),
-        leaderboards=evaluation.leaderboards(),
+        verdict=answer,
+        leaderboards=boards,
         metrics=evaluation.metrics(),
         comparisons=evaluation.comparisons(),
         agreements=evaluation.agreements(),
@@ -93,6 +95,17 @@ def write_run_report(
     write_report(path, data)
     run_log.record_report(identity, {str(file.relative_to(run_dir)): sha256_file(file) for file in written})
     return path
+
+
+def rankings(evaluation: Evaluation) -> tuple[list[Leaderboard], Verdict | None]:
+    """Return the ranked table of each decoding, and how the best system compares with the baseline."""
+    metrics, comparisons, baseline, ranked_by = (
+        evaluation.metrics(), evaluation.comparisons(), evaluation.baseline, evaluation.ranked_by
+    )  # fmt: skip
+    boards = leaderboards(
+        metrics, comparisons, baseline, ranked_by, evaluation.shared_metrics, evaluation.score_metrics
+    )
+    return boards, verdict(metrics, comparisons, baseline, *ranked_by)
 
 
 def _warnings(resolver: Resolver, name: str, model: Model) -> list[str]:

@@ -27,7 +27,7 @@ from cpo_pipe.data.progress import track
 from cpo_pipe.eval.config import GROUND_TRUTH
 from cpo_pipe.eval.metrics.figures import ANY_DECODING
 from cpo_pipe.eval.report.charts import Bar, alpha_curves, win_rates
-from cpo_pipe.eval.statistics.tests import holm
+from cpo_pipe.eval.statistics.significance import holm
 from cpo_pipe.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[2]

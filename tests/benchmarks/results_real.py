@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 TUNING_SEED = 101
 GREEDY, SAMPLED = "greedy", "top-k"
 
-STEPS, BATCH = 30, 8
+STEPS, BATCH = 24, 8
 PROMPTS = STEPS * BATCH
 """With negatives; so every method sees as many, each once."""
 
@@ -75,11 +75,11 @@ class Task:
 
 def tasks(model: Path, text: Path, questions: Path, test_questions: Path) -> dict[str, Task]:
     """The two tasks on given files."""
-    sizes = {"tokenizer": str(model), "validation": 100, "test": 150}
+    sizes = {"tokenizer": str(model), "validation": 150, "test": 200}
     return {
         "text": Task(
-            {"preset": "text", "source": str(text), "chunk_tokens": 64, "prompt_fraction": 0.25, **sizes},
-            48, ("chrF", SAMPLED),
+            {"preset": "text", "source": str(text), "chunk_tokens": 48, "prompt_fraction": 0.333, **sizes},
+            32, ("chrF", SAMPLED),
             {GREEDY: [("rep-4", 3), ("chrF", 1), ("length", 1)],
              SAMPLED: [("distinct-2", 3), ("chrF", 1), ("MAUVE", 3), ("length", 1)]}, {},
         ),
@@ -117,7 +117,7 @@ def recipe(
     split: str,
     drop_correct: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """A run that compares trainings from one reference; all but the split of the data follows the seed."""
+    """A run that compares trainings from one reference. The seed decides all but the reference and the split."""
     sampled = {"model": "reference", "count": 3, "max_new_tokens": task.max_new_tokens, "engine": "transformers"}
     sources = {
         "autoregressive": {**sampled, "top_k": 50},
@@ -127,8 +127,8 @@ def recipe(
         "truncation": {"count": 1},
     }
     used = {source for training in trainings.values() for source in training.get("negatives", {})}
-    reference = {"init": str(model), "objective": "mle", "max_steps": 100, "batch_size": BATCH,
-                 "learning_rate": 3e-5, "warmup_steps": 10}  # fmt: skip
+    reference = {"init": str(model), "objective": "mle", "max_steps": 60, "batch_size": BATCH,
+                 "learning_rate": 3e-5, "warmup_steps": 6}  # fmt: skip
     negatives = {"seed": seed, "max_examples": PROMPTS, "sources": {name: sources[name] for name in sorted(used)}}
     if drop_correct is not None:
         negatives["drop_correct"] = dict(drop_correct)
@@ -136,7 +136,7 @@ def recipe(
     return {
         "name": name,
         "data": dict(task.data),
-        "train": {key: {**of, "seed": seed} for key, of in {"reference": reference, **trainings}.items()},
+        "train": {"reference": reference, **{key: {**of, "seed": seed} for key, of in trainings.items()}},
         **({"negatives": negatives} if used else {}),
         "evaluate": {
             "systems": {key: {"model": key} for key in ("reference", *trainings)},

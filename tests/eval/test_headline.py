@@ -6,7 +6,8 @@ from pydantic import ValidationError
 from scipy.stats import ttest_1samp
 
 from cpo_pipe.eval.config import Evaluate
-from cpo_pipe.eval.metrics.diversity import distinct_n
+from cpo_pipe.eval.metrics.text import distinct_n
+from cpo_pipe.run_report import rankings
 from tests.support.evaluation import DECODINGS, Bench
 
 
@@ -53,17 +54,17 @@ def test_a_metric_with_values_per_example_is_compared_by_these(bench: Bench) -> 
     assert row["ci_low"] < differences.mean() < row["ci_high"]
     assert row["p"] == pytest.approx(ttest_1samp(differences, 0).pvalue, abs=0.08), "as a t-test, roughly"
     assert row["n_needed"] is None
-    answer = result.verdict()
+    boards, answer = rankings(result)
     assert answer is not None
     assert (answer.system, answer.metric, answer.truth) == (other, "chrF", None)
     assert answer.value == pytest.approx(np.mean(of[other]))
-    assert result.leaderboards()[0].decoding == "top-k"
-    assert [column.metric for column in result.leaderboards()[0].columns][:2] == ["chrF", "similarity win rate"]
+    assert boards[0].decoding == "top-k"
+    assert [column.metric for column in boards[0].columns][:2] == ["chrF", "similarity win rate"]
 
 
 def test_diversity_is_compared_with_the_ground_truths(bench: Bench) -> None:
     result = bench.run(headline={"metric": "distinct-2"}, judges=["similarity"])
-    answer = result.verdict()
+    _, answer = rankings(result)
     assert answer is not None
     targets = bench.examples.read("test")["target_ids"].to_pylist()
     assert answer.truth == pytest.approx(distinct_n([ids[:-1] for ids in targets], 2))

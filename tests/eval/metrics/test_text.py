@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from cpo_pipe.eval.metrics.diversity import distinct_n
-from cpo_pipe.eval.metrics.text import chrf, ends_in_loop, rep_n, self_bleu
+from cpo_pipe.eval.metrics.text import chrf, distinct_n, ends_in_loop, rep_n, self_bleu
 
 
 def test_rep_4_counts_repeated_four_grams() -> None:

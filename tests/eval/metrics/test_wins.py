@@ -9,7 +9,7 @@ from cpo_pipe.eval.judges.base import AB, Judgement, Verdict, Winner
 from cpo_pipe.eval.metrics.figures import Figures
 from cpo_pipe.eval.metrics.wins import COMPARISONS, WinRates
 from cpo_pipe.eval.statistics.bootstrap import Bootstrap
-from cpo_pipe.eval.statistics.tests import holm, sign_flip_p
+from cpo_pipe.eval.statistics.significance import holm, sign_flip_p
 
 N = 200
 WINNERS: tuple[Winner, ...] = ("a", "tie", "b")

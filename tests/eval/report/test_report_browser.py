@@ -18,8 +18,8 @@ from cpo_pipe.eval.metrics.wins import COMPARISONS
 from cpo_pipe.eval.report.data import ReportData, StageRecord
 from cpo_pipe.eval.report.leaderboard import leaderboards
 from cpo_pipe.eval.report.report import write_report
+from cpo_pipe.eval.report.verdict import verdict as verdict_of
 from cpo_pipe.eval.statistics.agreement import AGREEMENT
-from cpo_pipe.eval.verdict import verdict as verdict_of
 from tests.support.report_data import HOSTILE, example, figure, make_data, said, verdict
 
 playwright = pytest.importorskip("playwright.sync_api")

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from cpo_pipe.eval.config import DIVERSITY, GROUND_TRUTH
 from cpo_pipe.eval.metrics.figures import ANY_DECODING
-from cpo_pipe.eval.statistics.tests import holm
+from cpo_pipe.eval.statistics.significance import holm
 
 SIGNIFICANCE = 0.05
 COSTS = {"target NLL": "nats per token", "length": "tokens"}

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from cpo_pipe.eval.metrics.diversity import distinct_estimate, distinct_n, diversity_differences
+from cpo_pipe.eval.metrics.differences import diversity_differences
+from cpo_pipe.eval.metrics.text import distinct_estimate, distinct_n
 
 Texts = list[list[int]]
 

@@ -17,6 +17,7 @@ from cpo_pipe.data.execution.options import open_executor
 from cpo_pipe.data.store import Store
 from cpo_pipe.data.store.paths import shown
 from cpo_pipe.data.text import nearest, one_line, say
+from cpo_pipe.demo import demo_recipe
 from cpo_pipe.pipeline.convert.convert import convert as convert_model
 from cpo_pipe.recipe.load import builtin_recipes, load_recipe
 from cpo_pipe.recipe.render import recipe_text
@@ -109,15 +110,15 @@ def convert(
         convert_model(model, out)
 
 
-def _stage(function: Callable[..., None], recipe: str | None = None) -> None:
+def _stage(function: Callable[..., None], choose: Callable[..., tuple[str, list[str]]] | None = None) -> None:
     """Register a stage as a command, with the argument and the options from which its `Run` is made.
 
-    Typer reads a command's signature: here the recipe (unless it is fixed), the function's parameters after the run,
-    and the options that all stages have.
+    Typer reads a command's signature: here the recipe, the function's parameters after the run, and the options that
+    all stages have. With `choose`, its parameters take the place of the first two; it returns recipe and overrides.
     """
 
     def command(
-        recipe: RecipeArgument = recipe or "",
+        recipe: RecipeArgument = "",
         scale: ScaleOption = None,
         overrides: SetOption = [],  # noqa: B006  (typer copies it)
         store: StoreOption = DEFAULT_STORE,
@@ -133,11 +134,15 @@ def _stage(function: Callable[..., None], recipe: str | None = None) -> None:
                 count = processes.count()
                 raise InputError(f"started in {count} processes: only train does its work in several; run it alone")
             how = open_executor(executor, workers, worker_gpus)
+            if choose is not None:
+                (recipe, chosen), arguments = choose(**arguments), {}
+                overrides = [*chosen, *overrides]
             function(_open(recipe, scale, overrides, store, run_dir, how), **arguments)
 
     first, *common = inspect.signature(command).parameters.values()
-    own = list(inspect.signature(function).parameters.values())[1:]
-    shown = [*([] if recipe else [first.replace(default=inspect.Parameter.empty)]), *own, *common[:-1]]
+    own = list(inspect.signature(choose or function).parameters.values())
+    own = own if choose else [first.replace(default=inspect.Parameter.empty), *own[1:]]
+    shown = [*own, *common[:-1]]
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in shown]
     )
@@ -244,13 +249,13 @@ def run_(run: Run) -> None:
 
 
 def demo(run: Run) -> None:
-    """Run the whole method on the documentation of your Python: no download, some minutes on two cores."""
+    """Run the whole method on the documentation of your Python: no download, five minutes on two cores."""
     run.everything()
 
 
 for _function in (prepare, generate_negatives, rank, quality, train, evaluate, merge, export, run_):
     _stage(_function)
-_stage(demo, recipe="demo")
+_stage(demo, choose=demo_recipe)
 app.add_typer(store_app, name="store")
 
 

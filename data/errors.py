@@ -1,5 +1,8 @@
 """The two kinds of failure a user sees, each one line on screen: theirs (exit 2) and the run's (exit 1)."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 from cpo_pipe.data.text import one_line
 
 LONGEST_REASON = 300
@@ -10,12 +13,47 @@ class InputError(Exception):
     """A user's mistake. The message names the field, its value, the rule and the fix; the exit status is 2."""
 
 
+class Problems(InputError):
+    """Several mistakes of a user that were found together, each a line of its own."""
+
+    def __init__(self, messages: Sequence[str]):
+        super().__init__("\n".join(messages))
+        self.messages = list(messages)
+
+
 class MissingInput(InputError):
     """A stage's input is not in the store. The message names the command that makes it."""
 
 
 class RunError(Exception):
     """A failure while running that no change of the input text explains; the exit status is 1."""
+
+
+class Findings:
+    """Collects what is wrong, so that a user sees all of it at once."""
+
+    def __init__(self) -> None:
+        self._messages: dict[str, None] = {}  # each once, in order
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Keep the mistakes that a block finds; what only waits for an earlier stage is none."""
+        try:
+            yield
+        except MissingInput:
+            pass
+        except InputError as error:
+            messages = error.messages if isinstance(error, Problems) else [str(error)]
+            self._messages.update(dict.fromkeys(messages))
+
+    def report(self) -> None:
+        """Do nothing if nothing was found.
+
+        Raises:
+            InputError: something was.
+        """
+        if self._messages:
+            raise Problems([*self._messages])
 
 
 def cause(error: BaseException, length: int | None = LONGEST_REASON) -> str:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.api_server import serve, written
+from cpo_pipe.pipeline.engines.vllm import VllmEngine
+from tests.support.api_server import Reply, serve, written
 from tests.support.project import Project
 
 OWN = "negatives.sources.own={strategy: pool, file: none.jsonl}"
@@ -65,3 +66,72 @@ def test_a_finished_run_is_not_checked_for_what_it_does_not_use(made: Project, m
         monkeypatch.delenv("MY_KEY")
         again = made.cli("run", "tiny.yaml", *options)
     assert again.status == 0, again.err
+
+
+MISTAKES = {
+    "data.source=nothing.jsonl": "data.source nothing.jsonl: no such file",
+    "data.tokenizer=no/such/tokenizer": "tokenizer no/such/tokenizer: no such folder",
+    "train.start.init={architecture: llama, config: {hiden_size: 64}}": "train.start.init.config.hiden_size: not a key",
+    "train.start.report_to=[wandb]": "train.start.report_to: wandb is not installed; pip install wandb",
+    "train.cpo.reference=strat": "train.cpo: model strat: no such folder or training",
+    "negatives.sources.autoregressive.model=no/such/generator": "negatives.sources.autoregressive: model no/such/gen",
+    "negatives.sources.autoregressive.engine=vllm": "negatives.sources.autoregressive.engine is vllm, which is not",
+    "rank={by: embedding, model: no/such/embedder}": "embedding model no/such/embedder",
+    "negatives.drop_correct={by: similarity, model: no/such/other, threshold: 0.9}": "embedding model no/such/other",
+    "evaluate.systems.far={model: no/such/system}": "evaluate.systems.far: model no/such/system",
+    "evaluate.judges={local: {model: no/such/judge}}": "evaluate.judges.local: model no/such/judge",
+    "evaluate.mauve_model=no/such/encoder": "evaluate.mauve_model: model no/such/encoder",
+    "evaluate.annotations=none.jsonl": "evaluate.annotations none.jsonl: no such file",
+    "evaluate.systems.gpt={model: gpt}": "apis.gpt.url: http://127.0.0.1:9/v1 does not answer",
+}
+OTHERS = ["apis.gpt={url: 'http://127.0.0.1:9/v1', model: m}", "evaluate.mauve_seeds=1"]
+
+
+def options(*settings: str) -> list[str]:
+    return [part for setting in settings for part in ("--set", setting)]
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_all_mistakes_are_reported_at_once_and_nothing_is_made(
+    project: Project, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openai")
+    monkeypatch.setattr(VllmEngine, "not_installed", lambda: "pip install it")
+    result = project.cli(command, "tiny.yaml", *options(*OTHERS, *MISTAKES))
+    assert result.status == 2
+    lines = result.err.splitlines()
+    assert all(line.startswith("error: ") for line in lines), result.err
+    missing = {message for message in MISTAKES.values() if sum(message in line for line in lines) != 1}
+    assert not missing, result.err
+    assert len(lines) == len(MISTAKES)
+    assert not project.store.exists() or not [*project.store.glob("examples/*")]
+    assert not (project.root / "runs").exists()
+
+
+def test_a_recipe_without_a_mistake_passes_and_nothing_is_made(project: Project) -> None:
+    result = project.cli("check", "tiny.yaml")
+    assert (result.status, result.out) == (0, "nothing is wrong, as far as it can be seen now\n"), result.err
+    assert not [*project.store.glob("examples/*")]
+    project.cli("prepare", "tiny.yaml")
+    result = project.cli("check", "tiny.yaml", "--set", "evaluate.judges={exact: {pattern: 'x(y)'}}")
+    assert result.status == 2, "with examples their contents are checked, too"
+    assert "evaluate.judges.exact.pattern" in result.error()
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(200, None), (404, None), (500, None), (401, "refuses the key in MY_KEY (status 401)"), (403, "(status 403)")],
+)
+def test_a_server_is_asked_whether_it_takes_the_key(
+    project: Project, status: int, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openai")
+    monkeypatch.setenv("MY_KEY", "s3cret")
+    with serve() as server:
+        server.models = Reply({"object": "list", "data": [], "error": {"message": "no"}}, status)
+        api = f"apis.gpt={{url: '{server.url}', model: m, key: MY_KEY}}"
+        result = project.cli("check", "tiny.yaml", *options(api, "evaluate.systems.gpt={model: gpt}"))
+        assert (server.listed, server.seen) == (1, [])
+    assert result.status == (2 if message else 0), result.err
+    assert message is None or message in result.error()
+    assert "s3cret" not in result.err

@@ -1,6 +1,5 @@
 """The processes of a training, as accelerate is configured for them."""
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.execution import processes
 from cpo_pipe.trainer.distributed import join, wants_fsdp
 from cpo_pipe.trainer.objectives.base import Training
+from cpo_pipe.trainer.packages import check_installed
 
 _KINDS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
@@ -29,9 +29,7 @@ def new_accelerator(name: str, config: Training, log_dir: Path | None) -> Accele
             f"train.{name}.dtype is {config.dtype}, but accelerate is configured for mixed_precision {asked}: the "
             "recipe decides the arithmetic; set mixed_precision to no, or the recipe's dtype to bfloat16"
         )
-    for tracker in config.report_to:  # accelerate would skip it silently
-        if importlib.util.find_spec(tracker) is None:
-            raise InputError(f"train.{name}.report_to: {tracker} is not installed; pip install {tracker}")
+    check_installed(name, config)
     join()
     # The arithmetic is the scorer's (autocast over float32 weights), the same in every mode.
     accelerator = Accelerator(

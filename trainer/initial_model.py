@@ -61,8 +61,9 @@ def scratch_model(config: ScratchModel, tokenizer: TokenizerFiles) -> PreTrained
     """Return a model with random weights, its vocabulary and special tokens taken from the tokenizer.
 
     Raises:
-        InputError: transformers does not know the architecture or its settings.
+        InputError: transformers does not know the architecture or a key, or its settings make no model.
     """
+    config.check_keys()
     vocabulary = tokenizer.load()
     ids = {"eos_token_id": vocabulary.eos_token_id, "bos_token_id": vocabulary.bos_token_id,
            "pad_token_id": vocabulary.pad_token_id}  # fmt: skip

@@ -1,6 +1,5 @@
 """Low-rank adapters (Hu et al. 2021, "LoRA") through peft: added to a model, and merged into its weights at the end."""
 
-import importlib.util
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -24,16 +23,6 @@ class Lora(Section):
     ) = Field(
         "all-linear", description="layers that get an adapter, by name; `all-linear`: all except the output embedding"
     )
-
-
-def check_peft(name: str) -> None:
-    """Refuse a training with adapters if peft is not installed.
-
-    Raises:
-        InputError: peft is not installed.
-    """
-    if importlib.util.find_spec("peft") is None:
-        raise InputError(f'train.{name}.lora: needs peft; run pip install "cpo-pipe[lora]"')
 
 
 def add_adapters(name: str, model: "PreTrainedModel", lora: Lora, seed: int) -> "PeftModel":

@@ -169,8 +169,9 @@ def _make(
     from cpo_pipe.trainer.groups import Data, Groups
     from cpo_pipe.trainer.initial_model import check_fits, initial_model
     from cpo_pipe.trainer.loop import Loop
-    from cpo_pipe.trainer.lora import add_adapters, check_peft, merged
+    from cpo_pipe.trainer.lora import add_adapters, merged
     from cpo_pipe.trainer.mapped_groups import DIFFICULTY
+    from cpo_pipe.trainer.packages import check_installed
     from cpo_pipe.trainer.scoring.group_table import Extremes
     from cpo_pipe.trainer.scoring.logprobs import cached_logprobs, read_logprobs
     from cpo_pipe.trainer.scoring.probes import select_probes
@@ -186,8 +187,7 @@ def _make(
         if isinstance(needed, Model):
             check_fits(name, extremes, needed.name, needed.context(), needed.vocabulary())
     pairs = config.pairs if isinstance(config, PreferenceTraining) else None
-    if config.lora is not None:
-        check_peft(name)
+    check_installed(name, config)
     if pairs:
         check_pairs(name, table, pairs, inputs.selection.num_rows)
     trained, validation = split_validation(name, config, table)

@@ -11,6 +11,8 @@ _SAFETENSORS = ("*.safetensors",)
 PICKLES = ("pytorch_model*.bin", "README.md")
 _OTHER_FORMATS = ["original/*", "onnx/*", "openvino/*"]
 """Copies of the same weights that some hub repositories carry."""
+HUB_SECONDS = 10.0
+"""How long the hub may take to say whether it has a model."""
 
 
 def fetch_folder(
@@ -53,9 +55,32 @@ def fetch_folder(
     except Exception as error:  # the hub client's failures have no common type: offline, not found, gated, …
         if not make:
             raise MissingInput(f"{what} {name}: no such folder or training, and not downloaded from the hub") from error
-        raise InputError(
-            f"{what} {name}: no such folder or training, and the hub did not give it ({cause(error)})"
-        ) from error
+        raise _not_given(name, what, error) from error
+
+
+def check_exists(name: str, what: str) -> Path | None:
+    """Refuse a name that leads to nothing. The hub is only asked whether it has it; nothing is downloaded.
+
+    Returns:
+        The folder; None for what the hub has and this machine has not yet.
+
+    Raises:
+        InputError: neither a folder nor something the hub has, or a model that asks to run code of its own.
+    """
+    try:
+        return fetch_folder(name, what, make=False)
+    except MissingInput:
+        from huggingface_hub import HfApi
+
+        try:
+            HfApi().model_info(name, timeout=HUB_SECONDS)
+        except Exception as error:  # as in `fetch_folder`
+            raise _not_given(name, what, error) from error
+        return None
+
+
+def _not_given(name: str, what: str, error: Exception) -> InputError:
+    return InputError(f"{what} {name}: no such folder or training, and the hub did not give it ({cause(error)})")
 
 
 def _is_gguf(path: Path) -> bool:

@@ -1,5 +1,6 @@
 """A causal language model on disk: its identity, its weights and its network."""
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from cpo_pipe.data.errors import InputError, cause
 from cpo_pipe.data.fingerprint import check_unchanged, read_json
 from cpo_pipe.data.models.remote_code import kernel_fault
 from cpo_pipe.data.store import Artifact, Rows, Store
+from cpo_pipe.data.text import nearest
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +37,29 @@ class ScratchModel(Section):
         if fault := kernel_fault(config):
             raise ValueError(fault)
         return config
+
+    def check_keys(self, where: str = "init") -> None:
+        """Refuse an architecture that transformers does not know, and keys that its config does not have.
+
+        transformers keeps unknown keys without a word, so that a misspelled size would leave the default.
+
+        Args:
+            where: the key of the recipe that holds it, for messages.
+
+        Raises:
+            InputError: the architecture or a key is unknown.
+        """
+        from transformers import CONFIG_MAPPING
+
+        if self.architecture not in CONFIG_MAPPING:
+            hint = nearest(self.architecture, CONFIG_MAPPING) or "name a model type of transformers, such as llama"
+            raise InputError(f"{where}.architecture: {self.architecture} is not known to transformers; {hint}")
+        kind = CONFIG_MAPPING[self.architecture]
+        known = {*kind().to_dict(), *kind.attribute_map, *inspect.signature(kind).parameters}
+        for key in self.config:
+            if key not in known:
+                hint = nearest(key, known) or f"see transformers' {kind.__name__}"
+                raise InputError(f"{where}.config.{key}: not a key of the architecture {self.architecture}; {hint}")
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,13 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cpo_pipe.data.errors import InputError, RunError
+from cpo_pipe.data.errors import InputError, RunError, cause
 from cpo_pipe.data.fingerprint import Spec, digest
 from cpo_pipe.pipeline.api.config import Api
 from cpo_pipe.pipeline.engines.base import Sampling
+
+SERVER_SECONDS = 10.0
+"""How long a server may take to list its models."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,35 @@ class ApiModel:
         if not all(map(importlib.util.find_spec, ("openai", "tenacity"))):
             raise InputError(f"apis.{self.name}: its client is not installed; run pip install 'cpo-pipe[openai]'")
         self.key()
+
+    def check_server(self) -> None:
+        """Check that the server can be reached and takes the key; it is asked for the list of its models.
+
+        Raises:
+            InputError: as `check_client`; or the server does not answer, or refuses the key.
+        """
+        self.check_client()
+        import openai
+
+        client = openai.OpenAI(
+            base_url=self.config.url, api_key=self.key() or "none", timeout=SERVER_SECONDS, max_retries=0
+        )
+        try:
+            client.models.list()
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise InputError(
+                f"apis.{self.name}.key: {self.config.url} refuses the key in {self.config.key} (status "
+                f"{error.status_code}); export a valid one"
+            ) from error
+        except openai.APIStatusError:  # a server need not list its models
+            return
+        except (openai.OpenAIError, ValueError) as error:
+            raise InputError(
+                f"apis.{self.name}.url: {self.config.url} does not answer ({cause(error)}); start the server, or "
+                "correct the URL"
+            ) from error
+        finally:
+            client.close()
 
     def check_answered(self) -> None:
         """Check after the work that all requests were answered.

@@ -52,6 +52,16 @@ EngineName = Annotated[
 """The key `engine` of a section."""
 
 
+def check_installed(name: str, key: str) -> None:
+    """Refuse an engine that is named and not installed.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    if name != AUTO and (command := ENGINES[name].not_installed()):
+        raise InputError(f"{key} is {name}, which is not installed: {command}")
+
+
 def choose_engine(name: str, model: Model, beam_search: bool = False) -> type[Engine]:
     """Return the engine for a model; `auto` logs which it takes, and why none before it.
 
@@ -65,8 +75,7 @@ def choose_engine(name: str, model: Model, beam_search: bool = False) -> type[En
     """
     if name != AUTO:
         engine = ENGINES[name]
-        if command := engine.not_installed():
-            raise InputError(f"engine is {name}, which is not installed: {command}")
+        check_installed(name, "engine")
         if why := engine.unsupported(model):
             raise InputError(f"engine is {name}, which does not support {model.name} ({why}); use engine transformers")
         return engine

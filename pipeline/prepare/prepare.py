@@ -4,6 +4,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ log = logging.getLogger(__name__)
 
 RULES = 7
 """Raise it when the same rows yield other examples; this invalidates examples prepared before."""
+
+FIRST_ROWS = 3
+"""Rows of each source that are encoded before anything is made."""
 
 
 def prepare(config: Data, store: Store, run_dir: Path | None = None) -> Examples:
@@ -73,6 +77,23 @@ def find_examples(config: Data, store: Store) -> Examples | None:
     parts = open_parts(config)
     config = parts[-1].config
     return _found(config, parts, _content(config, parts, store), store)
+
+
+def check_data(config: Data, store: Store) -> None:
+    """Open all sources and encode the first rows of each, so that a wrong column or template is found in seconds.
+
+    Raises:
+        InputError: for the reasons that `prepare` raises it, except too many bad rows.
+    """
+    parts = open_parts(config)
+    config = parts[-1].config
+    firsts = [[*islice(read_rows(part.config, part.source), FIRST_ROWS)] for part in parts]
+    if isinstance(config.tokenizer, str):
+        examples = _examples(config, _content(config, parts, store), locate_tokenizer(config.tokenizer, store), store)
+        tokenizer = examples.tokenizer.load()
+        templates.eos_token_id(tokenizer)
+        for part, first in zip(parts, firsts, strict=True):
+            list(part.config.encode(iter(first), tokenizer, examples.rendering))
 
 
 def _write(examples: Examples, writer: ArtifactWriter, config: Data, parts: list[Part], run_dir: Path | None) -> None:

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from cpo_pipe.data.config import Location
 from cpo_pipe.data.fingerprint import Spec
-from cpo_pipe.data.models.embedder import Embedded, Embedder, locate_embedder
+from cpo_pipe.data.models.embedder import PACKAGED, Embedded, Embedder, locate_embedder
+from cpo_pipe.data.models.fetch import check_exists
 from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline.scorers.scorer import Group, ScoreGroups, Scorer, ScorerDependencies, Scores
 
@@ -34,6 +35,11 @@ class EmbeddingScorer(Scorer):
         """Return what computes cosines; the model is loaded at the first text."""
         embedder = self.embedder(dependencies.store)
         return partial(cosines, embedder.embed_averaged if self.long_texts == "average" else embedder.embed)
+
+    def check_models(self) -> None:
+        """Refuse an embedding model that does not exist."""
+        if self.model != PACKAGED:
+            check_exists(self.model, "embedding model")
 
     def embedder(self, store: Store) -> Embedder:
         """Return the embedding model, not loaded."""

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from cpo_pipe.data.config import Location
 from cpo_pipe.data.fingerprint import Spec
+from cpo_pipe.data.models.fetch import check_exists
 from cpo_pipe.data.models.reward_model import RewardModel, locate_reward_model
 from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline.scorers.scorer import Group, ScoreGroups, Scorer, ScorerDependencies, Scores
@@ -27,6 +28,10 @@ class RewardScorer(Scorer):
     def open(self, dependencies: ScorerDependencies) -> ScoreGroups:
         """Return what computes rewards; the model is loaded at the first text."""
         return partial(reward_scores, self._located(dependencies.store))
+
+    def check_models(self) -> None:
+        """Refuse a reward model that does not exist."""
+        check_exists(self.model, "reward model")
 
     def window(self, store: Store) -> int | None:
         """Return how many tokens of prompt and answer the model reads."""

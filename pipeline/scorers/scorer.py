@@ -85,6 +85,9 @@ class Scorer(Section):
     def check(self, dependencies: ScorerDependencies, targets: Sequence[str]) -> None:  # most need none
         """Raise InputError if the scorer cannot work with these targets; called before anything is made."""
 
+    def check_models(self) -> None:  # most need none
+        """Raise InputError if a model that it names does not exist; download nothing."""
+
     def notes(self, dependencies: ScorerDependencies, examples: pa.Table) -> list[str]:
         """Return what a user should know about the scores of these examples, one sentence each."""
         return []

@@ -1,46 +1,194 @@
-"""Find what is wrong with a recipe's later stages before anything costly is made."""
+"""Find all that is wrong with a recipe before anything is made: what can be found now, and what prepared examples show.
+
+Each check collects its mistakes, so that a user sees all of them at once.
+"""
 
 from contextlib import suppress
 
-from cpo_pipe.data.errors import MissingInput
+from cpo_pipe.data.errors import Findings, InputError, MissingInput
 from cpo_pipe.data.execution.base import LocalExecutor
-from cpo_pipe.data.models.model import Model
+from cpo_pipe.data.models import lora
+from cpo_pipe.data.models.embedder import PACKAGED
+from cpo_pipe.data.models.fetch import check_exists
+from cpo_pipe.data.models.model import Model, ScratchModel, check_weights
+from cpo_pipe.data.models.tokenizer import locate_tokenizer
+from cpo_pipe.data.text import nearest
+from cpo_pipe.eval.config import Evaluate
 from cpo_pipe.pipeline.api.model import ApiModel
+from cpo_pipe.pipeline.engines.registry import check_installed as check_engine
+from cpo_pipe.pipeline.prepare.prepare import check_data
 from cpo_pipe.pipeline.rank.rank import check_scorers, plan_groups
 from cpo_pipe.resolve import Resolver
+from cpo_pipe.trainer.packages import check_installed
 
 
-def check_annotations(resolver: Resolver) -> None:
-    """Read the human annotations that the recipe names.
+def check(resolver: Resolver) -> None:
+    """Check a recipe as far as it can be checked now: its settings, and its stages if the examples are prepared.
+
+    What needs a training is checked when its stage begins.
 
     Raises:
-        InputError: the file cannot be read or breaks a rule.
+        InputError: something is wrong; all of it is in the message.
     """
-    config = resolver.recipe.evaluate
-    if config is not None and config.annotations is not None:
-        from cpo_pipe.eval.annotations import read_annotations
+    findings = Findings()
+    _check_settings(resolver, findings)
+    with findings.collect():
+        resolver.examples()
+        _check_stages(resolver, findings)
+    findings.report()
 
-        read_annotations(config.annotations, resolver.store.hash_file)
+
+def check_settings(resolver: Resolver) -> None:
+    """Check what needs no examples: data, models, packages, engines, files and servers; make nothing.
+
+    Raises:
+        InputError: something is wrong; all of it is in the message.
+    """
+    findings = Findings()
+    _check_settings(resolver, findings)
+    findings.report()
 
 
 def check_stages(resolver: Resolver) -> None:
-    """Plan the stages after `prepare` as far as their inputs exist; make nothing and load no model.
-
-    What waits for a training is skipped here. It is planned when its stage begins.
+    """Check the stages after `prepare` as far as their inputs exist; make nothing and load no model.
 
     Raises:
-        InputError: a model, a file or a setting of a stage is wrong.
+        InputError: a model, a file or a setting of a stage is wrong; all of it is in the message.
     """
-    _check_negatives(resolver)
+    findings = Findings()
+    _check_stages(resolver, findings)
+    findings.report()
+
+
+# ── before there are examples ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _check_settings(resolver: Resolver, findings: Findings) -> None:
+    with findings.collect():
+        check_data(resolver.recipe.data, resolver.store)
+    for name, training in resolver.recipe.train.items():
+        with findings.collect():
+            check_installed(name, training)
+        if isinstance(training.init, ScratchModel):
+            with findings.collect():
+                training.init.check_keys(f"train.{name}.init")
+    if isinstance(tokenizer := resolver.recipe.data.tokenizer, str):
+        with findings.collect():
+            locate_tokenizer(tokenizer, resolver.store).load()
+    for model, place in _named_models(resolver).items():
+        with findings.collect():
+            _check_model(model, place, resolver)
+    _check_negatives_settings(resolver, findings)
+    if resolver.recipe.evaluate is not None:
+        _check_evaluation_settings(resolver, resolver.recipe.evaluate, findings)
+    if not _prepared(resolver):  # otherwise the stages know which of them will be asked
+        for api in _named_apis(resolver):
+            with findings.collect():
+                api.check_server()
+
+
+def _prepared(resolver: Resolver) -> bool:
+    with suppress(InputError):
+        resolver.examples()
+        return True
+    return False
+
+
+def _named_models(resolver: Resolver) -> dict[str, str]:
+    """Return the folders and hub names of causal models in the recipe, with the first key that names each."""
+    recipe = resolver.recipe
+    places = recipe.local_models()
+    if recipe.negatives is not None:
+        places |= {f"negatives.sources.{name}": source.models() for name, source in recipe.negatives.sources.items()}
+    if recipe.evaluate is not None:
+        places |= {
+            f"evaluate.systems.{name}": [system.model]
+            for name, system in recipe.evaluate.systems.items()
+            if system.model is not None
+        }
+    known = {*resolver.trainings, *recipe.apis}
+    named: dict[str, str] = {}
+    for place, models in places.items():
+        for model in models:
+            if model not in known:
+                named.setdefault(model, place)
+    return named
+
+
+def _check_model(name: str, place: str, resolver: Resolver) -> None:
+    """Refuse a model that does not exist, is damaged, or is of an unknown architecture. Its weights are not read."""
+    try:
+        folder = check_exists(name, "model")
+    except InputError as error:
+        near = nearest(name, resolver.trainings, "the training ")
+        raise InputError(f"{place}: {error}{f'; {near}' if near else ''}") from error
+    if folder is None:
+        return
+    check_weights(folder)
+    if (folder / lora.CONFIG).is_file():
+        base, _ = lora.base_of(name, folder)
+        _check_model(base, place, resolver)
+    else:
+        Model(name, folder, "").skeleton()
+
+
+def _check_negatives_settings(resolver: Resolver, findings: Findings) -> None:
+    recipe = resolver.recipe
+    if recipe.negatives is None:
+        return
+    for name, source in recipe.negatives.sources.items():
+        with findings.collect():
+            check_engine(getattr(source, "engine", "auto"), f"negatives.sources.{name}.engine")
+    correct = recipe.negatives.drop_correct
+    for scorer in [recipe.rank, *([correct.scorer()] if correct is not None else [])]:
+        with findings.collect():
+            scorer.check_models()
+
+
+def _check_evaluation_settings(resolver: Resolver, config: Evaluate, findings: Findings) -> None:
+    with findings.collect():
+        check_engine(config.engine, "evaluate.engine")
+    features = config.mauve_seeds > 0 and config.mauve_model is None
+    if config.embedder != PACKAGED and (features or any(judge.uses_embeddings for judge in config.judges.values())):
+        with findings.collect():
+            check_exists(config.embedder, "embedding model")
+    if config.annotations is not None:
+        from cpo_pipe.eval.annotations import read_annotations
+
+        with findings.collect():
+            read_annotations(config.annotations, resolver.store.hash_file)
+
+
+def _named_apis(resolver: Resolver) -> list[ApiModel]:
+    """Return the APIs that a section uses."""
+    recipe = resolver.recipe
+    named = list(recipe.rank.apis())
+    if recipe.negatives is not None:
+        named += recipe.negatives.models()
+        if recipe.negatives.drop_correct is not None:
+            named += recipe.negatives.drop_correct.scorer().apis()
+    if recipe.evaluate is not None:
+        named += [system.model for system in recipe.evaluate.systems.values() if system.model is not None]
+        named += [api for judge in recipe.evaluate.judges.values() for api in judge.apis()]
+    return [resolver.apis[name] for name in dict.fromkeys(named) if name in resolver.apis]
+
+
+# ── with examples ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _check_stages(resolver: Resolver, findings: Findings) -> None:
+    with findings.collect():
+        _check_negatives(resolver, findings)
     for training in resolver.recipe.train.values():
         for model in training.upstream():
-            with suppress(MissingInput):
+            with findings.collect():
                 resolver.model(model)
     if resolver.recipe.evaluate is not None:
-        _check_evaluation(resolver)
+        with findings.collect():
+            _check_evaluation(resolver, findings)
 
 
-def _check_negatives(resolver: Resolver) -> None:
+def _check_negatives(resolver: Resolver, findings: Findings) -> None:
     """Plan the negatives and the groups."""
     recipe = resolver.recipe
     if recipe.negatives is None:
@@ -56,15 +204,16 @@ def _check_negatives(resolver: Resolver) -> None:
             targets = (
                 targets or resolver.examples().read("train", section.max_examples, ["target"])["target"].to_pylist()
             )
-            check_scorers(recipe.rank, section.drop_correct, dependencies, targets)
+            with findings.collect():
+                check_scorers(recipe.rank, section.drop_correct, dependencies, targets)
         for source in section.sources:  # one by one: some may wait for a training
-            with suppress(MissingInput):
+            with findings.collect():
                 plan = resolver.negatives(owner, source)
                 plan_groups(recipe.rank, dependencies, plan)
                 plan.check_inputs()
 
 
-def _check_evaluation(resolver: Resolver) -> None:
+def _check_evaluation(resolver: Resolver, findings: Findings) -> None:
     """Plan the evaluation of the systems that exist, by the judges whose models exist."""
     from cpo_pipe.eval.evaluate import plan_evaluation
 
@@ -72,14 +221,14 @@ def _check_evaluation(resolver: Resolver) -> None:
     systems, models = dict[str, Model | ApiModel](), dict[str, Model]()
     for name, system in config.all_systems().items():
         for part in system.merge or ():
-            with suppress(MissingInput):
+            with findings.collect():
                 resolver.model(part)
-        with suppress(MissingInput):
+        with findings.collect():
             if (model := resolver.available_system(system)) is not None:
                 systems[name] = model
     needed = [name for judge in config.judges.values() for name in judge.models()]
     for name in [*needed, config.mauve_model] if config.mauve_model else needed:
-        with suppress(MissingInput):
+        with findings.collect():
             models[name] = resolver.judge_model(name)
     judges = {name: judge for name, judge in config.judges.items() if models.keys() >= {*judge.models()}}
     without_mauve = {} if config.mauve_model in (None, *models) else {"mauve_model": None, "mauve_seeds": 0}
@@ -98,4 +247,5 @@ def _check_evaluation(resolver: Resolver) -> None:
     if len(systems) < len(config.all_systems()):  # their outputs are missing, so the judges will be asked
         apis += [resolver.apis[name] for judge in config.judges.values() for name in judge.apis()]
     for api in apis:
-        api.check_client()
+        with findings.collect():
+            api.check_server()

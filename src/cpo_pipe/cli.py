@@ -149,6 +149,12 @@ def _stage(function: Callable[..., None], choose: Callable[..., tuple[str, list[
     app.command(function.__name__.strip("_").replace("_", "-"), help=function.__doc__)(command)
 
 
+def check(run: Run) -> None:
+    """Find all that is wrong with a recipe, and make nothing; `run` does this first."""
+    run.check()
+    say("nothing is wrong, as far as it can be seen now")
+
+
 def prepare(run: Run) -> None:
     """Read the ground-truth pairs, refuse bad rows, split and tokenize."""
     run.prepare()
@@ -253,7 +259,7 @@ def demo(run: Run) -> None:
     run.everything()
 
 
-for _function in (prepare, generate_negatives, rank, quality, train, evaluate, merge, export, run_):
+for _function in (check, prepare, generate_negatives, rank, quality, train, evaluate, merge, export, run_):
     _stage(_function)
 _stage(demo, choose=demo_recipe)
 app.add_typer(store_app, name="store")

@@ -62,6 +62,10 @@ class Resolver:
         """Return the command line that makes a stage of this recipe, for messages."""
         return shlex.join(["cpo-pipe", stage, self._source, *names, *self._options])
 
+    def offline(self) -> "Resolver":
+        """Return a resolver to which hub models that are not downloaded, and adapters not merged, are missing."""
+        return Resolver(self.recipe, self.store, self._source, self._options, fetch=False)
+
     # ── sections ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def negatives_section(self, training: str | None) -> Negatives:
@@ -236,7 +240,7 @@ class Resolver:
 
     def available_systems(self) -> dict[str, Model | ApiModel | None]:
         """Return the model of each system; None where it is not downloaded, trained or merged. Makes nothing."""
-        offline = Resolver(self.recipe, self.store, self._source, self._options, fetch=False)
+        offline = self.offline()
         available: dict[str, Model | ApiModel | None] = {}
         for name, system in self.evaluate_section().all_systems().items():
             try:

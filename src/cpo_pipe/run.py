@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from cpo_pipe.checks import check_annotations, check_stages
+from cpo_pipe.checks import check, check_settings, check_stages
 from cpo_pipe.data.errors import InputError, MissingInput
 from cpo_pipe.data.execution.base import Executor, LocalExecutor
 from cpo_pipe.data.models.copy_model import copy_model
@@ -53,7 +53,7 @@ class Run:
 
     def everything(self) -> Path | None:
         """Make all that is missing, in order; return the path of the report, if the recipe evaluates."""
-        check_annotations(self.resolver)
+        check_settings(self.resolver.offline())
         self.prepare()
         check_stages(self.resolver)
         grouped: set[str | None] = set()
@@ -68,6 +68,14 @@ class Run:
             self._generate_negatives(None)
             self._rank(None)
         return self.evaluate() if self.recipe.evaluate is not None else None
+
+    def check(self) -> None:
+        """Find all that is wrong with the recipe, and make nothing.
+
+        Raises:
+            InputError: something is wrong; all of it is in the message.
+        """
+        check(self.resolver.offline())
 
     def prepare(self) -> None:
         """Stage `prepare`: read, split and tokenize the ground-truth pairs."""

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.logging import RichHandler
 
-from cpo_pipe.data.errors import InputError, RunError
+from cpo_pipe.data.errors import InputError, Problems, RunError
 from cpo_pipe.data.execution import processes
 from cpo_pipe.data.progress import console
 from cpo_pipe.data.store.paths import named_folder
@@ -101,7 +101,8 @@ def reported(debug: bool) -> Iterator[None]:
         if debug:
             say(traceback.format_exc(), file=sys.stderr)
         status, text = _failure(error)
-        say(f"error: {one_line(text)}", file=sys.stderr)
+        for message in error.messages if isinstance(error, Problems) else [text]:
+            say(f"error: {one_line(message)}", file=sys.stderr)
         raise typer.Exit(status) from error
 
 

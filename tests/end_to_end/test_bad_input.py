@@ -53,7 +53,7 @@ SET_CASES = {
     "train.start.init=absent/model": ("train", "model absent/model: no such folder or training, and the hub did not"),
     "train.start.init=not a name": ("train", "model not a name: no such folder"),
     "train.cpo.init=stat": ("train", "model stat: no such folder or training, and the hub did not give it"),
-    "train.start.init={architecture: lama}": ("train", "a lama model cannot be made"),
+    "train.start.init={architecture: lama}": ("train", "lama is not known to transformers; did you mean llama?"),
     "negatives.sources.autoregressive.model=./gone": ("generate-negatives", "model ./gone: no such folder"),
 }  # fmt: skip
 
@@ -75,7 +75,7 @@ RECIPE_FILES = {
     "a tab": (b"data:\n\tsource: x\n", "recipe bad.yaml: not valid YAML (line 2, column 1: "),
     "not UTF-8": (b"name: caf\xe9\n", "recipe bad.yaml: not UTF-8 (byte 9); save it as UTF-8"),
     "a key twice": (b"name: a\nname: b\n", "recipe bad.yaml: line 2, column 1: duplicate key name; remove one"),
-    "nothing required": (b"name: a\n", "recipe bad.yaml: data is missing"),
+    "nothing required": (b"name: a\ntrain: {}\n", "recipe bad.yaml: data is missing"),
     "a Python object": (
         b"name: !!python/object:os.system {}\n",
         "the tag tag:yaml.org,2002:python/object:os.system",

@@ -1,11 +1,20 @@
 """Messages for unknown keys and wrong values."""
 
+import re
 from typing import Any
 
 import pytest
 
+from cpo_pipe.data.errors import Problems
 from cpo_pipe.data.text import nearest
-from tests.support.recipes import DATA, MLE, NEGATIVES, SYSTEMS, refusal
+from cpo_pipe.pipeline.negatives.registry import STRATEGIES
+from cpo_pipe.pipeline.prepare.base import Data
+from cpo_pipe.recipe.load import parse_recipe
+from cpo_pipe.recipe.other_names import OTHER_NAMES
+from cpo_pipe.recipe.recipe import Recipe
+from cpo_pipe.trainer.lora import Lora
+from cpo_pipe.trainer.objectives import OBJECTIVES
+from tests.support.recipes import DATA, MLE, NEGATIVES, SYSTEMS, content, refusal
 
 UNKNOWN = [
     ({"negativs": {}}, "negativs", "negatives"),
@@ -79,3 +88,51 @@ def test_the_nearest_name_is_suggested() -> None:
 )  # fmt: skip
 def test_a_wrong_value_is_reported_with_its_rule(sections: dict[str, Any], message: str) -> None:
     assert refusal(**sections).startswith(message)
+
+
+def test_all_broken_rules_are_reported() -> None:
+    with pytest.raises(Problems) as caught:
+        parse_recipe(
+            content(
+                data={**DATA, "sorce": "x", "split_seed": -1},
+                train={"a": {**MLE, "max_steps": 0}, "b": {**MLE, "init": {"architcture": "llama"}}},
+                negatives={"sources": {"autoregressive": {"modle": "m"}}},
+            ),
+            "r.yaml",
+        )
+    assert [line.removeprefix("recipe r.yaml: ").split(" is ")[0] for line in caught.value.messages] == [
+        "data.split_seed", "data.sorce", "train.a.max_steps", "train.b.init.architcture",
+        "negatives.sources.autoregressive.modle",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [
+        ("per_device_train_batch_size", "batch_size, the groups of one optimizer step over all devices"),
+        ("num_train_epochs", "max_steps; an epoch is the number of examples divided by batch_size"),
+        ("lora_r", "lora.r"),
+        ("target_modules", "lora.target_modules"),
+        ("lora_alpha", "lora.lora_alpha"),
+        ("max_length", "data.max_prompt_tokens and data.max_target_tokens"),
+        ("bf16", "dtype: bfloat16"),
+        ("ref_model", "reference"),
+    ],
+)
+def test_the_keys_of_trl_and_peft_are_answered_with_ours(key: str, ours: str) -> None:
+    assert refusal(train={"a": {**MLE, key: 1}}) == f"train.a.{key} is not a known key; use {ours}"
+
+
+def test_the_answers_to_other_keys_name_keys_that_exist() -> None:
+    sections = [
+        Recipe,
+        Data,
+        Lora,
+        *(OBJECTIVES[name] for name in OBJECTIVES),
+        *(STRATEGIES[name] for name in STRATEGIES),
+    ]
+    known = {key for section in sections for key in section.model_fields}
+    for key, answer in OTHER_NAMES.items():
+        assert key not in known
+        first = re.match(r"(?:data\.|lora\.)?(\w+)", answer)
+        assert answer.startswith(("no key", "--run-dir")) or (first and first[1] in known), answer

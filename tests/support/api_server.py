@@ -75,6 +75,10 @@ class ApiServer:
         """Requests whose answer, with status 200, was sent to the end."""
         self.tokens = Counter[str]()
         """Of the usage in all answers sent."""
+        self.models = Reply({"object": "list", "data": []})
+        """The answer to GET /models."""
+        self.listed = 0
+        """Times that it was asked for."""
         self.most_under_way = 0
         self._under_way = 0
         self._asked = Counter[str]()
@@ -86,6 +90,9 @@ class ApiServer:
 
             def do_POST(self) -> None:
                 server._serve(self)
+
+            def do_GET(self) -> None:
+                server._list(self)
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
@@ -99,6 +106,15 @@ class ApiServer:
 
         self._http = Quiet(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
+
+    def _list(self, handler: BaseHTTPRequestHandler) -> None:
+        self.listed += 1
+        content = json.dumps(self.models.body).encode()
+        handler.send_response(self.models.status)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content)
 
     def prompts(self) -> Counter[Any]:
         """How often each prompt was asked."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.models.locate import locate_model
@@ -21,7 +21,8 @@ from tests.support.training import CANDIDATES, Bench, metrics, naive_logprob, we
 def test_a_scratch_model_computes_the_same_as_its_checkpoint(bench: Bench, tmp_path: Path, name: str) -> None:
     kind, settings = ARCHITECTURES[name]
     taken = {"vocab_size", "eos_token_id", "bos_token_id", "pad_token_id"}
-    config = {key: value for key, value in {**SIZES, **settings}.items() if key not in taken}
+    known = CONFIG_MAPPING[kind]().to_dict().keys() - taken
+    config = {key: value for key, value in {**SIZES, **settings}.items() if key in known}
     scratch = scratch_model(ScratchModel(architecture=kind, config=config), bench.tokenizer).eval()
     scratch.save_pretrained(tmp_path / "saved")
     loaded = locate_model(str(tmp_path / "saved"), bench.store).load(torch.float32).eval()
@@ -47,9 +48,10 @@ def test_a_scratch_model_trains_with_its_soft_cap(bench: Bench, architecture: st
 
 @pytest.mark.parametrize("architecture", ["opt", "falcon"])
 def test_checkpointed_layers_train_without_the_dropout_of_their_config(bench: Bench, architecture: str) -> None:
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 96,
-             "word_embed_proj_dim": 64, "ffn_hidden_size": 96, "num_kv_heads": 1}  # fmt: skip
-    dropout = {"dropout": 0.3, "attention_dropout": 0.3, "hidden_dropout": 0.3}
+    known = CONFIG_MAPPING[architecture]().to_dict()
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"ffn_dim": 96, "word_embed_proj_dim": 64} if architecture == "opt" else {"ffn_hidden_size": 96}
+    dropout = {key: 0.3 for key in ("dropout", "attention_dropout", "hidden_dropout") if key in known}
     scratch = ScratchModel(architecture=architecture, config={**sizes, **dropout})
     plain, layers = (
         bench.train("mle", scratch, max_steps=3, gradient_checkpointing=on, seed=int(on)) for on in (False, True)
@@ -67,5 +69,7 @@ def test_scratch_models_are_reproducible(bench: Bench) -> None:
     torch.manual_seed(99)
     again = weights(bench.train("mle", scratch))
     assert all(torch.equal(first[name], again[name]) for name in first)
-    with pytest.raises(InputError, match="init: a lama model cannot be made"):
+    with pytest.raises(InputError, match=r"init.architecture: lama is not known .* did you mean llama\?"):
         bench.train("mle", ScratchModel(architecture="lama"))
+    with pytest.raises(InputError, match=r"init.config.hiden_size: not a key of .* did you mean hidden_size\?"):
+        bench.train("mle", ScratchModel(architecture="llama", config={"hiden_size": 32}))

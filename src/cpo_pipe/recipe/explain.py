@@ -1,6 +1,6 @@
 """One-line explanations of invalid recipes."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -9,24 +9,41 @@ from pydantic import ValidationError
 from cpo_pipe.data.config import Section
 from cpo_pipe.data.registry import Registry
 from cpo_pipe.data.text import abridged, listed, nearest
+from cpo_pipe.recipe.other_names import OTHER_NAMES
 from cpo_pipe.recipe.recipe import Recipe
 
 NOT_A_SECTION = ("model_type", "dict_type")
 
 
-def explain(error: ValidationError, content: Any) -> str:
-    """Return the first rule that a recipe's content breaks, as one line."""
-    # An unknown key explains what is missing beside it. Else, of a union's branches the one that was followed
-    # furthest is the one that was meant.
+def explain(error: ValidationError, content: Any) -> list[str]:
+    """Return the rules that a recipe's content breaks, each as one line."""
     details = [one for one in error.errors(include_url=False) if one["type"] != "default_factory_not_called"]
-    not_sections = [follow(detail["loc"], content)[0] for detail in details if detail["type"] in NOT_A_SECTION]
-    detail = max(
-        details,
-        key=lambda detail: (
-            detail["type"] == "extra_forbidden", len(detail["loc"]), detail["type"] not in NOT_A_SECTION
-        ),
-    )  # fmt: skip
-    path, _, _ = follow(detail["loc"], content)
+    paths = [tuple(follow(detail["loc"], content)[0]) for detail in details]
+    not_sections = [path for path, one in zip(paths, details, strict=True) if one["type"] in NOT_A_SECTION]
+    lines: dict[str, None] = {}
+    for path, detail in zip(paths, details, strict=True):
+        if not any(_explained(path, detail, *other) for other in zip(paths, details, strict=True)):
+            lines[_explain(path, detail, content, path in not_sections)] = None
+    return [*lines]
+
+
+def _explained(path: tuple[str, ...], detail: Any, other_path: tuple[str, ...], other: Any) -> bool:
+    """Return whether another broken rule explains this one.
+
+    An unknown key explains what is missing beside it. Of a union's branches the one that was followed furthest is the
+    one that was meant.
+    """
+    if detail is other:
+        return False
+    if detail["type"] == "missing" and other["type"] == "extra_forbidden":
+        return path[:-1] == other_path[:-1]
+    if path == other_path:
+        return detail["type"] in NOT_A_SECTION and other["type"] not in NOT_A_SECTION
+    return path == other_path[: len(path)]
+
+
+def _explain(path: Sequence[str], detail: Any, content: Any, or_section: bool) -> str:
+    """Return a broken rule as one line; `or_section`: a section can also stand there."""
     where = dotted(path)
     if detail["type"] == "extra_forbidden":
         return f"{where}{_unknown(path[-1], *follow(detail['loc'][:-1], content)[1:])}"
@@ -39,7 +56,7 @@ def explain(error: ValidationError, content: Any) -> str:
         return f"{where} is {shown(detail['input'])}: {message}"
     if detail["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    other = " or a section" if path in not_sections else ""
+    other = " or a section" if or_section else ""
     return f"{where} is {shown(detail['input'])}: {message[0].lower()}{message[1:]}{other}"
 
 
@@ -51,7 +68,15 @@ def _unknown(key: str, section: type[Section], registry: Registry[Any] | None) -
         if users and name is not None:
             return f': not used by {registry.kind} "{name}" (but by {listed(users)}); remove it'
     known = list(section.model_fields)
-    return f" is not a known key; {nearest(key, known) or f'known are {listed(known)}'}"
+    below = [f"{name}.{key}" for name in known if key in _keys_of(section.model_fields[name].annotation)]
+    hint = f"use {OTHER_NAMES[key]}" if key in OTHER_NAMES else f"use {below[0]}" if below else nearest(key, known)
+    return f" is not a known key; {hint or f'known are {listed(known)}'}"
+
+
+def _keys_of(kind: Any) -> Collection[str]:
+    """Return the keys of the section that a field takes; none of a field that takes none."""
+    sections = [one for one in members(kind) if isinstance(one, type) and issubclass(one, Section)]
+    return sections[0].model_fields if sections else ()
 
 
 def shown(value: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any, get_origin
 
 from pydantic import ValidationError
 
-from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.errors import InputError, Problems
 from cpo_pipe.data.text import abridged, listed, nearest
 from cpo_pipe.recipe.explain import dotted, explain, follow, shown
 from cpo_pipe.recipe.read_yaml import MAX_BYTES, MAX_DEPTH, MAX_VALUES, read_yaml
@@ -68,7 +68,7 @@ def parse_recipe(content: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"recipe {source}: {explain(error, content)}") from error
+        raise Problems([f"recipe {source}: {line}" for line in explain(error, content)]) from error
 
 
 def _scale(content: dict[str, Any], scale: str, source: str) -> None:

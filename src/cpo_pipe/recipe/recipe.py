@@ -118,7 +118,7 @@ class Recipe(Section):
             isinstance(training, PreferenceTraining) for training in self.train.values()
         ):
             raise ValueError(f"iterations is {self.iterations}, but no training learns from negatives; remove it")
-        named = self._local_models()
+        named = self.local_models()
         if self.negatives is not None:
             named |= {
                 f"negatives.sources.{name}.model": source.models() for name, source in self.negatives.sources.items()
@@ -179,14 +179,14 @@ class Recipe(Section):
 
     def _check_local(self) -> None:
         """Refuse APIs where weights are needed."""
-        for place, models in self._local_models().items():
+        for place, models in self.local_models().items():
             for model in models:
                 if model in self.apis:
                     raise ValueError(
                         f"{place} names {model}, which is an API and has no weights here; name a local or hub model"
                     )
 
-    def _local_models(self) -> dict[str, list[str]]:
+    def local_models(self) -> dict[str, list[str]]:
         """Return the names of the models whose weights are needed, by the key that names them."""
         needed = {f"train.{name}": training.upstream() for name, training in self.train.items()}
         if self.evaluate is not None:

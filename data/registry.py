@@ -11,7 +11,8 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
-from pydantic import GetCoreSchemaHandler
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from cpo_pipe.data.config import Section
@@ -137,3 +138,12 @@ class Registry(ClassRegistry[Block]):
                 lambda block, info: block.model_dump(mode=info.mode, exclude_unset=info.exclude_unset), info_arg=True
             ),
         )
+
+    def __get_pydantic_json_schema__(self, _: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Describe a block as one of the known classes, each with its name; a user's own may have any keys."""
+        known = [
+            {"allOf": [{"properties": {self.key: {"const": name}}}, handler(entry.__pydantic_core_schema__)]}
+            for name, entry in self.entries.items()
+        ]
+        own = {"type": "object", "properties": {self.key: {"type": "string", "pattern": ":"}}, "required": [self.key]}
+        return {"anyOf": [*known, own]}

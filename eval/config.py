@@ -114,6 +114,12 @@ class Headline(Section):
     decoding: Name | None = Field(None, description="name in `decodings` (default: the first)")
 
 
+def _or_kinds(schema: dict[str, Any]) -> None:
+    """Let the JSON Schema of `judges` take a list of kinds, too."""
+    mapping = {key: schema.pop(key) for key in ("type", "additionalProperties", "propertyNames") if key in schema}
+    schema["anyOf"] = [{"type": "array", "items": {"enum": [*JUDGES]}}, mapping]
+
+
 class Evaluate(Section):
     """Which systems are compared, on what, and how."""
 
@@ -140,6 +146,7 @@ class Evaluate(Section):
         None, description="longest output, in tokens (default: data.max_target_tokens)"
     )
     judges: dict[Name, Annotated[JudgeConfig, JUDGES]] = Field(
+        json_schema_extra=_or_kinds,
         default_factory=lambda: {"similarity": JUDGES.parse({"kind": "similarity"})},
         description="pairwise judges, by name, or a list of kinds for judges without settings: "
         + "; ".join(f"`{name}`: {JUDGES.description(name).rstrip('.')}" for name in JUDGES),

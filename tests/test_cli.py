@@ -1,14 +1,18 @@
 """The commands, stage by stage and all at once, on a tiny project; their options and their help."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from cpo_pipe import __version__
 from cpo_pipe.recipe.load import load_recipe
 from tests.support.damage import rot
 from tests.support.project import commands_in
@@ -196,3 +200,15 @@ def test_annotations_that_are_not_utf8_are_refused_before_anything_is_made(proje
     assert result.status == 2
     assert "evaluate.annotations annotations.csv: annotations.csv:2: not UTF-8 (column output_a" in result.error()
     assert not project.made()
+
+
+def test_the_version(cli: Callable) -> None:
+    assert (cli("--version").status, cli("--version").out) == (0, f"cpo-pipe {__version__}\n")
+
+
+def test_a_shell_completes_commands() -> None:
+    asked = {"COMP_WORDS": "cpo-pipe ev", "COMP_CWORD": "1", "_CPO_PIPE_COMPLETE": "complete_bash"}
+    done = subprocess.run(
+        [sys.executable, "-m", "cpo_pipe"], env=os.environ | asked, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.split() == ["evaluate"]

@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cpo_pipe import __version__
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.execution import processes
 from cpo_pipe.data.execution.base import Executor
@@ -20,6 +22,7 @@ from cpo_pipe.data.text import nearest, one_line, say
 from cpo_pipe.demo import demo_recipe
 from cpo_pipe.pipeline.convert.convert import convert as convert_model
 from cpo_pipe.recipe.load import builtin_recipes, load_recipe
+from cpo_pipe.recipe.recipe import Recipe
 from cpo_pipe.recipe.render import recipe_text
 from cpo_pipe.run import Run
 from cpo_pipe.store_commands import store_app
@@ -35,7 +38,6 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 app = typer.Typer(
     help="Contrastive Preference Optimization (Feng et al. 2025), from ground-truth pairs to a report.",
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
 RecipeArgument = Annotated[str, typer.Argument(help="Recipe: a YAML file or the name of a built-in one.")]
@@ -75,26 +77,69 @@ WorkerGpusOption = Annotated[
     float | None, typer.Option(min=0, help="GPUs per Ray worker, such as 0.5.", show_default="1 where there are GPUs")
 ]
 
+SCHEMA_FILE = "cpo-pipe.schema.json"
+
 OutOption = Annotated[Path, typer.Option(parser=folder, metavar="PATH", help="A new or empty folder to write to.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        say(f"cpo-pipe {__version__}")
+        raise typer.Exit
+
 
 # Typer's usage errors (an unknown option, a missing argument): click's class in some versions, a copy in others.
 _UsageError: Any = typer.BadParameter.__base__
 
 
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Take the options of the program itself."""
+
+
 @app.command()
 def init(
-    name: Annotated[str, typer.Argument(help="Name of a built-in recipe.")],
+    name: Annotated[str | None, typer.Argument(help="Name of a built-in recipe.", show_default="list them")] = None,
     full: Annotated[
         bool, typer.Option("--full", help="Print every key with its meaning, not only those that are set.")
     ] = False,
 ) -> None:
-    """Print a built-in recipe to start from: `cpo-pipe init NAME > my.yaml`."""
+    """Print a built-in recipe to start from: `cpo-pipe init NAME > my.yaml`; without a name list them."""
     with reported(debug=False):
+        if name is None:
+            for each, path in builtin_recipes().items():
+                say(f"{each:<20}{path.read_text(encoding='utf-8').partition(chr(10))[0].removeprefix('# ')}")
+            return
         if name not in builtin_recipes():
             hint = nearest(name, builtin_recipes()) or f"there are {', '.join(builtin_recipes())}"
             raise InputError(f"recipe {name}: not built in; {hint}")
+        say(f"# yaml-language-server: $schema={SCHEMA_FILE}")
+        say(f"# Editors complete and check the keys after `cpo-pipe schema > {SCHEMA_FILE}`.")
         say(f"# {name}.yaml: run it with `cpo-pipe run FILE`; `cpo-pipe init {name} --full` prints every key.")
         say(recipe_text(load_recipe(name), named=False, full=full).removesuffix("\n"))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, from which editors complete and check keys."""
+    say(json.dumps(Recipe.model_json_schema(), indent=1, ensure_ascii=False))
+
+
+@app.command()
+def doctor(store: StoreOption = DEFAULT_STORE) -> None:
+    """Show packages, devices, engines, memory and disk, what is wrong with them, and the command that mends it."""
+    from cpo_pipe.doctor import doctor
+
+    wrong = doctor(store)
+    for line in wrong:
+        say(f"wrong: {line}")
+    if wrong:
+        raise typer.Exit(1)
+    say("nothing is wrong")
 
 
 @app.command()

@@ -138,3 +138,27 @@ def test_an_oversized_recipe_or_name_is_refused(tmp_path: Path) -> None:
         load_recipe(str(tmp_path / "long.yaml"))
     with pytest.raises(InputError, match=r"x: cannot be read \(File name too long\)"):
         load_recipe("x" * 300)
+
+
+def test_a_name_without_its_suffix_is_answered_with_the_file(tmp_path: Path) -> None:
+    name = written(tmp_path).removesuffix(".yaml")
+    with pytest.raises(InputError, match=rf"recipe {name}: no such file; did you mean {name}\.yaml\?"):
+        load_recipe(name)
+
+
+def test_every_recipe_has_the_scale_smoke(tmp_path: Path) -> None:
+    evaluation = {"systems": {"base": {"model": "base"}}, "baseline": "base", "examples": 5}
+    train = {"base": {**MLE, "max_steps": 1000, "batch_size": 2, "keep": "best", "validation": 50}, "cpo": CPO}
+    path = written(tmp_path, train=train, evaluate=evaluation, data={**DATA, "test": 100})
+    small = load_recipe(path, scale="smoke")
+    assert small.name == "r-smoke"
+    assert (small.data.max_rows, small.data.test) == (300, 24)
+    base = small.train["base"]
+    assert (base.max_steps, base.batch_size, base.validation) == (3, 2, 4)
+    assert small.train["cpo"].max_steps == 3
+    assert small.negatives is not None
+    assert small.evaluate is not None
+    assert (small.negatives.max_examples, small.evaluate.examples, small.evaluate.bootstrap) == (16, 5, 100)
+    assert base.init == load_recipe(path).train["base"].init, "the models stay"
+    own = written(tmp_path, scales={"smoke": {"train.*.max_steps": 7}})
+    assert load_recipe(own, scale="smoke").train["base"].max_steps == 7, "a recipe's own scale comes first"

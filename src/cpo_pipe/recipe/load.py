@@ -13,6 +13,7 @@ from cpo_pipe.data.text import abridged, listed, nearest
 from cpo_pipe.recipe.explain import dotted, explain, follow, shown
 from cpo_pipe.recipe.read_yaml import MAX_BYTES, MAX_DEPTH, MAX_VALUES, read_yaml
 from cpo_pipe.recipe.recipe import Recipe
+from cpo_pipe.recipe.smoke import SMOKE, shrink
 
 
 def builtin_recipes() -> dict[str, Path]:
@@ -33,7 +34,8 @@ def load_recipe(source: str, overrides: list[str] | None = None, scale: str | No
         if not path.is_file() and source in builtin:
             path = builtin[source]
         if not path.is_file():
-            near = nearest(source, builtin, "the built-in ")
+            near = f"did you mean {source}.yaml?" if Path(f"{path}.yaml").is_file() else ""
+            near = near or nearest(source, builtin, "the built-in ")
             hint = near or f"built-in recipes: {', '.join(builtin)}"
             raise InputError(f"recipe {source}: no such file; {hint}")
         if path.stat().st_size > MAX_BYTES:
@@ -75,8 +77,12 @@ def _scale(content: dict[str, Any], scale: str, source: str) -> None:
     """Put what a scale of the recipe names in its place, and the scale's name behind the recipe's."""
     scales = content.get("scales")
     scales = scales if isinstance(scales, dict) else {}
+    if scale == SMOKE and SMOKE not in scales:
+        shrink(content)
+        content["name"] = f"{content['name']}-{scale}"
+        return
     if not isinstance(scales.get(scale), dict):
-        hint = nearest(scale, scales) or f"there are {listed(scales)}"
+        hint = nearest(scale, [*scales, SMOKE]) or f"there are {listed(dict.fromkeys([*scales, SMOKE]))}"
         raise InputError(f"--scale {abridged(scale)}: the recipe {source} has no such scale; {hint}")
     written = 0
     for pattern, value in list(scales[scale].items()):

@@ -9,6 +9,7 @@ from cpo_pipe.data.config import Location, Name, Positive, Section, Seed, Share
 from cpo_pipe.data.text import listed, nearest
 from cpo_pipe.eval.judges.base import JudgeConfig
 from cpo_pipe.eval.judges.registry import JUDGES
+from cpo_pipe.eval.output_file import OutputColumns
 from cpo_pipe.pipeline.engines.base import SamplingDtype
 from cpo_pipe.pipeline.engines.registry import AUTO, ENGINES, EngineName
 
@@ -50,18 +51,26 @@ class Decoding(Section):
 
 
 class System(Section):
-    """A model that evaluation compares: one model, or a weight-space ensemble of several."""
+    """What evaluation compares: a model, a weight-space ensemble of several, or outputs that exist already."""
 
     model: Location | None = Field(
         None,
         description="a training's name, a folder or a hub name (of a model or a LoRA adapter), or an API of `apis`",
     )
     merge: dict[Location, float] | None = Field(None, description="weights of an ensemble, by model; they sum to 1")
+    file: Location | None = Field(
+        None,
+        description="a file with an output for each prompt, in AlpacaEval's format or with the columns below; it is "
+        "compared under every decoding",
+    )
+    columns: OutputColumns = Field(default_factory=OutputColumns, description="column mapping of the file")
 
     @model_validator(mode="after")
     def _check(self) -> "System":
-        if (self.model is None) == (self.merge is None):
-            raise ValueError("give either model or merge")
+        if [self.model, self.merge, self.file].count(None) != 2:
+            raise ValueError("give either model, merge or file")
+        if self.file is None and "columns" in self.model_fields_set:
+            raise ValueError("columns: not used without file; remove it")
         if self.merge is not None and abs(sum(self.merge.values()) - 1) > 1e-6:
             raise ValueError(f"merge weights sum to {sum(self.merge.values()):g}, not to 1")
         return self

@@ -13,7 +13,7 @@ from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.data.text import say
 from cpo_pipe.eval.config import GROUND_TRUTH, Evaluate
 from cpo_pipe.eval.evaluate import plan_evaluation
-from cpo_pipe.eval.generate import read_outputs
+from cpo_pipe.eval.generate import SystemModel, read_outputs
 from cpo_pipe.eval.judges.base import ApiJudge, Case, Pair
 from cpo_pipe.eval.judging import read_cases, unjudged
 from cpo_pipe.pipeline.api.model import ApiModel, Tokens
@@ -44,7 +44,7 @@ def evaluation_costs(
     config: Evaluate,
     store: Store,
     examples: Examples,
-    systems: Mapping[str, Model | ApiModel | None],
+    systems: Mapping[str, SystemModel | None],
     *,
     max_new_tokens: int,
     models: Mapping[str, Model],

@@ -30,6 +30,7 @@ from cpo_pipe.eval.annotations import Annotations, read_annotations
 from cpo_pipe.eval.config import DIVERSITY, GROUND_TRUTH, Evaluate
 from cpo_pipe.eval.generate import (
     Generation,
+    SystemModel,
     generate_outputs,
     outputs_table,
     plan_generations,
@@ -107,7 +108,7 @@ class EvaluationPlan:
 
     config: Evaluate
     selection: pa.Table
-    systems: Mapping[str, Model | ApiModel]
+    systems: Mapping[str, SystemModel]
     generations: list[Generation]
     judges: list[Judge]
     embedder: Embedder | None
@@ -160,7 +161,7 @@ def evaluate(
     config: Evaluate,
     store: Store,
     examples: Examples,
-    systems: Mapping[str, Model | ApiModel],
+    systems: Mapping[str, SystemModel],
     *,
     max_new_tokens: int,
     ranker: str | None,
@@ -218,7 +219,7 @@ def plan_evaluation(
     config: Evaluate,
     store: Store,
     examples: Examples,
-    systems: Mapping[str, Model | ApiModel],
+    systems: Mapping[str, SystemModel],
     *,
     max_new_tokens: int,
     models: Mapping[str, Model],
@@ -294,7 +295,7 @@ def measure_outputs(plan: EvaluationPlan, store: Store, executor: Executor) -> t
     wins = WinRates(figures)
     measure_text(figures, GROUND_TRUTH, ANY_DECODING, targets)
     for system, model in plan.systems.items():
-        if isinstance(model, Model):  # an API gives no log-probabilities of targets
+        if isinstance(model, Model):  # an API and a file give no log-probabilities of targets
             measure_likelihood(figures, system, target_logprobs(store, model, selection, executor))
     for generation in plan.generations:
         system, decoding = generation.system, generation.decoding

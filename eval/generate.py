@@ -17,12 +17,16 @@ from cpo_pipe.data.models.end_tokens import end_tokens, without_end
 from cpo_pipe.data.models.model import Model
 from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.eval.config import Evaluate
+from cpo_pipe.eval.output_file import OutputFile, OutputFileWork
 from cpo_pipe.pipeline.api.model import ApiModel
 from cpo_pipe.pipeline.api.work import ApiWork, prompt_of
 from cpo_pipe.pipeline.engines.base import Sampling, check_context
 from cpo_pipe.pipeline.samples import WINDOW, EngineWork, LazyEngine, SampleRequest, make_missing, refused_source
 
 log = logging.getLogger(__name__)
+
+SystemModel = Model | ApiModel | OutputFile
+"""What a system is."""
 
 OUTPUTS = pa.schema(
     [("example_id", pa.string()), ("system", pa.string()), ("decoding", pa.string()), ("text", pa.string())]
@@ -64,14 +68,23 @@ def plan_generations(
     examples: Examples,
     selection: pa.Table,
     system: str,
-    model: Model | ApiModel,
+    model: SystemModel,
     max_new_tokens: int,
 ) -> list[Generation]:
     """Return where the outputs of a system are stored, one per decoding.
 
     Raises:
-        InputError: the model's context is too short for a prompt and an output, or for a prompt and its target.
+        InputError: the model's context is too short for a prompt and an output, or for a prompt and its target; or an
+            example has no output in a system's file.
     """
+    if isinstance(model, OutputFile):
+        spec: Spec = {"outputs": model.fingerprint, "prompt": examples.rendering}
+        rows = store.rows("generations", spec)
+        sampling = Sampling(temperature=0, top_k=0, max_new_tokens=max_new_tokens, stop_ids=())
+        found = [Generation(system, name, sampling, 1, rows) for name in config.decodings]
+        if found[0].request.missing(selection["example_id"]).any():
+            model.outputs(selection)
+        return found
     if isinstance(model, Model):
         check_context(selection, model, max_new_tokens, "evaluate.max_new_tokens")
         _check_targets(config, selection, model)
@@ -87,7 +100,7 @@ def plan_generations(
             stop_ids=ends,
         )
         if isinstance(model, ApiModel):
-            spec: Spec = {"model": model.spec(), "sampling": model.obeyed(sampling).spec()}
+            spec = {"model": model.spec(), "sampling": model.obeyed(sampling).spec()}
         else:
             spec = {"model": model.fingerprint, "sampling": sampling.spec()}
         spec |= {"prompt": examples.rendering, **({"seed": config.seed} if sampling.temperature > 0 else {})}
@@ -114,7 +127,7 @@ def generate_outputs(
     config: Evaluate,
     examples: Examples,
     selection: pa.Table,
-    model: Model | ApiModel,
+    model: SystemModel,
     generations: Sequence[Generation],
     executor: Executor,
 ) -> None:
@@ -134,7 +147,11 @@ def generate_outputs(
     for generation in sorted(generations, key=lambda generation: generation.sampling.beams):
         rows, sampling, seed, tokenizer = generation.rows, generation.sampling, config.seed, examples.tokenizer
         name = f"{generation.system}, {generation.decoding}"
-        if isinstance(model, ApiModel):
+        if isinstance(model, OutputFile):
+            read = OutputFileWork(rows, model, selection, tokenizer, examples.rendering)
+            label = f"evaluate {name}"
+            made = make_missing(generation.request, selection, read, LocalExecutor(), batch_size=WINDOW, label=label)
+        elif isinstance(model, ApiModel):
             assert generation.refused is not None
             asked = ApiWork(rows, generation.refused, model, sampling, seed, tokenizer, examples.rendering, prompt_of)
             made = make_missing(

@@ -14,6 +14,8 @@ from cpo_pipe.data.models.model import Model, ScratchModel, check_weights
 from cpo_pipe.data.models.tokenizer import locate_tokenizer
 from cpo_pipe.data.text import nearest
 from cpo_pipe.eval.config import Evaluate
+from cpo_pipe.eval.generate import SystemModel
+from cpo_pipe.eval.output_file import open_outputs
 from cpo_pipe.pipeline.api.model import ApiModel
 from cpo_pipe.pipeline.engines.registry import check_installed as check_engine
 from cpo_pipe.pipeline.prepare.prepare import check_data
@@ -152,6 +154,10 @@ def _check_evaluation_settings(resolver: Resolver, config: Evaluate, findings: F
     if config.embedder != PACKAGED and (features or any(judge.uses_embeddings for judge in config.judges.values())):
         with findings.collect():
             check_exists(config.embedder, "embedding model")
+    for name, system in config.systems.items():
+        if system.file is not None:
+            with findings.collect():
+                open_outputs(name, system.file, system.columns, resolver.store)
     if config.annotations is not None:
         from cpo_pipe.eval.annotations import read_annotations
 
@@ -218,13 +224,13 @@ def _check_evaluation(resolver: Resolver, findings: Findings) -> None:
     from cpo_pipe.eval.evaluate import plan_evaluation
 
     config = resolver.evaluate_section()
-    systems, models = dict[str, Model | ApiModel](), dict[str, Model]()
+    systems, models = dict[str, SystemModel](), dict[str, Model]()
     for name, system in config.all_systems().items():
         for part in system.merge or ():
             with findings.collect():
                 resolver.model(part)
         with findings.collect():
-            if (model := resolver.available_system(system)) is not None:
+            if (model := resolver.available_system(name, system)) is not None:
                 systems[name] = model
     needed = [name for judge in config.judges.values() for name in judge.models()]
     for name in [*needed, config.mauve_model] if config.mauve_model else needed:

@@ -16,6 +16,8 @@ from cpo_pipe.data.models.tokenizer import check_vocabulary
 from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.data.text import nearest
 from cpo_pipe.eval.config import Evaluate, System
+from cpo_pipe.eval.generate import SystemModel
+from cpo_pipe.eval.output_file import open_outputs
 from cpo_pipe.pipeline.api.model import ApiModel
 from cpo_pipe.pipeline.negatives.config import Negatives
 from cpo_pipe.pipeline.negatives.generate import Plan, plan_negatives
@@ -92,6 +94,20 @@ class Resolver:
         users = [name for name, training in self.trainings.items() if isinstance(training, PreferenceTraining)]
         owners = dict.fromkeys(map(self.negatives_owner, users))
         return sorted(owners, key=lambda training: training is not None) or [None]
+
+    def exported_owner(self, training: str) -> str | None:
+        """Return whose negatives an export is of: those of a training, or without a name the first ones.
+
+        Raises:
+            InputError: there is no such training on negatives.
+        """
+        if not training:
+            return self.negatives_owners()[0]
+        if not isinstance(self.trainings.get(training), PreferenceTraining):
+            known = [name for name, config in self.trainings.items() if isinstance(config, PreferenceTraining)]
+            hint = nearest(training, known) or f"choose from {', '.join(known)}"
+            raise InputError(f"--training {training}: no training on negatives; {hint}")
+        return self.negatives_owner(training)
 
     # ── artifacts ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -226,39 +242,56 @@ class Resolver:
         """
         return self.model(name) if name in self.trainings else self._locate(name)
 
-    def system(self, name: str, system: System) -> Model | ApiModel:
-        """Return the model of a system; an ensemble is merged."""
+    def system(self, name: str, system: System) -> SystemModel:
+        """Return the model of a system, or its file; an ensemble is merged."""
+        if system.file is not None:
+            return open_outputs(name, system.file, system.columns, self.store)
         if system.model is not None:
             return self.apis.get(system.model) or self.model(system.model)
         assert system.merge is not None
         parts = [(self.model(part), weight) for part, weight in system.merge.items()]
         return checkpoint_model(name, merge(name, self.store, parts, self.examples().tokenizer))
 
-    def systems(self) -> dict[str, Model | ApiModel]:
+    def merged(self, name: str) -> Model:
+        """Return the model of a system by its name.
+
+        Raises:
+            InputError: the system is not in the recipe, or has no weights.
+        """
+        systems = self.evaluate_section().all_systems()
+        if name not in systems:
+            hint = nearest(name, systems) or f"choose from {', '.join(systems)}"
+            raise InputError(f"system {name}: not in evaluate; {hint}")
+        model = self.system(name, systems[name])
+        if not isinstance(model, Model):
+            what = "an API" if isinstance(model, ApiModel) else "a file of outputs"
+            raise InputError(f"system {name}: is {what}, which has no weights to merge; name another system")
+        return model
+
+    def systems(self) -> dict[str, SystemModel]:
         """Return the model of each system that is evaluated; ensembles are merged."""
         return {name: self.system(name, system) for name, system in self.evaluate_section().all_systems().items()}
 
-    def available_systems(self) -> dict[str, Model | ApiModel | None]:
+    def available_systems(self) -> dict[str, SystemModel | None]:
         """Return the model of each system; None where it is not downloaded, trained or merged. Makes nothing."""
         offline = self.offline()
-        available: dict[str, Model | ApiModel | None] = {}
+        available: dict[str, SystemModel | None] = {}
         for name, system in self.evaluate_section().all_systems().items():
             try:
-                available[name] = offline.available_system(system)
+                available[name] = offline.available_system(name, system)
             except MissingInput as missing:
                 log.info("system %s is not available yet: %s", name, missing)
                 available[name] = None
         return available
 
-    def available_system(self, system: System) -> Model | ApiModel | None:
+    def available_system(self, name: str, system: System) -> SystemModel | None:
         """Return the model of a system; None for an ensemble that is not merged yet.
 
         Raises:
             MissingInput: a model is not downloaded or trained.
         """
-        if system.model is not None:
-            return self.system("", system)
-        assert system.merge is not None
+        if system.merge is None:
+            return self.system(name, system)
         parts = [(self.model(part), weight) for part, weight in system.merge.items()]
         artifact = ensemble(self.store, parts, self.examples().tokenizer)
         return checkpoint_model("", artifact) if artifact.complete() else None

@@ -14,7 +14,6 @@ from cpo_pipe.data.models.copy_model import copy_model
 from cpo_pipe.data.output_folder import check_new
 from cpo_pipe.data.store import Store, atomic
 from cpo_pipe.data.text import nearest, one_line, say
-from cpo_pipe.pipeline.api.model import ApiModel
 from cpo_pipe.pipeline.export.export import export
 from cpo_pipe.pipeline.export.hub import check_repo, upload
 from cpo_pipe.pipeline.export.pairs import parse_pairs
@@ -205,18 +204,11 @@ class Run:
         """Write the model of a system to a folder of its own, with the tokenizer of the examples.
 
         Raises:
-            InputError: the system is not in the recipe or is an API, or the folder is not empty.
+            InputError: the system is not in the recipe or has no weights, or the folder is not empty.
         """
-        systems = self.resolver.evaluate_section().all_systems()
-        if name not in systems:
-            hint = nearest(name, systems) or f"choose from {', '.join(systems)}"
-            raise InputError(f"system {name}: not in evaluate; {hint}")
         check_new(out)
         self.store.register_run(self.run_dir)
-        model = self.resolver.system(name, systems[name])
-        if isinstance(model, ApiModel):
-            raise InputError(f"system {name}: is an API, which has no weights to merge; name another system")
-        copy_model(model, self.resolver.examples().tokenizer, out)
+        copy_model(self.resolver.merged(name), self.resolver.examples().tokenizer, out)
         say(one_line(f"system {name}: written to {out}"))
 
     def export(
@@ -234,12 +226,7 @@ class Run:
             InputError: the folder is not empty, or a pair, the training or the hub's name is unknown.
             MissingInput: groups are missing.
         """
-        trainings = self.resolver.trainings
-        if training and not isinstance(trainings.get(training), PreferenceTraining):
-            known = [name for name, config in trainings.items() if isinstance(config, PreferenceTraining)]
-            hint = nearest(training, known) or f"choose from {', '.join(known)}"
-            raise InputError(f"--training {training}: no training on negatives; {hint}")
-        owner = self.resolver.negatives_owner(training) if training else self.resolver.negatives_owners()[0]
+        owner = self.resolver.exported_owner(training)
         negatives = self.resolver.negatives_section(owner)
         parsed = parse_pairs(pairs, negatives.labels())
         check_new(out)

@@ -16,6 +16,8 @@ from cpo_pipe.data.models.model import Model
 from cpo_pipe.data.store import Rows
 from cpo_pipe.eval.config import DIVERSITY, Evaluate, ensemble_system
 from cpo_pipe.eval.evaluate import Evaluation
+from cpo_pipe.eval.generate import SystemModel
+from cpo_pipe.eval.output_file import OutputFile
 from cpo_pipe.eval.report.data import ReportData
 from cpo_pipe.eval.report.exports import write_exports
 from cpo_pipe.eval.report.leaderboard import Leaderboard, leaderboards
@@ -37,7 +39,7 @@ REPORTED_GROUPS = 50
 
 
 def write_run_report(
-    resolver: Resolver, run_log: RunLog, evaluation: Evaluation, systems: Mapping[str, Model | ApiModel]
+    resolver: Resolver, run_log: RunLog, evaluation: Evaluation, systems: Mapping[str, SystemModel]
 ) -> Path:
     """Write report.html and the files beside it, unless they are up to date; return its path."""
     recipe, run_dir = resolver.recipe, run_log.run_dir
@@ -142,7 +144,7 @@ def _shown_groups(resolver: Resolver) -> tuple[Plan, Rows | None, list[str]]:
 def _artifacts(
     resolver: Resolver,
     evaluation: Evaluation,
-    systems: Mapping[str, Model | ApiModel],
+    systems: Mapping[str, SystemModel],
     plan: Plan,
     groups: Rows | None,
     trained: Mapping[str, Model],
@@ -167,10 +169,12 @@ def _artifacts(
     return artifacts | {"metrics": evaluation.artifact.name}
 
 
-def _origin(resolver: Resolver, model: Model | ApiModel) -> str:
+def _origin(resolver: Resolver, model: SystemModel) -> str:
     """Return where a model is in the store; of one from elsewhere its name and fingerprint."""
     if isinstance(model, ApiModel):
         return f"{model.config.model} at {model.config.url}"
+    if isinstance(model, OutputFile):
+        return f"{model.name} ({model.fingerprint})"
     if model.path.is_relative_to(resolver.store.local):
         return str(model.path.relative_to(resolver.store.local))
     return f"{model.name} ({model.fingerprint})"

@@ -83,7 +83,7 @@ def test_the_nearest_name_is_suggested() -> None:
         ({"train": {"a": {**MLE, "beta": 2.0}}}, 'train.a.beta: not used by objective "mle" (but by cpo, cpo-ranked,'),
         ({"evaluate": {"systems": SYSTEMS, "baseline": "base", "judges": ["taste"]}},
          "evaluate.judges.taste: unknown judge 'taste'; choose from"),
-        ({"evaluate": {"systems": {"a": {}}, "baseline": "a"}}, "evaluate.systems.a: give either model or merge"),
+        ({"evaluate": {"systems": {"a": {}}, "baseline": "a"}}, "evaluate.systems.a: give either model, merge or file"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_reported_with_its_rule(sections: dict[str, Any], message: str) -> None:

@@ -65,20 +65,24 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
     """The folder of a project of which everything is made; not to be written to."""
     from cpo_pipe.data.store import Store
     from cpo_pipe.recipe.load import load_recipe
+    from cpo_pipe.recipe.render import recipe_text
     from cpo_pipe.run import Run
+    from cpo_pipe.runs import run_folder
 
     root = tmp_path_factory.mktemp("finished")
     fill(root, tiny_model)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        Run(load_recipe("tiny.yaml"), "tiny.yaml", Store(root / "cpo-store"), root / "runs" / "tiny").everything()
+        recipe = load_recipe("tiny.yaml")
+        folder = run_folder(recipe.name, recipe_text(recipe), root / "runs")
+        Run(recipe, "tiny.yaml", Store(root / "cpo-store"), folder).everything()
     return root
 
 
 @pytest.fixture
 def made(project: Project, finished: Path) -> Project:
     """A project of which everything is made."""
-    shutil.copytree(finished, project.root, dirs_exist_ok=True)
+    shutil.copytree(finished, project.root, dirs_exist_ok=True, symlinks=True)
     return project
 
 

@@ -39,9 +39,9 @@ def test_a_stage_without_its_input_names_the_command_that_makes_it(project) -> N
         "rank tiny.yaml",
         "train tiny.yaml cpo",
     ]
-    assert (project.root / "runs/tiny/report.html").is_file()
+    assert (project.root / "runs/tiny/latest/report.html").is_file()
     assert "start" in result.out
-    assert load_recipe(str(project.root / "runs/tiny/recipe.yaml")) == load_recipe("tiny.yaml")
+    assert load_recipe(str(project.root / "runs/tiny/latest/recipe.yaml")) == load_recipe("tiny.yaml")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_run_makes_everything_and_a_second_run_nothing(project) -> None:
 
 
 def test_damaged_weights_are_named_and_trained_again_but_only_when_needed(made) -> None:
-    metrics = made.root / "runs/tiny/metrics.parquet"
+    metrics = made.root / "runs/tiny/latest/metrics.parquet"
     intact = pq.read_table(metrics)
     specs = {path.parent: json.loads(path.read_text()) for path in made.store.glob("checkpoints/*/spec.json")}
     last = next(folder for folder, spec in specs.items() if spec["settings"]["objective"] == "cpo")
@@ -131,7 +131,7 @@ def test_the_last_of_several_set_options_wins(project) -> None:
     overrides = ["--set", "data.train=10", "--set", "data.train=12", "--set", "name=other"]
     result = project.cli("prepare", "tiny.yaml", *overrides)
     assert "examples: 12 train" in result.err
-    assert load_recipe("runs/other/recipe.yaml").data.train == 12
+    assert load_recipe("runs/other/latest/recipe.yaml").data.train == 12
 
 
 def test_store_from_the_environment(project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +155,7 @@ def test_help_names_every_option_with_its_default(cli: Callable, stage: str) -> 
     text = " ".join(result.out.replace("│", " ").split())
     assert result.status == 0
     for option, default in {
-        "--set": "the recipe unchanged", "--store": "cpo-store", "--run-dir": "runs/NAME", "--debug": "off",
+        "--set": "the recipe unchanged", "--store": "cpo-store", "--run-dir": "runs/NAME/TIME-HASH", "--debug": "off",
     }.items():  # fmt: skip
         assert re.search(rf"{option} [^\]]*(\[env var: CPO_PIPE_STORE\] )?\[default: \(?{default}\)?\]", text), text
     assert "CPO_PIPE_STORE" in text

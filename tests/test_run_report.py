@@ -15,18 +15,19 @@ from tests.support.project import figures, stages
 
 
 def test_the_run_folder_has_the_recipe_of_the_last_successful_stage(made) -> None:
-    resolved = made.root / "runs/tiny/recipe.yaml"
+    resolved = made.run_dir / "recipe.yaml"
     before = resolved.read_text()
     assert "\nname: tiny\n" in before
     assert made.cli("prepare", "tiny.yaml", "--set", "data.source=absent.jsonl").status == 2
     assert made.cli("evaluate", "tiny.yaml", "--set", "train.cpo.beta=0.3").status == 2  # not trained
     assert resolved.read_text() == before
     assert made.cli("train", "tiny.yaml", "cpo", "--set", "train.cpo.beta=0.3").status == 0
-    assert load_recipe(str(resolved)).train["cpo"].beta == 0.3
+    assert resolved.read_text() == before, "a changed recipe has a folder of its own"
+    assert load_recipe(str(made.run_dir / "recipe.yaml")).train["cpo"].beta == 0.3
 
 
 def shown_artifacts(project) -> dict[str, str]:
-    html = (project.root / "runs/tiny/report.html").read_text()
+    html = (project.root / "runs/tiny/latest/report.html").read_text()
     return dict(re.findall(r"<dt>([^<]*)</dt><dd><code>([^<]*)</code></dd>", html))
 
 
@@ -59,10 +60,10 @@ def test_the_report_says_why_it_shows_no_negatives(made) -> None:
     del recipe["train"]["cpo"], recipe["evaluate"]["systems"]["cpo"]
     made.write("tiny.yaml", yaml.safe_dump(recipe))
     assert made.cli("evaluate", "tiny.yaml", "--set", "negatives.seed=1").status == 0
-    html = (made.root / "runs/tiny/report.html").read_text()
+    html = (made.root / "runs/tiny/latest/report.html").read_text()
     assert "No negatives are shown: 48 negatives are missing: run `cpo-pipe generate-negatives tiny.yaml" in html
     assert made.cli("evaluate", "tiny.yaml").status == 0
-    html = (made.root / "runs/tiny/report.html").read_text()
+    html = (made.root / "runs/tiny/latest/report.html").read_text()
     assert "No negatives are shown" not in html
     assert "autoregressive" in html
     # Bad input is not reported as missing input.
@@ -73,7 +74,7 @@ def test_the_report_says_why_it_shows_no_negatives(made) -> None:
 
 def test_the_report_shows_the_similarities_of_the_negatives(made) -> None:
     assert made.cli("run", "tiny.yaml", "--set", "rank={}").status == 0
-    html = (made.root / "runs/tiny/report.html").read_text()
+    html = (made.root / "runs/tiny/latest/report.html").read_text()
     (groups,) = (path for path in made.store.glob("groups/*") if json.loads((path / "spec.json").read_text())["scorer"])
     rows = [row for shard in groups.glob("shards/*.parquet") for row in pq.read_table(shard).to_pylist()]
     cosines = [candidate["similarity"] for row in rows for candidate in row["candidates"][1:]]
@@ -100,10 +101,10 @@ def test_quality_is_printed_and_kept(made) -> None:
     result = made.cli("quality", "tiny.yaml")
     assert result.status == 0, result.err
     assert "autoregressive" in result.out
-    table = pq.read_table(made.root / "runs" / "tiny" / "quality.parquet")
+    table = pq.read_table(made.root / "runs" / "tiny" / "latest" / "quality.parquet")
     assert {"target", "autoregressive"} <= set(table["strategy"].to_pylist())
     assert "Overlap with training examples" in result.out
-    leakage = pq.read_table(made.root / "runs" / "tiny" / "leakage.parquet").to_pylist()
+    leakage = pq.read_table(made.root / "runs" / "tiny" / "latest" / "leakage.parquet").to_pylist()
     assert {(row["split"], row["part"]) for row in leakage} >= {("test", "prompt"), ("test", "target")}
 
 
@@ -138,7 +139,7 @@ def test_an_api_and_the_ground_truth_in_a_report(made) -> None:
         assert len(server.seen) == 4
         assert made.cli("evaluate", "tiny.yaml", *options).status == 0
         assert len(server.seen) == 4
-    page = (made.root / "runs/tiny/report.html").read_text()
+    page = (made.root / "runs/tiny/latest/report.html").read_text()
     assert f"m at {server.url}" in page
     rows = {(row["system"], row["metric"]) for row in figures(made)}
     assert {("gpt", "longer win rate"), ("cpo", "longer win rate"), ("gpt", "longer win rate against cpo")} <= rows
@@ -156,9 +157,13 @@ def test_a_run_exports_figures_outputs_curves_and_costs(made) -> None:
         ]
         options = [part for setting in settings for part in ("--set", setting)]
         assert made.cli("evaluate", "tiny.yaml", *options).status == 0
-        first = json.loads((made.root / "runs/tiny/run.json").read_text())["stages"]["evaluate"]
+        first = json.loads((made.root / "runs/tiny/latest/run.json").read_text())["stages"]["evaluate"]
+        run = made.run_dir
         assert made.cli("evaluate", "tiny.yaml", *options, "--set", "evaluate.bootstrap=60").status == 0
-    run = made.root / "runs/tiny"
+        (elsewhere,) = json.loads((made.run_dir / "run.json").read_text())["stages"].values()
+        assert elsewhere["apis"] == {}, "another recipe on the same outputs asks for nothing"
+        assert made.cli("evaluate", "tiny.yaml", *options).status == 0
+        assert made.run_dir == run
     again = json.loads((run / "run.json").read_text())["stages"]["evaluate"]
     spent = again["apis"]["mini"]
     assert spent == first["apis"]["mini"], "nothing is requested again, and the cost of the first run is kept"

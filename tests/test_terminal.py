@@ -90,8 +90,8 @@ def test_texts_that_are_refused(project: Project) -> None:
     project.write("odd.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     result = project.cli("prepare", "tiny.yaml", "--set", "data.source=odd.jsonl")
     assert "9 of 9 rows were rejected (9 not text)" in result.error()
-    assert "all of them are in runs/tiny/rejected.parquet" in result.error()
-    assert Path("runs/tiny/rejected.parquet").is_file()
+    assert re.search(r"all of them are in runs/tiny/\d{8}-\d{4}-[0-9a-f]{6}/rejected\.parquet", result.error())
+    assert Path("runs/tiny/latest/rejected.parquet").is_file()
     assert not RAW.search(result.out + result.err)
 
 

@@ -16,6 +16,8 @@ from cpo_pipe.data.store.paths import AnyPath
 
 Record = dict[str, Any]
 
+TRAIN = "train "
+"""What the stage of a training is called in run.json, before its name."""
 CHECKSUM = "checksum"
 """The field with a record's own checksum."""
 
@@ -78,6 +80,22 @@ class Registration:
     def name(self) -> str:
         """Return the folder, and the machine where that is another one."""
         return f"{self.run_dir}@{self.host}" if self.remote else str(self.run_dir)
+
+    @property
+    def label(self) -> str:
+        """Return the last two folders of its path: a recipe's name and its version, where nobody named the folder."""
+        return "/".join(self.run_dir.parts[-2:])
+
+    @property
+    def trainings(self) -> dict[str, list[str]]:
+        """Return the names of its trainings by checkpoint, as far as its run.json can be read here."""
+        found: dict[str, list[str]] = {}
+        for stage, made in ((run_record(self.run_dir) if not self.remote else None) or {"stages": {}})[
+            "stages"
+        ].items():
+            if stage.startswith(TRAIN) and isinstance(made.get("artifact"), str):
+                found.setdefault(made["artifact"], []).append(stage.removeprefix(TRAIN))
+        return found
 
     @property
     def state(self) -> str:

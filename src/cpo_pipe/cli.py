@@ -25,6 +25,7 @@ from cpo_pipe.recipe.load import builtin_recipes, load_recipe
 from cpo_pipe.recipe.recipe import Recipe
 from cpo_pipe.recipe.render import recipe_text
 from cpo_pipe.run import Run
+from cpo_pipe.runs import run_folder
 from cpo_pipe.store_commands import store_app
 from cpo_pipe.terminal import DEFAULT_STORE, DebugOption, StoreOption, folder, reported
 
@@ -60,7 +61,7 @@ RunDirOption = Annotated[
         parser=folder,
         metavar="PATH",
         help="Folder for the resolved recipe and the report.",
-        show_default="runs/NAME",
+        show_default="runs/NAME/TIME-HASH",
     ),
 ]
 ExecutorOption = Annotated[
@@ -322,7 +323,8 @@ def _open(
         options += ["--store", shown(store) if "://" in store else store]  # without credentials
     if run_dir is not None:
         options += ["--run-dir", str(run_dir)]
-    return Run(loaded, recipe, Store(store), run_dir or Path("runs") / loaded.name, executor, options)
+    run_dir = run_dir or run_folder(loaded.name, recipe_text(loaded))
+    return Run(loaded, recipe, Store(store), run_dir, executor, options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

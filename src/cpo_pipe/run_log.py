@@ -15,6 +15,7 @@ from cpo_pipe.data.execution import processes
 from cpo_pipe.data.store import Store, atomic
 from cpo_pipe.data.store.records import Record, changed_files, run_record, with_checksum
 from cpo_pipe.pipeline.api.model import ApiModel, Tokens
+from cpo_pipe.runs import link_latest
 
 if TYPE_CHECKING:
     from cpo_pipe.eval.report.data import StageRecord
@@ -46,6 +47,7 @@ class RunLog:
             yield made
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is reported before the work
+        link_latest(self.run_dir)
         self._store.register_run(self.run_dir)
         start = time.time()
         before = {name: api.ledger.used for name, api in self._apis.items()}

@@ -181,7 +181,7 @@ def _run(work: Path, content: Mapping[str, Any]) -> None:
 
 
 def _figures(work: Path, name: str) -> Figures:
-    rows = pq.read_table(work / "runs" / name / "metrics.parquet").to_pylist()
+    rows = pq.read_table(work / "runs" / name / "latest" / "metrics.parquet").to_pylist()
     return {(row["system"], row["decoding"], row["metric"]): row["value"] for row in rows}
 
 

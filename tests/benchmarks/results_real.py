@@ -166,7 +166,7 @@ def run(work: Path, content: Mapping[str, Any]) -> Figures:
         done = subprocess.run(command, cwd=work, stdout=log, stderr=log, env=os.environ)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with status {done.returncode}; see {log.name}")
-    rows = pq.read_table(work / "runs" / content["name"] / "metrics.parquet").to_pylist()
+    rows = pq.read_table(work / "runs" / content["name"] / "latest" / "metrics.parquet").to_pylist()
     return {(row["system"], row["decoding"], row["metric"]): row["value"] for row in rows}
 
 

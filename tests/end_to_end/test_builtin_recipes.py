@@ -97,7 +97,7 @@ def test_every_recipe_runs_at_smoke(name: str, tmp_path: Path, monkeypatch: pyte
         again: Result = cli("run", name, "--scale", "smoke", *options)
         assert again.status == 0, again.err
         assert len(server.seen) == asked
-    report = (tmp_path / "runs" / f"{name}-smoke" / "report.html").read_text()
+    report = (tmp_path / "runs" / f"{name}-smoke" / "latest" / "report.html").read_text()
     recipe = load_recipe(name)
     assert all(of.source in report for of in recipe.published)
     assert bool(recipe.published) == ("Published results" in report)

@@ -34,7 +34,7 @@ def test_an_own_judge_has_metrics_and_a_place_in_the_report(own: Project) -> Non
     done = own.cli("evaluate", *judges(f"{{topic: {{kind: '{KIND}', min_letters: 2}}, exact: {{}}}}"))
     assert done.status == 0, done.err
     assert "coverage" in done.out, "a column of the table on the terminal, its heading in two lines"
-    folder = own.root / "runs" / "tiny"
+    folder = own.root / "runs" / "tiny" / "latest"
     found = {(row["system"], row["metric"]): row for row in pq.read_table(folder / "metrics.parquet").to_pylist()}
     outputs = json.loads((folder / "model_outputs" / "cpo" / "greedy.json").read_text())
     scores = []

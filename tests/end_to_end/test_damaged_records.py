@@ -18,7 +18,7 @@ DAMAGES = {
 }
 SAID = [
     {
-        "runs/tiny/run.json": r"run\.json is damaged and was moved to run\.json\.damaged-\d+",
+        "runs/tiny/latest/run.json": r"run\.json is damaged and was moved to run\.json\.damaged-\d+",
         "cpo-store/.runs/*.json": r"cpo-store/\.runs/{name} is damaged; written again",
         "cpo-store/file-hashes.json": r"file-hashes\.json is damaged or of another version; the files are hashed again",
         "cpo-store/examples/*/spec.json": r"examples/{folder}: spec\.json was gone or damaged; made again",
@@ -28,9 +28,9 @@ SAID = [
         "cpo-store/groups/*/manifests/*.json": r"groups/\w+: the manifest of shard {stem} was damaged; made again",
     },
     {
-        "runs/tiny/report.html": r"report\.html.*: missing or changed; writing it again",
-        "runs/tiny/metrics.md": r"metrics\.md.*: missing or changed; writing it again",
-        "runs/tiny/model_outputs/cpo/*.json": r"model_outputs/cpo/greedy\.json.*: missing or changed; writing it again",
+        "runs/tiny/latest/report.html": r"report\.html.*: missing or changed; writing it again",
+        "runs/tiny/latest/metrics.md": r"metrics\.md.*: missing or changed; writing it again",
+        "runs/tiny/latest/model_outputs/cpo/*.json": r"model_outputs/cpo/greedy\.json.*: missing or changed; writing",
     },
     {
         "cpo-store/examples/*/manifest.json": r"examples/{folder} is damaged \(manifest\.json\); .* made again",
@@ -46,8 +46,8 @@ SAID = [
 def test_the_next_run_is_complete_and_names_the_file(made, damage: str) -> None:
     shutil.rmtree(made.store / ".runs")  # of the folder that this one was copied from
     assert made.cli("run", "tiny.yaml").status == 0
-    intact, metrics = made.made(), pq.read_table(made.root / "runs/tiny/metrics.parquet")
-    outputs = (made.root / "runs/tiny/metrics.md").read_bytes()
+    intact, metrics = made.made(), pq.read_table(made.root / "runs/tiny/latest/metrics.parquet")
+    outputs = (made.root / "runs/tiny/latest/metrics.md").read_bytes()
     for part in SAID:
         paths = {place: next(made.root.glob(place)) for place in part}
         for path in paths.values():
@@ -63,8 +63,8 @@ def test_the_next_run_is_complete_and_names_the_file(made, damage: str) -> None:
         verified = made.cli("store", "verify")
         assert verified.status == 0, verified.out
     assert intact.keys() <= made.made().keys()
-    assert pq.read_table(made.root / "runs/tiny/metrics.parquet").equals(metrics)
-    assert (made.root / "runs/tiny/metrics.md").read_bytes() == outputs
+    assert pq.read_table(made.root / "runs/tiny/latest/metrics.parquet").equals(metrics)
+    assert (made.root / "runs/tiny/latest/metrics.md").read_bytes() == outputs
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_the_next_run_is_complete_and_names_the_file(made, damage: str) -> None:
 )
 def test_what_was_deleted_comes_back(made, deleted: str) -> None:
     assert made.cli("run", "tiny.yaml").status == 0
-    path = made.root / "runs/tiny" / deleted
+    path = made.root / "runs/tiny/latest" / deleted
     path.unlink()
     assert f"{deleted}: missing or changed; writing it again" in made.cli("run", "tiny.yaml").err
     assert path.is_file()

@@ -19,7 +19,7 @@ def iterations(count: int) -> tuple[str, ...]:
 
 
 def stages(project) -> dict[str, dict]:
-    return json.loads((project.root / "runs/tiny/run.json").read_text())["stages"]
+    return json.loads((project.root / "runs/tiny/latest/run.json").read_text())["stages"]
 
 
 def checkpoint(project, name: str) -> Path:
@@ -79,9 +79,9 @@ def test_three_iterations(project) -> None:
     assert len(hashes(project, "negatives")) == len(hashes(project, "groups")) == 3
     assert len(hashes(project, "reference-logprobs")) >= 3
 
-    figures = pq.read_table(project.root / "runs/tiny/metrics.parquet").to_pylist()
+    figures = pq.read_table(project.root / "runs/tiny/latest/metrics.parquet").to_pylist()
     assert {"start", "cpo", "latest"} <= {row["system"] for row in figures}
-    page = (project.root / "runs/tiny/report.html").read_text()
+    page = (project.root / "runs/tiny/latest/report.html").read_text()
     for name in ("cpo@2", "cpo@3"):
         assert f"negatives of {name}" in page
         assert done[f"rank of {name}"]["artifact"] in page

@@ -67,7 +67,7 @@ def test_figures_are_called_by_the_judges_name(made: Project) -> None:
             "evaluate", "tiny.yaml", *options(server.url, "{taste: {kind: openai, api: mini}, size: {kind: longer}}")
         )
     assert done.status == 0, done.err
-    rows = pq.read_table("runs/tiny/metrics.parquet").to_pylist()
+    rows = pq.read_table("runs/tiny/latest/metrics.parquet").to_pylist()
     found = {row["metric"]: (row["value"], row["n"]) for row in rows if row["system"] == "cpo"}
     assert found["taste position bias"] == (1, 4), "it always takes the first"
     assert found["taste flip rate"] == (1, 4)
@@ -83,7 +83,7 @@ def test_models_that_judge_here(made: Project) -> None:
     # The tiny model's context of 128 tokens leaves the paper's template no room: no verdict, not an error
     done = made.cli("evaluate", "tiny.yaml", *settings)
     assert done.status == 0, done.err
-    rows = pq.read_table("runs/tiny/metrics.parquet").to_pylist()
+    rows = pq.read_table("runs/tiny/latest/metrics.parquet").to_pylist()
     found = {row["metric"]: row["value"] for row in rows if row["system"] == "cpo"}
     assert found["likely log-prob"] < 0
     assert found["letters unparseable"] == 1
@@ -128,7 +128,7 @@ def test_missing_outputs_count_as_the_longest(project: Project) -> None:
         "allowed"
         for name in ("start", "cpo")
     ]
-    assert not (project.root / "runs" / "tiny" / "metrics.parquet").exists()
+    assert not (project.root / "runs" / "tiny" / "latest" / "metrics.parquet").exists()
 
 
 # ── systems that are APIs ────────────────────────────────────────────────────────────────────────────────────────
@@ -268,7 +268,7 @@ def test_what_a_failed_evaluation_cost_is_counted(made: Project) -> None:
         return error(400, "no such thing") if broken and len(server.seen) > 2 else written(seen)
 
     def record() -> dict:
-        return json.loads((made.root / "runs/tiny/run.json").read_text())["stages"]["evaluate"]
+        return json.loads((made.root / "runs/tiny/latest/run.json").read_text())["stages"]["evaluate"]
 
     def spent() -> tuple[int, int]:
         return record()["apis"]["mini"]["prompt_tokens"], record()["apis"]["mini"]["written_tokens"]
@@ -290,7 +290,7 @@ def test_what_a_failed_evaluation_cost_is_counted(made: Project) -> None:
         assert spent() == (server.tokens["prompt_tokens"], server.tokens["completion_tokens"]) == (40, 20)
         assert record()["artifact"] != earlier["artifact"]
         assert record()["apis"]["mini"]["usd"] == pytest.approx(40 / 1000 + 20 * 2 / 1000)
-    assert "mini: 40 prompt tokens and 20 written" in (made.root / "runs/tiny/report.html").read_text()
+    assert "mini: 40 prompt tokens and 20 written" in (made.root / "runs/tiny/latest/report.html").read_text()
 
 
 @pytest.mark.slow
@@ -316,5 +316,5 @@ def test_each_of_several_samples_has_its_price(made: Project) -> None:
         done = made.cli("evaluate", *arguments)
         assert done.status == 0, done.err
         assert len(server.seen) == 16
-    rows = pq.read_table("runs/tiny/metrics.parquet").to_pylist()
+    rows = pq.read_table("runs/tiny/latest/metrics.parquet").to_pylist()
     assert {row["decoding"] for row in rows if row["metric"] == "self-BLEU"} == {"hot"}

@@ -21,7 +21,7 @@ def settings(*more: str) -> list[str]:
 
 
 def spec_of(project: Project, training: str) -> dict[str, object]:
-    run = json.loads((project.root / "runs" / "tiny" / "run.json").read_text())
+    run = json.loads((project.root / "runs" / "tiny" / "latest" / "run.json").read_text())
     folder = project.store / run["stages"][f"train {training}"]["artifact"]
     spec: dict[str, object] = json.loads((folder / "spec.json").read_text())
     return spec
@@ -45,7 +45,7 @@ def test_each_training_has_the_negatives_that_it_names(project: Project) -> None
     sampled = [row for row in rows.to_pylist() if row["strategy"] == "autoregressive"]
     keys = {(row["example_id"], row["sample_index"]) for row in sampled}
     assert len(keys) == len(sampled) == 3 * len({row["example_id"] for row in sampled})
-    report = (project.root / "runs" / "tiny" / "report.html").read_text()
+    report = (project.root / "runs" / "tiny" / "latest" / "report.html").read_text()
     assert "negatives of mix" in report
 
     made = project.made()
@@ -64,7 +64,7 @@ def test_stages_do_what_all_trainings_want_and_only_that(project: Project) -> No
         names = ["start"] if stage == "train" and not project.store.joinpath("negatives").exists() else []
         done = project.cli(stage, "tiny.yaml", *names, *settings(own))
         assert done.status == 0, done.err
-    stages = json.loads((project.root / "runs" / "tiny" / "run.json").read_text())["stages"]
+    stages = json.loads((project.root / "runs" / "tiny" / "latest" / "run.json").read_text())["stages"]
     assert {name for name in stages if name.startswith("rank")} == {"rank of cpo", "rank of an", "rank of mix"}
     assert project.cli("quality", "tiny.yaml", *settings(own)).status == 0
     out = project.root / "pairs"

@@ -12,5 +12,5 @@ from tests.support.store_commands import names_in, register
 def used(made: Project) -> Project:
     """A project whose store one run uses in full."""
     shutil.rmtree(made.store / ".runs", ignore_errors=True)
-    register(made, made.root / "runs/tiny", *names_in(made))
+    register(made, made.run_dir, *names_in(made))
     return made

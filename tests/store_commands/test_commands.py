@@ -18,7 +18,7 @@ def test_show_prints_spec_files_notes_runs_and_first_rows(used) -> None:
     assert result.out.startswith(
         f"{groups.name}\ncount 3, label autoregressive, strategy autoregressive, drop duplicates true\nrows: 16\n"
     )
-    assert f"runs: [{used.root / 'runs/tiny'}]" in result.out
+    assert f"runs: [{used.run_dir}]" in result.out
     assert "    strategy: autoregressive" in result.out
     assert next(iter(groups.files)) in result.out
     assert result.out.count("- example_id:") == 2

@@ -16,7 +16,7 @@ from tests.support.store_commands import names_in, path_of, register
 
 def test_gc_deletes_unused_artifacts_only_with_delete(used) -> None:
     kept = names_in(used, "examples", "negatives", "groups")
-    register(used, used.root / "runs/tiny", *kept)
+    register(used, used.run_dir, *kept)
     before = used.made()
     dry = used.cli("store", "gc")
     assert dry.status == 0
@@ -36,7 +36,7 @@ def test_gc_deletes_unused_artifacts_only_with_delete(used) -> None:
 
 def test_gc_releases_what_only_a_forgotten_run_used(used) -> None:
     examples = names_in(used, "examples")
-    register(used, used.root / "runs/tiny", *examples)
+    register(used, used.run_dir, *examples)
     register(used, used.root / "runs/lost", *names_in(used))
     (used.root / "runs/lost").mkdir()
     assert used.cli("store", "gc").out == "nothing to delete\n"
@@ -143,12 +143,12 @@ def test_gc_keeps_paid_answers_without_paid(used) -> None:
 
 
 def test_only_a_missing_run_can_be_forgotten(used) -> None:
-    there = str(used.root / "runs/tiny")
+    there = str(used.run_dir)
     assert "the folder still exists; delete it first" in used.cli("store", "gc", "--forget", there).error()
     wrong = used.cli("store", "gc", "--forget", f"{there}y").error()
     assert f"no such run folder uses the store; did you mean {there}?" in wrong
     register(used, Path("/far/run"), *names_in(used), host="gpu7")
-    shutil.rmtree(used.root / "runs/tiny")
+    shutil.rmtree(used.run_dir)
     refused = used.cli("store", "gc", "--delete", "--forget", there, "--forget", "/far/run@gpu7")
     assert "so all would go" in refused.error()
     assert used.cli("store", "gc", "--delete", "--forget", there).status == 0
@@ -156,7 +156,7 @@ def test_only_a_missing_run_can_be_forgotten(used) -> None:
 
 def test_gc_skips_locked_artifacts(used) -> None:
     negatives, groups = names_in(used, "negatives")[0], names_in(used, "groups")[0]
-    register(used, used.root / "runs/tiny", *(name for name in names_in(used) if name not in (negatives, groups)))
+    register(used, used.run_dir, *(name for name in names_in(used) if name not in (negatives, groups)))
     with FileLock(used.store / negatives / "lock"):
         for arguments in (), ("--delete",):
             result = used.cli("store", "gc", *arguments)
@@ -171,11 +171,11 @@ def test_gc_skips_locked_artifacts(used) -> None:
 
 def test_gc_keeps_what_is_registered_while_it_searches(used, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run begins after gc has seen an artifact and before gc locks it."""
-    register(used, used.root / "runs/tiny", *names_in(used, "examples"))
+    register(used, used.run_dir, *names_in(used, "examples"))
     before, try_lock = names_in(used), gc.try_lock
 
     def begun(file: Path, *, make: bool):
-        register(used, used.root / "runs/tiny", *before)
+        register(used, used.run_dir, *before)
         return try_lock(file, make=make)
 
     monkeypatch.setattr(gc, "try_lock", begun)
@@ -223,7 +223,7 @@ def test_a_run_registers_what_it_uses_before_it_makes_it(project, monkeypatch: p
 
 @pytest.mark.parametrize("allowed", slow_except([1, 4, 11, 16], 4))
 def test_a_run_finishes_after_a_killed_gc(used, monkeypatch: pytest.MonkeyPatch, allowed: int) -> None:
-    register(used, used.root / "runs/tiny", *names_in(used, "examples"))
+    register(used, used.run_dir, *names_in(used, "examples"))
     unlink, left = Path.unlink, iter(range(allowed))
 
     def killing(path: Path, missing_ok: bool = False) -> None:

@@ -31,7 +31,7 @@ def test_ls_describes_every_artifact(used) -> None:
     )
     assert what["groups"] == "count 3, label autoregressive, strategy autoregressive, drop duplicates true"
     assert what["checkpoints"] == (
-        "objective cpo, mle weight 0.0, beta 0.1, learning rate 0.01, max steps 2, batch size 4, "
+        "training cpo; objective cpo, mle weight 0.0, beta 0.1, learning rate 0.01, max steps 2, batch size 4, "
         f"model checkpoint {start}, seed 0"
     )
     assert what["generations"] in (f"model checkpoint {name}, temperature 0, max new tokens 8" for name in (start, cpo))
@@ -70,7 +70,7 @@ def test_ls_for_scripts(used) -> None:
     for record in records:
         assert record["name"] == f"{record['kind']}/{record['hash']}"
         assert record["spec"] == json.loads((used.store / record["name"] / "spec.json").read_text())
-        assert record["runs"] == [{"run_dir": str(used.root / "runs/tiny"), "host": HERE, "missing": False}]
+        assert record["runs"] == [{"run_dir": str(used.run_dir), "host": HERE, "missing": False}]
         assert record["bytes"] > 0
         assert record["files"] > 0
     assert json.loads(used.cli("store", "ls", "groups", "--json").out)[0]["rows"] == 16
@@ -81,7 +81,7 @@ def test_ls_names_the_runs_that_use_an_artifact(used) -> None:
     register(used, used.root / "runs/lost", name)
     register(used, used.root / "runs/far", name, host="gpu7")
     (line,) = used.cli("store", "ls", "examples").out.splitlines()[1:-1]
-    assert set(line.split()[6].split(",")) == {"tiny", "lost(missing)", "far@gpu7"}
+    assert set(line.split()[6].split(",")) == {f"tiny/{used.run_dir.name}", "runs/lost(missing)", "runs/far@gpu7"}
 
 
 def test_boxes_are_drawn_in_a_terminal_only(used, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ def test_verify_of_a_valid_store(used) -> None:
     result = used.cli("store", "verify")
     assert result.status == 0
     lines = result.out.splitlines()
-    checked = [*names_in(used), str(used.root / "runs/tiny")]
+    checked = [*names_in(used), str(used.run_dir)]
     assert [line.split()[:2] for line in lines[:-1]] == [["valid", name] for name in checked]
     assert lines[-1] == f"{len(lines) - 2} artifacts, all valid"
 
@@ -51,7 +51,7 @@ def test_verify_checks_resume_checkpoints(used) -> None:
 
 def test_verify_names_changed_files_of_a_run_folder(made) -> None:
     assert made.cli("run", "tiny.yaml").status == 0
-    run = made.root / "runs/tiny"
+    run = made.run_dir
     (run / "metrics.md").write_text("better")
     (run / "model_outputs/cpo/greedy.json").unlink()
     result = made.cli("store", "verify")

@@ -58,6 +58,11 @@ class Project:
         self.root, self.model, self.cli = root, model, cli
         self.store = root / "cpo-store"
 
+    @property
+    def run_dir(self) -> Path:
+        """The folder of the latest run."""
+        return (self.root / "runs/tiny/latest").resolve()
+
     def write(self, name: str, content: str | bytes) -> str:
         (self.root / name).write_bytes(content.encode() if isinstance(content, str) else content)
         return name
@@ -85,7 +90,7 @@ def commands_in(text: str) -> list[list[str]]:
     return [shlex.split(command)[1:] for command in re.findall(r"`(cpo-pipe [^`]*)`", text)]
 
 
-def stages(project: Project, run: str = "runs/tiny") -> dict[str, dict[str, Any]]:
+def stages(project: Project, run: str = "runs/tiny/latest") -> dict[str, dict[str, Any]]:
     """Return what a run has recorded of each stage, by the stage's name."""
     found: dict[str, dict[str, Any]] = json.loads((project.root / run / "run.json").read_text())["stages"]
     return found
@@ -100,5 +105,5 @@ def trainings(project: Project) -> dict[str, str]:
 
 def figures(project: Project) -> list[dict[str, Any]]:
     """Return the rows of the run's metrics."""
-    rows: list[dict[str, Any]] = pq.read_table(project.root / "runs/tiny/metrics.parquet").to_pylist()
+    rows: list[dict[str, Any]] = pq.read_table(project.root / "runs/tiny/latest/metrics.parquet").to_pylist()
     return rows

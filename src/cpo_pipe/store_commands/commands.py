@@ -265,12 +265,12 @@ def _forgotten(runs: Sequence[Registration], named: Sequence[str]) -> set[str]:
     return set(named)
 
 
-def _record(artifact: ArtifactFolder, summaries: Summaries, runs: Iterable[Registration]) -> dict[str, Any]:
+def _record(artifact: ArtifactFolder, summaries: Summaries, runs: Sequence[Registration]) -> dict[str, Any]:
     return {
         "name": artifact.name,
         "kind": artifact.kind,
         "hash": artifact.path.name,
-        "what": summaries.summary(artifact),
+        "what": _what(artifact, summaries, runs),
         "rows": artifact.rows,
         "files": len(artifact.files),
         "bytes": artifact.size,
@@ -286,8 +286,15 @@ def _line(artifact: ArtifactFolder, summaries: Summaries, runs: Sequence[Registr
         name, between = f"{artifact.kind}/{artifact.path.name[:SHORT]}", "\n"
     rows = "-" if artifact.rows is None else f"{artifact.rows:,}"
     size, written = size_text(artifact.size), time_text(artifact.written)
-    used_by = between.join(run.run_dir.name + run.state for run in runs) or "-"
-    return [name, rows, str(len(artifact.files)), size, written, used_by, summaries.summary(artifact)]
+    used_by = between.join(run.label + run.state for run in runs) or "-"
+    return [name, rows, str(len(artifact.files)), size, written, used_by, _what(artifact, summaries, runs)]
+
+
+def _what(artifact: ArtifactFolder, summaries: Summaries, runs: Iterable[Registration]) -> str:
+    """Return what an artifact is; of a checkpoint also how the runs call its training."""
+    names = dict.fromkeys(name for run in runs for name in run.trainings.get(artifact.name, ()))
+    summary = summaries.summary(artifact)
+    return f"training {', '.join(names)}; {summary}" if names else summary
 
 
 def _facts(artifact: ArtifactFolder, summaries: Summaries, runs: Iterable[Registration]) -> Iterator[tuple[str, Any]]:

@@ -63,7 +63,9 @@ def write_report(path: Path, data: ReportData) -> None:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_visible
     )
     folder = files("cpo_pipe.eval.report")
-    source, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("report.html.j2", "report.js"))
+    source, style, script = (
+        folder.joinpath(name).read_text(encoding="utf-8") for name in ("report.html.j2", "report.css", "report.js")
+    )
     html = environment.from_string(source).render(
         data=data,
         leaderboards=[_drawn(table) for table in data.leaderboards],
@@ -89,6 +91,7 @@ def write_report(path: Path, data: ReportData) -> None:
         quality_charts=quality_charts(data.quality) if data.quality is not None else [],
         packed=pack(data.examples, data.outputs, data.verdicts, data.scores),
         grouped=group_cards(data),
+        style=style,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from cpo_pipe import __version__
+from cpo_pipe.compare import compare as compare_runs
+from cpo_pipe.compare import print_comparison, write_page
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.execution import processes
 from cpo_pipe.data.execution.base import Executor
@@ -25,8 +27,9 @@ from cpo_pipe.recipe.load import builtin_recipes, load_recipe
 from cpo_pipe.recipe.recipe import Recipe
 from cpo_pipe.recipe.render import recipe_text
 from cpo_pipe.run import Run
-from cpo_pipe.runs import run_folder
+from cpo_pipe.runs import find_run, list_runs, run_folder
 from cpo_pipe.store_commands import store_app
+from cpo_pipe.sweep import OFF, run_sweep
 from cpo_pipe.terminal import DEFAULT_STORE, DebugOption, StoreOption, folder, reported
 
 # These libraries read them at import. Our own messages take the place of theirs.
@@ -156,6 +159,38 @@ def convert(
         convert_model(model, out)
 
 
+@app.command()
+def runs(
+    name: Annotated[str | None, typer.Argument(help="Name of a recipe.", show_default="all")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """List the runs: when, how long, which keys differ from the recipe's run before, and the verdict."""
+    with reported(debug):
+        list_runs(name)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN RUN...", help="Two or more: a run's folder, NAME (its latest), or NAME/VERSION."),
+    ],
+    html: Annotated[
+        Path | None, typer.Option("--html", parser=folder, metavar="FILE", help="Also write a page.", show_default="no")
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Show where runs differ: keys, artifacts, and metrics with their significance, paired by prompt."""
+    with reported(debug):
+        if len(runs) < 2:
+            raise InputError(f"compare {runs[0]}: names one run; name another, which `cpo-pipe runs` lists")
+        found = compare_runs([find_run(run) for run in runs])
+        print_comparison(found)
+        if html is not None:
+            write_page(html, found)
+            say(one_line(f"page: {html}"))
+
+
 def _stage(function: Callable[..., None], choose: Callable[..., tuple[str, list[str]]] | None = None) -> None:
     """Register a stage as a command, with the argument and the options from which its `Run` is made.
 
@@ -183,7 +218,19 @@ def _stage(function: Callable[..., None], choose: Callable[..., tuple[str, list[
             if choose is not None:
                 (recipe, chosen), arguments = choose(**arguments), {}
                 overrides = [*chosen, *overrides]
-            function(_open(recipe, scale, overrides, store, run_dir, how), **arguments)
+            opened = _open(recipe, scale, overrides, store, run_dir, how)
+            if opened.recipe.sweep and function is run_:
+                if run_dir is not None:
+                    raise InputError("--run-dir: not used with the section sweep, whose runs have folders of their own")
+                run_sweep(
+                    opened.recipe,
+                    lambda more: _open(recipe, scale, [*overrides, *more], store, None, how),
+                    ["cpo-pipe", "run", recipe, *opened.options],
+                )
+                return
+            if opened.recipe.sweep and function is not check:
+                raise InputError(f"sweep: only `run` and `check` use it; add --set '{OFF}'")
+            function(opened, **arguments)
 
     first, *common = inspect.signature(command).parameters.values()
     own = list(inspect.signature(choose or function).parameters.values())

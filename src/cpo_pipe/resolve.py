@@ -95,6 +95,17 @@ class Resolver:
         owners = dict.fromkeys(map(self.negatives_owner, users))
         return sorted(owners, key=lambda training: training is not None) or [None]
 
+    def check_trainings(self, names: Sequence[str]) -> None:
+        """Refuse names of trainings that are not in the recipe.
+
+        Raises:
+            InputError: one is not.
+        """
+        for name in names:
+            if name not in self.trainings:
+                hint = nearest(name, self.trainings) or f"choose from {', '.join(self.trainings)}"
+                raise InputError(f"training {name}: not in the recipe; {hint}")
+
     def exported_owner(self, training: str) -> str | None:
         """Return whose negatives an export is of: those of a training, or without a name the first ones.
 

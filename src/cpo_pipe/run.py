@@ -2,8 +2,9 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -13,7 +14,7 @@ from cpo_pipe.data.execution.base import Executor, LocalExecutor
 from cpo_pipe.data.models.copy_model import copy_model
 from cpo_pipe.data.output_folder import check_new
 from cpo_pipe.data.store import Store, atomic
-from cpo_pipe.data.text import nearest, one_line, say
+from cpo_pipe.data.text import one_line, say
 from cpo_pipe.pipeline.export.export import export
 from cpo_pipe.pipeline.export.hub import check_repo, upload
 from cpo_pipe.pipeline.export.pairs import parse_pairs
@@ -28,6 +29,10 @@ from cpo_pipe.resolve import Resolver, of
 from cpo_pipe.run_log import RunLog
 from cpo_pipe.trainer.objectives.preference import PreferenceTraining
 from cpo_pipe.trainer.train import train
+
+if TYPE_CHECKING:
+    from cpo_pipe.eval.evaluate import Evaluation
+    from cpo_pipe.eval.generate import SystemModel
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +50,7 @@ class Run:
         options: Sequence[str] = (),
     ):
         """`source` and `options` are the recipe and the options of the command line; messages repeat them."""
-        self.recipe, self.store, self.run_dir = recipe, store, run_dir
+        self.recipe, self.store, self.run_dir, self.options = recipe, store, run_dir, options
         self.executor = executor or LocalExecutor()
         self.resolver = Resolver(recipe, store, source, options)
         self.log = RunLog(run_dir, store, recipe_text(recipe), self.resolver.apis)
@@ -98,7 +103,8 @@ class Run:
     def _rank(self, training: str | None) -> None:
         plan = self.resolver.complete_negatives(training)
         with self.log.stage(f"rank{of(training)}") as made:
-            made["artifact"] = rank(self.recipe.rank, self.resolver.scorer_dependencies(), plan, self.executor).name
+            dependencies = self.resolver.scorer_dependencies()
+            made["artifact"] = rank(self.recipe.rank, dependencies, plan, self.executor).name
 
     def _for_each_owner(self, stage: Callable[[str | None], None]) -> None:
         """Run a stage for each that has negatives and can be done now; say what the others wait for.
@@ -142,12 +148,8 @@ class Run:
             InputError: a name is not in the recipe.
             MissingInput: an input of a named training is missing.
         """
-        trainings = self.resolver.trainings
-        for name in names:
-            if name not in trainings:
-                hint = nearest(name, trainings) or f"choose from {', '.join(trainings)}"
-                raise InputError(f"training {name}: not in the recipe; {hint}")
-        blocked = {}
+        self.resolver.check_trainings(names)
+        trainings, blocked = self.resolver.trainings, {}
         for name in self.recipe.training_order():
             if names and name not in names:
                 continue
@@ -163,20 +165,26 @@ class Run:
                 made["artifact"] = checkpoint.name
         return blocked
 
+    def evaluation(self, systems: Mapping[str, "SystemModel"] | None = None) -> "Evaluation":
+        """Compare the systems, or find the comparison that was made; `systems` are those that are resolved already."""
+        from cpo_pipe.eval.evaluate import evaluate
+
+        config = self.resolver.evaluate_section()
+        return evaluate(
+            config, self.store, self.resolver.examples(), systems or self.resolver.systems(),
+            ranker=self.resolver.ranker(), max_new_tokens=config.max_new_tokens or self.recipe.data.longest_target(),
+            models=self.resolver.judge_models(config), apis=self.resolver.apis, executor=self.executor,
+        )  # fmt: skip
+
     def evaluate(self) -> Path:
         """Stage `evaluate`: print the table, write report.html and metrics.parquet; return the report's path."""
-        from cpo_pipe.eval.evaluate import evaluate
         from cpo_pipe.eval.report.terminal import print_leaderboards
         from cpo_pipe.run_report import rankings, write_run_report
 
-        config, examples = self.resolver.evaluate_section(), self.resolver.examples()
+        config = self.resolver.evaluate_section()
         with self.log.stage("evaluate") as made:
             systems = self.resolver.systems()
-            evaluation = evaluate(
-                config, self.store, examples, systems, ranker=self.resolver.ranker(),
-                max_new_tokens=config.max_new_tokens or self.recipe.data.longest_target(),
-                models=self.resolver.judge_models(config), apis=self.resolver.apis, executor=self.executor,
-            )  # fmt: skip
+            evaluation = self.evaluation(systems)
             made["artifact"] = evaluation.artifact.name
         shutil.copyfile(evaluation.artifact.path / "metrics.parquet", self.run_dir / "metrics.parquet")
         report = write_run_report(self.resolver, self.log, evaluation, systems)

@@ -85,9 +85,9 @@ class RunLog:
             log.warning("%s: missing or changed; writing it again", ", ".join(changed))
         return not changed
 
-    def record_report(self, identity: str, files: Mapping[str, str]) -> None:
-        """Record which report was written: its identity, and the SHA-256 of each file by its path in the folder."""
-        self._write(self.read() | {"report": {"identity": identity, "files": dict(files)}})
+    def record_report(self, identity: str, files: Mapping[str, str], verdict: str) -> None:
+        """Record which report was written: its identity, the SHA-256 of each file by its path, and its verdict."""
+        self._write(self.read() | {"report": {"identity": identity, "files": dict(files), "verdict": verdict}})
 
     def read(self) -> Record:
         """Return the content of run.json; a damaged file is moved aside, and a new log begins."""

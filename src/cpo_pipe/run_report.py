@@ -93,9 +93,9 @@ def write_run_report(
     )
     for figure in unmeasured(data):
         log.warning("published: %s is not measured by this run", figure)
-    written = [*write_exports(run_dir, data), path]
+    written, sentence = [*write_exports(run_dir, data), path], answer.sentence if answer is not None else ""
     write_report(path, data)
-    run_log.record_report(identity, {str(file.relative_to(run_dir)): sha256_file(file) for file in written})
+    run_log.record_report(identity, {str(file.relative_to(run_dir)): sha256_file(file) for file in written}, sentence)
     return path
 
 

@@ -20,7 +20,7 @@ def test_ls_describes_every_artifact(used) -> None:
     assert result.status == 0
     assert head.split() == ["ARTIFACT", "ROWS", "FILES", "SIZE", "WRITTEN", "RUNS", "WHAT"]
     assert [line.split()[0] for line in lines] == names_in(used)
-    assert {line.split()[6] for line in lines} == {"tiny"}
+    assert {line.split()[6] for line in lines} == {f"tiny/{used.run_dir.name}"}
     what = {line[: line.index("/")]: line.split(maxsplit=7)[7] for line in lines if start not in line[:30]}
     assert re.fullmatch(
         r"kind \.jsonl, sha256 [0-9a-f]{8}, template plain, tokenizer [0-9a-f]{8}, train 16, validation 4, test 4",

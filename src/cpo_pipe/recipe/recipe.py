@@ -76,6 +76,11 @@ class Recipe(Section):
     published: list[Published] = Field(
         default_factory=list, description="published figures, shown beside those of the run"
     )
+    sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        default_factory=dict,
+        description="keys as for `--set`, each with a list of values: `run` makes all combinations on one store, and "
+        "ranks them on validation rows",
+    )
     scales: dict[Name, dict[str, Any]] = Field(
         default_factory=dict,
         description="smaller versions of the run, by name, for `--scale NAME`: keys as for `--set`, with their values; "

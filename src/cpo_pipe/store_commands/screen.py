@@ -14,12 +14,13 @@ from rich.text import Text
 from cpo_pipe.data.text import one_line, say
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, prose: bool = True) -> None:
     """Print rows of cells. Where the output is not a terminal, print aligned text, which other programs can parse.
 
     Args:
-        columns: names; `>name` is aligned right. The last column is prose: a terminal shows it below the first one.
+        columns: names; `>name` is aligned right.
         rows: the cells of each row.
+        prose: the last column is prose: a terminal shows it below the first one.
     """
     if not rows:
         return
@@ -27,7 +28,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     names, right = [column.removeprefix(">") for column in columns], [column.startswith(">") for column in columns]
     console = Console()
     if console.is_terminal:
-        _print_rich(console, names, right, rows)
+        _print_rich(console, names, right, rows, prose)
         return
     widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
     for row in [[name.upper() for name in names], *rows]:
@@ -38,13 +39,19 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         say("  ".join(cells).rstrip())
 
 
-def _print_rich(console: Console, names: Sequence[str], right: Sequence[bool], rows: Sequence[Sequence[str]]) -> None:
+def _print_rich(
+    console: Console, names: Sequence[str], right: Sequence[bool], rows: Sequence[Sequence[str]], prose: bool
+) -> None:
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for place, name in enumerate(names[:-1]):
+    for place, name in enumerate(names[:-1] if prose else names):
         widest = max(len(part) for row in rows for part in row[place].split("\n"))
         table.add_column(name, justify="right" if right[place] else "left", min_width=widest)
-    for first, *cells, words in rows:
-        table.add_row(Text.assemble(first, "\n", (words, "dim")), *map(Text, cells))
+    for row in rows:
+        if prose:
+            first, *cells, words = row
+            table.add_row(Text.assemble(first, "\n", (words, "dim")), *map(Text, cells))
+        else:
+            table.add_row(*map(Text, row))
     # The terminal wraps a table that is wider than itself; nothing is cut.
     needed = Measurement.get(console, console.options.update(width=10_000), table).minimum
     console.print(table, width=max(needed, console.width), crop=False)

@@ -1,53 +1,141 @@
-"""Progress of long work: a bar with rate and ETA on a terminal, a plain log line now and then elsewhere."""
+"""Progress of long work: a bar with rate and time left on a terminal, a log line now and then elsewhere.
+
+What is in progress can also be observed, so that another command can tell (`cpo-pipe status`).
+"""
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 log = logging.getLogger(__name__)
 console = Console(stderr=True)
 LOG_SECONDS = 15.0
+OBSERVED_SECONDS = 2.0
+"""How often an observer is told at most."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far some work is."""
+
+    label: str
+    done: int
+    total: int
+    unit: str
+    """What is counted, such as `groups`."""
+    rate: float
+    """Units per second so far."""
+    note: str = ""
+
+    @property
+    def seconds_left(self) -> float:
+        """The time left at this rate."""
+        return (self.total - self.done) / self.rate
+
+    def __str__(self) -> str:
+        """Return it as one line."""
+        left = f"{duration_text(self.seconds_left)} left"
+        rate, note = f"{self.rate:.3g} {self.unit}/s", f"; {self.note}" if self.note else ""
+        return f"{self.label}: {self.done:,}/{self.total:,} {self.unit}, {rate}, {left}{note}"
+
+
+@dataclass
+class _Display:
+    """How progress is shown, and to whom."""
+
+    bars: bool = True
+    """Whether a terminal gets bars."""
+    observe: Callable[[Step], None] | None = None
+    stage: str = ""
+    """What precedes all labels: `stage 3/8 `."""
+
+
+_display = _Display()
+
+
+def show_bars(shown: bool) -> None:
+    """Decide whether a terminal gets bars (the default) or log lines."""
+    _display.bars = shown
+
+
+@contextmanager
+def stage(number: str, observe: Callable[[Step], None] | None) -> Iterator[None]:
+    """Put a stage's number before all labels, and tell an observer of all progress in it."""
+    before = _display.stage, _display.observe
+    _display.stage, _display.observe = f"stage {number} " if number else "", observe
+    try:
+        yield
+    finally:
+        _display.stage, _display.observe = before
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration in its two largest units."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:.3g}/s" if speed else "", style="progress.data.speed")
+        return Text(f"{speed:.3g} {task.fields['unit']}/s" if speed else "", style="progress.data.speed")
+
+
+class _LeftColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        left = task.time_remaining
+        return Text("" if left is None else f"{duration_text(left)} left", style="progress.remaining")
 
 
 class Meter:
     """Counts finished units and shows them; made by `track`."""
 
-    def __init__(self, label: str, total: int, bar: Progress | None, shown: bool = True):
+    def __init__(self, label: str, total: int, unit: str = "", bar: Progress | None = None, shown: bool = True):
         self._shown = shown
-        self.label, self.total, self.done = label, total, 0
+        self.label, self.total, self.unit, self.done = f"{_display.stage}{label}", total, unit, 0
         self._bar = bar
-        self._task = bar.add_task(label, total=total, note="") if bar else None
-        self._start = self._logged = time.monotonic()
+        self._task = bar.add_task(self.label, total=total, note="", unit=unit) if bar else None
+        self._start = self._logged = self._observed = time.monotonic()
+
+    def step(self, note: str = "") -> Step:
+        """Return how far the work is."""
+        rate = max(self.done, 1e-9) / max(time.monotonic() - self._start, 1e-9)  # nothing may be done yet
+        return Step(self.label, self.done, self.total, self.unit, rate, note)
 
     def advance(self, units: int = 1, note: str = "") -> None:
         """Count `units` more as done; `note` is shown beside them."""
         self.done += units
+        now = time.monotonic()
+        if _display.observe is not None and self._shown and now - self._observed >= OBSERVED_SECONDS:
+            self._observed = now
+            _display.observe(self.step(note))
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, advance=units, note=note)
-        elif self._shown and time.monotonic() - self._logged >= LOG_SECONDS:
-            self._logged = time.monotonic()
-            rate = max(self.done, 1e-9) / (self._logged - self._start)  # nothing may be done yet
-            log.info("%s: %d/%d, %.3g/s, %.0f s left %s", self.label, self.done, self.total, rate,
-                     (self.total - self.done) / rate, note)  # fmt: skip
+        elif self._shown and now - self._logged >= LOG_SECONDS:
+            self._logged = now
+            step = self.step(note)
+            log.info("%s", step, extra={"progress": asdict(step) | {"seconds_left": step.seconds_left}})
 
 
 @contextmanager
-def track(label: str, total: int, *, shown: bool = True) -> Iterator[Meter]:
+def track(label: str, total: int, unit: str = "rows", *, shown: bool = True) -> Iterator[Meter]:
     """Show the progress of `total` units of work; of several processes, one should."""
-    if not console.is_terminal or not shown:
-        yield Meter(label, total, None, shown)
+    if not (console.is_terminal and _display.bars and shown):
+        yield Meter(label, total, unit, None, shown)
         return
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _RateColumn()]
-    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console) as bar:
-        yield Meter(label, total, bar)
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        _LeftColumn(),
+    ]
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as bar:
+        yield Meter(label, total, unit, bar)

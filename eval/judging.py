@@ -180,7 +180,7 @@ def make_verdicts(judge: Judge, pairs: Sequence[Pair], rows: Rows) -> None:
 
     def make(missing: dict[Key, Pair]) -> None:
         keys = list(missing)
-        with rows.writer() as writer, track(f"judge {judge.name}", len(missing)) as meter:
+        with rows.writer() as writer, track(f"judge {judge.name}", len(missing), "pairs") as meter:
             for verdicts in judge.judge(list(missing.values())):
                 writer.add([_row(keys[place], verdict) for place, verdict in verdicts])
                 writer.flush()

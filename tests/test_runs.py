@@ -10,9 +10,10 @@ import pytest
 from scipy import stats
 
 from cpo_pipe.compare import compare
+from cpo_pipe.data.progress import duration_text
 from cpo_pipe.eval.metrics.figures import VALUES
 from cpo_pipe.eval.statistics.paired import paired_differences
-from cpo_pipe.runs import RunFolder, all_runs, duration_text, find_run, run_folder
+from cpo_pipe.runs import RunFolder, all_runs, find_run, run_folder
 from cpo_pipe.sweep import combinations
 from tests.support.project import Project
 

@@ -104,7 +104,10 @@ class Loop:
         watch = Watch(self.name, self.config, metrics, quiet=not main)
         done = len(metrics)
         order = self._order()
-        with StopRequests() as stop, track(f"train {self.name}", self.config.max_steps - done, shown=main) as meter:
+        with (
+            StopRequests() as stop,
+            track(f"train {self.name}", self.config.max_steps - done, "steps", shown=main) as meter,
+        ):
             for step, chosen in islice(enumerate(order), done, None):
                 if watch.stop is not None:
                     break

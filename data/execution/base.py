@@ -36,6 +36,8 @@ class Work(ABC):
 
     flush_each: ClassVar[bool] = False
     """Whether rows are written to the store as soon as they are made, such as answers that cost money."""
+    unit: ClassVar[str] = "samples"
+    """What is counted, for progress bars."""
 
     @property
     @abstractmethod
@@ -64,7 +66,7 @@ class LocalExecutor:
     def run(self, work: Work, batches: Iterable[pa.Table], label: str, total: int) -> None:
         """Make the rows of all batches."""
         make = work.open()
-        with _writers(work) as writers, track(label, total, shown=processes.is_main()) as meter:
+        with _writers(work) as writers, track(label, total, work.unit, shown=processes.is_main()) as meter:
             for batch in batches:
                 for units in _do(work, make, batch, writers):
                     meter.advance(units)

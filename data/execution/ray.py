@@ -49,7 +49,7 @@ class RayExecutor:
         import ray
 
         workers, gpus = self._resources()
-        with _worklist(work, batches) as files, track(label, total) as meter, warnings.catch_warnings():
+        with _worklist(work, batches) as files, track(label, total, work.unit) as meter, warnings.catch_warnings():
             # Ray means to drop the two limits below in 2.64, and does not say what takes their place.
             warnings.simplefilter("ignore", DeprecationWarning)
             done = ray.data.from_items([{"batch": file} for file in files], override_num_blocks=len(files)).map_batches(

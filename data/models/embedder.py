@@ -245,7 +245,7 @@ class EmbeddingCache:
         new = self._new(texts)
         if not new:
             return
-        with track(label, len(new)) as meter:
+        with track(label, len(new), "texts") as meter:
             for start in range(0, len(new), CHUNK):
                 self._embed(new[start : start + CHUNK])
                 meter.advance(len(new[start : start + CHUNK]))

@@ -31,7 +31,7 @@ def write_sharded(
     from safetensors.torch import save_file
 
     plan = split_torch_state_dict_into_shards(dict(outlines), max_shard_size=shard_size)
-    with track(label, len(outlines)) as meter:
+    with track(label, len(outlines), "tensors") as meter:
         for file, names in plan.filename_to_tensors.items():
             shard: dict[str, torch.Tensor] = {}
             for name in names:

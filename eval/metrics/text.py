@@ -48,7 +48,7 @@ def measure_diversity(figures: Figures, system: str, decoding: str, samples: Seq
     if not several:
         return
     bleu = []
-    with track(f"self-BLEU of {system}, {decoding}", len(several)) as meter:
+    with track(f"self-BLEU of {system}, {decoding}", len(several), "prompts") as meter:
         for outputs in several:
             bleu.append(self_bleu(outputs.texts))
             meter.advance()

@@ -149,7 +149,7 @@ def _write_plain(reader: "GGUFReader", out: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    with track("dequantize", len(reader.tensors)) as meter:
+    with track("dequantize", len(reader.tensors), "tensors") as meter:
         for tensor in reader.tensors:
             writer.write_tensor_data(dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False))
             meter.advance()

@@ -72,7 +72,7 @@ def export(
         schema = pair_schema(text, messages.has_tools, bool(settings))
     with new_folder(out) as scratch:
         writer = PairWriter(scratch / "data", schema)
-        with track("export", selection.num_rows) as meter:
+        with track("export", selection.num_rows, "groups") as meter:
             start = 0
             for part in groups.batches(selection["example_id"], SLICE):
                 own = selection.slice(start, part.num_rows).select(EXAMPLE_COLUMNS).to_pylist()

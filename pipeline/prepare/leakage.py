@@ -76,7 +76,7 @@ def find_leaks(
     if not names or not len(training):
         return Leaks()
     held = np.concatenate([np.array(splits[name], np.int64) for name in names])
-    with track(f"overlap of {part}s", len(held) + len(training)) as meter:
+    with track(f"overlap of {part}s", len(held) + len(training), "texts") as meter:
         lengths = np.array([len(_plain(words(texts[row].as_py()))) for row in held.tolist()])
         n = int(np.clip(np.quantile(lengths, SHORTEST_SHARE), FEWEST_WORDS, MOST_WORDS))
         compared = np.ones(len(held), np.bool_) if part == "prompt" else lengths >= n

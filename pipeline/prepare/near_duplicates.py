@@ -49,7 +49,7 @@ def near_duplicate_groups(name: str, texts: pa.ChunkedArray, threshold: float) -
         threshold: smallest Jaccard similarity of near-duplicates, of their sets of bigrams without common ones.
     """
     groups = np.arange(len(texts))
-    with track(f"near-duplicates of {name}", 2 * len(texts)) as meter:
+    with track(f"near-duplicates of {name}", 2 * len(texts), "texts") as meter:
         counts = _group_equal_words(texts, groups, meter)
         distinct = np.flatnonzero(groups == np.arange(len(texts)))
         meter.advance(len(texts) - len(distinct))

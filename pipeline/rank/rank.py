@@ -4,7 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -133,6 +133,8 @@ def _work(config: Scorer, dependencies: ScorerDependencies, plan: Plan, dropped:
 @dataclass(frozen=True)
 class GroupWork(Work):
     """Work that makes groups of examples (EXAMPLES schema), and records which negatives were dropped."""
+
+    unit: ClassVar[str] = "groups"
 
     dropped: Rows
     groups: Rows

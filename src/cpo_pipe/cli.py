@@ -12,8 +12,6 @@ from typing import Annotated, Any
 import typer
 
 from cpo_pipe import __version__
-from cpo_pipe.compare import compare as compare_runs
-from cpo_pipe.compare import print_comparison, write_page
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.execution import processes
 from cpo_pipe.data.execution.base import Executor
@@ -22,15 +20,17 @@ from cpo_pipe.data.store import Store
 from cpo_pipe.data.store.paths import shown
 from cpo_pipe.data.text import nearest, one_line, say
 from cpo_pipe.demo import demo_recipe
+from cpo_pipe.exports import export_groups, export_model
 from cpo_pipe.pipeline.convert.convert import convert as convert_model
 from cpo_pipe.recipe.load import builtin_recipes, load_recipe
 from cpo_pipe.recipe.recipe import Recipe
 from cpo_pipe.recipe.render import recipe_text
 from cpo_pipe.run import Run
-from cpo_pipe.runs import find_run, list_runs, run_folder
+from cpo_pipe.run_commands import runs_app
+from cpo_pipe.runs import run_folder
 from cpo_pipe.store_commands import store_app
 from cpo_pipe.sweep import OFF, run_sweep
-from cpo_pipe.terminal import DEFAULT_STORE, DebugOption, StoreOption, folder, reported
+from cpo_pipe.terminal import DEFAULT_STORE, DebugOption, LogFormatOption, QuietOption, StoreOption, folder, reported
 
 # These libraries read them at import. Our own messages take the place of theirs.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -159,38 +159,6 @@ def convert(
         convert_model(model, out)
 
 
-@app.command()
-def runs(
-    name: Annotated[str | None, typer.Argument(help="Name of a recipe.", show_default="all")] = None,
-    debug: DebugOption = False,
-) -> None:
-    """List the runs: when, how long, which keys differ from the recipe's run before, and the verdict."""
-    with reported(debug):
-        list_runs(name)
-
-
-@app.command()
-def compare(
-    runs: Annotated[
-        list[str],
-        typer.Argument(metavar="RUN RUN...", help="Two or more: a run's folder, NAME (its latest), or NAME/VERSION."),
-    ],
-    html: Annotated[
-        Path | None, typer.Option("--html", parser=folder, metavar="FILE", help="Also write a page.", show_default="no")
-    ] = None,
-    debug: DebugOption = False,
-) -> None:
-    """Show where runs differ: keys, artifacts, and metrics with their significance, paired by prompt."""
-    with reported(debug):
-        if len(runs) < 2:
-            raise InputError(f"compare {runs[0]}: names one run; name another, which `cpo-pipe runs` lists")
-        found = compare_runs([find_run(run) for run in runs])
-        print_comparison(found)
-        if html is not None:
-            write_page(html, found)
-            say(one_line(f"page: {html}"))
-
-
 def _stage(function: Callable[..., None], choose: Callable[..., tuple[str, list[str]]] | None = None) -> None:
     """Register a stage as a command, with the argument and the options from which its `Run` is made.
 
@@ -207,10 +175,12 @@ def _stage(function: Callable[..., None], choose: Callable[..., tuple[str, list[
         executor: ExecutorOption = "local",
         workers: WorkersOption = None,
         worker_gpus: WorkerGpusOption = None,
+        quiet: QuietOption = False,
+        log_format: LogFormatOption = "text",
         debug: DebugOption = False,
         **arguments: Any,
     ) -> None:
-        with reported(debug):
+        with reported(debug, quiet, log_format):
             if function is not train and processes.count() > 1:
                 count = processes.count()
                 raise InputError(f"started in {count} processes: only train does its work in several; run it alone")
@@ -301,7 +271,7 @@ def merge(
     out: OutOption,
 ) -> None:
     """Write the model of a system, such as a weight-space ensemble, to a folder that transformers and vLLM load."""
-    run.merge(system, out)
+    export_model(run, system, out)
 
 
 def export(
@@ -339,7 +309,7 @@ def export(
     ] = "",
 ) -> None:
     """Write the groups as preference data (prompt, chosen, rejected) that TRL trains on."""
-    run.export(out, pair, conversational, push, public, training)
+    export_groups(run, out, pair, conversational, push, public, training)
 
 
 def run_(run: Run) -> None:
@@ -356,6 +326,7 @@ for _function in (check, prepare, generate_negatives, rank, quality, train, eval
     _stage(_function)
 _stage(demo, choose=demo_recipe)
 app.add_typer(store_app, name="store")
+app.add_typer(runs_app)
 
 
 def _open(

@@ -3,21 +3,17 @@
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from cpo_pipe.checks import check, check_settings, check_stages
-from cpo_pipe.data.errors import InputError, MissingInput
+from cpo_pipe.data.errors import MissingInput
 from cpo_pipe.data.execution.base import Executor, LocalExecutor
-from cpo_pipe.data.models.copy_model import copy_model
-from cpo_pipe.data.output_folder import check_new
 from cpo_pipe.data.store import Store, atomic
 from cpo_pipe.data.text import one_line, say
-from cpo_pipe.pipeline.export.export import export
-from cpo_pipe.pipeline.export.hub import check_repo, upload
-from cpo_pipe.pipeline.export.pairs import parse_pairs
 from cpo_pipe.pipeline.negatives.generate import generate_negatives
 from cpo_pipe.pipeline.prepare.leakage import LEAKAGE, leakage_warnings
 from cpo_pipe.pipeline.prepare.prepare import prepare
@@ -57,21 +53,31 @@ class Run:
 
     def everything(self) -> Path | None:
         """Make all that is missing, in order; return the path of the report, if the recipe evaluates."""
+        steps = self._steps()
+        self.log.planned = ["prepare", *steps, *(["evaluate"] if self.recipe.evaluate is not None else [])]
         check_settings(self.resolver.offline())
         self.prepare()
         check_stages(self.resolver)
-        grouped: set[str | None] = set()
+        for step in steps.values():
+            step()
+        return self.evaluate() if self.recipe.evaluate is not None else None
+
+    def _steps(self) -> dict[str, Callable[[], object]]:
+        """Return the stages between `prepare` and `evaluate`, in order, by the names that they have in the log."""
+        steps: dict[str, Callable[[], object]] = {}
+
+        def add_groups(owner: str | None) -> None:
+            steps[f"generate-negatives{of(owner)}"] = partial(self._generate_negatives, owner)
+            steps[f"rank{of(owner)}"] = partial(self._rank, owner)
+
         for name in self.recipe.training_order():
             owner = self.resolver.negatives_owner(name)
-            if isinstance(self.resolver.trainings[name], PreferenceTraining) and owner not in grouped:
-                self._generate_negatives(owner)
-                self._rank(owner)
-                grouped.add(owner)
-            self.train([name])
-        if self.recipe.negatives is not None and not grouped:
-            self._generate_negatives(None)
-            self._rank(None)
-        return self.evaluate() if self.recipe.evaluate is not None else None
+            if isinstance(self.resolver.trainings[name], PreferenceTraining) and f"rank{of(owner)}" not in steps:
+                add_groups(owner)
+            steps[f"train {name}"] = partial(self.train, [name])
+        if self.recipe.negatives is not None and not any(step.startswith("rank") for step in steps):
+            add_groups(None)
+        return steps
 
     def check(self) -> None:
         """Find all that is wrong with the recipe, and make nothing.
@@ -207,46 +213,3 @@ class Run:
             models=self.resolver.judge_models(config, only_apis=True), apis=self.resolver.apis,
         )  # fmt: skip
         print_costs(costs, missing, max_new_tokens)
-
-    def merge(self, name: str, out: Path) -> None:
-        """Write the model of a system to a folder of its own, with the tokenizer of the examples.
-
-        Raises:
-            InputError: the system is not in the recipe or has no weights, or the folder is not empty.
-        """
-        check_new(out)
-        self.store.register_run(self.run_dir)
-        copy_model(self.resolver.merged(name), self.resolver.examples().tokenizer, out)
-        say(one_line(f"system {name}: written to {out}"))
-
-    def export(
-        self,
-        out: Path,
-        pairs: Sequence[str] = (),
-        conversational: bool | None = None,
-        push: str = "",
-        public: bool = False,
-        training: str = "",
-    ) -> None:
-        """Write the groups (of a training with negatives of its own) to a folder as preference data, and to the hub.
-
-        Raises:
-            InputError: the folder is not empty, or a pair, the training or the hub's name is unknown.
-            MissingInput: groups are missing.
-        """
-        owner = self.resolver.exported_owner(training)
-        negatives = self.resolver.negatives_section(owner)
-        parsed = parse_pairs(pairs, negatives.labels())
-        check_new(out)
-        if push:
-            check_repo(push)
-        elif public:
-            raise InputError("--public: not used without --push; remove it")
-        plan, groups = self.resolver.groups(owner)
-        examples, text, tokenizer = self.resolver.examples(), recipe_text(self.recipe), self.recipe.data.tokenizer
-        export(
-            out, self.recipe.name, text, tokenizer if isinstance(tokenizer, str) else None, negatives, examples,
-            plan.selection, groups, parsed, conversational,
-        )  # fmt: skip
-        if push:
-            upload(out, push, public)

@@ -11,11 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpo_pipe.data import progress
 from cpo_pipe.data.execution import processes
 from cpo_pipe.data.store import Store, atomic
 from cpo_pipe.data.store.records import Record, changed_files, run_record, with_checksum
 from cpo_pipe.pipeline.api.model import ApiModel, Tokens
 from cpo_pipe.runs import link_latest
+from cpo_pipe.status import Status
 
 if TYPE_CHECKING:
     from cpo_pipe.eval.report.data import StageRecord
@@ -31,6 +33,9 @@ class RunLog:
     def __init__(self, run_dir: Path, store: Store, recipe: str, apis: Mapping[str, ApiModel]):
         """`recipe` is the text that is written beside the log; `apis` are those whose cost is recorded."""
         self.run_dir = run_dir
+        self.planned: list[str] = []
+        """The stages of a whole run in order, from which each has its number; empty where a stage runs alone."""
+        self._status = Status(run_dir)
         self._store = store
         self._recipe = recipe
         self._apis = apis
@@ -51,8 +56,12 @@ class RunLog:
         self._store.register_run(self.run_dir)
         start = time.time()
         before = {name: api.ledger.used for name, api in self._apis.items()}
+        number = f"{self.planned.index(name) + 1}/{len(self.planned)}" if name in self.planned else ""
+        if number:
+            log.info("stage %s %s", number, name)
         try:
-            yield made
+            with self._status.stage(name, number), progress.stage(number, self._status.progress):
+                yield made
         except BaseException:
             with suppress(OSError):  # a full disk takes no record either; report what failed first
                 self._add(name, None, time.time() - start, before)

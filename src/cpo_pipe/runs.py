@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.fingerprint import digest
+from cpo_pipe.data.progress import duration_text
 from cpo_pipe.data.store.differences import differences
 from cpo_pipe.data.store.records import Record, run_record
 from cpo_pipe.data.text import nearest, say
@@ -180,10 +181,3 @@ def list_runs(name: str | None = None, root: Path = RUNS) -> None:
             what.insert(0, f"changed: {', '.join(changed[:MOST_KEYS])}{', …' if len(changed) > MOST_KEYS else ''};")
         rows.append([run.label, time_text(run.last_started or None), duration_text(run.seconds), " ".join(what)])
     print_table(["run", "last started", ">took", "what"], rows)
-
-
-def duration_text(seconds: float) -> str:
-    """Return a duration in its two largest units."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,6 +1,7 @@
 """Shared by all commands: log lines, failures as one line with an exit status, and common options."""
 
 import errno
+import json
 import logging
 import os
 import signal
@@ -8,15 +9,16 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.logging import RichHandler
 
 from cpo_pipe.data.errors import InputError, Problems, RunError
 from cpo_pipe.data.execution import processes
-from cpo_pipe.data.progress import console
+from cpo_pipe.data.progress import console, show_bars
 from cpo_pipe.data.store.paths import named_folder
 from cpo_pipe.data.text import one_line, say, visible
 
@@ -37,6 +39,11 @@ def folder(text: str) -> Path:
 
 
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default="off")]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", help="Log only warnings and errors, without progress.", show_default="off")
+]
+LogFormat = Literal["text", "json"]
+LogFormatOption = Annotated[LogFormat, typer.Option("--log-format", help="Write the log as text, or JSON per line.")]
 DEFAULT_STORE = "cpo-store"
 
 # Errors of a path that the user can correct.
@@ -63,7 +70,6 @@ class _Formatter(logging.Formatter):
 @contextmanager
 def _visible_logs(handler: logging.Handler) -> Iterator[None]:
     """Send the log and the warnings of libraries to a handler, as text that cannot control a terminal."""
-    handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     before = logging.getLogRecordFactory()
     logging.setLogRecordFactory(_Record)
@@ -75,15 +81,68 @@ def _visible_logs(handler: logging.Handler) -> Iterator[None]:
         logging.setLogRecordFactory(before)
 
 
+class _Json(logging.Formatter):
+    """One JSON object per line, with the figures of progress."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        content = {
+            "time": datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            content["traceback"] = self.formatException(record.exc_info)
+        if (progress := getattr(record, "progress", None)) is not None:
+            content["progress"] = progress
+        return json.dumps(content, ensure_ascii=False)
+
+
+class _Once(logging.Filter):
+    """Lets each message through once: what is said of one system is often true of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[tuple[int, str]] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.name.startswith("cpo_pipe") or record.levelno < logging.INFO:
+            return True
+        said = record.levelno, record.getMessage()
+        new = said not in self._seen
+        self._seen.add(said)
+        return new
+
+
+def _handler(log_format: LogFormat) -> logging.Handler:
+    """Return what writes the log: for people with bars on a terminal, with the time elsewhere, or as JSON."""
+    if log_format == "json":
+        handler: logging.Handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_Json())
+    elif console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, show_level=False, markup=False, highlighter=None,
+                              log_time_format="%H:%M:%S")  # fmt: skip
+        handler.setFormatter(_Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+    handler.addFilter(_Once())
+    return handler
+
+
 @contextmanager
-def reported(debug: bool) -> Iterator[None]:
-    """Log to the terminal; show a failure as one line and exit: 2 for invalid input, 1 for a failure at run time."""
-    terminal = RichHandler(console=console, show_path=False, show_level=False, markup=False, highlighter=None,
-                           log_time_format="%H:%M:%S")  # fmt: skip
-    handler = terminal if console.is_terminal else logging.StreamHandler(sys.stderr)
-    logging.getLogger("cpo_pipe").setLevel(
-        logging.ERROR if not processes.is_main() else logging.DEBUG if debug else logging.INFO
-    )
+def reported(debug: bool, quiet: bool = False, log_format: LogFormat = "text") -> Iterator[None]:
+    """Log to the terminal; show a failure as one line and exit: 2 for invalid input, 1 for a failure at run time.
+
+    Args:
+        debug: also log what only developers need, and show tracebacks.
+        quiet: log only warnings, and show no progress.
+        log_format: how the log is written.
+    """
+    handler = _handler(log_format)
+    show_bars(log_format == "text" and not quiet)
+    level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
+    logging.getLogger("cpo_pipe").setLevel(level if processes.is_main() else logging.ERROR)
     signal.signal(signal.SIGTERM, _stop)
     try:
         with _visible_logs(handler):

@@ -268,6 +268,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["text", "questions"])
     parser.add_argument("--methods", nargs="+", default=[*METHODS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--no-vary", dest="vary", action="store_false", help="leave out the variants of AN")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     text = (given.work / "articles.txt").resolve()
@@ -278,13 +279,13 @@ def main() -> None:
     for name in given.tasks:
         task = known[name]
         chosen, tuned = tune(given.work, name, task, model, given.methods)
-        if "an" in chosen:
-            tuned |= vary(given.work, name, task, model, GRIDS["an"][chosen["an"]])
         trainings = {method: METHODS[method] | GRIDS[method][number] for method, number in chosen.items()}
         seeds = [
             run(given.work, recipe(f"compare-{name}-{seed}", task, model, trainings, seed, "test"))
             for seed in given.seeds
         ]
+        if "an" in chosen and given.vary:
+            tuned |= vary(given.work, name, task, model, GRIDS["an"][chosen["an"]])
         lines += page(name, task, seeds, chosen, tuned)
     (given.work / "results-real.md").write_text("\n".join(lines))
     print("\n".join(lines))

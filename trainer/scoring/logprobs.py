@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -145,6 +145,8 @@ def load_scorer(
 @dataclass(frozen=True)
 class LogprobWork(Work):
     """Work that computes log-probs of candidates; its batches are groups (group_table.py) with candidate ids."""
+
+    unit: ClassVar[str] = "groups"
 
     rows: Rows
     model: Model

@@ -1,0 +1,129 @@
+"""`cpo-pipe status`: what a run is doing, also after it was killed; and the log on and off a terminal."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cpo_pipe.data import progress
+from cpo_pipe.data.progress import Step
+from cpo_pipe.status import Status
+from tests.support.project import Project, Result
+
+STEP = Step("stage 3/8 rank", 412, 800, "groups", 22.0, "note")
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs/my/20260101-0000-abcdef"
+    folder.mkdir(parents=True)
+    (folder.parent / "latest").symlink_to(folder.name)
+    return folder
+
+
+def test_a_step_is_one_line() -> None:
+    assert str(STEP) == "stage 3/8 rank: 412/800 groups, 22 groups/s, 18 s left; note"
+    assert str(Step("train cpo", 3, 9000, "steps", 0.5)) == "train cpo: 3/9,000 steps, 0.5 steps/s, 4 h 59 min left"
+
+
+def test_a_run_in_progress(run_dir: Path, cli: Callable[..., Result]) -> None:
+    status = Status(run_dir)
+    with status.stage("rank", "3/8"):
+        status.warn("too few")
+        status.progress(STEP)
+        first, step, warning = cli("status", "my").out.splitlines()
+        assert re.fullmatch(
+            rf"my/{run_dir.name}: running \(pid {os.getpid()} on .+\), stage 3/8 rank, \d+ s ago", first
+        )
+        assert step == f"  {STEP}"
+        assert re.fullmatch(r"  last warning, \d\d:\d\d:\d\d: too few", warning)
+        assert cli("status").out.splitlines()[0].startswith(f"my/{run_dir.name}: running")
+    assert cli("status", "my.yaml").out.splitlines()[0].startswith(f"my/{run_dir.name}: done")
+
+
+def test_how_a_stage_ended(run_dir: Path, cli: Callable[..., Result]) -> None:
+    status = Status(run_dir)
+    with pytest.raises(ValueError, match="no way"), status.stage("rank", ""):
+        raise ValueError("no way")
+    out = cli("status", "my").out
+    assert ": failed (" in out
+    assert ", stage rank, " in out
+    assert "  error: no way\n  what was made is kept: run the same command again to go on" in out
+    with pytest.raises(KeyboardInterrupt), status.stage("rank", ""):
+        raise KeyboardInterrupt
+    assert ": stopped (" in cli("status", "my").out
+
+
+def test_a_process_with_the_same_pid_is_not_the_run(run_dir: Path, cli: Callable[..., Result]) -> None:
+    with Status(run_dir).stage("rank", "3/8"):
+        content = json.loads((run_dir / "status.json").read_text())
+        (run_dir / "status.json").write_text(json.dumps(content | {"born": content["born"] - 100}))
+        assert ": killed, its process is gone (" in cli("status", "my").out
+        (run_dir / "status.json").write_text(json.dumps(content | {"host": "gpu7", "pid": 1}))
+        assert ": running (pid 1 on gpu7)" in cli("status", "my").out, "nothing is known of another machine's processes"
+
+
+def test_there_is_no_such_run(run_dir: Path, cli: Callable[..., Result]) -> None:
+    assert cli("status").out == "no run in runs has begun\n"
+    assert "status other: no run of this recipe in runs; `cpo-pipe runs` lists" in cli("status", "other").error()
+
+
+def test_a_killed_run_says_where_it_was(project: Project) -> None:
+    command = [sys.executable, "-m", "cpo_pipe", "run", "tiny.yaml", "--set", "train.start.max_steps=100000"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while "steps" not in (before := project.cli("status", "tiny").out) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert re.search(rf"running \(pid {process.pid} on .+\), stage 2/6 train start", before), before
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    after = project.cli("status", "tiny").out
+    assert "killed, its process is gone" in after
+    assert re.search(r"  stage 2/6 train start: [\d,]+/100,000 steps, [\d.]+ steps/s, .+ left", after)
+
+
+# ── the log ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_stages_are_numbered_and_lines_have_the_time(project: Project) -> None:
+    lines = project.cli("run", "tiny.yaml").err.splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines), lines
+    stages = [line[20:] for line in lines if line[20:].startswith("stage ")]
+    assert stages == [
+        "stage 1/6 prepare", "stage 2/6 train start", "stage 3/6 generate-negatives", "stage 4/6 rank",
+        "stage 5/6 train cpo", "stage 6/6 evaluate",
+    ]  # fmt: skip
+    assert len({*lines}) == len(lines)
+
+
+def test_the_log_as_json(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0)
+    lines = [json.loads(line) for line in project.cli("run", "tiny.yaml", "--log-format", "json").err.splitlines()]
+    assert all(line.keys() >= {"time", "level", "logger", "message"} for line in lines)
+    steps = [line["progress"] for line in lines if "progress" in line]
+    assert {"label": "stage 2/6 train start", "done": 1, "total": 2, "unit": "steps"}.items() <= next(
+        step for step in steps if "train start" in step["label"]
+    ).items()
+    assert {step["unit"] for step in steps} >= {"rows", "samples", "groups", "steps", "pairs"}
+
+
+def test_quiet_leaves_warnings_and_results(project: Project) -> None:
+    result = project.cli("run", "tiny.yaml", "--quiet", "--set", "evaluate.mauve_seeds=1")
+    assert result.status == 0
+    assert all("warning" in line or "negatives" in line for line in result.err.splitlines()), result.err
+    assert "exact win rate" in result.out
+
+
+def test_a_message_is_printed_once(project: Project) -> None:
+    assert project.cli("run", "tiny.yaml").status == 0
+    again = project.cli("run", "tiny.yaml").err.splitlines()
+    said = [line[20:] for line in again]
+    assert len(said) == len({*said})

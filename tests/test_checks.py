@@ -1,10 +1,17 @@
 """A fault of a later stage is found before the first negative or checkpoint is made."""
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from safetensors.numpy import load_file
 
+from cpo_pipe.data.store import Store
+from cpo_pipe.needs import training_needs
 from cpo_pipe.pipeline.engines.vllm import VllmEngine
+from cpo_pipe.recipe.load import load_recipe
+from cpo_pipe.resolve import Resolver
 from tests.support.api_server import Reply, serve, written
 from tests.support.project import Project
 
@@ -135,3 +142,40 @@ def test_a_server_is_asked_whether_it_takes_the_key(
     assert result.status == (2 if message else 0), result.err
     assert message is None or message in result.error()
     assert "s3cret" not in result.err
+
+
+def test_a_training_that_cannot_fit_is_refused(project: Project) -> None:
+    huge = "{hidden_size: 8192, intermediate_size: 32768, num_hidden_layers: 60, num_attention_heads: 64}"
+    setting = f"train.start.init={{architecture: llama, config: {huge}}}"
+    result = project.cli("run", "tiny.yaml", *options(setting))
+    assert result.status == 2
+    assert re.search(
+        r"train\.start: 6\d,\d{3},\d{3},\d{3} parameters need at least 9\d\d\.\d GiB .* \(--force", result.error()
+    )
+    assert not (project.root / "runs").exists()
+    lora = "{r: 4, target_modules: [q_proj]}"
+    again = project.cli("check", "tiny.yaml", *options(setting, f"train.start.lora={lora}", f"train.cpo.lora={lora}"))
+    assert "need at least 24" in again.error(), "frozen weights take 4 bytes of the 16"
+
+
+def test_needs_are_those_of_the_model(made: Project) -> None:
+    recipe = load_recipe("tiny.yaml")
+    found = training_needs(Resolver(recipe, Store("cpo-store"), "tiny.yaml", []))
+    weights = load_file(made.model / "model.safetensors")
+    count = sum(weight.size for weight in weights.values())
+    assert {name: need.parameters for name, need in found.items()} == {"start": count, "cpo": count}
+    assert found["cpo"].memory == 16 * count
+    (checkpoint, _) = made.store.glob("checkpoints/*/model.safetensors")
+    assert found["cpo"].disk == pytest.approx(checkpoint.stat().st_size, rel=0.05)
+
+
+def test_checkpoints_that_do_not_fit_on_the_disk_are_refused(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpo_pipe.needs.shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    assert "the checkpoints of start, cpo need" in project.cli("check", "tiny.yaml").error()
+
+
+def test_force_tries_what_does_not_fit(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpo_pipe.needs.memory_of_device", lambda: (1000, "this machine"))
+    assert "but this machine has 0.0 GiB" in project.cli("run", "tiny.yaml").error()
+    assert project.cli("run", "tiny.yaml", "--force").status == 0
+    assert project.cli("run", "tiny.yaml").status == 0, "what is trained already need not fit"

@@ -16,6 +16,7 @@ from cpo_pipe.data.text import nearest
 from cpo_pipe.eval.config import Evaluate
 from cpo_pipe.eval.generate import SystemModel
 from cpo_pipe.eval.output_file import open_outputs
+from cpo_pipe.needs import check_fits, training_needs
 from cpo_pipe.pipeline.api.model import ApiModel
 from cpo_pipe.pipeline.engines.registry import check_installed as check_engine
 from cpo_pipe.pipeline.prepare.prepare import check_data
@@ -24,30 +25,34 @@ from cpo_pipe.resolve import Resolver
 from cpo_pipe.trainer.packages import check_installed
 
 
-def check(resolver: Resolver) -> None:
+def check(resolver: Resolver, force: bool = False) -> None:
     """Check a recipe as far as it can be checked now: its settings, and its stages if the examples are prepared.
 
     What needs a training is checked when its stage begins.
+
+    Args:
+        resolver: of the recipe.
+        force: do not check whether trainings fit into memory and on the disk.
 
     Raises:
         InputError: something is wrong; all of it is in the message.
     """
     findings = Findings()
-    _check_settings(resolver, findings)
+    _check_settings(resolver, findings, force)
     with findings.collect():
         resolver.examples()
         _check_stages(resolver, findings)
     findings.report()
 
 
-def check_settings(resolver: Resolver) -> None:
-    """Check what needs no examples: data, models, packages, engines, files and servers; make nothing.
+def check_settings(resolver: Resolver, force: bool = False) -> None:
+    """Check what needs no examples: data, models, packages, engines, files, servers, memory and disk; make nothing.
 
     Raises:
         InputError: something is wrong; all of it is in the message.
     """
     findings = Findings()
-    _check_settings(resolver, findings)
+    _check_settings(resolver, findings, force)
     findings.report()
 
 
@@ -65,7 +70,7 @@ def check_stages(resolver: Resolver) -> None:
 # ── before there are examples ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _check_settings(resolver: Resolver, findings: Findings) -> None:
+def _check_settings(resolver: Resolver, findings: Findings, force: bool) -> None:
     with findings.collect():
         check_data(resolver.recipe.data, resolver.store)
     for name, training in resolver.recipe.train.items():
@@ -83,6 +88,9 @@ def _check_settings(resolver: Resolver, findings: Findings) -> None:
     _check_negatives_settings(resolver, findings)
     if resolver.recipe.evaluate is not None:
         _check_evaluation_settings(resolver, resolver.recipe.evaluate, findings)
+    if not force:
+        with findings.collect():
+            check_fits(resolver, training_needs(resolver))
     if not _prepared(resolver):  # otherwise the stages know which of them will be asked
         for api in _named_apis(resolver):
             with findings.collect():

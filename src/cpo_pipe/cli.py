@@ -196,6 +196,7 @@ def _stage(function: Callable[..., None], choose: Callable[..., tuple[str, list[
                     opened.recipe,
                     lambda more: _open(recipe, scale, [*overrides, *more], store, None, how),
                     ["cpo-pipe", "run", recipe, *opened.options],
+                    **arguments,
                 )
                 return
             if opened.recipe.sweep and function is not check:
@@ -312,9 +313,14 @@ def export(
     export_groups(run, out, pair, conversational, push, public, training)
 
 
-def run_(run: Run) -> None:
+def run_(
+    run: Run,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also try trainings that do not fit into memory or on the disk.")
+    ] = False,
+) -> None:
     """Run all stages in order; each makes only what is missing."""
-    run.everything()
+    run.everything(force)
 
 
 def demo(run: Run) -> None:

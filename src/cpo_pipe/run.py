@@ -51,11 +51,14 @@ class Run:
         self.resolver = Resolver(recipe, store, source, options)
         self.log = RunLog(run_dir, store, recipe_text(recipe), self.resolver.apis)
 
-    def everything(self) -> Path | None:
-        """Make all that is missing, in order; return the path of the report, if the recipe evaluates."""
+    def everything(self, force: bool = False) -> Path | None:
+        """Make all that is missing, in order; return the path of the report, if the recipe evaluates.
+
+        With `force` also trainings that do not fit into memory or on the disk are tried.
+        """
         steps = self._steps()
         self.log.planned = ["prepare", *steps, *(["evaluate"] if self.recipe.evaluate is not None else [])]
-        check_settings(self.resolver.offline())
+        check_settings(self.resolver.offline(), force)
         self.prepare()
         check_stages(self.resolver)
         for step in steps.values():

@@ -36,13 +36,14 @@ class Outcome:
     verdict: Verdict
 
 
-def run_sweep(recipe: Recipe, open_run: Callable[[list[str]], Run], command: Sequence[str]) -> None:
+def run_sweep(recipe: Recipe, open_run: Callable[[list[str]], Run], command: Sequence[str], force: bool) -> None:
     """Run all combinations, each in a folder of its own, and print them from the best to the worst.
 
     Args:
         recipe: with the section `sweep`.
         open_run: returns the run of the recipe with more overrides.
         command: the command line that runs one combination, without its overrides, for the closing message.
+        force: see `Run.everything`.
 
     Raises:
         InputError: the recipe has no validation rows or no evaluation, or a combination is invalid.
@@ -60,7 +61,7 @@ def run_sweep(recipe: Recipe, open_run: Callable[[list[str]], Run], command: Seq
     outcomes = []
     for number, (settings, run) in enumerate(zip(chosen, runs, strict=True), 1):
         say(one_line(f"combination {number}/{len(chosen)}: {' '.join(settings)}"))
-        run.everything()
+        run.everything(force)
         _, verdict = rankings(run.evaluation())
         if verdict is None:
             raise InputError("sweep: no system is compared with the baseline; add a system to evaluate.systems")

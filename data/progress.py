@@ -52,6 +52,8 @@ class _Display:
     bars: bool = True
     """Whether a terminal gets bars."""
     observe: Callable[[Step], None] | None = None
+    finish: Callable[[str, str, int, float], None] | None = None
+    """Takes label, unit, number and seconds of finished work."""
     stage: str = ""
     """What precedes all labels: `stage 3/8 `."""
 
@@ -65,14 +67,32 @@ def show_bars(shown: bool) -> None:
 
 
 @contextmanager
-def stage(number: str, observe: Callable[[Step], None] | None) -> Iterator[None]:
-    """Put a stage's number before all labels, and tell an observer of all progress in it."""
-    before = _display.stage, _display.observe
-    _display.stage, _display.observe = f"stage {number} " if number else "", observe
+def hidden() -> Iterator[None]:
+    """Show no bars in a block."""
+    before, _display.bars = _display.bars, False
     try:
         yield
     finally:
-        _display.stage, _display.observe = before
+        _display.bars = before
+
+
+@contextmanager
+def stage(
+    number: str, observe: Callable[[Step], None], finish: Callable[[str, str, int, float], None]
+) -> Iterator[None]:
+    """Put a stage's number before all labels, and tell of progress and of finished work in it.
+
+    Args:
+        number: such as `3/8`; empty: none.
+        observe: takes how far some work is, now and then.
+        finish: takes label, unit, number of units and seconds of work that was done to its end.
+    """
+    before = _display.stage, _display.observe, _display.finish
+    _display.stage, _display.observe, _display.finish = f"stage {number} " if number else "", observe, finish
+    try:
+        yield
+    finally:
+        _display.stage, _display.observe, _display.finish = before
 
 
 def duration_text(seconds: float) -> str:
@@ -127,6 +147,15 @@ class Meter:
 @contextmanager
 def track(label: str, total: int, unit: str = "rows", *, shown: bool = True) -> Iterator[Meter]:
     """Show the progress of `total` units of work; of several processes, one should."""
+    start = time.monotonic()
+    with _meter(label, total, unit, shown) as meter:
+        yield meter
+    if _display.finish is not None:
+        _display.finish(label, unit, meter.done, time.monotonic() - start)
+
+
+@contextmanager
+def _meter(label: str, total: int, unit: str, shown: bool) -> Iterator[Meter]:
     if not (console.is_terminal and _display.bars and shown):
         yield Meter(label, total, unit, None, shown)
         return

@@ -22,6 +22,8 @@ from cpo_pipe.data.text import nearest, one_line, say
 from cpo_pipe.demo import demo_recipe
 from cpo_pipe.exports import export_groups, export_model
 from cpo_pipe.pipeline.convert.convert import convert as convert_model
+from cpo_pipe.plan import plan as make_plan
+from cpo_pipe.plan import print_plan
 from cpo_pipe.recipe.load import builtin_recipes, load_recipe
 from cpo_pipe.recipe.recipe import Recipe
 from cpo_pipe.recipe.render import recipe_text
@@ -219,6 +221,17 @@ def check(run: Run) -> None:
     say("nothing is wrong, as far as it can be seen now")
 
 
+def plan(
+    run: Run,
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="Measure time and memory on a few steps and examples.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.", show_default="off")] = False,
+) -> None:
+    """Show per stage what exists, what would be made and why, and what it takes; only examples are made."""
+    print_plan(make_plan(run, probe), as_json)
+
+
 def prepare(run: Run) -> None:
     """Read the ground-truth pairs, refuse bad rows, split and tokenize."""
     run.prepare()
@@ -328,7 +341,7 @@ def demo(run: Run) -> None:
     run.everything()
 
 
-for _function in (check, prepare, generate_negatives, rank, quality, train, evaluate, merge, export, run_):
+for _function in (check, plan, prepare, generate_negatives, rank, quality, train, evaluate, merge, export, run_):
     _stage(_function)
 _stage(demo, choose=demo_recipe)
 app.add_typer(store_app, name="store")

@@ -51,19 +51,20 @@ class Run:
         self.resolver = Resolver(recipe, store, source, options)
         self.log = RunLog(run_dir, store, recipe_text(recipe), self.resolver.apis)
 
-    def everything(self, force: bool = False) -> Path | None:
+    def everything(self, force: bool = False, quiet: bool = False) -> Path | None:
         """Make all that is missing, in order; return the path of the report, if the recipe evaluates.
 
-        With `force` also trainings that do not fit into memory or on the disk are tried.
+        Args:
+            force: try also trainings that do not fit into memory or on the disk.
+            quiet: print no results.
         """
-        steps = self._steps()
-        self.log.planned = ["prepare", *steps, *(["evaluate"] if self.recipe.evaluate is not None else [])]
+        steps, self.log.planned = self._steps(), self.stages()
         check_settings(self.resolver.offline(), force)
         self.prepare()
         check_stages(self.resolver)
         for step in steps.values():
             step()
-        return self.evaluate() if self.recipe.evaluate is not None else None
+        return self.evaluate(quiet) if self.recipe.evaluate is not None else None
 
     def _steps(self) -> dict[str, Callable[[], object]]:
         """Return the stages between `prepare` and `evaluate`, in order, by the names that they have in the log."""
@@ -89,6 +90,10 @@ class Run:
             InputError: something is wrong; all of it is in the message.
         """
         check(self.resolver.offline())
+
+    def stages(self) -> list[str]:
+        """Return the names of all stages in order, as they are in the log."""
+        return ["prepare", *self._steps(), *(["evaluate"] if self.recipe.evaluate is not None else [])]
 
     def prepare(self) -> None:
         """Stage `prepare`: read, split and tokenize the ground-truth pairs."""
@@ -185,8 +190,8 @@ class Run:
             models=self.resolver.judge_models(config), apis=self.resolver.apis, executor=self.executor,
         )  # fmt: skip
 
-    def evaluate(self) -> Path:
-        """Stage `evaluate`: print the table, write report.html and metrics.parquet; return the report's path."""
+    def evaluate(self, quiet: bool = False) -> Path:
+        """Stage `evaluate`: write report.html and metrics.parquet, print the table; return the report's path."""
         from cpo_pipe.eval.report.terminal import print_leaderboards
         from cpo_pipe.run_report import rankings, write_run_report
 
@@ -197,6 +202,8 @@ class Run:
             made["artifact"] = evaluation.artifact.name
         shutil.copyfile(evaluation.artifact.path / "metrics.parquet", self.run_dir / "metrics.parquet")
         report = write_run_report(self.resolver, self.log, evaluation, systems)
+        if quiet:
+            return report
         boards, answer = rankings(evaluation)
         print_leaderboards(boards, config.baseline, evaluation.notes)
         say(one_line(f"report: {report}"))

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpo_pipe.data import progress
+from cpo_pipe.data import peak_memory, progress
 from cpo_pipe.data.execution import processes
 from cpo_pipe.data.store import Store, atomic
 from cpo_pipe.data.store.records import Record, changed_files, run_record, with_checksum
@@ -59,14 +59,21 @@ class RunLog:
         number = f"{self.planned.index(name) + 1}/{len(self.planned)}" if name in self.planned else ""
         if number:
             log.info("stage %s %s", number, name)
+        work: list[dict[str, Any]] = []
+
+        def finish(label: str, unit: str, done: int, seconds: float) -> None:
+            work.append({"label": label, "unit": unit, "done": done, "seconds": round(seconds, 3)})
+
+        peak_memory.reset()
         try:
-            with self._status.stage(name, number), progress.stage(number, self._status.progress):
+            with self._status.stage(name, number), progress.stage(number, self._status.progress, finish):
                 yield made
         except BaseException:
             with suppress(OSError):  # a full disk takes no record either; report what failed first
                 self._add(name, None, time.time() - start, before)
             raise
         atomic.write_bytes(self.run_dir / "recipe.yaml", self._recipe.encode())
+        made |= {"peak": peak_memory.peak(), "work": work}
         self._add(name, {"started": start, **made}, time.time() - start, before)
 
     def stages(self) -> list["StageRecord"]:

@@ -1,0 +1,112 @@
+"""`cpo-pipe plan`: what exists, what would be made and why, and what it takes."""
+
+import json
+from typing import Any
+
+import pytest
+
+from cpo_pipe.plan import StagePlan, _extrapolate, _small
+from cpo_pipe.recipe.load import load_recipe
+from cpo_pipe.run import Run
+from cpo_pipe.runs import run_folder
+from tests.support.api_server import serve, written
+from tests.support.project import Project
+
+
+def planned(project: Project, *options: str) -> dict[str, dict[str, Any]]:
+    result = project.cli("plan", "tiny.yaml", "--json", *options)
+    assert result.status == 0, result.err
+    return {stage["stage"]: stage for stage in json.loads(result.out)}
+
+
+def test_a_new_recipe_makes_everything(project: Project) -> None:
+    stages = planned(project, "--no-probe")
+    assert [(name, stage["state"], stage["amount"], stage["unit"]) for name, stage in stages.items()] == [
+        ("prepare", "exists", 24, "examples"),
+        ("train start", "make", 2, "steps"),
+        ("generate-negatives", "make", 48, "samples"),
+        ("rank", "make", 16, "groups"),
+        ("train cpo", "make", 2, "steps"),
+        ("evaluate", "make", 8, "outputs"),
+    ]
+    assert stages["train start"]["why"] == "the store has no checkpoints"
+    assert stages["rank"]["why"] == "waits: the training start is not done"
+    assert stages["evaluate"]["why"] == "waits for start, cpo"
+    assert stages["evaluate"]["tokens"] == 8 * 8
+    assert {stage["seconds"] for stage in stages.values()} == {None}
+    assert not [*project.store.glob("checkpoints/*")]
+    assert not (project.root / "runs").exists(), "a plan is no run"
+
+
+def test_a_finished_recipe_makes_nothing(made: Project) -> None:
+    result = made.cli("plan", "tiny.yaml")
+    assert {stage["state"] for stage in planned(made).values()} == {"exists"}
+    assert result.out.splitlines()[-1] == "nothing to make"
+
+
+def test_a_changed_key_is_named(made: Project) -> None:
+    stages = planned(made, "--no-probe", "--set", "train.cpo.beta=0.5", "--set", "evaluate.bootstrap=60")
+    assert {name for name, stage in stages.items() if stage["state"] == "make"} == {"train cpo", "evaluate"}
+    assert stages["train cpo"]["why"].startswith("differs from checkpoints/")
+    assert stages["train cpo"]["why"].endswith(" in settings.beta: 0.1 → 0.5")
+    assert stages["evaluate"]["why"] == "waits for cpo"
+    more = planned(made, "--no-probe", "--set", "negatives.sources.autoregressive.count=5")
+    assert more["generate-negatives"]["why"] == "48 of 80 exist"
+    assert more["generate-negatives"]["amount"] == 32
+    only = planned(made, "--no-probe", "--set", "evaluate.bootstrap=60")
+    assert only["evaluate"]["why"].endswith("in bootstrap: 50 → 60")
+    assert only["evaluate"]["amount"] == 0, "all outputs exist"
+
+
+def test_the_probe_measures_and_leaves_nothing(project: Project) -> None:
+    stages = planned(project)
+    assert all(stage["seconds"] > 0 and stage["memory"] > 1e8 for stage in [*stages.values()][1:])
+    assert {path.name for path in project.store.iterdir()} <= {"examples", "file-hashes.json", ".locks", ".runs"}
+    lines = project.cli("plan", "tiny.yaml").out.splitlines()
+    assert lines[-1].startswith("total: time ")
+    assert "peak memory" in lines[-1]
+    result = project.cli("run", "tiny.yaml")
+    assert result.status == 0
+    record = json.loads((project.run_dir / "run.json").read_text())["stages"]
+    parts = {part["label"]: (part["done"], part["unit"]) for part in record["train cpo"]["work"]}
+    assert parts == {"train cpo": (2, "steps"), "log-probs of start": (16, "groups")}
+    for name, stage in list(stages.items())[1:]:
+        assert stage["memory"] == pytest.approx(record[name]["peak"]["memory"], rel=0.2), name
+
+
+def test_what_the_probe_took_is_multiplied(made: Project) -> None:
+    recipe = load_recipe("tiny.yaml", ["train.cpo.max_steps=400", "train.cpo.batch_size=16", "data.train=16"])
+    run = Run(recipe, "tiny.yaml", *_places(made))
+    small = _small(run)
+    assert (small.train["cpo"].max_steps, small.train["cpo"].batch_size) == (4, 16)
+    probe = Run(load_recipe("tiny.yaml", ["negatives.max_examples=4", "evaluate.examples=2"]), "x", *_places(made))
+    rank = StagePlan("rank", "make", scale={"groups": 1.0})
+    measured = {"seconds": 5.0, "work": [{"label": "rank", "unit": "groups", "done": 4, "seconds": 2.0}], "peak": {}}
+    _extrapolate(run, small, probe, rank, measured)
+    assert rank.seconds == pytest.approx(3 + 2 * 16 / 4)
+    outputs = StagePlan("evaluate", "make", scale={"": 1.0})
+    work = [{"label": "evaluate cpo", "unit": "samples", "done": 2, "seconds": 1.0}]
+    _extrapolate(run, small, probe, outputs, {"seconds": 1.5, "work": work, "peak": {"memory": 7, "gpu_memory": 9}})
+    assert outputs.seconds == pytest.approx(0.5 + 1.0 * 4 / 2)
+    assert outputs.memory == 9
+
+
+def _places(project: Project) -> tuple[Any, Any]:
+    from cpo_pipe.data.store import Store
+
+    return Store("cpo-store"), run_folder("tiny", "x", project.root / "runs")
+
+
+def test_apis_are_counted_and_not_asked(project: Project) -> None:
+    pytest.importorskip("openai")
+    with serve(lambda seen: written(seen, "A")) as server:
+        api = f"apis.mini={{url: '{server.url}', model: m, input_price: 1, output_price: 2}}"
+        judge = ["--set", api, "--set", "evaluate.judges={taste: {kind: openai, api: mini}}"]
+        stages = planned(project, *judge)
+        assert stages["evaluate"]["calls"] == 8
+        assert stages["evaluate"]["usd"] > 0
+        assert stages["train cpo"]["seconds"] > 0
+        source = ["--set", api, "--set", "negatives.sources.p={strategy: pool, model: mini}"]
+        result = project.cli("plan", "tiny.yaml", *source)
+        assert "no probe, since it would ask APIs (mini): time and memory are not known" in result.out
+        assert server.seen == []

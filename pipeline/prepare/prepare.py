@@ -18,6 +18,7 @@ from cpo_pipe.data.models.chat_date import chat_date
 from cpo_pipe.data.models.tokenizer import TokenizerFiles, locate_tokenizer
 from cpo_pipe.data.models.train_tokenizer import TrainedBPE
 from cpo_pipe.data.progress import track
+from cpo_pipe.data.sources.rows import Refusal
 from cpo_pipe.data.store import ArtifactWriter, Store
 from cpo_pipe.pipeline.prepare.base import Data, Texts
 from cpo_pipe.pipeline.prepare.collect import ExampleCollector
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 RULES = 7
 """Raise it when the same rows yield other examples; this invalidates examples prepared before."""
 
-FIRST_ROWS = 3
+FIRST_ROWS = 20
 """Rows of each source that are encoded before anything is made."""
 
 
@@ -88,6 +89,11 @@ def check_data(config: Data, store: Store) -> None:
     parts = open_parts(config)
     config = parts[-1].config
     firsts = [[*islice(read_rows(part.config, part.source), FIRST_ROWS)] for part in parts]
+    for part, first in zip(parts, firsts, strict=True):
+        refusals = [row for row in first if isinstance(row, Refusal)]
+        if refusals and len(refusals) == len(first):
+            example = f"{refusals[0].source}: {refusals[0].reason}, {refusals[0].detail}"
+            raise part.source.request({}).error(f"all of its first {len(first)} rows are rejected ({example})")
     if isinstance(config.tokenizer, str):
         examples = _examples(config, _content(config, parts, store), locate_tokenizer(config.tokenizer, store), store)
         tokenizer = examples.tokenizer.load()

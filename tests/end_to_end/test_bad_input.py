@@ -142,7 +142,7 @@ DATA_FILES = {
         "its columns (question, target) are those of no known format; set data.columns.prompt",
     ),
     "open.csv": (b'prompt,target\na,"b\nc,d\n', "the quote opened at open.csv:2 is not closed"),
-    "text.jsonl": (b"hello\n" * 9, "9 of 9 rows were rejected (9 not JSON), more than data.max_rejected 0.1 allows"),
+    "text.jsonl": (b"hello\n" * 9, "all of its first 9 rows are rejected (text.jsonl:1: not JSON"),
     "bad.parquet": (b"PAR1 and no more", "data.source bad.parquet: not a Parquet file"),
     "plain.txt": (b"an article", "a .txt file holds articles, not pairs; set data.preset: text"),
     "rows.json": (b"[]", "data.source rows.json: has no rows"),

@@ -8,13 +8,14 @@ independent of the embedding model that ranks the negatives.
 """
 
 import argparse
+import json
 import math
 import os
-import re
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,135 +25,24 @@ from scipy import stats
 
 from cpo_pipe.eval.config import GROUND_TRUTH
 from cpo_pipe.eval.metrics.figures import ANY_DECODING
+from cpo_pipe.runs import LATEST
+from tests.support.real_experiment import (
+    BATCH,
+    GREEDY,
+    GRIDS,
+    JUDGED,
+    METHODS,
+    STEPS,
+    TUNING_SEED,
+    VARIANTS,
+    WITHOUT_CORRECT,
+    Task,
+    clean,
+    recipe,
+    tasks,
+)
 
 ROOT = Path(__file__).parents[2]
-TUNING_SEED = 101
-GREEDY, SAMPLED = "greedy", "top-k"
-
-STEPS, BATCH = 24, 8
-PROMPTS = STEPS * BATCH
-"""With negatives; so every method sees as many, each once."""
-
-START = {"init": "reference", "max_steps": STEPS, "batch_size": BATCH, "learning_rate": 3e-5, "warmup_steps": 3}
-CONTRAST = {**START, "reference": "reference", "mle_weight": 1.0, "beta": 0.1}
-MIXTURE = {"batch": 1, "meanfield": 1, "truncation": 1}
-METHODS: dict[str, dict[str, Any]] = {
-    "mle": {**START, "objective": "mle"},
-    "an": {**CONTRAST, "objective": "cpo", "negatives": {"autoregressive": 3}},
-    "anr": {**CONTRAST, "objective": "cpo-ranked", "negatives": {"autoregressive": 3}},
-    "dpo": {**CONTRAST, "objective": "dpo", "negatives": {"autoregressive": 1}},
-    "mixnr": {**CONTRAST, "objective": "cpo-ranked", "negatives": MIXTURE},
-    "bnr": {**CONTRAST, "objective": "cpo-ranked", "negatives": {"batch": 3}},
-    "slic": {**START, "objective": "slic", "mle_weight": 1.0, "negatives": {"autoregressive": 1}},
-}
-"""In the order in which they are compared as far as time allows."""
-GRIDS: dict[str, list[dict[str, float]]] = {
-    **{method: [{"beta": beta} for beta in (0.01, 0.1, 1.0)] for method in METHODS},
-    "mle": [{"learning_rate": rate} for rate in (1e-5, 3e-5, 1e-4)],
-    "slic": [{"mle_weight": weight} for weight in (1.0, 10.0, 100.0)],
-}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "an, no MLE loss": {"mle_weight": 0.0},
-    "an, β 5, mean log-probs": {"beta": 5.0, "length_normalize": True},
-    "an, whole distribution": {"negatives": {"whole": 3}},
-}
-"""What else is varied, on validation with the tuning seed; where answers can be compared also WITHOUT_CORRECT."""
-WITHOUT_CORRECT = "an, correct ones dropped"
-
-
-@dataclass(frozen=True)
-class Task:
-    """A data set, and what counts on it."""
-
-    data: Mapping[str, Any]
-    max_new_tokens: int
-    chosen_by: tuple[str, str]
-    """Metric (higher is better) and decoding, on validation, by which settings are chosen."""
-    measures: Mapping[str, Sequence[tuple[str, int]]]
-    """Metrics reported by decoding, with their digits."""
-    judges: Mapping[str, Any]
-
-
-def tasks(model: Path, text: Path, questions: Path, test_questions: Path) -> dict[str, Task]:
-    """The two tasks on given files."""
-    sizes = {"tokenizer": str(model), "validation": 150, "test": 200}
-    return {
-        "text": Task(
-            {"preset": "text", "source": str(text), "chunk_tokens": 48, "prompt_fraction": 0.333, **sizes},
-            32, ("chrF", SAMPLED),
-            {GREEDY: [("rep-4", 3), ("chrF", 1), ("length", 1)],
-             SAMPLED: [("distinct-2", 3), ("chrF", 1), ("MAUVE", 3), ("length", 1)]}, {},
-        ),
-        "questions": Task(
-            {"source": str(questions), "test_source": str(test_questions), "template": "chat",
-             "columns": {"prompt": "question", "target": "answer"}, "train": 1500, "max_target_tokens": 120,
-             "max_rejected": 1.0, **sizes},
-            120, ("chrF", GREEDY),
-            {GREEDY: [("exact match", 3), ("chrF", 1), ("rep-4", 3), ("length", 1)],
-             SAMPLED: [("exact match", 3), ("chrF", 1), ("length", 1)]}, {"exact": {"pattern": "gsm8k"}},
-        ),
-    }  # fmt: skip
-
-
-def clean(text: str) -> str:
-    """WikiText as it was written: without sentences that have `<unk>`, and without the spaces of its tokenization."""
-    kept = []
-    for line in text.splitlines():
-        if re.fullmatch(r"( = )+.*( = )+", line):
-            kept.append(line)
-            continue
-        sentences = [one for one in re.split(r"(?<= [.!?]) ", line.strip()) if "<unk>" not in one]
-        line = re.sub(r" @([-,.])@ ", r"\1", " ".join(sentences))
-        line = re.sub(r" ([.,;:!?)\]%'])", r"\1", re.sub(r"([(\[$]) ", r"\1", line))
-        kept.append(re.sub(r'" ([^"]*) "', r'"\1"', line))
-    return "\n".join(kept)
-
-
-def recipe(
-    name: str,
-    task: Task,
-    model: Path,
-    trainings: Mapping[str, Mapping[str, Any]],
-    seed: int,
-    split: str,
-    drop_correct: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """A run that compares trainings from one reference. The seed decides all but the reference and the split."""
-    sampled = {"model": "reference", "count": 3, "max_new_tokens": task.max_new_tokens, "engine": "transformers"}
-    sources = {
-        "autoregressive": {**sampled, "top_k": 50},
-        "whole": {"strategy": "autoregressive", **sampled},
-        "batch": {"count": 3},
-        "meanfield": {"model": "reference", "count": 1},
-        "truncation": {"count": 1},
-    }
-    used = {source for training in trainings.values() for source in training.get("negatives", {})}
-    reference = {"init": str(model), "objective": "mle", "max_steps": 60, "batch_size": BATCH,
-                 "learning_rate": 3e-5, "warmup_steps": 6}  # fmt: skip
-    negatives = {"seed": seed, "max_examples": PROMPTS, "sources": {name: sources[name] for name in sorted(used)}}
-    if drop_correct is not None:
-        negatives["drop_correct"] = dict(drop_correct)
-    metric, decoding = task.chosen_by
-    return {
-        "name": name,
-        "data": dict(task.data),
-        "train": {"reference": reference, **{key: {**of, "seed": seed} for key, of in trainings.items()}},
-        **({"negatives": negatives} if used else {}),
-        "evaluate": {
-            "systems": {key: {"model": key} for key in ("reference", *trainings)},
-            "baseline": "mle" if "mle" in trainings else "reference",
-            "headline": {"metric": metric, "decoding": decoding},
-            "split": split,
-            "decodings": {GREEDY: {"temperature": 0}, SAMPLED: {"top_k": 50}},
-            "judges": task.judges or {"similarity": {}},
-            "mauve_model": str(model),
-            "max_new_tokens": task.max_new_tokens,
-            "seed": seed,
-            "engine": "transformers",
-        },
-    }
-
-
 Figures = dict[tuple[str, str, str], float]
 """By system, decoding and metric."""
 
@@ -205,15 +95,111 @@ def vary(work: Path, name: str, task: Task, model: Path, best: Mapping[str, floa
     return {(names.get(system, system), decoding, metric): of for (system, decoding, metric), of in found.items()}
 
 
-def interval(values: Sequence[float]) -> str:
-    """Mean over seeds and, of several, its 95% interval of Student's t."""
+def bounds(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean over seeds and its 95% interval of Student's t; of one seed, or without variation, the mean alone."""
     mean = sum(values) / len(values)
+    if math.isnan(mean) or len(values) < 2 or max(values) == min(values):
+        return mean, math.nan, math.nan
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    return mean, float(low), float(high)
+
+
+def interval(values: Sequence[float]) -> str:
+    """The mean over seeds with its interval, as text."""
+    mean, low, high = bounds(values)
     if math.isnan(mean):
         return "–"
-    if len(values) < 2 or max(values) == min(values):
-        return f"{mean:+.3g}"
-    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    return f"{mean:+.3g} [{low:+.2g}, {high:+.2g}]"
+    return f"{mean:+.3g}" if math.isnan(low) else f"{mean:+.3g} [{low:+.2g}, {high:+.2g}]"
+
+
+NEAR = ("distinct-2", "rep-4")
+"""Measures in which the system is better that is nearer to the ground truth."""
+BETTER = ("chrF", "MAUVE", "exact match")
+"""Measures in which more is better."""
+
+
+def gains(task: Task, seeds: Sequence[Figures], methods: Sequence[str]) -> dict[tuple[str, str, str], list[float]]:
+    """By method, measure and decoding, by how much each seed's method is better than MLE continued."""
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for decoding, measures in task.measures.items():
+        for measure in (name for name, _ in measures if name in NEAR + BETTER):
+            for method in methods:
+                each = []
+                for figures in seeds:
+                    own, mle = (value(figures, system, decoding, measure) for system in (method, "mle"))
+                    truth = value(figures, GROUND_TRUTH, decoding, measure)
+                    each.append(abs(mle - truth) - abs(own - truth) if measure in NEAR else own - mle)
+                found[method, measure, decoding] = each
+    return found
+
+
+def answer(name: str, task: Task, seeds: Sequence[Figures], methods: Sequence[str]) -> str:
+    """What the seeds decide, in a paragraph: where a method is better than MLE continued, and where worse."""
+    said: dict[str, list[str]] = {"better": [], "worse": []}
+    compared = gains(task, seeds, [method for method in methods if method != "mle"])
+    for (method, measure, decoding), each in compared.items():
+        mean, low, high = bounds(each)
+        if math.isnan(low) or low <= 0 <= high:
+            continue
+        nearer = "nearer to the ground truth in " if measure in NEAR else ""
+        said["better" if low > 0 else "worse"].append(
+            f"{method} ({nearer}{measure} under {decoding} by {abs(mean):.2g} [{min(abs(low), abs(high)):.2g}, "
+            f"{max(abs(low), abs(high)):.2g}])"
+        )
+    words = [f"{kind} than MLE continued: {'; '.join(found)}" for kind, found in said.items() if found]
+    decided = sum(map(len, said.values()))
+    costs = []
+    for method in methods:
+        mean, low, high = bounds(
+            [value(one, method, "-", "target NLL") - value(one, "mle", "-", "target NLL") for one in seeds]
+        )
+        if method != "mle" and not math.isnan(low) and not low <= 0 <= high:
+            costs.append(f"{method} {mean:+.3f}")
+    paid = f" In nats per token of the targets against MLE continued: {', '.join(costs)}." if costs else ""
+    return (
+        f"**{name}**, {len(seeds)} seeds, {STEPS} steps of {BATCH} after the same reference. "
+        f"{'; '.join(words).capitalize() or 'No method differs from MLE continued'}. "
+        f"Not decided: {len(compared) - decided} of {len(compared)} comparisons (95% intervals of Student's t over "
+        f"seeds, not adjusted; one in twenty would be decided by chance).{paid}"
+    )
+
+
+def judge_worth(work: Path, name: str, task: Task, model: Path) -> list[str]:
+    """How often the model, as judge `local`, prefers a wrong or a cut text to the target; a good judge seldom does."""
+    (prepared,) = {row["artifact"] for row in prepared_by(work, f"compare-{name}-*")}
+    rows = pq.read_table(work / "cpo-store" / prepared / "examples.parquet").to_pylist()
+    rows = [row for row in rows if row["split"] == "test"][:JUDGED]
+    texts = {
+        "another prompt's target": [*rows[1:], rows[0]],
+        "the target's first half": [{**row, "target": row["target"][: len(row["target"]) // 2]} for row in rows],
+    }
+    content = recipe(f"judge-{name}", task, model, {}, 0, "test")
+    systems = {}
+    for number, others in enumerate(texts.values()):
+        file = work / f"judge-{name}-{number}.jsonl"
+        lines = [json.dumps({"example_id": row["example_id"], "output": other["target"]})
+                 for row, other in zip(rows, others, strict=True)]  # fmt: skip
+        file.write_text("\n".join(lines) + "\n")
+        systems[f"file-{number}"] = {"file": file.name}
+    content["evaluate"] |= {
+        "systems": systems, "baseline": GROUND_TRUTH, "examples": JUDGED, "decodings": {GREEDY: {"temperature": 0}},
+        "judges": {"local": {"model": str(model)}, "likelihood": {"model": str(model)}}, "mauve_seeds": 0,
+        "mauve_model": None, "headline": None,
+    }  # fmt: skip
+    del content["train"]["reference"]
+    found = run(work, content)
+    lines = [f"What the model is worth as a judge, on {len(rows)} prompts (a perfect one: 0%):\n"]
+    for number, label in enumerate(texts):
+        shares = [f"{100 * value(found, f'file-{number}', GREEDY, f'{judge} win rate'):.0f}% ({judge})"
+                  for judge in ("local", "likelihood")]  # fmt: skip
+        lines.append(f"- prefers {label} to the target: {', '.join(shares)}")
+    return [*lines, ""]
+
+
+def prepared_by(work: Path, pattern: str) -> list[dict[str, Any]]:
+    """The records of the stage `prepare` of runs."""
+    folders = (work / "runs").glob(f"{pattern}/{LATEST}/run.json")
+    return [json.loads(path.read_text())["stages"]["prepare"] for path in folders]
 
 
 def page(name: str, task: Task, seeds: Sequence[Figures], chosen: Mapping[str, int], tuned: Figures) -> Iterator[str]:
@@ -265,6 +251,7 @@ def main() -> None:
     parser.add_argument("--questions", type=Path, required=True, help="GSM8K's train split, JSONL")
     parser.add_argument("--test-questions", type=Path, required=True, help="GSM8K's test split, JSONL")
     parser.add_argument("--work", type=Path, default=Path("results-real"), help="store and runs")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the page")
     parser.add_argument("--tasks", nargs="+", default=["text", "questions"])
     parser.add_argument("--methods", nargs="+", default=[*METHODS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -276,6 +263,7 @@ def main() -> None:
     model = given.model.resolve()
     known = tasks(model, text, given.questions.resolve(), given.test_questions.resolve())
     lines: list[str] = []
+    answers: list[str] = []
     for name in given.tasks:
         task = known[name]
         chosen, tuned = tune(given.work, name, task, model, given.methods)
@@ -286,9 +274,29 @@ def main() -> None:
         ]
         if "an" in chosen and given.vary:
             tuned |= vary(given.work, name, task, model, GRIDS["an"][chosen["an"]])
+        answers += [answer(name, task, seeds, [*chosen]), ""]
         lines += page(name, task, seeds, chosen, tuned)
-    (given.work / "results-real.md").write_text("\n".join(lines))
-    print("\n".join(lines))
+        lines += judge_worth(given.work, name, task, model)
+    versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}}
+    text = "\n".join([INTRODUCTION.format(**versions, steps=STEPS, batch=BATCH), *answers, *lines])
+    (given.work / "results-real.md").write_text(text)
+    (given.out / "results-real.md").write_text(text)
+    print(text)
+
+
+INTRODUCTION = """\
+# Results on a real model
+
+Made by `just results-real`; nothing below is written by hand. Python {python}, torch {torch}, transformers
+{transformers}, on CPUs. [The papers' comparisons on a tiny model](results.md) are another page.
+
+SmolLM2-135M-Instruct is first trained on the data by MLE: the reference. From it each method goes on for {steps} steps
+of {batch} prompts, each once. Each method's settings (three tried for each) are chosen on validation rows with a seed
+of their own, the test rows are read once. A seed changes negatives, order and samples. No measure uses the embedding
+model that ranks the negatives.
+
+## The answer
+"""
 
 
 if __name__ == "__main__":

@@ -141,12 +141,13 @@ def answer(name: str, task: Task, seeds: Sequence[Figures], methods: Sequence[st
         mean, low, high = bounds(each)
         if math.isnan(low) or low <= 0 <= high:
             continue
-        nearer = "nearer to the ground truth in " if measure in NEAR else ""
+        where = f"{'nearer to' if low > 0 else 'farther from'} the ground truth in " if measure in NEAR else ""
         said["better" if low > 0 else "worse"].append(
-            f"{method} ({nearer}{measure} under {decoding} by {abs(mean):.2g} [{min(abs(low), abs(high)):.2g}, "
+            f"{method} ({where}{measure} under {decoding} by {abs(mean):.2g} [{min(abs(low), abs(high)):.2g}, "
             f"{max(abs(low), abs(high)):.2g}])"
         )
-    words = [f"{kind} than MLE continued: {'; '.join(found)}" for kind, found in said.items() if found]
+    words = "; ".join(f"{kind} than MLE continued: {', '.join(found)}" for kind, found in said.items() if found)
+    words = words[0].upper() + words[1:] if words else "No method differs from MLE continued"
     decided = sum(map(len, said.values()))
     costs = []
     for method in methods:
@@ -158,7 +159,7 @@ def answer(name: str, task: Task, seeds: Sequence[Figures], methods: Sequence[st
     paid = f" In nats per token of the targets against MLE continued: {', '.join(costs)}." if costs else ""
     return (
         f"**{name}**, {len(seeds)} seeds, {STEPS} steps of {BATCH} after the same reference. "
-        f"{'; '.join(words).capitalize() or 'No method differs from MLE continued'}. "
+        f"{words}. "
         f"Not decided: {len(compared) - decided} of {len(compared)} comparisons (95% intervals of Student's t over "
         f"seeds, not adjusted; one in twenty would be decided by chance).{paid}"
     )

@@ -1,4 +1,4 @@
-"""The experiment of `just results-real`: tasks, methods, the settings tried for each, and the recipe that compares them."""
+"""The experiment of `just results-real`: tasks, methods, the settings tried for each, and the recipe of a comparison."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The experiment of `just results-real`: tasks, methods, the settings tried for each, and the recipe of a comparison."""
+"""The experiment of `just results-real`: tasks, methods, the settings tried for each, and the recipe of a run."""
 
 import re
 from collections.abc import Mapping, Sequence

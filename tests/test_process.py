@@ -61,15 +61,14 @@ def test_a_stopped_command_reports_it_and_keeps_its_rows(project, monkeypatch: p
 
     with monkeypatch.context() as patch:
         patch.setattr(TransformersEngine, "generate", stopped_at_the_third)
-        result = project.cli(
-            "generate-negatives", "tiny.yaml", "--set", "negatives.sources.autoregressive.batch_size=4"
-        )
+        batches = ["--set", "negatives.sources.autoregressive.batch_size=4"]
+        result = project.cli("generate-negatives", "tiny.yaml", *batches)
     assert result.status == 130
     assert "Traceback" not in result.err
     assert result.err.splitlines()[-1].startswith("stopped; what was made is kept")
     stopped = stages(project)["generate-negatives"]
     assert set(stopped) == {"seconds", "total_seconds", "apis"}, "its time is recorded, and it is not complete"
-    again = project.cli("generate-negatives", "tiny.yaml")
+    again = project.cli("generate-negatives", "tiny.yaml", *batches)
     assert "(24 made, 24 reused)" in again.err  # 2 batches of 4 prompts × 3 negatives were kept
     done = stages(project)["generate-negatives"]
     assert {"artifact", "started"} < set(done)

@@ -49,7 +49,7 @@ def test_an_unknown_key_without_a_near_match_lists_all_known_keys() -> None:
     known = "by, drop_duplicates, batch_size, model, long_texts"
     assert refusal(rank={"zzz": 1}) == f"rank.zzz is not a known key; known are {known}"
     assert refusal(zzz=1).endswith(
-        "known are name, note, data, apis, train, negatives, rank, iterations, evaluate, published, scales"
+        "known are name, note, data, apis, train, negatives, rank, iterations, evaluate, published, sweep, scales"
     )
 
 

@@ -110,9 +110,9 @@ def test_only_add_shows_a_bar_and_none_for_nothing(store: Store, monkeypatch: py
     bars: list[tuple[str, int]] = []
 
     @contextmanager
-    def recorded(label: str, total: int) -> Iterator[Meter]:
+    def recorded(label: str, total: int, unit: str) -> Iterator[Meter]:
         bars.append((label, total))
-        yield Meter(label, total, None)
+        yield Meter(label, total, unit)
 
     monkeypatch.setattr(embedding, "track", recorded)
     embedder = locate_embedder("minilm", store)

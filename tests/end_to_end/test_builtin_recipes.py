@@ -263,8 +263,8 @@ def test_a_scale_that_is_not_there_is_named() -> None:
         InputError, match="--scale smok: the recipe dolly-gpt2-xl has no such scale; did you mean smoke"
     ):
         load_recipe("dolly-gpt2-xl", scale="smok")
-    with pytest.raises(InputError, match="--scale smoke: the recipe pairs has no such scale; there are none"):
-        load_recipe("pairs", scale="smoke")
+    with pytest.raises(InputError, match="--scale large: the recipe pairs has no such scale; there are smoke"):
+        load_recipe("pairs", scale="large")
 
 
 def test_what_stands_in_several_places_is_changed_in_one(tmp_path: Path) -> None:

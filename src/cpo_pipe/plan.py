@@ -328,29 +328,33 @@ def _extrapolate(run: Run, small: Recipe, probe: Run, stage: StagePlan, measured
     work = measured.get("work", [])
     seconds = measured["seconds"] - sum(one["seconds"] for one in work)
     for one in work:
-        each = one["seconds"] / max(one["done"], 1)
-        seconds += each * one["done"] * _times(run, small, probe, stage, one["unit"])
+        if one["unit"] == "steps":
+            seconds += _training_seconds(run, small, probe, stage.stage.removeprefix("train "))
+        else:
+            seconds += one["seconds"] * _times(run, probe, stage, one["unit"])
     stage.seconds = max(seconds, 0.0)
     peak = measured.get("peak", {})
     stage.memory = peak.get("gpu_memory") or peak.get("memory")
 
 
-def _times(run: Run, small: Recipe, probe: Run, stage: StagePlan, unit: str) -> float:
+def _training_seconds(run: Run, small: Recipe, probe: Run, name: str) -> float:
+    """Return what the steps of a training take, and its measurements before, between and after them."""
+    name = name.partition("@")[0]
+    config, tiny = run.recipe.train[name], small.train[name]
+    rows = pq.read_table(probe.resolver.model(name).path / METRICS_FILE, columns=["seconds"])["seconds"].to_pylist()
+    # The first row also has the first measurement, and the row after the last step has the last one alone.
+    step = statistics.mean(rows[1:PROBE_STEPS]) * config.batch_size / tiny.batch_size
+    measurement = rows[PROBE_STEPS] if len(rows) > PROBE_STEPS else 0.0
+    validation = config.validation / config.batch_size * step / 3  # without the backward pass
+    measurements = math.ceil(config.max_steps / config.eval_steps) + 1
+    return float(step * config.max_steps + (measurement + validation) * measurements)
+
+
+def _times(run: Run, probe: Run, stage: StagePlan, unit: str) -> float:
     """Return how much more of a unit's work the stage does than the probe did."""
-    if stage.stage.startswith("train "):
-        name = stage.stage.removeprefix("train ").partition("@")[0]
-        config, tiny = run.recipe.train[name], small.train[name]
-        if unit != "steps":  # log-probs of the reference: of all groups
-            return _prompts(run, run.resolver.negatives_owner(name)) / _prompts(
-                probe, probe.resolver.negatives_owner(name)
-            )
-        steps = pq.read_table(probe.resolver.model(name).path / METRICS_FILE, columns=["seconds"])[
-            "seconds"
-        ].to_pylist()
-        slow_start = statistics.median(steps[1:]) * len(steps) / sum(steps) if len(steps) > 1 else 1.0
-        measurements = (config.max_steps // config.eval_steps + 2) * config.validation / (3 * config.batch_size)
-        times: float = slow_start * (config.max_steps + measurements) / len(steps)
-        return times * config.batch_size / tiny.batch_size
+    if stage.stage.startswith("train "):  # log-probs of the reference: of all groups
+        owner = run.resolver.negatives_owner(stage.stage.removeprefix("train "))
+        return _prompts(run, owner) / _prompts(probe, owner)
     if stage.stage == "evaluate":
         return _evaluated(run) / _evaluated(probe)
     _, _, owner = stage.stage.partition(" of ")

@@ -25,6 +25,7 @@ from cpo_pipe.data.fingerprint import Spec, content_hash
 from cpo_pipe.data.models.embedder import Embedder, EmbeddingCache, locate_embedder, truncation
 from cpo_pipe.data.models.model import Model
 from cpo_pipe.data.models.tokenizer import tokenizer_in
+from cpo_pipe.data.progress import track
 from cpo_pipe.data.store import Artifact, ArtifactWriter, Store
 from cpo_pipe.eval.annotations import Annotations, read_annotations
 from cpo_pipe.eval.config import DIVERSITY, GROUND_TRUTH, Evaluate
@@ -297,38 +298,41 @@ def measure_outputs(plan: EvaluationPlan, store: Store, executor: Executor) -> t
     for system, model in plan.systems.items():
         if isinstance(model, Model):  # an API and a file give no log-probabilities of targets
             measure_likelihood(figures, system, target_logprobs(store, model, selection, executor))
-    for generation in plan.generations:
-        system, decoding = generation.system, generation.decoding
-        written = outputs[system, decoding]
-        measure_text(figures, system, decoding, written)
-        if generation.samples > 1:
-            measure_diversity(figures, system, decoding, read_samples(generation.rows, ids, generation.samples))
-        measure_overlap(figures, system, decoding, written, targets)
-        if plan.mauve_features is not None:
-            seeds = range(config.seed, config.seed + config.mauve_seeds)
-            measure_mauve(figures, system, decoding, written, targets, plan.mauve_features.encode, seeds)
-        for judge in plan.judges:
-            if isinstance(judge, ScoreJudge):
-                add = figures.add_share if judge.metric.is_share else figures.add_mean
-                add(system, decoding, judge.metric.name, scores[judge.name][system, decoding])
-            for opponent in plan.opponents(system):
-                found: list[Judgement] = judgements[judge.name][system, decoding, opponent]
-                against = opponent if opponent != config.baseline else None
-                wins.add(judge.name, found, system, decoding, written, sides[opponent, decoding], against)
-                if judge.sees_order and against is None:
-                    wins.add_order(judge.name, system, decoding, found)
-    fingerprints = {name: model.fingerprint for name, model in plan.systems.items()}
-    differences = wins.compare(config.baseline, fingerprints)
-    metric, decoding = config.ranked_by()
-    if metric not in differences["metric"].to_pylist():
-        if metric in DIVERSITY:
-            written_by = {system: outputs[system, decoding].token_ids for system in plan.systems}
-            more = diversity_differences(
-                metric, decoding, written_by, targets.token_ids, config.baseline, fingerprints, config.seed
-            )
-        else:
-            more = value_differences(figures, metric, decoding, config.baseline, fingerprints)
-        differences = pa.concat_tables([differences, pa.Table.from_pylist(more, schema=COMPARISONS)])
+    with track("measure outputs", len(plan.generations) + 1, "tables") as meter:
+        for generation in plan.generations:
+            system, decoding = generation.system, generation.decoding
+            written = outputs[system, decoding]
+            measure_text(figures, system, decoding, written)
+            if generation.samples > 1:
+                measure_diversity(figures, system, decoding, read_samples(generation.rows, ids, generation.samples))
+            measure_overlap(figures, system, decoding, written, targets)
+            if plan.mauve_features is not None:
+                seeds = range(config.seed, config.seed + config.mauve_seeds)
+                measure_mauve(figures, system, decoding, written, targets, plan.mauve_features.encode, seeds)
+            for judge in plan.judges:
+                if isinstance(judge, ScoreJudge):
+                    add = figures.add_share if judge.metric.is_share else figures.add_mean
+                    add(system, decoding, judge.metric.name, scores[judge.name][system, decoding])
+                for opponent in plan.opponents(system):
+                    found: list[Judgement] = judgements[judge.name][system, decoding, opponent]
+                    against = opponent if opponent != config.baseline else None
+                    wins.add(judge.name, found, system, decoding, written, sides[opponent, decoding], against)
+                    if judge.sees_order and against is None:
+                        wins.add_order(judge.name, system, decoding, found)
+            meter.advance()
+        fingerprints = {name: model.fingerprint for name, model in plan.systems.items()}
+        differences = wins.compare(config.baseline, fingerprints)
+        metric, decoding = config.ranked_by()
+        if metric not in differences["metric"].to_pylist():
+            if metric in DIVERSITY:
+                written_by = {system: outputs[system, decoding].token_ids for system in plan.systems}
+                more = diversity_differences(
+                    metric, decoding, written_by, targets.token_ids, config.baseline, fingerprints, config.seed
+                )
+            else:
+                more = value_differences(figures, metric, decoding, config.baseline, fingerprints)
+            differences = pa.concat_tables([differences, pa.Table.from_pylist(more, schema=COMPARISONS)])
+        meter.advance()
     winners, places = winners_by_rater(judgements, cases, sides, plan.annotations)
     agreement = pa.Table.from_pylist(agreements(winners, places, figures.bootstrap), schema=AGREEMENT)
     tables = {

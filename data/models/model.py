@@ -38,6 +38,10 @@ class ScratchModel(Section):
             raise ValueError(fault)
         return config
 
+    def context(self) -> int | None:
+        """Return how many positions the config gives, in tokens; None where it leaves that to the architecture."""
+        return _context(self.config)
+
     def check_keys(self, where: str = "init") -> None:
         """Refuse an architecture that transformers does not know, and keys that its config does not have.
 
@@ -88,11 +92,7 @@ class Model:
 
     def context(self) -> int | None:
         """Return how many positions the model can attend to, in tokens; None where its config names no limit."""
-        config = read_json(self.path / "config.json")
-        for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-            if isinstance(config.get(key), int):
-                return int(config[key])
-        return None
+        return _context(read_json(self.path / "config.json"))
 
     def vocabulary(self) -> int | None:
         """Return how many token ids the model knows; None where its config does not say."""
@@ -166,6 +166,13 @@ class Model:
         except Exception as error:  # a config's faults show in any of an architecture's ways
             raise InputError(f"model {self.name}: config.json makes no model ({cause(error)})") from error
         return network
+
+
+def _context(config: Mapping[str, Any]) -> int | None:
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        if isinstance(config.get(key), int):
+            return int(config[key])
+    return None
 
 
 def new_network(config: "PreTrainedConfig") -> "PreTrainedModel":

@@ -5,6 +5,8 @@ Each check collects its mistakes, so that a user sees all of them at once.
 
 from contextlib import suppress
 
+import pyarrow.compute as pc
+
 from cpo_pipe.data.errors import Findings, InputError, MissingInput
 from cpo_pipe.data.execution.base import LocalExecutor
 from cpo_pipe.data.models import lora
@@ -193,13 +195,32 @@ def _named_apis(resolver: Resolver) -> list[ApiModel]:
 def _check_stages(resolver: Resolver, findings: Findings) -> None:
     with findings.collect():
         _check_negatives(resolver, findings)
-    for training in resolver.recipe.train.values():
+    longest = _longest_example(resolver)
+    for name, training in resolver.recipe.train.items():
         for model in training.upstream():
             with findings.collect():
-                resolver.model(model)
+                _check_context(f"train.{name}", longest, model, resolver.model(model).context())
+        if isinstance(training.init, ScratchModel):
+            with findings.collect():
+                _check_context(f"train.{name}", longest, "the scratch model", training.init.context())
     if resolver.recipe.evaluate is not None:
         with findings.collect():
             _check_evaluation(resolver, findings)
+
+
+def _longest_example(resolver: Resolver) -> int:
+    """Return the tokens of the longest prompt and target together that are trained on."""
+    table = resolver.examples().read("train", columns=["prompt_ids", "target_ids"])
+    lengths = pc.add(*(pc.list_value_length(table[column]) for column in table.column_names))
+    return int(pc.max(lengths).as_py() or 0)
+
+
+def _check_context(key: str, longest: int, model: str, context: int | None) -> None:
+    if context is not None and longest > context:
+        raise InputError(
+            f"{key}: the longest training example has {longest} tokens, but the context of {model} is {context}; lower "
+            "data.max_prompt_tokens and data.max_target_tokens (of cut text data.chunk_tokens)"
+        )
 
 
 def _check_negatives(resolver: Resolver, findings: Findings) -> None:

@@ -30,6 +30,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a pattern that finds no answer": (["evaluate.judges={exact: {pattern: 'x(y)'}}"], "evaluate.judges.exact.pattern"),
     "prompts longer than the context": (["evaluate.max_new_tokens=100000", "evaluate.systems.b={model: MODEL}"],
                                         "evaluate.max_new_tokens is 100000"),
+    "examples longer than a scratch model's context": (
+        ["train.start.init={architecture: gpt2, config: {n_embd: 32, n_head: 2, n_layer: 1, n_positions: 8}}"],
+        "train.start: the longest training example has",
+    ),
     "TRL's batch size": (["train.cpo.per_device_train_batch_size=4"], "use batch_size"),
     "PEFT's target_modules beside lora": (["train.cpo.target_modules=[q_proj]"], "use lora.target_modules"),
     "epochs": (["train.cpo.num_train_epochs=3"], "use max_steps"),
@@ -48,6 +52,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 }  # fmt: skip
 AFTER_PREPARE = {
     "a pattern that finds no answer",
+    "examples longer than a scratch model's context",
     "prompts longer than the context",
     "a file of negatives that is missing",
 }

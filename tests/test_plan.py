@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from cpo_pipe.plan import StagePlan, _extrapolate, _small
+from cpo_pipe.amounts import StagePlan
+from cpo_pipe.probe import extrapolate, small
 from cpo_pipe.recipe.load import load_recipe
 from cpo_pipe.run import Run
 from cpo_pipe.runs import run_folder
@@ -77,16 +78,16 @@ def test_the_probe_measures_and_leaves_nothing(project: Project) -> None:
 def test_what_the_probe_took_is_multiplied(made: Project) -> None:
     recipe = load_recipe("tiny.yaml", ["train.cpo.max_steps=400", "train.cpo.batch_size=16", "data.train=16"])
     run = Run(recipe, "tiny.yaml", *_places(made))
-    small = _small(run)
-    assert (small.train["cpo"].max_steps, small.train["cpo"].batch_size) == (4, 16)
+    tiny = small(run)
+    assert (tiny.train["cpo"].max_steps, tiny.train["cpo"].batch_size) == (4, 16)
     probe = Run(load_recipe("tiny.yaml", ["negatives.max_examples=4", "evaluate.examples=2"]), "x", *_places(made))
     rank = StagePlan("rank", "make", scale={"groups": 1.0})
     measured = {"seconds": 5.0, "work": [{"label": "rank", "unit": "groups", "done": 4, "seconds": 2.0}], "peak": {}}
-    _extrapolate(run, small, probe, rank, measured)
+    extrapolate(run, probe, rank, measured)
     assert rank.seconds == pytest.approx(3 + 2 * 16 / 4)
     outputs = StagePlan("evaluate", "make", scale={"": 1.0})
     work = [{"label": "evaluate cpo", "unit": "samples", "done": 2, "seconds": 1.0}]
-    _extrapolate(run, small, probe, outputs, {"seconds": 1.5, "work": work, "peak": {"memory": 7, "gpu_memory": 9}})
+    extrapolate(run, probe, outputs, {"seconds": 1.5, "work": work, "peak": {"memory": 7, "gpu_memory": 9}})
     assert outputs.seconds == pytest.approx(0.5 + 1.0 * 4 / 2)
     assert outputs.memory == 9
 
@@ -108,5 +109,35 @@ def test_apis_are_counted_and_not_asked(project: Project) -> None:
         assert stages["train cpo"]["seconds"] > 0
         source = ["--set", api, "--set", "negatives.sources.p={strategy: pool, model: mini}"]
         result = project.cli("plan", "tiny.yaml", *source)
-        assert "no probe, since it would ask APIs (mini): time and memory are not known" in result.out
+        assert "no probe, since it would ask APIs (mini): time and memory are not known" in result.err
         assert server.seen == []
+
+
+def test_later_iterations_are_planned_like_the_first(project: Project) -> None:
+    stages = planned(project, "--set", "iterations=2", "--set", "evaluate.systems.two={model: cpo@2}")
+    made = [name for name, stage in stages.items() if stage["state"] == "make"]
+    assert {"generate-negatives of cpo@2", "rank of cpo@2", "train cpo@2"} < {*made}
+    assert all(stages[name]["seconds"] > 0 for name in made)
+
+
+def test_a_plan_reports_all_mistakes(project: Project) -> None:
+    result = project.cli("plan", "tiny.yaml", "--set", "train.cpo.report_to=[wandb]", "--set", "data.source=no.jsonl")
+    assert result.status == 2
+    assert len([line for line in result.err.splitlines() if line.startswith("error: ")]) == 2
+
+
+def test_negatives_from_an_api_are_counted(project: Project) -> None:
+    pytest.importorskip("openai")
+    with serve(lambda seen: written(seen, "A")) as server:
+        api = f"apis.mini={{url: '{server.url}', model: m, input_price: 1000, output_price: 1000}}"
+        source = "negatives.sources={p: {strategy: pool, model: mini, count: 2}}"
+        found = planned(project, "--set", api, "--set", source)["generate-negatives"]
+    assert found["calls"] == 16 * 2
+    assert found["usd"] > 0
+
+
+def test_what_a_killed_probe_left_is_removed(project: Project) -> None:
+    left = project.store / ".plan-999999999"
+    left.mkdir(parents=True)
+    planned(project)
+    assert not left.exists()

@@ -13,6 +13,7 @@ from cpo_pipe.compare import compare
 from cpo_pipe.data.progress import duration_text
 from cpo_pipe.eval.metrics.figures import VALUES
 from cpo_pipe.eval.statistics.paired import paired_differences
+from cpo_pipe.recipe.load import load_recipe
 from cpo_pipe.runs import RunFolder, all_runs, find_run, run_folder
 from cpo_pipe.sweep import combinations
 from tests.support.project import Project
@@ -122,7 +123,7 @@ def test_differences_are_paired_by_example_and_adjusted() -> None:
     gain = found["s", "d", "m"]
     gains = [two[key] - one[key] for key in two]
     assert gain.n == 50
-    assert gain.value == means[1]["s", "d", "m"] - means[0]["s", "d", "m"]
+    assert gain.value == pytest.approx(np.mean(gains)), "over the examples that both have"
     assert gain.p == pytest.approx(2 * stats.ttest_1samp(gains, 0).pvalue, abs=0.002), "two metrics were tested"
     assert gain.significant
     assert not found["s", "d", "noise"].significant
@@ -134,8 +135,11 @@ def test_differences_are_paired_by_example_and_adjusted() -> None:
 
 def test_all_combinations_in_order() -> None:
     assert combinations({"a.b": [1, "x: y"], "c": [[1], None]}) == [
-        ["a.b=1", "c=[1]"], ["a.b=1", "c=null"], ['a.b="x: y"', "c=[1]"], ['a.b="x: y"', "c=null"],
+        ["a.b=1", "c=[1]"], ["a.b=1", "c=null"], ["a.b='x: y'", "c=[1]"], ["a.b='x: y'", "c=null"],
     ]  # fmt: skip
+    (small,) = combinations({"train.cpo.learning_rate": [1e-05]})
+    (setting,) = (one.replace("cpo", "cpo-ranked") for one in small)
+    assert load_recipe("demo", [setting]).train["cpo-ranked"].learning_rate == 1e-5
 
 
 def test_a_sweep_makes_once_what_its_runs_share(project: Project) -> None:
@@ -175,6 +179,7 @@ def test_a_sweep_is_checked_before_its_first_run(project: Project, settings: lis
     result = project.cli("run", "tiny.yaml", *(part for one in settings for part in ("--set", one)))
     assert result.status == 2
     assert message in result.error()
+    assert project.cli("check", "tiny.yaml", *(part for one in settings for part in ("--set", one))).status == 2
     assert not project.store.exists() or not [*project.store.glob("examples/*")]
 
 
@@ -198,3 +203,39 @@ def test_a_damaged_record_is_a_run_without_stages(made: Project) -> None:
     (made.run_dir / "recipe.yaml").write_text("{")
     assert made.cli("runs").status == 0
     assert json.loads("{}") == RunFolder(made.run_dir).recipe
+
+
+def test_a_section_that_one_of_three_runs_lacks(made: Project) -> None:
+    recipes = [{"a": {"x": 1, "y": 2}}, {}, {"a": {"x": 1, "y": 3}}]
+    for number, recipe in enumerate(recipes):
+        folder = made.root / str(number)
+        folder.mkdir()
+        (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    found = compare([RunFolder(made.root / str(number)) for number in range(3)])
+    assert found.keys == [("a.x", ["1", "not set", "1"]), ("a.y", ["2", "not set", "3"])]
+
+
+def test_many_metrics_can_be_significant() -> None:
+    random = np.random.default_rng(0)
+    each = [{f"e{i}": float(value) for i, value in enumerate(random.normal(size=100))} for _ in range(300)]
+    first = pa.concat_tables([values("s", str(n), one) for n, one in enumerate(each)])
+    gained = [{key: value + 1 + float(random.normal()) * 0.1 for key, value in one.items()} for one in each]
+    second = pa.concat_tables([values("s", str(n), one) for n, one in enumerate(gained)])
+    means = [
+        {("s", "d", str(n)): float(np.mean(list(one.values()))) for n, one in enumerate(of)} for of in (each, gained)
+    ]
+    assert all(one.significant for one in paired_differences(*means, first, second).values())
+
+
+def test_only_common_examples_are_compared() -> None:
+    one = {f"e{i}": float(i) for i in range(60)}
+    two = {f"e{i}": float(i) + 1 + i % 2 for i in range(40)}
+    means = [{("s", "d", "m"): float(np.mean(list(of.values())))} for of in (one, two)]
+    found = paired_differences(*means, values("s", "m", one), values("s", "m", two))["s", "d", "m"]
+    assert (found.value, found.n) == (1.5, 40)
+
+
+def test_a_folder_in_the_place_of_latest_is_named(project: Project) -> None:
+    (project.root / "runs/tiny/latest").mkdir(parents=True)
+    assert "runs/tiny/latest: is no link" in project.cli("prepare", "tiny.yaml").error()
+    assert "is a folder; name a file" in project.cli("compare", "a", "b", "--html", ".").error()

@@ -36,7 +36,7 @@ def test_a_step_is_one_line() -> None:
 
 def test_a_run_in_progress(run_dir: Path, cli: Callable[..., Result]) -> None:
     status = Status(run_dir)
-    with status.stage("rank", "3/8"):
+    with status.stage("rank", "3/8", last=True):
         status.warn("too few")
         status.progress(STEP)
         first, step, warning = cli("status", "my").out.splitlines()
@@ -51,24 +51,38 @@ def test_a_run_in_progress(run_dir: Path, cli: Callable[..., Result]) -> None:
 
 def test_how_a_stage_ended(run_dir: Path, cli: Callable[..., Result]) -> None:
     status = Status(run_dir)
-    with pytest.raises(ValueError, match="no way"), status.stage("rank", ""):
+    with pytest.raises(ValueError, match="no way"), status.stage("rank", "", last=True):
         raise ValueError("no way")
     out = cli("status", "my").out
     assert ": failed (" in out
     assert ", stage rank, " in out
     assert "  error: no way\n  what was made is kept: run the same command again to go on" in out
-    with pytest.raises(KeyboardInterrupt), status.stage("rank", ""):
+    with pytest.raises(KeyboardInterrupt), status.stage("rank", "", last=True):
         raise KeyboardInterrupt
     assert ": stopped (" in cli("status", "my").out
 
 
 def test_a_process_with_the_same_pid_is_not_the_run(run_dir: Path, cli: Callable[..., Result]) -> None:
-    with Status(run_dir).stage("rank", "3/8"):
+    with Status(run_dir).stage("rank", "3/8", last=True):
         content = json.loads((run_dir / "status.json").read_text())
-        (run_dir / "status.json").write_text(json.dumps(content | {"born": content["born"] - 100}))
+        (run_dir / "status.json").write_text(json.dumps(content | {"born": content["born"] - 1000}))
         assert ": killed, its process is gone (" in cli("status", "my").out
         (run_dir / "status.json").write_text(json.dumps(content | {"host": "gpu7", "pid": 1}))
         assert ": running (pid 1 on gpu7)" in cli("status", "my").out, "nothing is known of another machine's processes"
+
+
+def test_a_run_that_fails_between_two_stages(project: Project) -> None:
+    (project.root / "o.jsonl").write_text('{"prompt": "nobody asked", "output": "x"}\n')
+    assert project.cli("run", "tiny.yaml", "--set", "evaluate.systems.gpt={file: o.jsonl}").status == 2
+    out = project.cli("status", "tiny").out
+    assert ": failed (" in out
+    assert "has no output for 4 of 4 examples" in out
+
+
+def test_a_status_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
+    status = Status(tmp_path / "gone")
+    with status.stage("rank", "", last=True):
+        status.progress(STEP)
 
 
 def test_there_is_no_such_run(run_dir: Path, cli: Callable[..., Result]) -> None:
@@ -127,3 +141,11 @@ def test_a_message_is_printed_once(project: Project) -> None:
     again = project.cli("run", "tiny.yaml").err.splitlines()
     said = [line[20:] for line in again]
     assert len(said) == len({*said})
+
+
+def test_errors_in_json(project: Project) -> None:
+    result = project.cli("prepare", "tiny.yaml", "--log-format", "json", "--set", "data.source=no.jsonl")
+    assert result.status == 2
+    said = [json.loads(line) for line in result.err.splitlines()][-1]
+    assert said["level"] == "error"
+    assert "data.source no.jsonl: no such file" in said["message"]

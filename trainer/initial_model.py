@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from cpo_pipe.data.errors import InputError, cause
+from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.models.end_tokens import name_end_tokens
-from cpo_pipe.data.models.model import Model, ScratchModel, new_network
+from cpo_pipe.data.models.model import Model, ScratchModel, made_from, new_network
 from cpo_pipe.data.models.tokenizer import TokenizerFiles
 from cpo_pipe.trainer.scoring.dropout import remove_dropout
 from cpo_pipe.trainer.scoring.group_table import Extremes
@@ -72,7 +72,6 @@ def scratch_model(config: ScratchModel, tokenizer: TokenizerFiles) -> PreTrained
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             model = new_network(settings)
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-        made = f"a {config.architecture} model cannot be made from config {config.config}"
-        raise InputError(f"init: {made} ({cause(error)})") from error
+    except Exception as error:  # a config's faults show in any of an architecture's ways
+        raise made_from(config, error) from error
     return model

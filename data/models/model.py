@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+AUTOMATIC = ("vocab_size", "eos_token_id", "bos_token_id", "pad_token_id")
+"""Keys of a scratch model's config that the tokenizer decides."""
+
+
 class ScratchModel(Section):
     """A model made on the spot with random weights, of any causal architecture in transformers."""
 
@@ -61,6 +65,8 @@ class ScratchModel(Section):
         kind = CONFIG_MAPPING[self.architecture]
         known = {*kind().to_dict(), *kind.attribute_map, *inspect.signature(kind).parameters}
         for key in self.config:
+            if key in AUTOMATIC:
+                raise InputError(f"{where}.config.{key}: is taken from the tokenizer; remove it")
             if key not in known:
                 hint = nearest(key, known) or f"see transformers' {kind.__name__}"
                 raise InputError(f"{where}.config.{key}: not a key of the architecture {self.architecture}; {hint}")
@@ -166,6 +172,12 @@ class Model:
         except Exception as error:  # a config's faults show in any of an architecture's ways
             raise InputError(f"model {self.name}: config.json makes no model ({cause(error)})") from error
         return network
+
+
+def made_from(scratch: ScratchModel, error: Exception) -> InputError:
+    """Return the error of a scratch model that transformers does not make."""
+    made = f"a {scratch.architecture} model cannot be made from config {scratch.config}"
+    return InputError(f"init: {made} ({cause(error)})")
 
 
 def _context(config: Mapping[str, Any]) -> int | None:

@@ -31,7 +31,7 @@ from cpo_pipe.run import Run
 from cpo_pipe.run_commands import runs_app
 from cpo_pipe.runs import run_folder
 from cpo_pipe.store_commands import store_app
-from cpo_pipe.sweep import OFF, run_sweep
+from cpo_pipe.sweep import OFF, open_sweep, run_sweep
 from cpo_pipe.terminal import DEFAULT_STORE, DebugOption, LogFormatOption, QuietOption, StoreOption, folder, reported
 
 # These libraries read them at import. Our own messages take the place of theirs.
@@ -83,6 +83,7 @@ WorkerGpusOption = Annotated[
     float | None, typer.Option(min=0, help="GPUs per Ray worker, such as 0.5.", show_default="1 where there are GPUs")
 ]
 
+FINE = "nothing is wrong, as far as it can be seen now"
 SCHEMA_FILE = "cpo-pipe.schema.json"
 
 OutOption = Annotated[Path, typer.Option(parser=folder, metavar="PATH", help="A new or empty folder to write to.")]
@@ -191,17 +192,20 @@ def _stage(function: Callable[..., None], choose: Callable[..., tuple[str, list[
                 (recipe, chosen), arguments = choose(**arguments), {}
                 overrides = [*chosen, *overrides]
             opened = _open(recipe, scale, overrides, store, run_dir, how)
-            if opened.recipe.sweep and function is run_:
+            if opened.recipe.sweep and function in (run_, check):
                 if run_dir is not None:
                     raise InputError("--run-dir: not used with the section sweep, whose runs have folders of their own")
-                run_sweep(
-                    opened.recipe,
-                    lambda more: _open(recipe, scale, [*overrides, *more], store, None, how),
-                    ["cpo-pipe", "run", recipe, *opened.options],
-                    **arguments,
-                )
+
+                def open_run(more: list[str]) -> Run:
+                    return _open(recipe, scale, [*overrides, *more], store, None, how)
+
+                if function is check:
+                    open_sweep(opened.recipe, open_run, force=False)
+                    say(FINE)
+                else:
+                    run_sweep(opened.recipe, open_run, ["cpo-pipe", "run", recipe, *opened.options], **arguments)
                 return
-            if opened.recipe.sweep and function is not check:
+            if opened.recipe.sweep:
                 raise InputError(f"sweep: only `run` and `check` use it; add --set '{OFF}'")
             function(opened, **arguments)
 
@@ -218,7 +222,7 @@ def _stage(function: Callable[..., None], choose: Callable[..., tuple[str, list[
 def check(run: Run) -> None:
     """Find all that is wrong with a recipe, and make nothing; `run` does this first."""
     run.check()
-    say("nothing is wrong, as far as it can be seen now")
+    say(FINE)
 
 
 def plan(

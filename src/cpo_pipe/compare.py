@@ -1,6 +1,6 @@
 """Command `compare`: which keys of runs differ, which artifacts and metrics do as a result, and how significantly."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from cpo_pipe.data.store import atomic
-from cpo_pipe.data.store.differences import ABSENT, differences
+from cpo_pipe.data.store.differences import ABSENT
 from cpo_pipe.data.text import abridged, one_line, say
 from cpo_pipe.eval.statistics.paired import Difference, Key, paired_differences
 from cpo_pipe.runs import RunFolder
@@ -54,11 +54,10 @@ class RunComparison:
 def compare(runs: Sequence[RunFolder]) -> RunComparison:
     """Compare runs with the first of them."""
     first, *others = runs
-    keys: dict[str, list[str]] = {}
-    for number, other in enumerate(others, 1):
-        for path, one, two in differences(first.recipe, other.recipe):
-            if path != "name":
-                keys.setdefault(path, [_shown(one)] * len(runs))[number] = _shown(two)
+    recipes = [dict(_leaves(run.recipe)) for run in runs]
+    paths = dict.fromkeys(path for one in recipes for path in one if path != "name")
+    values = {path: [_shown(one.get(path, ABSENT)) for one in recipes] for path in paths}
+    keys = {path: shown for path, shown in values.items() if len({*shown}) > 1}
     made = [run.artifacts() for run in runs]
     stages = dict.fromkeys(stage for one in made for stage in one)
     artifacts = [(stage, [one.get(stage, NONE) for one in made]) for stage in stages]
@@ -97,6 +96,15 @@ def _differences(first: RunFolder, other: RunFolder, notes: list[str]) -> Mappin
     return paired_differences(metrics, others, one, two)
 
 
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the keys of a recipe that hold no section, with their values."""
+    if isinstance(value, dict) and (value or not path):
+        for key, below in value.items():
+            yield from _leaves(below, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
 def _shown(value: Any) -> str:
     return NOT_SET if value is ABSENT else abridged(str(value), 60)
 
@@ -114,7 +122,8 @@ def print_comparison(found: RunComparison) -> None:
     say()
     shown = [row for row in found.metrics if row.significant] or found.metrics[:MOST_ROWS]
     hidden = len(found.metrics) - len(shown)
-    say(f"metrics that differ{'' if shown and shown[0].significant else ', none of them significantly'}:")
+    decided = bool(shown) and shown[0].significant
+    say(f"metrics that differ{':' if decided else ', none of them significantly:' if shown else ': none'}")
     rows = [
         [
             f"{row.system}, {row.decoding}: {row.metric}",

@@ -1,7 +1,7 @@
 """What trainings need at least, from the shapes of their models: memory and disk, against what this machine has."""
 
 import shutil
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ from cpo_pipe.data.config import Section
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.execution import processes
 from cpo_pipe.data.models.fetch import check_exists
-from cpo_pipe.data.models.model import Model, ScratchModel, new_network
+from cpo_pipe.data.models.model import Model, ScratchModel, made_from, new_network
 from cpo_pipe.data.models.tokenizer import locate_tokenizer
 from cpo_pipe.resolve import Resolver
 
@@ -50,7 +50,7 @@ def training_needs(resolver: Resolver) -> dict[str, Need]:
         key = init if isinstance(init, str) else init.model_dump_json()
         if key not in sizes:
             sizes[key] = None
-            with suppress(InputError):  # reported by the checks
+            with suppress(InputError) if isinstance(init, str) else nullcontext():  # reported by other checks
                 trained = isinstance(init, str) and init in trainings
                 sizes[key] = size(trainings[str(init)].init) if trained else _parameters(resolver, init)
         return sizes[key]
@@ -73,7 +73,10 @@ def _parameters(resolver: Resolver, init: str | Section) -> int | None:
     from transformers import AutoConfig
 
     assert isinstance(init, ScratchModel)
-    init.check_keys()
+    try:
+        init.check_keys()
+    except InputError:  # reported by the check of the keys
+        return None
     tokenizer = resolver.recipe.data.tokenizer
     if isinstance(tokenizer, str):
         vocabulary = len(locate_tokenizer(tokenizer, resolver.store).load())
@@ -83,8 +86,8 @@ def _parameters(resolver: Resolver, init: str | Section) -> int | None:
         config = AutoConfig.for_model(init.architecture, vocab_size=vocabulary, **init.config)
         with torch.device("meta"):
             return _count(new_network(config))
-    except Exception:  # said when the training begins, with the config that it is about
-        return None
+    except Exception as error:  # a config's faults show in any of an architecture's ways
+        raise made_from(init, error) from error
 
 
 def _count(network: "PreTrainedModel") -> int:

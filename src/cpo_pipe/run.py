@@ -60,11 +60,12 @@ class Run:
         """
         steps, self.log.planned = self._steps(), self.stages()
         check_settings(self.resolver.offline(), force)
-        self.prepare()
-        check_stages(self.resolver)
-        for step in steps.values():
-            step()
-        return self.evaluate(quiet) if self.recipe.evaluate is not None else None
+        with self.log.whole():
+            self.prepare()
+            check_stages(self.resolver)
+            for step in steps.values():
+                step()
+            return self.evaluate(quiet) if self.recipe.evaluate is not None else None
 
     def _steps(self) -> dict[str, Callable[[], object]]:
         """Return the stages between `prepare` and `evaluate`, in order, by the names that they have in the log."""
@@ -83,13 +84,13 @@ class Run:
             add_groups(None)
         return steps
 
-    def check(self) -> None:
+    def check(self, force: bool = False) -> None:
         """Find all that is wrong with the recipe, and make nothing.
 
         Raises:
             InputError: something is wrong; all of it is in the message.
         """
-        check(self.resolver.offline())
+        check(self.resolver.offline(), force)
 
     def stages(self) -> list[str]:
         """Return the names of all stages in order, as they are in the log."""

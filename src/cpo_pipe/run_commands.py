@@ -53,6 +53,8 @@ def compare(
     with reported(debug):
         if len(runs) < 2:
             raise InputError(f"compare {runs[0]}: names one run; name another, which `cpo-pipe runs` lists")
+        if html is not None and html.is_dir():
+            raise InputError(f"--html {html}: is a folder; name a file")
         found = compare_runs([find_run(run) for run in runs])
         print_comparison(found)
         if html is not None:

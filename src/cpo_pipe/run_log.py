@@ -59,6 +59,7 @@ class RunLog:
         number = f"{self.planned.index(name) + 1}/{len(self.planned)}" if name in self.planned else ""
         if number:
             log.info("stage %s %s", number, name)
+        last = not number or name == self.planned[-1]
         work: list[dict[str, Any]] = []
 
         def finish(label: str, unit: str, done: int, seconds: float) -> None:
@@ -66,7 +67,7 @@ class RunLog:
 
         peak_memory.reset()
         try:
-            with self._status.stage(name, number), progress.stage(number, self._status.progress, finish):
+            with self._status.stage(name, number, last), progress.stage(number, self._status.progress, finish):
                 yield made
         except BaseException:
             with suppress(OSError):  # a full disk takes no record either; report what failed first
@@ -75,6 +76,16 @@ class RunLog:
         atomic.write_bytes(self.run_dir / "recipe.yaml", self._recipe.encode())
         made |= {"peak": peak_memory.peak(), "work": work}
         self._add(name, {"started": start, **made}, time.time() - start, before)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Record in the status how a run of all stages ends, also between two of them."""
+        try:
+            yield
+        except BaseException as error:
+            if self.run_dir.is_dir():
+                self._status.fail(error)
+            raise
 
     def stages(self) -> list["StageRecord"]:
         """Return what the stages of this folder's runs took, in the order in which they last started."""

@@ -54,6 +54,8 @@ def link_latest(run_dir: Path) -> None:
     link = run_dir.parent / LATEST
     if link.is_symlink() and os.readlink(link) == run_dir.name:
         return
+    if link.exists() and not link.is_symlink():
+        raise InputError(f"{link}: is no link, but the link to the last run belongs there; move it away")
     scratch = run_dir.parent / f".{LATEST}-{os.getpid()}"
     scratch.unlink(missing_ok=True)
     scratch.symlink_to(run_dir.name)

@@ -20,6 +20,8 @@ from cpo_pipe.runs import LATEST, RUNS, RunFolder, all_runs
 
 FILE = "status.json"
 RUNNING, DONE, STOPPED, FAILED = "running", "done", "stopped", "failed"
+CLOCK_SECONDS = 60.0
+"""By how much the clock may be set while a run goes on."""
 KILLED = "killed, its process is gone"
 
 
@@ -31,8 +33,8 @@ class Status:
         self._content: Record = {"pid": os.getpid(), "host": socket.gethostname(), "born": _born(os.getpid())}
 
     @contextmanager
-    def stage(self, name: str, number: str) -> Iterator[None]:
-        """Record that a stage is in progress, and how it ends."""
+    def stage(self, name: str, number: str, last: bool) -> Iterator[None]:
+        """Record that a stage is in progress, and how it ends; until the last one the run goes on."""
         self._content |= {"stage": name, "number": number, "started": time.time(), "step": None}
         self._write(RUNNING)
         handler = _Warnings(self)
@@ -40,14 +42,17 @@ class Status:
         try:
             yield
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt)
-            self._content["error"] = "" if stopped else one_line(str(error) or type(error).__name__, 500)
-            with suppress(OSError):  # a full disk takes no status either
-                self._write(STOPPED if stopped else FAILED)
+            self.fail(error)
             raise
         finally:
             logging.getLogger("cpo_pipe").removeHandler(handler)
-        self._write(DONE)
+        self._write(DONE if last else RUNNING)
+
+    def fail(self, error: BaseException) -> None:
+        """Record that the run ended with an error, or was stopped."""
+        stopped = isinstance(error, KeyboardInterrupt)
+        self._content["error"] = "" if stopped else one_line(str(error) or type(error).__name__, 500)
+        self._write(STOPPED if stopped else FAILED)
 
     def progress(self, step: Step) -> None:
         """Record how far the stage is."""
@@ -60,7 +65,8 @@ class Status:
 
     def _write(self, state: str) -> None:
         self._content |= {"state": state, "updated": time.time()}
-        atomic.write_bytes(self._path, json.dumps(self._content).encode())
+        with suppress(OSError):  # a full disk must not end a training
+            atomic.write_bytes(self._path, json.dumps(self._content).encode())
 
 
 class _Warnings(logging.Handler):
@@ -103,7 +109,7 @@ def _described(run: RunFolder, content: Record) -> Iterator[str]:
     """Yield what a status says, in lines."""
     state, ago = content.get("state"), time.time() - content.get("updated", 0)
     here = content.get("host") == socket.gethostname()
-    if state == RUNNING and here and _born(content["pid"]) != content.get("born"):
+    if state == RUNNING and here and not _lives(content):
         state = KILLED
     stage = " ".join(filter(None, ("stage", content.get("number"), content.get("stage"))))
     process = f"pid {content.get('pid')} on {content.get('host')}"
@@ -118,6 +124,12 @@ def _described(run: RunFolder, content: Record) -> Iterator[str]:
         yield f"last warning, {at}: {warning['text']}"
     if state not in (RUNNING, DONE):
         yield "what was made is kept: run the same command again to go on"
+
+
+def _lives(content: Record) -> bool:
+    """Return whether the process of a status is there; the clock may have been set since it began."""
+    born = _born(content["pid"])
+    return born is not None and abs(born - (content.get("born") or 0)) < CLOCK_SECONDS
 
 
 def _born(pid: int) -> float | None:

@@ -1,11 +1,12 @@
 """A recipe's `sweep`: all combinations of the values that it lists, run on one store and ranked on validation rows."""
 
 import itertools
-import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import yaml
 
 from cpo_pipe.data.errors import Findings, InputError
 from cpo_pipe.data.text import one_line, say
@@ -23,8 +24,14 @@ ON_VALIDATION = "evaluate.split=validation"
 
 def combinations(sweep: Mapping[str, Sequence[Any]]) -> list[list[str]]:
     """Return the overrides of each combination of the listed values; the last key varies fastest."""
-    listed = [[f"{key}={json.dumps(value, ensure_ascii=False)}" for value in values] for key, values in sweep.items()]
+    listed = [[f"{key}={_yaml(value)}" for value in values] for key, values in sweep.items()]
     return [list(chosen) for chosen in itertools.product(*listed)]
+
+
+def _yaml(value: Any) -> str:
+    """Return a value as YAML on one line; JSON's 1e-05 would be read back as text."""
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"), sort_keys=False)
+    return str(text).removesuffix("...\n").strip()
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,26 @@ class Outcome:
     chosen: list[str]
     run: str
     verdict: Verdict
+
+
+def open_sweep(recipe: Recipe, open_run: Callable[[list[str]], Run], force: bool) -> list[tuple[list[str], Run]]:
+    """Return all combinations with their runs, checked; make nothing.
+
+    Raises:
+        InputError: the recipe has no validation rows or no evaluation, or a combination is invalid.
+    """
+    if recipe.evaluate is None:
+        raise InputError("sweep: needs the section evaluate, by which the combinations are ranked; add it")
+    if not recipe.data.validation and recipe.data.validation_source is None:
+        raise InputError("sweep: ranks on validation rows, but data.validation is 0; raise it")
+    findings, opened = Findings(), list[tuple[list[str], Run]]()
+    for settings in combinations(recipe.sweep):
+        with findings.collect():
+            run = open_run([OFF, ON_VALIDATION, *settings])
+            run.check(force)
+            opened.append((settings, run))
+    findings.report()
+    return opened
 
 
 def run_sweep(recipe: Recipe, open_run: Callable[[list[str]], Run], command: Sequence[str], force: bool) -> None:
@@ -46,21 +73,11 @@ def run_sweep(recipe: Recipe, open_run: Callable[[list[str]], Run], command: Seq
         force: see `Run.everything`.
 
     Raises:
-        InputError: the recipe has no validation rows or no evaluation, or a combination is invalid.
+        InputError: as `open_sweep`.
     """
-    if recipe.evaluate is None:
-        raise InputError("sweep: needs the section evaluate, by which the combinations are ranked; add it")
-    if not recipe.data.validation and recipe.data.validation_source is None:
-        raise InputError("sweep: ranks on validation rows, but data.validation is 0; raise it")
-    findings, chosen = Findings(), combinations(recipe.sweep)
-    runs: list[Run] = []
-    for settings in chosen:
-        with findings.collect():
-            runs.append(open_run([OFF, ON_VALIDATION, *settings]))
-    findings.report()
-    outcomes = []
-    for number, (settings, run) in enumerate(zip(chosen, runs, strict=True), 1):
-        say(one_line(f"combination {number}/{len(chosen)}: {' '.join(settings)}"))
+    outcomes, opened = [], open_sweep(recipe, open_run, force)
+    for number, (settings, run) in enumerate(opened, 1):
+        say(one_line(f"combination {number}/{len(opened)}: {' '.join(settings)}"))
         run.everything(force)
         _, verdict = rankings(run.evaluation())
         if verdict is None:
@@ -81,5 +98,7 @@ def _print(outcomes: Sequence[Outcome], command: Sequence[str]) -> None:
         for one, p in ranked
     ]  # fmt: skip
     print_table(["combination", "system", ">value", ">gain", ">p", "run"], rows)
+    if len({outcome.verdict.baseline_value for outcome in outcomes}) > 1:
+        say(f"{first.baseline} differs between combinations: each gain is over its own")
     settings = [part for setting in ranked[0][0].chosen for part in ("--set", setting)]
     say(one_line(f"the best one on the recipe's own rows: {shlex.join([*command, '--set', OFF, *settings])}"))

@@ -98,6 +98,10 @@ class _Json(logging.Formatter):
         return json.dumps(content, ensure_ascii=False)
 
 
+HEADINGS = "cpo_pipe.run_log"
+"""The logger of stages, which a sweep repeats."""
+
+
 class _Once(logging.Filter):
     """Lets each message through once: what is said of one system is often true of all."""
 
@@ -106,7 +110,7 @@ class _Once(logging.Filter):
         self._seen: set[tuple[int, str]] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if not record.name.startswith("cpo_pipe") or record.levelno < logging.INFO:
+        if not record.name.startswith("cpo_pipe") or record.name == HEADINGS or record.levelno < logging.INFO:
             return True
         said = record.levelno, record.getMessage()
         new = said not in self._seen
@@ -161,7 +165,10 @@ def reported(debug: bool, quiet: bool = False, log_format: LogFormat = "text") -
             say(traceback.format_exc(), file=sys.stderr)
         status, text = _failure(error)
         for message in error.messages if isinstance(error, Problems) else [text]:
-            say(f"error: {one_line(message)}", file=sys.stderr)
+            if log_format == "json":
+                logging.getLogger("cpo_pipe").error("%s", message)
+            else:
+                say(f"error: {one_line(message)}", file=sys.stderr)
         raise typer.Exit(status) from error
 
 

@@ -25,7 +25,7 @@ OTHER_NAMES = {
     "num_generations": "count of the source in negatives.sources",
     "num_return_sequences": "count",
     "num_train_epochs": "max_steps; an epoch is the number of examples divided by batch_size",
-    "optim": "no key: the optimizer is AdamW",
+    "optim": "no key for it: the optimizer is AdamW",
     "output_dir": "--run-dir, and `cpo-pipe merge` for the weights",
     "peft_config": "lora",
     "per_device_eval_batch_size": "micro_batch_tokens",

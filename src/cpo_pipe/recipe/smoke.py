@@ -23,8 +23,9 @@ def shrink(content: dict[str, Any]) -> None:
     if isinstance(negatives := content.get("negatives"), dict):
         _lower(negatives, "max_examples", 16)
         for source in _sections(_section(negatives, "sources")):
-            if "max_new_tokens" in source:
-                _lower(source, "max_new_tokens", 32)
+            for key, most in (("max_new_tokens", 32), ("count", 8)):
+                if key in source:
+                    _lower(source, key, most)
     if isinstance(evaluate := content.get("evaluate"), dict):
         _lower(evaluate, "examples", 8)
         _lower(evaluate, "max_new_tokens", 24)

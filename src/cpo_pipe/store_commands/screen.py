@@ -45,7 +45,7 @@ def _print_rich(
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     for place, name in enumerate(names[:-1] if prose else names):
         widest = max(len(part) for row in rows for part in row[place].split("\n"))
-        table.add_column(name, justify="right" if right[place] else "left", min_width=widest)
+        table.add_column(name, justify="right" if right[place] else "left", min_width=widest, overflow="fold")
     for row in rows:
         if prose:
             first, *cells, words = row

@@ -59,6 +59,7 @@ def test_a_changed_key_is_named(made: Project) -> None:
     assert only["evaluate"]["amount"] == 0, "all outputs exist"
 
 
+@pytest.mark.slow
 def test_the_probe_measures_and_leaves_nothing(project: Project) -> None:
     stages = planned(project)
     assert all(stage["seconds"] > 0 and stage["memory"] > 1e8 for stage in [*stages.values()][1:])
@@ -98,6 +99,7 @@ def _places(project: Project) -> tuple[Any, Any]:
     return Store("cpo-store"), run_folder("tiny", "x", project.root / "runs")
 
 
+@pytest.mark.slow
 def test_apis_are_counted_and_not_asked(project: Project) -> None:
     pytest.importorskip("openai")
     with serve(lambda seen: written(seen, "A")) as server:
@@ -113,6 +115,7 @@ def test_apis_are_counted_and_not_asked(project: Project) -> None:
         assert server.seen == []
 
 
+@pytest.mark.slow
 def test_later_iterations_are_planned_like_the_first(project: Project) -> None:
     stages = planned(project, "--set", "iterations=2", "--set", "evaluate.systems.two={model: cpo@2}")
     made = [name for name, stage in stages.items() if stage["state"] == "make"]
@@ -136,6 +139,7 @@ def test_negatives_from_an_api_are_counted(project: Project) -> None:
     assert found["usd"] > 0
 
 
+@pytest.mark.slow
 def test_what_a_killed_probe_left_is_removed(project: Project) -> None:
     left = project.store / ".plan-999999999"
     left.mkdir(parents=True)

@@ -142,6 +142,7 @@ def test_all_combinations_in_order() -> None:
     assert load_recipe("demo", [setting]).train["cpo-ranked"].learning_rate == 1e-5
 
 
+@pytest.mark.slow
 def test_a_sweep_makes_once_what_its_runs_share(project: Project) -> None:
     sweep = ["--set", "sweep={train.cpo.beta: [0.1, 0.5, 1.0, 5.0]}"]
     result = project.cli("run", "tiny.yaml", *sweep)

@@ -90,6 +90,7 @@ def test_there_is_no_such_run(run_dir: Path, cli: Callable[..., Result]) -> None
     assert "status other: no run of this recipe in runs; `cpo-pipe runs` lists" in cli("status", "other").error()
 
 
+@pytest.mark.slow
 def test_a_killed_run_says_where_it_was(project: Project) -> None:
     command = [sys.executable, "-m", "cpo_pipe", "run", "tiny.yaml", "--set", "train.start.max_steps=100000"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -118,6 +119,7 @@ def test_stages_are_numbered_and_lines_have_the_time(project: Project) -> None:
     assert len({*lines}) == len(lines)
 
 
+@pytest.mark.slow
 def test_the_log_as_json(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "LOG_SECONDS", 0)
     lines = [json.loads(line) for line in project.cli("run", "tiny.yaml", "--log-format", "json").err.splitlines()]
@@ -129,6 +131,7 @@ def test_the_log_as_json(project: Project, monkeypatch: pytest.MonkeyPatch) -> N
     assert {step["unit"] for step in steps} >= {"rows", "samples", "groups", "steps", "pairs"}
 
 
+@pytest.mark.slow
 def test_quiet_leaves_warnings_and_results(project: Project) -> None:
     result = project.cli("run", "tiny.yaml", "--quiet", "--set", "evaluate.mauve_seeds=1")
     assert result.status == 0
@@ -136,6 +139,7 @@ def test_quiet_leaves_warnings_and_results(project: Project) -> None:
     assert "exact win rate" in result.out
 
 
+@pytest.mark.slow
 def test_a_message_is_printed_once(project: Project) -> None:
     assert project.cli("run", "tiny.yaml").status == 0
     again = project.cli("run", "tiny.yaml").err.splitlines()

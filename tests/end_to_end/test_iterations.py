@@ -50,6 +50,7 @@ def ok(result) -> Any:
     return result
 
 
+@pytest.mark.slow
 def test_three_iterations(project) -> None:
     """Each from the model before: its negatives, its start and its reference; and each round's artifacts its own."""
     options = (*iterations(3), *LATEST, "--set", "train.cpo.batch_size=16")  # all groups in the first step

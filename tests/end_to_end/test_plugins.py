@@ -29,6 +29,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.slow
 def test_own_blocks_go_from_the_recipe_to_report_card_and_export(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,6 +106,7 @@ def test_with_an_absurd_learning_rate_nothing_that_is_not_finite_is_kept(
 # ── how a batch is computed ───────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_how_a_batch_is_computed_changes_no_metric(tmp_path: Path, tiny_model: Path) -> None:
     def figures(number: int, **how: Any) -> list[dict[str, float]]:
         bench = Bench(tmp_path / str(number), tiny_model)

@@ -134,8 +134,8 @@ def check_fits(resolver: Resolver, needs: dict[str, Need]) -> None:
     free = shutil.disk_usage(folder).free
     if disk > free:
         raise InputError(
-            f"--store {resolver.store.name}: the checkpoints of {', '.join(missing)} need {disk / GIB:.1f} GiB, but "
-            f"{free / GIB:.1f} GiB are free; free some space, or name another store (--force runs it anyway)"
+            f"--store {resolver.store.name}: the checkpoints of {', '.join(missing)} need {disk / GIB:.3g} GiB, but "
+            f"{free / GIB:.3g} GiB are free; free some space, or name another store (--force runs it anyway)"
         )
 
 

@@ -38,7 +38,7 @@ def test_a_full_disk_loses_nothing_and_the_same_command_resumes(project, small_d
     failures = 0
     for kilobytes in (4, 60, 140, 400, 600, 800, 8000):
         project.store = small_disk(f"size={kilobytes}k") / "store"
-        result = project.cli("run", "tiny.yaml", "--store", project.store)
+        result = project.cli("run", "tiny.yaml", "--force", "--store", project.store)  # else it is refused at once
         assert kept.items() <= project.made().items()
         kept = project.made()
         if result.status == 0:

@@ -13,7 +13,7 @@ from cpo_pipe.data.store.differences import ABSENT
 from cpo_pipe.data.text import abridged, one_line, say
 from cpo_pipe.eval.statistics.paired import Difference, Key, paired_differences
 from cpo_pipe.runs import RunFolder
-from cpo_pipe.store_commands.screen import print_table
+from cpo_pipe.screen import print_table
 
 NOT_SET = "not set"
 NONE = "–"

@@ -24,7 +24,7 @@ from cpo_pipe.pipeline.prepare.prepare import prepare
 from cpo_pipe.pipeline.rank.rank import plan_groups
 from cpo_pipe.probe import asked_apis, measure
 from cpo_pipe.run import Run
-from cpo_pipe.store_commands.screen import print_table, size_text
+from cpo_pipe.screen import print_table, size_text
 from cpo_pipe.trainer.objectives.preference import PreferenceTraining
 from cpo_pipe.trainer.train import checkpoint, training_spec
 

@@ -19,7 +19,7 @@ from cpo_pipe.data.store.differences import differences
 from cpo_pipe.data.store.records import Record, run_record
 from cpo_pipe.data.text import nearest, say
 from cpo_pipe.recipe.read_yaml import read_yaml
-from cpo_pipe.store_commands.screen import print_table, time_text
+from cpo_pipe.screen import print_table, time_text
 
 RUNS = Path("runs")
 LATEST = "latest"

@@ -15,7 +15,7 @@ from cpo_pipe.eval.statistics.significance import holm
 from cpo_pipe.recipe.recipe import Recipe
 from cpo_pipe.run import Run
 from cpo_pipe.run_report import rankings
-from cpo_pipe.store_commands.screen import print_table
+from cpo_pipe.screen import print_table
 
 OFF = "sweep={}"
 """The override that makes a recipe one run."""

@@ -23,7 +23,7 @@ from cpo_pipe.data.store.paths import shown
 from cpo_pipe.data.store.records import CHECKSUM, Registration
 from cpo_pipe.data.store.verify import faults, run_faults
 from cpo_pipe.data.text import nearest, one_line, say
-from cpo_pipe.store_commands.screen import (
+from cpo_pipe.screen import (
     abridged,
     counted,
     cut,

@@ -37,7 +37,7 @@ class Findings:
 
     @contextmanager
     def collect(self) -> Iterator[None]:
-        """Keep the mistakes that a block finds; what only waits for an earlier stage is none."""
+        """Keep the mistakes that a block raises. An input that an earlier stage will make is not a mistake."""
         try:
             yield
         except MissingInput:

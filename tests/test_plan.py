@@ -1,8 +1,12 @@
 """`cpo-pipe plan`: what exists, what would be made and why, and what it takes."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cpo_pipe.amounts import StagePlan
@@ -10,6 +14,7 @@ from cpo_pipe.probe import extrapolate, small
 from cpo_pipe.recipe.load import load_recipe
 from cpo_pipe.run import Run
 from cpo_pipe.runs import run_folder
+from cpo_pipe.trainer.checkpoint import METRICS_FILE
 from tests.support.api_server import serve, written
 from tests.support.project import Project
 
@@ -82,15 +87,35 @@ def test_what_the_probe_took_is_multiplied(made: Project) -> None:
     tiny = small(run)
     assert (tiny.train["cpo"].max_steps, tiny.train["cpo"].batch_size) == (4, 16)
     probe = Run(load_recipe("tiny.yaml", ["negatives.max_examples=4", "evaluate.examples=2"]), "x", *_places(made))
-    rank = StagePlan("rank", "make", scale={"groups": 1.0})
+    rank = StagePlan("rank", "make")
     measured = {"seconds": 5.0, "work": [{"label": "rank", "unit": "groups", "done": 4, "seconds": 2.0}], "peak": {}}
     extrapolate(run, probe, rank, measured)
     assert rank.seconds == pytest.approx(3 + 2 * 16 / 4)
-    outputs = StagePlan("evaluate", "make", scale={"": 1.0})
+    outputs = StagePlan("evaluate", "make")
     work = [{"label": "evaluate cpo", "unit": "samples", "done": 2, "seconds": 1.0}]
     extrapolate(run, probe, outputs, {"seconds": 1.5, "work": work, "peak": {"memory": 7, "gpu_memory": 9}})
     assert outputs.seconds == pytest.approx(0.5 + 1.0 * 4 / 2)
     assert outputs.memory == 9
+    half = StagePlan("evaluate", "make", share=0.5)
+    work.append({"label": "judge exact", "unit": "pairs", "done": 2, "seconds": 3.0})
+    extrapolate(run, probe, half, {"seconds": 4.5, "work": work, "peak": {}})
+    assert half.seconds == pytest.approx(0.5 + 1.0 * 0.5 * 4 / 2 + 3.0 * 4 / 2), "outputs that exist are judged, too"
+
+
+def test_steps_and_measurements_of_a_training_are_multiplied_apart(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"seconds": [5.0, 1.0, 2.0, 3.0, 4.0]}), tmp_path / METRICS_FILE)
+    asked = SimpleNamespace(batch_size=8, max_steps=250, eval_steps=100, validation=24)
+    small = SimpleNamespace(batch_size=4)
+    run = SimpleNamespace(resolver=SimpleNamespace(trainings={"a": asked}))
+    probe = SimpleNamespace(
+        resolver=SimpleNamespace(trainings={"a": small}, model=lambda name: SimpleNamespace(path=tmp_path))
+    )
+    # A step of 8 takes twice the 2 s of one of 4. Four measurements (0, 100, 200, 250) take the 4 s of the last row and
+    # a third of the 3 steps that 24 validation groups are.
+    measured = {"seconds": 16.0, "work": [{"label": "train a", "unit": "steps", "done": 4, "seconds": 15.0}]}
+    stage = StagePlan("train a", "make")
+    extrapolate(run, probe, stage, measured)  # type: ignore[arg-type]
+    assert stage.seconds == pytest.approx(1 + 250 * 4 + 4 * (4 + 24 / 8 * 4 / 3))
 
 
 def _places(project: Project) -> tuple[Any, Any]:

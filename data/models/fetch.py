@@ -62,7 +62,7 @@ def check_exists(name: str, what: str) -> Path | None:
     """Refuse a name that leads to nothing. The hub is only asked whether it has it; nothing is downloaded.
 
     Returns:
-        The folder; None for what the hub has and this machine has not yet.
+        The folder; None if it would have to be downloaded from the hub.
 
     Raises:
         InputError: neither a folder nor something the hub has, or a model that asks to run code of its own.

@@ -1,6 +1,6 @@
 """How much a stage of a run does: what `plan` shows, and what the probe measures less of."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pyarrow.compute as pc
 
@@ -18,7 +18,7 @@ class StagePlan:
     """`exists` or `make`."""
     why: str = ""
     amount: int = 0
-    """Of `unit`, still to be made."""
+    """Of `unit`, still to be made; where all exist, how many there are."""
     unit: str = ""
     tokens: int | None = None
     calls: int = 0
@@ -29,8 +29,8 @@ class StagePlan:
     memory: int | None = None
     """Peak in bytes, of the machine or, for a stage on a GPU, of the GPU."""
     seconds: float | None = None
-    scale: dict[str, float] = field(default_factory=dict)
-    """How often the probe's work is done, by unit."""
+    share: float = 1.0
+    """Of the stage's samples, groups or outputs, those still to be made."""
 
 
 def prompts_with_negatives(run: Run, owner: str | None) -> int:

@@ -20,6 +20,7 @@ from cpo_pipe.eval.generate import SystemModel
 from cpo_pipe.eval.output_file import open_outputs
 from cpo_pipe.needs import check_fits, training_needs
 from cpo_pipe.pipeline.api.model import ApiModel
+from cpo_pipe.pipeline.engines.registry import AUTO
 from cpo_pipe.pipeline.engines.registry import check_installed as check_engine
 from cpo_pipe.pipeline.prepare.prepare import check_data
 from cpo_pipe.pipeline.rank.rank import check_scorers, plan_groups
@@ -150,7 +151,7 @@ def _check_negatives_settings(resolver: Resolver, findings: Findings) -> None:
         return
     for name, source in recipe.negatives.sources.items():
         with findings.collect():
-            check_engine(getattr(source, "engine", "auto"), f"negatives.sources.{name}.engine")
+            check_engine(getattr(source, "engine", AUTO), f"negatives.sources.{name}.engine")
     correct = recipe.negatives.drop_correct
     for scorer in [recipe.rank, *([correct.scorer()] if correct is not None else [])]:
         with findings.collect():

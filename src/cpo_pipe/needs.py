@@ -57,7 +57,11 @@ def training_needs(resolver: Resolver) -> dict[str, Need]:
 
     trainings = resolver.trainings
     for name, training in trainings.items():
-        if count := size(training.init):
+        try:
+            count = size(training.init)
+        except InputError as error:  # of a scratch model
+            raise InputError(f"train.{name}.{error}") from error
+        if count:
             lora = training.lora is not None
             memory = count * (FROZEN_BYTES if lora else TRAINED_BYTES)
             state = 0 if lora else count * STATE_BYTES

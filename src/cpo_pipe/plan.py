@@ -94,13 +94,13 @@ def _planned_negatives(run: Run, name: str, owner: str | None) -> StagePlan:
             planned.calls += calls
             prices.append(api.price(Tokens(round(calls * prompt), round(calls * length))))
     planned.usd = None if None in prices or not prices else sum(price for price in prices if price is not None)
-    planned.scale = {"samples": planned.amount / total, "groups": planned.amount / total}
+    planned.share = planned.amount / total
     return planned
 
 
 def _planned_groups(run: Run, name: str, owner: str | None) -> StagePlan:
     resolver, total = run.resolver, prompts_with_negatives(run, owner)
-    planned = StagePlan(name, MAKE, amount=total, unit="groups", scale={"groups": 1.0})
+    planned = StagePlan(name, MAKE, amount=total, unit="groups")
     try:
         found = resolver.negatives(owner)
         groups, _ = plan_groups(resolver.recipe.rank, resolver.scorer_dependencies(), found)
@@ -110,7 +110,7 @@ def _planned_groups(run: Run, name: str, owner: str | None) -> StagePlan:
         planned.why = _why(resolver.store, "groups", groups.spec) if planned.amount == total else ""
     except MissingInput as missing:
         planned.why = _waits(missing)
-    planned.scale = {"groups": planned.amount / total}
+    planned.share = planned.amount / total
     return planned
 
 
@@ -133,7 +133,6 @@ def _planned_training(run: Run, name: str, training: str, needs: Mapping[str, Ne
         planned.why = _why(resolver.store, "checkpoints", spec)
     except MissingInput as missing:
         planned.why = _waits(missing)
-    planned.scale = {"steps": config.max_steps}
     return planned
 
 
@@ -142,7 +141,7 @@ def _planned_evaluation(run: Run, name: str) -> StagePlan:
 
     resolver, config = run.resolver, run.resolver.evaluate_section()
     outputs = examples_evaluated(run) * len(config.all_systems()) * len(config.decodings)
-    planned = StagePlan(name, MAKE, amount=outputs, unit="outputs", scale={"": 1.0})
+    planned = StagePlan(name, MAKE, amount=outputs, unit="outputs")
     systems = resolver.available_systems()
     longest = config.max_new_tokens or resolver.recipe.data.longest_target()
     waiting = [system for system, model in systems.items() if model is None]
@@ -164,6 +163,7 @@ def _planned_evaluation(run: Run, name: str) -> StagePlan:
             return StagePlan(name, EXISTS, "", outputs, "outputs")
         planned.why = _why(resolver.store, "metrics", found.spec())
         planned.amount = sum(int(one.request.missing(found.selection["example_id"]).sum()) for one in found.generations)
+        planned.share = planned.amount / outputs
     planned.tokens = planned.amount * longest
     costs, _ = evaluation_costs(
         config, resolver.store, resolver.examples(), systems, max_new_tokens=longest,
@@ -199,8 +199,7 @@ def _why(store: Store, kind: str, spec: Spec) -> str:
 def print_plan(stages: list[StagePlan], as_json: bool) -> None:
     """Print the plan as a table with the total, or as JSON."""
     if as_json:
-        shown = [{key: value for key, value in asdict(stage).items() if key != "scale"} for stage in stages]
-        say(json.dumps(shown, indent=1))
+        say(json.dumps([asdict(stage) for stage in stages], indent=1))
         return
     rows = []
 

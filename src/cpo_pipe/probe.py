@@ -149,7 +149,7 @@ def _times(run: Run, probe: Run, stage: StagePlan, unit: str) -> float:
         owner = run.resolver.negatives_owner(stage.stage.removeprefix("train "))
         return prompts_with_negatives(run, owner) / prompts_with_negatives(probe, owner)
     if stage.stage == "evaluate":
-        return examples_evaluated(run) / examples_evaluated(probe)
+        share = stage.share if unit == "samples" else 1.0  # outputs that exist are judged and measured again
+        return share * examples_evaluated(run) / examples_evaluated(probe)
     _, _, owner = stage.stage.partition(" of ")
-    share = stage.scale.get(unit, 1.0)
-    return share * prompts_with_negatives(run, owner or None) / prompts_with_negatives(probe, owner or None)
+    return stage.share * prompts_with_negatives(run, owner or None) / prompts_with_negatives(probe, owner or None)

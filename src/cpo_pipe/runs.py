@@ -134,7 +134,7 @@ def find_run(text: str, root: Path = RUNS) -> RunFolder:
     """Return the run that a text names: its folder, `NAME` (the latest), `NAME/VERSION`, or the end of a version.
 
     Raises:
-        InputError: there is none, or several.
+        InputError: no run is called so, or several are.
     """
     for path in (Path(text), root / text):
         for folder in (path, path / LATEST):

@@ -35,7 +35,7 @@ class Status:
     @contextmanager
     def stage(self, name: str, number: str, last: bool) -> Iterator[None]:
         """Record that a stage is in progress, and how it ends; until the last one the run goes on."""
-        self._content |= {"stage": name, "number": number, "started": time.time(), "step": None}
+        self._content |= {"stage": name, "number": number, "step": None}
         self._write(RUNNING)
         handler = _Warnings(self)
         logging.getLogger("cpo_pipe").addHandler(handler)
@@ -94,13 +94,11 @@ def print_status(name: str | None, root: Path = RUNS) -> None:
         found = folders[:1]
     else:
         found = [path.parent for path in root.glob(f"*/{LATEST}/{FILE}")]
-    shown = [(RunFolder(path.resolve()), read_record(path / FILE)) for path in found]
-    lines = [
-        *sorted(((run, one) for run, one in shown if one is not None), key=lambda pair: -pair[1].get("updated", 0))
-    ]
-    if not lines:
+    read = [(RunFolder(path.resolve()), read_record(path / FILE)) for path in found]
+    known = [(run, content) for run, content in read if content is not None]
+    if not known:
         say(f"no run in {root} has begun")
-    for run, content in lines:
+    for run, content in sorted(known, key=lambda pair: -pair[1].get("updated", 0)):
         for number, line in enumerate(_described(run, content)):
             say(f"{'  ' if number else ''}{one_line(line)}")
 

@@ -153,7 +153,7 @@ def reported(debug: bool, quiet: bool = False, log_format: LogFormat = "text") -
             yield
     except KeyboardInterrupt as error:
         if processes.is_main():
-            say(f"stopped{error}; what was made is kept: run the same command again to go on", file=sys.stderr)
+            _close("", f"stopped{error}; what was made is kept: run the same command again to go on", log_format)
         raise typer.Exit(130) from error
     except typer.Exit:
         raise
@@ -165,11 +165,16 @@ def reported(debug: bool, quiet: bool = False, log_format: LogFormat = "text") -
             say(traceback.format_exc(), file=sys.stderr)
         status, text = _failure(error)
         for message in error.messages if isinstance(error, Problems) else [text]:
-            if log_format == "json":
-                logging.getLogger("cpo_pipe").error("%s", message)
-            else:
-                say(f"error: {one_line(message)}", file=sys.stderr)
+            _close("error: ", message, log_format)
         raise typer.Exit(status) from error
+
+
+def _close(kind: str, message: str, log_format: LogFormat) -> None:
+    """Write why a command ends: as a line that begins with its kind, or as JSON."""
+    if log_format == "json":
+        logging.getLogger("cpo_pipe").error("%s", message)
+    else:
+        say(f"{kind}{one_line(message)}", file=sys.stderr)
 
 
 def _stop(*_: object) -> None:

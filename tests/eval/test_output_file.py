@@ -1,17 +1,15 @@
 """Systems whose outputs exist already, in a file."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.eval.evaluate import Evaluation
 from cpo_pipe.eval.output_file import OutputColumns, open_outputs
 from tests.support.evaluation import DECODINGS, Bench, figures
+from tests.support.pools import write
 from tests.support.project import Project
 
 
@@ -29,16 +27,6 @@ def run(bench: Bench, path: Path, columns: dict[str, str] | None = None, **setti
 
 def prompts(bench: Bench) -> list[str]:
     return bench.examples.read("test")["prompt"].to_pylist()
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])

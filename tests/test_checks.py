@@ -174,6 +174,7 @@ def test_checkpoints_that_do_not_fit_on_the_disk_are_refused(project: Project, m
     assert "the checkpoints of start, cpo need" in project.cli("check", "tiny.yaml").error()
 
 
+@pytest.mark.slow
 def test_force_tries_what_does_not_fit(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cpo_pipe.needs.memory_of_device", lambda: (1000, "this machine"))
     assert "but this machine has 0.0 GiB" in project.cli("run", "tiny.yaml").error()

@@ -206,6 +206,7 @@ def test_the_version(cli: Callable) -> None:
     assert (cli("--version").status, cli("--version").out) == (0, f"cpo-pipe {__version__}\n")
 
 
+@pytest.mark.slow
 def test_a_shell_completes_commands() -> None:
     asked = {"COMP_WORDS": "cpo-pipe ev", "COMP_CWORD": "1", "_CPO_PIPE_COMPLETE": "complete_bash"}
     done = subprocess.run(

@@ -146,6 +146,7 @@ def test_an_api_and_the_ground_truth_in_a_report(made) -> None:
     assert ("gpt", "target NLL") not in rows
 
 
+@pytest.mark.slow
 def test_a_run_exports_figures_outputs_curves_and_costs(made) -> None:
     """Figures as Markdown, outputs for AlpacaEval, curves of ensembles, and the total cost of the APIs."""
     with serve() as server:

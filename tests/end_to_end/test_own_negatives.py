@@ -58,6 +58,7 @@ def test_each_training_has_the_negatives_that_it_names(project: Project) -> None
     assert strategies(project, "mix") == [("truncation", 1)]
 
 
+@pytest.mark.slow
 def test_stages_do_what_all_trainings_want_and_only_that(project: Project) -> None:
     own = "train.cpo.negatives={truncation: 1}"
     for stage in ("prepare", "train", "generate-negatives", "rank", "train"):

@@ -158,6 +158,7 @@ def saturating(tmp_path: Path, tiny_model: Path) -> Bench:
 SATURATING = {"max_steps": 60, "learning_rate": 0.01, "beta": 50.0, "batch_size": 2}
 
 
+@pytest.mark.slow
 def test_a_saturated_training_ends_and_is_complete(saturating: Bench, caplog: pytest.LogCaptureFixture) -> None:
     whole = saturating.train("cpo", **SATURATING)
     (message,) = [message for message in said(caplog) if "saturated" in message]

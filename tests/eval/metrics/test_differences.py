@@ -78,6 +78,7 @@ def test_p_is_that_of_all_exchanges() -> None:
     assert row["p"] == pytest.approx(extreme / 256, abs=4 * np.sqrt(0.25 / 999))
 
 
+@pytest.mark.slow
 def test_equal_systems_are_rarely_told_apart() -> None:
     decided = [rows({"cpo": texts(100 + s, 15), "mle": texts(900 + s, 15)}, texts(s, 20))[0]["p"] < 0.05
                for s in range(30)]  # fmt: skip

@@ -277,6 +277,7 @@ def test_what_is_missing_is_said(project: Project) -> None:
     assert "negatives: the recipe has no such section" in result.error()
 
 
+@pytest.mark.slow
 def test_nothing_is_written_over_and_nothing_is_left(made: Project) -> None:
     result = made.cli("export", "tiny.yaml", "--out", "runs")
     assert result.status == 2

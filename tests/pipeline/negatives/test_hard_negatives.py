@@ -18,7 +18,6 @@ from cpo_pipe.pipeline.negatives.strategy import ExampleWork
 from cpo_pipe.pipeline.prepare.pairs import Pairs
 from cpo_pipe.pipeline.prepare.prepare import prepare
 from cpo_pipe.pipeline.samples import SampleRequest, make_missing
-from tests.support.marks import slow_except
 from tests.support.pairs import write_jsonl
 
 WORDS = ["a red fox", "the Danube", "two apples", "winter", "an old clock", "bread", "a loud drum", "blue paint"]
@@ -84,7 +83,8 @@ def test_targets_that_the_embedding_model_does_not_read_to_the_end_are_counted(
     assert "set negatives.sources.batch.embedder to a model that reads more" in caplog.text
 
 
-@pytest.mark.parametrize("hard_negatives_from", slow_except([6, 20], 6))
+@pytest.mark.slow
+@pytest.mark.parametrize("hard_negatives_from", [6, 20])
 def test_they_are_the_nearest_of_those_drawn(bench: Bench, hard_negatives_from: int) -> None:
     found = bench.borrowed(4, hard_negatives_from)
     model = SentenceTransformer(str(bench.embedder.path), device="cpu")

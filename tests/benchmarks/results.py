@@ -29,6 +29,7 @@ from cpo_pipe.eval.metrics.figures import ANY_DECODING
 from cpo_pipe.eval.report.charts import Bar, alpha_curves, win_rates
 from cpo_pipe.eval.statistics.significance import holm
 from cpo_pipe.recipe.load import load_recipe
+from tests.support.results_page import write_part
 
 ROOT = Path(__file__).parents[2]
 SEEDS = (1, 2, 3, 4, 5)
@@ -330,7 +331,7 @@ def _setting(settings: Mapping[str, float]) -> str:
 
 
 _INTRODUCTION = """\
-# The papers' comparisons, small
+# Results on a tiny model: the papers' comparisons
 
 Made by `just results`; nothing below is written by hand. Python {python}, torch {torch}, transformers {transformers},
 on CPUs.
@@ -379,7 +380,7 @@ def main() -> None:
         for name in METHODS
     }
     seeds = run(arguments.work, (comparison(seed, chosen) for seed in SEEDS), "seeds", arguments.jobs)
-    (ROOT / "docs" / "results.md").write_text(page(tuned, chosen, seeds, ROOT / "docs"))
+    write_part(ROOT / "docs" / "results.md", "tiny model", page(tuned, chosen, seeds, ROOT / "docs"))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from tests.support.real_experiment import (
     recipe,
     tasks,
 )
+from tests.support.results_page import write_part
 
 ROOT = Path(__file__).parents[2]
 Figures = dict[tuple[str, str, str], float]
@@ -252,7 +253,7 @@ def main() -> None:
     parser.add_argument("--questions", type=Path, required=True, help="GSM8K's train split, JSONL")
     parser.add_argument("--test-questions", type=Path, required=True, help="GSM8K's test split, JSONL")
     parser.add_argument("--work", type=Path, default=Path("results-real"), help="store and runs")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the page")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md", help="the page")
     parser.add_argument("--tasks", nargs="+", default=["text", "questions"])
     parser.add_argument("--methods", nargs="+", default=[*METHODS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -279,24 +280,22 @@ def main() -> None:
         lines += page(name, task, seeds, chosen, tuned)
         lines += judge_worth(given.work, name, task, model)
     versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}}
-    text = "\n".join([INTRODUCTION.format(**versions, steps=STEPS, batch=BATCH), *answers, *lines])
-    (given.work / "results-real.md").write_text(text)
-    (given.out / "results-real.md").write_text(text)
+    text = "\n".join([TITLE, *answers, MEASURED.format(**versions, steps=STEPS, batch=BATCH), *lines])
+    write_part(given.out, "real model", text)
     print(text)
 
 
-INTRODUCTION = """\
-# Results on a real model
+TITLE = "# Results on a real model\n"
+MEASURED = """\
+## How it was measured
 
 Made by `just results-real`; nothing below is written by hand. Python {python}, torch {torch}, transformers
-{transformers}, on CPUs. [The papers' comparisons on a tiny model](results.md) are another page.
+{transformers}, on CPUs. The papers' comparisons on a tiny model are the second part of this page.
 
 SmolLM2-135M-Instruct is first trained on the data by MLE: the reference. From it each method goes on for {steps} steps
 of {batch} prompts, each once. Each method's settings (three tried for each) are chosen on validation rows with a seed
 of their own, the test rows are read once. A seed changes negatives, order and samples. No measure uses the embedding
 model that ranks the negatives.
-
-## The answer
 """
 
 

@@ -10,12 +10,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 log = logging.getLogger(__name__)
 console = Console(stderr=True)
 LOG_SECONDS = 15.0
+WIDE = 100
+"""Columns of a terminal that has room for a long bar."""
 OBSERVED_SECONDS = 2.0
 """How often an observer is told at most."""
 
@@ -30,19 +33,26 @@ class Step:
     unit: str
     """What is counted, such as `groups`."""
     rate: float
-    """Units per second so far."""
+    """Units per second so far; 0 as long as nothing is done."""
     note: str = ""
 
     @property
-    def seconds_left(self) -> float:
-        """The time left at this rate."""
-        return (self.total - self.done) / self.rate
+    def seconds_left(self) -> float | None:
+        """The time left at this rate; None as long as nothing is done."""
+        return (self.total - self.done) / self.rate if self.rate else None
+
+    @property
+    def speed(self) -> str:
+        """The rate and the time left, as text; empty as long as nothing is done."""
+        if self.seconds_left is None:
+            return ""
+        rate = f"{self.rate:,.0f}" if self.rate >= 100 else f"{self.rate:.3g}"
+        return f"{rate} {self.unit}/s, {duration_text(self.seconds_left)} left"
 
     def __str__(self) -> str:
         """Return it as one line."""
-        left = f"{duration_text(self.seconds_left)} left"
-        rate, note = f"{self.rate:.3g} {self.unit}/s", f"; {self.note}" if self.note else ""
-        return f"{self.label}: {self.done:,}/{self.total:,} {self.unit}, {rate}, {left}{note}"
+        parts = [f"{self.label}: {self.done:,}/{self.total:,} {self.unit}", self.speed]
+        return ", ".join(filter(None, parts)) + (f"; {self.note}" if self.note else "")
 
 
 @dataclass
@@ -102,31 +112,36 @@ def duration_text(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-class _RateColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:.3g} {task.fields['unit']}/s" if speed else "", style="progress.data.speed")
+class _Figures(ProgressColumn):
+    """Units done, rate and time left; at the end the time that it took."""
 
-
-class _LeftColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
-        left = task.time_remaining
-        return Text("" if left is None else f"{duration_text(left)} left", style="progress.remaining")
+        step: Step = task.fields["meter"].step()
+        speed = f"{duration_text(task.finished_time or 0)}" if task.finished else step.speed
+        return Text(f"{step.done:,}/{step.total:,}{', ' if speed else ''}{speed}", style="progress.remaining")
 
 
 class Meter:
     """Counts finished units and shows them; made by `track`."""
 
-    def __init__(self, label: str, total: int, unit: str = "", bar: Progress | None = None, shown: bool = True):
+    def __init__(
+        self, label: str, total: int, unit: str = "", bar: Progress | None = None, shown: bool = True, done: int = 0
+    ):
         self._shown = shown
-        self.label, self.total, self.unit, self.done = f"{_display.stage}{label}", total, unit, 0
-        self._bar = bar
-        self._task = bar.add_task(self.label, total=total, note="", unit=unit) if bar else None
+        self.label, self.total, self.unit, self.done = f"{_display.stage}{label}", total, unit, done
+        self._before = done
         self._start = self._logged = self._observed = time.monotonic()
+        self._bar = bar
+        self._task = bar.add_task(self.label, total=total, completed=done, note="", meter=self) if bar else None
+
+    @property
+    def new(self) -> int:
+        """The units done since the meter began."""
+        return self.done - self._before
 
     def step(self, note: str = "") -> Step:
         """Return how far the work is."""
-        rate = max(self.done, 1e-9) / max(time.monotonic() - self._start, 1e-9)  # nothing may be done yet
+        rate = self.new / max(time.monotonic() - self._start, 1e-9)
         return Step(self.label, self.done, self.total, self.unit, rate, note)
 
     def advance(self, units: int = 1, note: str = "") -> None:
@@ -145,26 +160,25 @@ class Meter:
 
 
 @contextmanager
-def track(label: str, total: int, unit: str = "rows", *, shown: bool = True) -> Iterator[Meter]:
-    """Show the progress of `total` units of work; of several processes, one should."""
+def track(label: str, total: int, unit: str = "rows", *, done: int = 0, shown: bool = True) -> Iterator[Meter]:
+    """Show the progress of `total` units of work, `done` of them earlier; of several processes, one should."""
     start = time.monotonic()
-    with _meter(label, total, unit, shown) as meter:
+    with _meter(label, total, unit, done, shown) as meter:
         yield meter
     if _display.finish is not None:
-        _display.finish(label, unit, meter.done, time.monotonic() - start)
+        _display.finish(label, unit, meter.new, time.monotonic() - start)
 
 
 @contextmanager
-def _meter(label: str, total: int, unit: str, shown: bool) -> Iterator[Meter]:
+def _meter(label: str, total: int, unit: str, done: int, shown: bool) -> Iterator[Meter]:
     if not (console.is_terminal and _display.bars and shown):
-        yield Meter(label, total, unit, None, shown)
+        yield Meter(label, total, unit, None, shown, done)
         return
     columns = [
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        _RateColumn(),
-        _LeftColumn(),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=20 if console.width >= WIDE else 8),
+        _Figures(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, ratio=1)),  # cut where there is no room
     ]
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as bar:
-        yield Meter(label, total, unit, bar)
+    with Progress(*columns, console=console, expand=True) as bar:
+        yield Meter(label, total, unit, bar, done=done)

@@ -77,3 +77,14 @@ def fenced(text: str, language: str) -> str:
 def say(text: str = "", file: TextIO | None = None) -> None:
     """Print a text for the user, on the standard output unless another file is given."""
     print(visible(text), file=file, flush=True)
+
+
+def say_prose(text: str) -> None:
+    """Print sentences for the user; on a terminal, lines break between words."""
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False, emoji=False)
+    if console.is_terminal:
+        console.print(visible(text))
+    else:
+        say(text)

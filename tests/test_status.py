@@ -29,11 +29,6 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_step_is_one_line() -> None:
-    assert str(STEP) == "stage 3/8 rank: 412/800 groups, 22 groups/s, 18 s left; note"
-    assert str(Step("train cpo", 3, 9000, "steps", 0.5)) == "train cpo: 3/9,000 steps, 0.5 steps/s, 4 h 59 min left"
-
-
 def test_a_run_in_progress(run_dir: Path, cli: Callable[..., Result]) -> None:
     status = Status(run_dir)
     with status.stage("rank", "3/8", last=True):

@@ -106,7 +106,7 @@ class Loop:
         order = self._order()
         with (
             StopRequests() as stop,
-            track(f"train {self.name}", self.config.max_steps - done, "steps", shown=main) as meter,
+            track(f"train {self.name}", self.config.max_steps, "steps", done=done, shown=main) as meter,
         ):
             for step, chosen in islice(enumerate(order), done, None):
                 if watch.stop is not None:

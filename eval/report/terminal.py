@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from cpo_pipe.data.text import say
+from cpo_pipe.data.text import say_prose
 from cpo_pipe.eval.report.leaderboard import DAGGER, Cell, Leaderboard
 from cpo_pipe.eval.report.tables import LEAKAGE_COLUMNS, SHARED_NOTE, leakage_rows, quality_table
 
@@ -40,10 +40,10 @@ def print_leaderboards(tables: Sequence[Leaderboard], baseline: str, notes: Sequ
             table.add_row(system, *cells[: len(table.columns) - 1])
         _print(console, table)
     if any(cell.significant for shown in tables for column in shown.columns for cell in column.cells):
-        say(f"* differs significantly from {baseline}")
+        say_prose(f"* differs significantly from {baseline}")
     shared = any(column.title.endswith(DAGGER) for shown in tables for column in shown.columns)
     for note in [*notes, *([SHARED_NOTE] if shared else [])]:
-        say(note)
+        say_prose(note)
 
 
 def _cell(cell: Cell, with_interval: bool) -> str:
@@ -64,7 +64,7 @@ def print_quality(table: pa.Table, notes: Sequence[str] = ()) -> None:
         grid.add_row(figure, *cells)
     _print(console, grid)
     for note in notes:
-        say(note)
+        say_prose(note)
 
 
 def print_leakage(figures: Sequence[Mapping[str, Any]]) -> None:

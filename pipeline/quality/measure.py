@@ -76,7 +76,7 @@ def measure_quality(
         repeat(None) if reference is None else reference.batches(ids, SLICE, ["candidate_id", "logprob"]),
         strict=False,  # `repeat` never ends
     )
-    with track("quality", len(ids), "examples") as meter:
+    with track("quality of the negatives", len(ids), "examples") as meter:
         for start, made, kept, refused, logprobs in slices:
             examples = selection.slice(start, SLICE)
             _measure_made(tally, examples, zip(sources, made, strict=True), refused)

@@ -10,7 +10,7 @@ import jinja2
 
 from cpo_pipe.data.store import atomic
 from cpo_pipe.data.store.differences import ABSENT
-from cpo_pipe.data.text import abridged, one_line, say
+from cpo_pipe.data.text import abridged, one_line, say, say_prose
 from cpo_pipe.eval.statistics.paired import Difference, Key, paired_differences
 from cpo_pipe.runs import RunFolder
 from cpo_pipe.screen import print_table
@@ -135,11 +135,11 @@ def print_comparison(found: RunComparison) -> None:
     gains = [f">{name} − {names[0]}" for name in names[1:]]
     print_table(["", *(f">{name}" for name in names), *gains], rows, prose=False)
     if any(row.significant for row in shown):
-        say("* p < 0.05, paired by prompt, adjusted (Holm) for all metrics")
+        say_prose("* p < 0.05, paired by prompt, adjusted (Holm) for all metrics")
     if hidden:
-        say(f"{hidden} more differ, not significantly; --html shows all")
+        say_prose(f"{hidden} more differ, not significantly; --html shows all")
     for note in found.notes:
-        say(one_line(note))
+        say_prose(one_line(note))
 
 
 def value_text(value: float | None) -> str:

@@ -13,7 +13,7 @@ from cpo_pipe.checks import check, check_settings, check_stages
 from cpo_pipe.data.errors import MissingInput
 from cpo_pipe.data.execution.base import Executor, LocalExecutor
 from cpo_pipe.data.store import Store, atomic
-from cpo_pipe.data.text import one_line, say
+from cpo_pipe.data.text import one_line, say, say_prose
 from cpo_pipe.pipeline.negatives.generate import generate_negatives
 from cpo_pipe.pipeline.prepare.leakage import LEAKAGE, leakage_warnings
 from cpo_pipe.pipeline.prepare.prepare import prepare
@@ -209,7 +209,7 @@ class Run:
         print_leaderboards(boards, config.baseline, evaluation.notes)
         say(one_line(f"report: {report}"))
         if answer is not None:
-            say(answer.sentence)
+            say_prose(answer.sentence)
         return report
 
     def evaluation_costs(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from cpo_pipe.data.errors import Findings, InputError
-from cpo_pipe.data.text import one_line, say
+from cpo_pipe.data.text import one_line, say, say_prose
 from cpo_pipe.eval.report.verdict import SIGNIFICANCE, Verdict
 from cpo_pipe.eval.statistics.significance import holm
 from cpo_pipe.recipe.recipe import Recipe
@@ -90,8 +90,8 @@ def _print(outcomes: Sequence[Outcome], command: Sequence[str]) -> None:
     adjusted = holm([outcome.verdict.p for outcome in outcomes])
     ranked = sorted(zip(outcomes, adjusted, strict=True), key=lambda one: -one[0].verdict.difference)
     first = outcomes[0].verdict
-    say(f"{first.metric} under {first.decoding} on validation rows, the best system of each combination against "
-        f"{first.baseline}; p adjusted for {len(outcomes)} combinations")  # fmt: skip
+    say_prose(f"{first.metric} under {first.decoding} on validation rows, the best system of each combination against "
+              f"{first.baseline}; p adjusted for {len(outcomes)} combinations")  # fmt: skip
     rows = [
         [" ".join(one.chosen), one.verdict.system, f"{one.verdict.value:.4g}", f"{one.verdict.difference:+.3g}",
          f"{p:.3f}{'*' if p < SIGNIFICANCE else ''}", one.run]
@@ -99,6 +99,6 @@ def _print(outcomes: Sequence[Outcome], command: Sequence[str]) -> None:
     ]  # fmt: skip
     print_table(["combination", "system", ">value", ">gain", ">p", "run"], rows)
     if len({outcome.verdict.baseline_value for outcome in outcomes}) > 1:
-        say(f"{first.baseline} differs between combinations: each gain is over its own")
+        say_prose(f"{first.baseline} differs between combinations: each gain is over its own")
     settings = [part for setting in ranked[0][0].chosen for part in ("--set", setting)]
     say(one_line(f"the best one on the recipe's own rows: {shlex.join([*command, '--set', OFF, *settings])}"))

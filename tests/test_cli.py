@@ -202,6 +202,13 @@ def test_annotations_that_are_not_utf8_are_refused_before_anything_is_made(proje
     assert not project.made()
 
 
+def test_the_command_line_starts_without_heavy_packages() -> None:
+    heavy = "torch", "transformers", "datasets", "sentence_transformers", "vllm", "ray", "matplotlib", "sklearn"
+    code = f"import sys, cpo_pipe.cli; print(*{{*{heavy}}} & {{*sys.modules}})"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert loaded.split() == []
+
+
 def test_the_version(cli: Callable) -> None:
     assert (cli("--version").status, cli("--version").out) == (0, f"cpo-pipe {__version__}\n")
 

@@ -8,7 +8,9 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from copy import copy
 from functools import cache
+from itertools import chain, tee
 from pathlib import Path
 
 from cpo_pipe.data.fingerprint import digest, sha256_file
@@ -44,24 +46,40 @@ def identity() -> str:
     return digest({"rules": _RULES, "files": [[str(file.relative_to(root)), sha256_file(file)] for file in files]})
 
 
+def collect() -> Iterator[str]:
+    """Yield the articles: one per module with prose in its docstrings, in the order of paths, then one per topic."""
+    return copy(_first())
+
+
 @cache
-def collect() -> tuple[str, ...]:
-    """Return the articles: one per module with prose in its docstrings, in the order of paths, then one per topic."""
-    root = _root()
+def _first() -> Iterator[str]:
+    """Return an iterator that stays at the first article; its copies share what each of them has read."""
+    (first,) = tee(_articles(), 1)
+    return first
+
+
+def _articles() -> Iterator[str]:
+    yielded = {""}
+    for article in chain(_modules(_root()), (_clean(text) for _, text in sorted(_topics().items()))):
+        if article not in yielded:
+            yielded.add(article)
+            yield article
+
+
+def _modules(root: Path) -> Iterator[str]:
+    """Yield the prose of each module's docstrings, without those that an earlier module has too."""
     seen: set[str] = set()
-    articles = []
     for path in _sources(root):
         texts = dict.fromkeys(_clean(docstring) for docstring in _docstrings(path))
-        articles.append("\n\n".join(text for text in texts if text and text not in seen))
+        yield "\n\n".join(text for text in texts if text and text not in seen)
         seen.update(texts)
-    articles += [_clean(text) for _, text in sorted(_topics().items())]
-    return tuple(article for article in dict.fromkeys(articles) if article)
 
 
 def _root() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
+@cache
 def _sources(root: Path) -> list[Path]:
     paths = (path.relative_to(root) for path in root.rglob("*.py"))
     kept = (path for path in paths if not _SKIPPED.intersection(path.parts) and not path.parts[0].startswith("config-"))

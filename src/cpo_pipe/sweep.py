@@ -14,7 +14,6 @@ from cpo_pipe.eval.report.verdict import SIGNIFICANCE, Verdict
 from cpo_pipe.eval.statistics.significance import holm
 from cpo_pipe.recipe.recipe import Recipe
 from cpo_pipe.run import Run
-from cpo_pipe.run_report import rankings
 from cpo_pipe.screen import print_table
 
 OFF = "sweep={}"
@@ -75,6 +74,8 @@ def run_sweep(recipe: Recipe, open_run: Callable[[list[str]], Run], command: Seq
     Raises:
         InputError: as `open_sweep`.
     """
+    from cpo_pipe.run_report import rankings  # draws charts: its import takes a second
+
     outcomes, opened = [], open_sweep(recipe, open_run, force)
     for number, (settings, run) in enumerate(opened, 1):
         say(one_line(f"combination {number}/{len(opened)}: {' '.join(settings)}"))

@@ -1,6 +1,7 @@
 """`cpo-pipe status`: what a run is doing, also after it was killed; and the log on and off a terminal."""
 
 import json
+import logging
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from cpo_pipe import terminal
 from cpo_pipe.data import progress
 from cpo_pipe.data.progress import Step
 from cpo_pipe.status import Status
@@ -148,3 +150,12 @@ def test_errors_in_json(project: Project) -> None:
     said = [json.loads(line) for line in result.err.splitlines()][-1]
     assert said["level"] == "error"
     assert "data.source no.jsonl: no such file" in said["message"]
+
+
+def test_a_message_is_news_again_after_a_while(capsys: pytest.CaptureFixture[str]) -> None:
+    handler = terminal._handler("text")
+    for minute in (0, 1, 9, 11, 12, 30):
+        record = logging.LogRecord("cpo_pipe.api", logging.WARNING, "", 0, "no answer", None, None)
+        record.created = 60.0 * minute
+        handler.handle(record)
+    assert [line[14:16] for line in capsys.readouterr().err.splitlines()] == ["00", "11", "30"]

@@ -102,20 +102,25 @@ HEADINGS = "cpo_pipe.run_log"
 """The logger of stages, which a sweep repeats."""
 
 
+AGAIN_SECONDS = 600.0
+"""After this time a message is news again: a server that did not answer an hour ago does not answer now."""
+
+
 class _Once(logging.Filter):
-    """Lets each message through once: what is said of one system is often true of all."""
+    """Lets each message through once in a while: what is said of one system is often true of all."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: set[tuple[int, str]] = set()
+        self._said: dict[tuple[int, str], float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         if not record.name.startswith("cpo_pipe") or record.name == HEADINGS or record.levelno < logging.INFO:
             return True
         said = record.levelno, record.getMessage()
-        new = said not in self._seen
-        self._seen.add(said)
-        return new
+        if record.created - self._said.get(said, -AGAIN_SECONDS) < AGAIN_SECONDS:
+            return False
+        self._said[said] = record.created
+        return True
 
 
 def _handler(log_format: LogFormat) -> logging.Handler:

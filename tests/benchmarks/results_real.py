@@ -24,8 +24,10 @@ import yaml
 from scipy import stats
 
 from cpo_pipe.eval.config import GROUND_TRUTH
-from cpo_pipe.eval.metrics.figures import ANY_DECODING
-from cpo_pipe.runs import LATEST
+from cpo_pipe.eval.metrics.figures import VALUES
+from cpo_pipe.eval.statistics.paired import Key
+from cpo_pipe.eval.statistics.significance import SIGNIFICANCE
+from cpo_pipe.runs import LATEST, RunFolder
 from tests.support.real_experiment import (
     BATCH,
     GREEDY,
@@ -41,15 +43,15 @@ from tests.support.real_experiment import (
     recipe,
     tasks,
 )
+from tests.support.real_gains import BASELINE, Seed, answer
 from tests.support.results_page import write_part
 
 ROOT = Path(__file__).parents[2]
-Figures = dict[tuple[str, str, str], float]
-"""By system, decoding and metric."""
+Figures = dict[Key, float]
 
 
-def run(work: Path, content: Mapping[str, Any]) -> Figures:
-    """Run a recipe, and return its figures; what it wrote to its log stands beside it."""
+def run(work: Path, content: Mapping[str, Any]) -> Seed:
+    """Run a recipe, and return what it measured; what it wrote to its log stands beside it."""
     path = work / f"{content['name']}.yaml"
     path.write_text(yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
     with path.with_suffix(".log").open("a") as log:
@@ -57,14 +59,11 @@ def run(work: Path, content: Mapping[str, Any]) -> Figures:
         done = subprocess.run(command, cwd=work, stdout=log, stderr=log, env=os.environ)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with status {done.returncode}; see {log.name}")
-    rows = pq.read_table(work / "runs" / content["name"] / "latest" / "metrics.parquet").to_pylist()
-    return {(row["system"], row["decoding"], row["metric"]): row["value"] for row in rows}
-
-
-def value(figures: Figures, system: str, decoding: str, metric: str) -> float:
-    """A figure, also one that depends on no decoding; NaN where it was not measured."""
-    found = [figures[key] for key in ((system, decoding, metric), (system, ANY_DECODING, metric)) if key in figures]
-    return found[0] if found else math.nan
+    folder = RunFolder((work / "runs" / content["name"] / LATEST).resolve())
+    values: dict[Key, dict[str, float]] = {}
+    for row in (folder.values() or VALUES.empty_table()).to_pylist():
+        values.setdefault((row["system"], row["decoding"], row["metric"]), {})[row["example_id"]] = row["value"]
+    return Seed(folder.metrics(), values)
 
 
 def tune(work: Path, name: str, task: Task, model: Path, methods: Sequence[str]) -> tuple[dict[str, int], Figures]:
@@ -74,7 +73,7 @@ def tune(work: Path, name: str, task: Task, model: Path, methods: Sequence[str])
     for method in methods:
         trainings = {f"{method}-{at}": METHODS[method] | settings for at, settings in enumerate(GRIDS[method])}
         content = recipe(f"tune-{name}-{method}", task, model, trainings, TUNING_SEED, "validation")
-        found = run(work, content)
+        found = run(work, content).figures
         figures |= found
         metric, decoding = task.chosen_by
         chosen[method] = max(range(len(GRIDS[method])), key=lambda at: found[f"{method}-{at}", decoding, metric])
@@ -86,84 +85,24 @@ def vary(work: Path, name: str, task: Task, model: Path, best: Mapping[str, floa
     names = {f"variant-{number}": label for number, label in enumerate(VARIANTS)}
     an = METHODS["an"] | dict(best)
     trainings = {key: an | VARIANTS[label] for key, label in names.items()}
-    found = run(work, recipe(f"vary-{name}", task, model, trainings, TUNING_SEED, "validation"))
+    found = dict(run(work, recipe(f"vary-{name}", task, model, trainings, TUNING_SEED, "validation")).figures)
     if "exact" in task.judges:
         dropped = {"by": "exact", **task.judges["exact"]}
         names["wrong"] = WITHOUT_CORRECT
-        found |= run(
-            work, recipe(f"drop-{name}", task, model, {"wrong": an}, TUNING_SEED, "validation", drop_correct=dropped)
-        )
+        content = recipe(f"drop-{name}", task, model, {"wrong": an}, TUNING_SEED, "validation", drop_correct=dropped)
+        found |= run(work, content).figures
     return {(names.get(system, system), decoding, metric): of for (system, decoding, metric), of in found.items()}
 
 
-def bounds(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean over seeds and its 95% interval of Student's t; of one seed, or without variation, the mean alone."""
-    mean = sum(values) / len(values)
-    if math.isnan(mean) or len(values) < 2 or max(values) == min(values):
-        return mean, math.nan, math.nan
-    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    return mean, float(low), float(high)
-
-
 def interval(values: Sequence[float]) -> str:
-    """The mean over seeds with its interval, as text."""
-    mean, low, high = bounds(values)
+    """The mean over seeds, with its 95% interval of Student's t where there are several."""
+    mean = sum(values) / len(values)
     if math.isnan(mean):
         return "–"
-    return f"{mean:+.3g}" if math.isnan(low) else f"{mean:+.3g} [{low:+.2g}, {high:+.2g}]"
-
-
-NEAR = ("distinct-2", "rep-4")
-"""Measures in which the system is better that is nearer to the ground truth."""
-BETTER = ("chrF", "MAUVE", "exact match")
-"""Measures in which more is better."""
-
-
-def gains(task: Task, seeds: Sequence[Figures], methods: Sequence[str]) -> dict[tuple[str, str, str], list[float]]:
-    """By method, measure and decoding, by how much each seed's method is better than MLE continued."""
-    found: dict[tuple[str, str, str], list[float]] = {}
-    for decoding, measures in task.measures.items():
-        for measure in (name for name, _ in measures if name in NEAR + BETTER):
-            for method in methods:
-                each = []
-                for figures in seeds:
-                    own, mle = (value(figures, system, decoding, measure) for system in (method, "mle"))
-                    truth = value(figures, GROUND_TRUTH, decoding, measure)
-                    each.append(abs(mle - truth) - abs(own - truth) if measure in NEAR else own - mle)
-                found[method, measure, decoding] = each
-    return found
-
-
-def answer(name: str, task: Task, seeds: Sequence[Figures], methods: Sequence[str]) -> str:
-    """What the seeds decide, in a paragraph: where a method is better than MLE continued, and where worse."""
-    said: dict[str, list[str]] = {"better": [], "worse": []}
-    compared = gains(task, seeds, [method for method in methods if method != "mle"])
-    for (method, measure, decoding), each in compared.items():
-        mean, low, high = bounds(each)
-        if math.isnan(low) or low <= 0 <= high:
-            continue
-        where = f"{'nearer to' if low > 0 else 'farther from'} the ground truth in " if measure in NEAR else ""
-        said["better" if low > 0 else "worse"].append(
-            f"{method} ({where}{measure} under {decoding} by {abs(mean):.2g} [{min(abs(low), abs(high)):.2g}, "
-            f"{max(abs(low), abs(high)):.2g}])"
-        )
-    words = "; ".join(f"{kind} than MLE continued: {', '.join(found)}" for kind, found in said.items() if found)
-    words = words[0].upper() + words[1:] if words else "No method differs from MLE continued"
-    decided = sum(map(len, said.values()))
-    costs = []
-    for method in methods:
-        mean, low, high = bounds(
-            [value(one, method, "-", "target NLL") - value(one, "mle", "-", "target NLL") for one in seeds]
-        )
-        if method != "mle" and not math.isnan(low) and not low <= 0 <= high:
-            costs.append(f"{method} {mean:+.3f}")
-    paid = f" In nats per token of the targets against MLE continued: {', '.join(costs)}." if costs else ""
-    return (
-        f"**{name}**, {len(seeds)} seeds, {STEPS} steps of {BATCH} after the same reference. "
-        f"{words}. "
-        f"Not decided: {len(compared) - decided} of {len(compared)} comparisons (95% intervals of Student's t over "
-        f"seeds, not adjusted; one in twenty would be decided by chance).{paid}"
-    )
+    if len(values) < 2 or max(values) == min(values):
+        return f"{mean:+.3g}"
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    return f"{mean:+.3g} [{low:+.2g}, {high:+.2g}]"
 
 
 def judge_worth(work: Path, name: str, task: Task, model: Path) -> list[str]:
@@ -192,9 +131,11 @@ def judge_worth(work: Path, name: str, task: Task, model: Path) -> list[str]:
     found = run(work, content)
     lines = [f"What the model is worth as a judge, on {len(rows)} prompts (a perfect one: 0%):\n"]
     for number, label in enumerate(texts):
-        shares = [f"{100 * value(found, f'file-{number}', GREEDY, f'{judge} win rate'):.0f}% ({judge})"
-                  for judge in ("local", "likelihood")]  # fmt: skip
-        lines.append(f"- prefers {label} to the target: {', '.join(shares)}")
+        for judge in ("local", "likelihood"):
+            share = found.value(f"file-{number}", GREEDY, f"{judge} win rate")
+            told = stats.binomtest(round(share * len(rows)), len(rows)).pvalue < SIGNIFICANCE
+            coin = "" if told else "; no different from a coin toss, so useless here"
+            lines.append(f"- `{judge}` prefers {label} to the target on {100 * share:.0f}%{coin}")
     return [*lines, ""]
 
 
@@ -204,7 +145,7 @@ def prepared_by(work: Path, pattern: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text())["stages"]["prepare"] for path in folders]
 
 
-def page(name: str, task: Task, seeds: Sequence[Figures], chosen: Mapping[str, int], tuned: Figures) -> Iterator[str]:
+def page(name: str, task: Task, seeds: Sequence[Seed], chosen: Mapping[str, int], tuned: Figures) -> Iterator[str]:
     """Yield the lines of a task's section."""
     metric, decoding = task.chosen_by
     yield f"## {name}: {len(seeds)} seeds, {task.data['test']} test rows\n"
@@ -215,29 +156,32 @@ def page(name: str, task: Task, seeds: Sequence[Figures], chosen: Mapping[str, i
         for system in (GROUND_TRUTH, "reference", *chosen):
             cells = []
             for of, digits in [*measures, ("target NLL", 3)]:
-                mean = sum(value(figures, system, shown, of) for figures in seeds) / len(seeds)
+                mean = sum(seed.value(system, shown, of) for seed in seeds) / len(seeds)
                 cells.append("–" if math.isnan(mean) else f"{mean:.{digits}f}")
             yield f"| {system} | {' | '.join(cells)} |"
         yield "\nMinus MLE continued, paired by seed:\n"
         yield f"| | {' | '.join(of for of, _ in measures)} |"
         yield f"| --- |{' ---: |' * len(measures)}"
         for system in chosen:
-            if system != "mle":
+            if system != BASELINE:
                 differences = [
-                    [value(figures, system, shown, of) - value(figures, "mle", shown, of) for figures in seeds]
+                    [seed.value(system, shown, of) - seed.value(BASELINE, shown, of) for seed in seeds]
                     for of, _ in measures
                 ]
                 yield f"| {system} | {' | '.join(map(interval, differences))} |"
         yield ""
-    yield "Variants of AN with its chosen β, on validation:\n"
-    yield f"| | {' | '.join(f'{of}, {shown}' for shown, measures in task.measures.items() for of, _ in measures)} |"
-    yield f"| --- |{' ---: |' * sum(map(len, task.measures.values()))}"
-    best = f"an-{chosen['an']}" if "an" in chosen else ""
-    for system in dict.fromkeys(key for key, *_ in tuned if key == best or key.startswith("an, ")):
-        cells = [f"{value(tuned, system, shown, of):.{digits}f}"
-                 for shown, measures in task.measures.items() for of, digits in measures]  # fmt: skip
-        yield f"| {'AN' if system == best else system} | {' | '.join(cells)} |"
-    yield f"\nSettings, chosen by {metric} under {decoding} on validation:\n"
+    best, variants = f"an-{chosen['an']}" if "an" in chosen else "", Seed(tuned, {})
+    varied = [system for system in dict.fromkeys(key for key, *_ in tuned) if system.startswith("an, ")]
+    if varied:
+        yield "Variants of AN with its chosen β, on validation:\n"
+        shown_measures = [(shown, *measure) for shown, measures in task.measures.items() for measure in measures]
+        yield f"| | {' | '.join(f'{of}, {shown}' for shown, of, _ in shown_measures)} |"
+        yield f"| --- |{' ---: |' * len(shown_measures)}"
+        for system in [best, *varied]:
+            cells = [f"{variants.value(system, shown, of):.{digits}f}" for shown, of, digits in shown_measures]
+            yield f"| {'AN' if system == best else system} | {' | '.join(cells)} |"
+        yield ""
+    yield f"Settings, chosen by {metric} under {decoding} on validation:\n"
     for method, number in chosen.items():
         tried = [f"{settings}: {tuned[f'{method}-{at}', decoding, metric]:.2f}"
                  for at, settings in enumerate(GRIDS[method])]  # fmt: skip
@@ -296,6 +240,12 @@ SmolLM2-135M-Instruct is first trained on the data by MLE: the reference. From i
 of {batch} prompts, each once. Each method's settings (three tried for each) are chosen on validation rows with a seed
 of their own, the test rows are read once. A seed changes negatives, order and samples. No measure uses the embedding
 model that ranks the negatives.
+
+A comparison is decided where its test says so at 5% after Holm's adjustment for all comparisons of the task, and every
+seed has the same sign. chrF, rep-4 and exact match are paired by prompt: each prompt's difference, averaged over seeds
+(bootstrap interval, Student's t-test). distinct-2 and MAUVE are of all outputs together, so they are paired by seed,
+which with three seeds takes a difference four times its standard error. The tables show means over seeds and, for
+differences, intervals of Student's t over seeds.
 """
 
 

@@ -86,7 +86,9 @@ def test_seeds_that_disagree_decide_nothing(task: Task) -> None:
     an = by_name(gains(task, seeds, METHODS))["an", "chrF", "top-k"]
     assert an.p < 0.05
     assert not an.decided
-    assert "does not beat MLE continued at equal steps in any measure" in answer("text", task, seeds, METHODS)
+    text = answer("text", task, seeds, METHODS)
+    assert "does not beat MLE continued at equal steps in any measure" in text
+    assert "not of the same sign with every seed: chrF of AN under " in text
 
 
 def test_one_seed_pairs_prompts_and_leaves_corpus_measures_open(task: Task) -> None:

@@ -124,7 +124,8 @@ def answer(name: str, task: Task, seeds: Sequence[Seed], methods: Sequence[str])
     found = gains(task, seeds, methods)
     better = [gain for gain in found if gain.decided and gain.mean > 0]
     worse = [gain for gain in found if gain.decided and gain.mean < 0]
-    undecided = [gain for gain in found if not gain.decided]
+    split = [gain for gain in found if not gain.decided and gain.p < SIGNIFICANCE]
+    undecided = [gain for gain in found if gain.p >= SIGNIFICANCE]
     costs = []
     for method in (one for one in methods if one != BASELINE):
         each = [seed.value(method, ANY_DECODING, "target NLL") - seed.value(BASELINE, ANY_DECODING, "target NLL")
@@ -136,6 +137,7 @@ def answer(name: str, task: Task, seeds: Sequence[Seed], methods: Sequence[str])
         f"Contrastive training beats MLE continued at equal steps in: {_listed(better)}." if better else
         "Contrastive training does not beat MLE continued at equal steps in any measure.",
         f"It is worse in: {_listed(worse)}." if worse else "It is worse in none that is decided.",
+        f"Significant over prompts, but not of the same sign with every seed: {_listed(split)}." if split else "",
         f"Not decided: {len(undecided)} of {len(found)} comparisons ({_grouped(undecided)})." if undecided else "",
         f"Nats per token of the targets, against MLE continued: {', '.join(costs)}.",
     ])  # fmt: skip

@@ -30,10 +30,13 @@ class ClassRegistry(Generic[Base]):
         kind: what they are, for messages: `engine`.
         base: the class that all of them, also users' own, derive from.
         entries: the classes of this package, by name.
+        others: what other tools call them, with our names.
     """
 
-    def __init__(self, kind: str, base: type[Base], entries: Mapping[str, type[Base]]):
-        self.kind, self.base, self.entries = kind, base, dict(entries)
+    def __init__(
+        self, kind: str, base: type[Base], entries: Mapping[str, type[Base]], others: Mapping[str, str] | None = None
+    ):
+        self.kind, self.base, self.entries, self.others = kind, base, dict(entries), dict(others or {})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -61,7 +64,8 @@ class ClassRegistry(Generic[Base]):
 
     def _imported(self, name: str) -> type[Base]:
         if ":" not in name:
-            hint = nearest(name, self.entries) or f"choose from {listed(self.entries)}, or name a class as module:Class"
+            hint = f"use {self.others[name]}" if name in self.others else nearest(name, self.entries)
+            hint = hint or f"choose from {listed(self.entries)}, or name a class as module:Class"
             raise ValueError(f"unknown {self.kind} {abridged(repr(name))}; {hint}")
         module, _, attribute = name.partition(":")
         try:
@@ -84,12 +88,19 @@ class Registry(ClassRegistry[Block]):
         base: the class that all of them, also users' own, derive from.
         entries: the classes of this package, by name.
         default: the name of the class of a mapping that names none; the class must have it as the key's default.
+        others: what other tools call them, with our names.
     """
 
     def __init__(
-        self, kind: str, key: str, base: type[Block], entries: Mapping[str, type[Block]], default: str | None = None
+        self,
+        kind: str,
+        key: str,
+        base: type[Block],
+        entries: Mapping[str, type[Block]],
+        default: str | None = None,
+        others: Mapping[str, str] | None = None,
     ):
-        super().__init__(kind, base, entries)
+        super().__init__(kind, base, entries, others)
         self.key, self.default = key, default
 
     def parse(self, value: Any, default: str | None = None) -> Block:

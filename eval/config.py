@@ -209,7 +209,9 @@ class Evaluate(Section):
         if not isinstance(judges, dict):
             return judges
         return {
-            name: {"kind": name, **settings} if isinstance(settings, dict) and name in JUDGES else settings
+            name: {"kind": name, **settings}
+            if isinstance(settings, dict) and (name in JUDGES or ("kind" not in settings and nearest(name, JUDGES)))
+            else settings
             for name, settings in judges.items()
         }
 

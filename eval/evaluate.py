@@ -216,6 +216,13 @@ def evaluate(
     return Evaluation(artifact, config.baseline, config.ranked_by(), plan.selection, frozenset(shared), metrics)
 
 
+def selected(config: Evaluate, examples: Examples) -> pa.Table:
+    """Return the examples that are evaluated."""
+    if config.sample_seed is None or config.examples is None:
+        return examples.read(config.split, config.examples)
+    return draw(examples.read(config.split), config.examples, config.sample_seed)
+
+
 def plan_evaluation(
     config: Evaluate,
     store: Store,
@@ -228,10 +235,7 @@ def plan_evaluation(
     executor: Executor,
 ) -> EvaluationPlan:
     """Resolve an evaluation to artifacts; the arguments and errors are those of `evaluate`."""
-    if config.sample_seed is None or config.examples is None:
-        selection = examples.read(config.split, config.examples)
-    else:
-        selection = draw(examples.read(config.split), config.examples, config.sample_seed)
+    selection = selected(config, examples)
     if not selection.num_rows:
         raise InputError(f"evaluate.split is {config.split}, which has no examples; raise data.{config.split}")
     embeds_for_mauve = config.mauve_seeds > 0 and config.mauve_model is None

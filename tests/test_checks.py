@@ -180,3 +180,14 @@ def test_force_tries_what_does_not_fit(project: Project, monkeypatch: pytest.Mon
     assert "but this machine has 0.0 GiB" in project.cli("run", "tiny.yaml").error()
     assert project.cli("run", "tiny.yaml", "--force").status == 0
     assert project.cli("run", "tiny.yaml").status == 0, "what is trained already need not fit"
+
+
+def test_wrong_columns_of_all_sources_are_named_with_those_there_are(project: Project) -> None:
+    project.write("test.jsonl", '{"q": "a", "target": "b"}\n' * 30)
+    settings = ["data.columns={prompt: question, target: target}", "data.test_source=test.jsonl"]
+    result = project.cli("check", "tiny.yaml", *(part for one in settings for part in ("--set", one)))
+    assert result.status == 2
+    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    named = [error.rpartition("; ")[2] for error in errors]
+    assert named == ["its columns are q, target", "its columns are prompt, target"]
+    assert "column question (data.columns.prompt)" in errors[0]

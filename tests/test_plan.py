@@ -56,6 +56,7 @@ def test_a_changed_key_is_named(made: Project) -> None:
     assert stages["train cpo"]["why"].startswith("differs from checkpoints/")
     assert stages["train cpo"]["why"].endswith(" in settings.beta: 0.1 → 0.5")
     assert stages["evaluate"]["why"] == "waits for cpo"
+    assert stages["evaluate"]["amount"] == 4, "the outputs of start exist"
     more = planned(made, "--no-probe", "--set", "negatives.sources.autoregressive.count=5")
     assert more["generate-negatives"]["why"] == "48 of 80 exist"
     assert more["generate-negatives"]["amount"] == 32

@@ -10,7 +10,7 @@ import pyarrow as pa
 from cpo_pipe.eval.config import DIVERSITY, GROUND_TRUTH
 from cpo_pipe.eval.judges.base import ScoreMetric
 from cpo_pipe.eval.metrics.figures import ANY_DECODING
-from cpo_pipe.eval.report.verdict import SIGNIFICANCE
+from cpo_pipe.eval.report.verdict import SIGNIFICANCE, percent
 
 DAGGER = " †"
 """Marks metrics of the embedding model that also ranked the negatives."""
@@ -44,11 +44,12 @@ class Cell:
     @property
     def interval(self) -> str:
         """The interval as text; empty without one."""
-        digits = 0 if self.text.endswith("%") else len(self.text.partition(".")[2])
-        scale = 100 if self.text.endswith("%") else 1
         if self.low is None or self.high is None:
             return ""
-        return f"[{scale * self.low:.{digits}f}, {scale * self.high:.{digits}f}]"
+        if self.text.endswith("%"):
+            return f"[{percent(self.low)}, {percent(self.high)}]"
+        digits = len(self.text.partition(".")[2])
+        return f"[{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
 @dataclass(frozen=True)
@@ -162,5 +163,5 @@ def _cells(
 
 def _shown(metric: str, value: float) -> str:
     if metric.endswith("win rate"):
-        return f"{100 * value:.0f}%"
+        return f"{percent(value)}%"
     return f"{value:.1f}" if metric in ("chrF", "length") else f"{value:.3f}"

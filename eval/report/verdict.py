@@ -1,17 +1,25 @@
 """The answer of an evaluation: the best system against the baseline, whether that is decided, and what it costs."""
 
+import math
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import pyarrow as pa
 
 from cpo_pipe.eval.config import DIVERSITY, GROUND_TRUTH
 from cpo_pipe.eval.metrics.figures import ANY_DECODING
+from cpo_pipe.eval.metrics.wins import length_controlled_metric
 from cpo_pipe.eval.statistics.significance import holm
 
 SIGNIFICANCE = 0.05
 COSTS = {"target NLL": "nats per token", "length": "tokens"}
 """Metrics that a gain may cost, with their units."""
+
+
+def percent(share: float) -> int:
+    """Return a share in whole percent. Halves are rounded up, so that 64.5% and its 14.5 above 50% are 65 and 15."""
+    return math.floor(round(100 * share, 6) + 0.5)
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,10 @@ class Verdict:
     systems: int
     """How many these are."""
     costs: tuple[Cost, ...]
+    controlled: tuple[float, float, float] | None = None
+    """The length-controlled win rate with its 95% interval; None where it is not measured."""
+    shared: bool = False
+    """Whether the metric uses the embedding model that ranked the negatives."""
 
     @property
     def decided(self) -> bool:
@@ -71,6 +83,7 @@ class Verdict:
         """The figures of the answer."""
         interval = "" if self.low is None else f" [{self._signed(self.low)}, {self._signed(self.high or 0.0)}]"
         p = "p < 0.001" if self.p < 0.001 else f"p = {self.p:.3f}"
+        p += f" adjusted for {self.systems} systems" if self.systems > 1 else ""
         gain = f"{self._signed(self.difference)}{interval}"
         if self.truth is not None:
             gain = f"the ground truth has {self._shown(self.truth)}; nearer by {gain}"
@@ -83,16 +96,35 @@ class Verdict:
     def sentence(self) -> str:
         """The answer in one sentence."""
         costs = f"; {', '.join(map(str, self.costs))}" if self.costs else ""
-        return f"{self.headline}: {self.figures}{costs}."
+        return f"{self.headline}: {self.figures}{costs}.{self.caution}"
+
+    @property
+    def caution(self) -> str:
+        """What else must be known to believe the answer; empty where there is nothing."""
+        parts = []
+        if self.controlled is not None:
+            rate, low, high = self.controlled
+            parts.append(f" At equal length {percent(rate)}% [{percent(low)}, {percent(high)}].")
+        if self.shared:
+            parts.append(" The embedding model of this metric also ranked the negatives, which favors what was trained "
+                         "on that ranking: look at the other metrics, too.")  # fmt: skip
+        return "".join(parts)
 
     def _shown(self, value: float) -> str:
-        return f"{100 * value:.0f}%" if self.metric.endswith("win rate") else f"{value:#.3g}"
+        return f"{percent(value)}%" if self.metric.endswith("win rate") else f"{value:#.3g}"
 
     def _signed(self, value: float) -> str:
-        return f"{100 * value:+.0f}" if self.metric.endswith("win rate") else f"{value:+.2g}"
+        return f"{percent(value):+d}" if self.metric.endswith("win rate") else f"{value:+.2g}"
 
 
-def verdict(metrics: pa.Table, comparisons: pa.Table, baseline: str, metric: str, decoding: str) -> Verdict | None:
+def verdict(
+    metrics: pa.Table,
+    comparisons: pa.Table,
+    baseline: str,
+    metric: str,
+    decoding: str,
+    shared_metrics: AbstractSet[str] = frozenset(),
+) -> Verdict | None:
     """Return the verdict; None if no system was compared with the baseline.
 
     Args:
@@ -101,6 +133,7 @@ def verdict(metrics: pa.Table, comparisons: pa.Table, baseline: str, metric: str
         baseline: the system that the others are compared with.
         metric: what ranks the systems.
         decoding: of the outputs.
+        shared_metrics: metrics of the embedding model that also ranked the negatives.
     """
     rows = [
         row
@@ -122,8 +155,18 @@ def verdict(metrics: pa.Table, comparisons: pa.Table, baseline: str, metric: str
         metric, decoding, system, baseline, values[system, metric],
         0.5 if is_rate else values[baseline, metric], values[GROUND_TRUTH, metric] if metric in DIVERSITY else None,
         best["difference"], best["ci_low"], best["ci_high"], adjusted[number], len(rows),
-        () if baseline == GROUND_TRUTH else costs,
+        () if baseline == GROUND_TRUTH else costs, _controlled(metrics, system, decoding, metric),
+        metric in shared_metrics,
     )  # fmt: skip
+
+
+def _controlled(metrics: pa.Table, system: str, decoding: str, metric: str) -> tuple[float, float, float] | None:
+    """Return the length-controlled win rate of the same judge."""
+    name = length_controlled_metric(metric.removesuffix(" win rate"))
+    for row in metrics.to_pylist():
+        if (row["system"], row["decoding"], row["metric"]) == (system, decoding, name) and row["ci_low"] is not None:
+            return row["value"], row["ci_low"], row["ci_high"]
+    return None
 
 
 def _values(metrics: pa.Table, decoding: str) -> Mapping[tuple[str, str], float]:

@@ -42,6 +42,12 @@ class Part:
         prefix = self.name or self.split
         return f"{prefix}/" if prefix else ""
 
+    @property
+    def where(self) -> str:
+        """The source, as messages name it."""
+        prefix = self.name or self.split
+        return f"{prefix}: {self.source.name}" if prefix else self.source.name
+
     def spec(self, store: Store) -> Spec:
         """Return what decides the texts of its rows, and which are drawn."""
         spec: Spec = {

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cpo_pipe.data.errors import Findings
 from cpo_pipe.data.examples import Examples
 from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec
 from cpo_pipe.data.models import templates
@@ -18,8 +19,9 @@ from cpo_pipe.data.models.chat_date import chat_date
 from cpo_pipe.data.models.tokenizer import TokenizerFiles, locate_tokenizer
 from cpo_pipe.data.models.train_tokenizer import TrainedBPE
 from cpo_pipe.data.progress import track
-from cpo_pipe.data.sources.rows import Refusal
+from cpo_pipe.data.sources.rows import Refusal, Row
 from cpo_pipe.data.store import ArtifactWriter, Store
+from cpo_pipe.data.text import listed
 from cpo_pipe.pipeline.prepare.base import Data, Texts
 from cpo_pipe.pipeline.prepare.collect import ExampleCollector
 from cpo_pipe.pipeline.prepare.divide import divide, near_duplicate_note
@@ -88,18 +90,29 @@ def check_data(config: Data, store: Store) -> None:
     """
     parts = open_parts(config)
     config = parts[-1].config
-    firsts = [[*islice(read_rows(part.config, part.source), FIRST_ROWS)] for part in parts]
-    for part, first in zip(parts, firsts, strict=True):
-        refusals = [row for row in first if isinstance(row, Refusal)]
-        if refusals and len(refusals) == len(first):
-            example = f"{refusals[0].source}: {refusals[0].reason}, {refusals[0].detail}"
-            raise part.source.request({}).error(f"all of its first {len(first)} rows are rejected ({example})")
+    findings, firsts = Findings(), []
+    for part in parts:
+        with findings.collect():
+            firsts.append(_first_rows(part))
+    findings.report()
     if isinstance(config.tokenizer, str):
         examples = _examples(config, _content(config, parts, store), locate_tokenizer(config.tokenizer, store), store)
         tokenizer = examples.tokenizer.load()
         templates.eos_token_id(tokenizer)
         for part, first in zip(parts, firsts, strict=True):
             list(part.config.encode(iter(first), tokenizer, examples.rendering))
+
+
+def _first_rows(part: Part) -> list[Texts | Refusal]:
+    """Return the first rows of a source; an error if all of them are rejected."""
+    first = [*islice(read_rows(part.config, part.source), FIRST_ROWS)]
+    refusals = [row for row in first if isinstance(row, Refusal)]
+    if refusals and len(refusals) == len(first):
+        example = f"{refusals[0].source}: {refusals[0].reason}, {refusals[0].detail}"
+        raw = next(part.source.read({}, None, limit=1), None)
+        there = f"; its columns are {listed(raw.values)}" if isinstance(raw, Row) and raw.values else ""
+        raise part.source.request({}).error(f"all of its first {len(first)} rows are rejected ({example}){there}")
+    return first
 
 
 def _write(examples: Examples, writer: ArtifactWriter, config: Data, parts: list[Part], run_dir: Path | None) -> None:
@@ -115,7 +128,7 @@ def _write(examples: Examples, writer: ArtifactWriter, config: Data, parts: list
             rows = read_rows(part.config, part.source, mask, meter.advance)
             for encoded in part.config.encode(rows, tokenizer, examples.rendering):
                 collector.add(encoded, part)
-            of = f" of {part.label}{part.source.name}" if len(parts) > 1 else ""
+            of = f" of {part.where}" if len(parts) > 1 else ""
             log.info("examples: read %s rows%s as %s", f"{meter.done - before:,}", of, part.config.format_label)
     collector.check(config.max_rejected, run_dir)
     splits = divide(collector, config, {part.split for part in parts if part.split}, writer.facts)
@@ -141,7 +154,7 @@ def _named(parts: list[Part]) -> str:
     """Return the sources as messages name them."""
     if len(parts) == 1:
         return f"{parts[0].source.key} {parts[0].source.name}"
-    return f"data ({', '.join(part.label + part.source.name for part in parts)})"
+    return f"data ({', '.join(part.where for part in parts)})"
 
 
 def _corpus(config: Data, parts: list[Part]) -> Iterator[str]:

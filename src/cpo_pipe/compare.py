@@ -1,5 +1,6 @@
 """Command `compare`: which keys of runs differ, which artifacts and metrics do as a result, and how significantly."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -68,7 +69,7 @@ def compare(runs: Sequence[RunFolder]) -> RunComparison:
     rows = [
         MetricRow(*key, [one.get(key) for one in figures], [one.get(key) for one in found])
         for key in shared
-        if any(one.get(key) != figures[0][key] for one in figures[1:])
+        if not all(_same(one.get(key), figures[0][key]) for one in figures[1:])
     ]
     return RunComparison(
         [run.label for run in runs],
@@ -94,6 +95,11 @@ def _differences(first: RunFolder, other: RunFolder, notes: list[str]) -> Mappin
     if one is None or two is None:
         return {key: Difference(others[key] - metrics[key]) for key in metrics.keys() & others.keys()}
     return paired_differences(metrics, others, one, two)
+
+
+def _same(one: float | None, other: float) -> bool:
+    """Return whether two figures differ by no more than the rounding of another batch."""
+    return one is not None and math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -138,19 +138,27 @@ def _planned_training(run: Run, name: str, training: str, needs: Mapping[str, Ne
 
 def _planned_evaluation(run: Run, name: str) -> StagePlan:
     from cpo_pipe.eval.costs import evaluation_costs
+    from cpo_pipe.eval.evaluate import plan_evaluation, selected
+    from cpo_pipe.eval.generate import plan_generations
 
     resolver, config = run.resolver, run.resolver.evaluate_section()
     outputs = examples_evaluated(run) * len(config.all_systems()) * len(config.decodings)
     planned = StagePlan(name, MAKE, amount=outputs, unit="outputs")
-    systems = resolver.available_systems()
+    systems = resolver.available_systems(quiet=True)
+    known = {system: model for system, model in systems.items() if model is not None}
     longest = config.max_new_tokens or resolver.recipe.data.longest_target()
     waiting = [system for system, model in systems.items() if model is None]
     if waiting:
         planned.why = f"waits for {', '.join(waiting)}"
+        selection = selected(config, resolver.examples())
+        exist = sum(
+            int((~one.request.missing(selection["example_id"])).sum())
+            for system, model in known.items()
+            for one in plan_generations(config, resolver.store, resolver.examples(), selection, system, model, longest)
+        )
+        planned.amount -= exist
+        planned.share = planned.amount / outputs
     else:
-        from cpo_pipe.eval.evaluate import plan_evaluation
-
-        known = {system: model for system, model in systems.items() if model is not None}
         try:
             found = plan_evaluation(
                 config, resolver.store, resolver.examples(), known, max_new_tokens=longest,

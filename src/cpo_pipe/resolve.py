@@ -283,15 +283,19 @@ class Resolver:
         """Return the model of each system that is evaluated; ensembles are merged."""
         return {name: self.system(name, system) for name, system in self.evaluate_section().all_systems().items()}
 
-    def available_systems(self) -> dict[str, SystemModel | None]:
-        """Return the model of each system; None where it is not downloaded, trained or merged. Makes nothing."""
+    def available_systems(self, quiet: bool = False) -> dict[str, SystemModel | None]:
+        """Return the model of each system; None where it is not downloaded, trained or merged. Makes nothing.
+
+        Args:
+            quiet: do not log why a system is not available.
+        """
         offline = self.offline()
         available: dict[str, SystemModel | None] = {}
         for name, system in self.evaluate_section().all_systems().items():
             try:
                 available[name] = offline.available_system(name, system)
             except MissingInput as missing:
-                log.info("system %s is not available yet: %s", name, missing)
+                log.log(logging.DEBUG if quiet else logging.INFO, "system %s is not available yet: %s", name, missing)
                 available[name] = None
         return available
 

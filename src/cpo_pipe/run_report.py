@@ -107,7 +107,7 @@ def rankings(evaluation: Evaluation) -> tuple[list[Leaderboard], Verdict | None]
     boards = leaderboards(
         metrics, comparisons, baseline, ranked_by, evaluation.shared_metrics, evaluation.score_metrics
     )
-    return boards, verdict(metrics, comparisons, baseline, *ranked_by)
+    return boards, verdict(metrics, comparisons, baseline, *ranked_by, evaluation.shared_metrics)
 
 
 def _warnings(resolver: Resolver, name: str, model: Model) -> list[str]:

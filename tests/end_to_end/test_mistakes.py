@@ -40,6 +40,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a misspelled key": (["train.cpo.learning_rte=0.1"], "did you mean learning_rate?"),
     "a key of another objective": (["train.start.beta=0.1"], 'not used by objective "mle"'),
     "a misspelled objective": (["train.cpo.objective=cop"], "unknown objective 'cop'; did you mean cpo?"),
+    "TRL's name of an objective": (["train.start.objective=sft"], "unknown objective 'sft'; use mle"),
     "a text where a number belongs": (["train.cpo.max_steps=many"], "train.cpo.max_steps is 'many'"),
     "an engine that is not installed": (["evaluate.engine=vllm"], "evaluate.engine is vllm, which is not installed"),
     "a misspelled judge": (["evaluate.judges=[similarty]"], "unknown judge 'similarty'; did you mean similarity?"),

@@ -33,6 +33,7 @@ def test_a_list_is_short_for_judges_without_settings() -> None:
     ("judges", "message"),
     [
         ({"mine": {}}, "evaluate.judges.mine: kind is missing; choose from exact, similarity, "),
+        ({"similarty": {}}, "evaluate.judges.similarty: unknown judge 'similarty'; did you mean similarity?"),
         ({"mine": {"kind": "exakt"}}, "evaluate.judges.mine: unknown judge 'exakt'; did you mean exact?"),
         ([{"exact": {}}], "evaluate.judges: a list only names kinds; for settings give a mapping"),
         ({"longer": {"pattern": "(a)"}}, 'evaluate.judges.longer.pattern: not used by judge "longer" (but by exact)'),

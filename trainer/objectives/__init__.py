@@ -23,4 +23,5 @@ OBJECTIVES: Registry[Training] = Registry(
         "apo-down": APODown,
         "pss": PSS,
     },
+    others={"sft": "mle", "ce": "mle", "cross-entropy": "mle", "sigmoid": "dpo", "hinge": "slic"},
 )

@@ -8,7 +8,7 @@ import pytest
 from cpo_pipe.data.schemas import METRICS
 from cpo_pipe.eval.config import GROUND_TRUTH
 from cpo_pipe.eval.metrics.wins import COMPARISONS
-from cpo_pipe.eval.report.verdict import Verdict, verdict
+from cpo_pipe.eval.report.verdict import Verdict, percent, verdict
 from tests.support.report_data import figure
 
 
@@ -38,7 +38,8 @@ def test_a_decided_gain() -> None:
     assert (found.system, found.systems, found.decided) == ("cpo", 2, True)
     assert found.p == pytest.approx(0.02), "Holm's adjustment for the two systems"
     assert found.sentence == (
-        "cpo is better than mle: gpt win rate of cpo under greedy 60% against 50%, +10 [+4, +16], p = 0.020; "
+        "cpo is better than mle: gpt win rate of cpo under greedy 60% against 50%, +10 [+4, +16], p = 0.020 "
+        "adjusted for 2 systems; "
         "target NLL 4.25 against 4.00 nats per token, length 41.0 against 50.0 tokens."
     )
 
@@ -58,6 +59,28 @@ def test_all_others_are_worse() -> None:
     assert found is not None
     assert found.headline == "No system is better than mle; the best other one, cpo, is worse"
     assert "-10 [-16, -4], p < 0.001" in found.sentence
+
+
+def test_what_makes_the_answer_doubtful_is_said() -> None:
+    """A win rate by the ranker's embedding model, which is no gain at equal length."""
+    metrics = pa.Table.from_pylist(
+        [
+            *METRIC_ROWS,
+            figure("cpo", "greedy", "gpt length-controlled win rate", 0.52) | {"ci_low": 0.445, "ci_high": 0.6},
+        ],
+        schema=METRICS,
+    )
+    compared = pa.Table.from_pylist([row("cpo", 0.1, 0.01)], schema=COMPARISONS)
+    found = verdict(metrics, compared, "mle", "gpt win rate", "greedy", {"gpt win rate"})
+    assert found is not None
+    assert found.sentence.endswith(
+        "against 50.0 tokens. At equal length 52% [45, 60]. The embedding model of this metric also ranked the "
+        "negatives, which favors what was trained on that ranking: look at the other metrics, too."
+    )
+
+
+def test_halves_of_a_percent_agree_with_each_other() -> None:
+    assert [percent(share) for share in (0.645, 0.145, 0.5, 0.005, -0.145, 0.6449)] == [65, 15, 50, 1, -14, 64]
 
 
 def test_another_metric_has_the_baselines_own_value() -> None:

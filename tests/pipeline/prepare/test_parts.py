@@ -113,7 +113,7 @@ def test_each_source_has_its_own_format(tmp_path: Path, store, chat_tokenizer, c
     assert counts(examples) == {"talk": 1, "plain": 2}
     assert examples.rendering["template"] == "chat", "of all, since one has conversations"
     assert all("<|start|>" in text for split in SPLITS for text in examples.read(split)["rendered"].to_pylist())
-    assert f"examples: read 2 rows of plain/{tmp_path / 'plain.jsonl'} as pairs" in caplog.text
+    assert f"examples: read 2 rows of plain: {tmp_path / 'plain.jsonl'} as pairs" in caplog.text
 
 
 def test_a_tokenizer_is_trained_on_all_sources(tmp_path: Path, store) -> None:

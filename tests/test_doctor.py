@@ -25,6 +25,13 @@ def test_a_sound_machine(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.out.splitlines()[-1] == "nothing is wrong"
 
 
+@pytest.mark.parametrize(("load", "advised"), [(0.0, False), (1e6, True)])
+def test_busy_cores_are_said(cli: Cli, monkeypatch: pytest.MonkeyPatch, load: float, advised: bool) -> None:
+    monkeypatch.setattr("psutil.getloadavg", lambda: (load, load, load))
+    (row,) = [line for line in cli("doctor").out.splitlines() if line.startswith("  load ")]
+    assert ("export OMP_NUM_THREADS=1" in row) is advised
+
+
 def test_a_package_of_another_version_is_wrong(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "version", lambda package: "4.0.0" if package == "transformers" else version(package))
     result = cli("doctor")

@@ -80,7 +80,17 @@ def check_exists(name: str, what: str) -> Path | None:
 
 
 def _not_given(name: str, what: str, error: Exception) -> InputError:
-    return InputError(f"{what} {name}: no such folder or training, and the hub did not give it ({cause(error)})")
+    hint = "" if _answered(error) else "; without a network give a folder, or start from scratch (docs/install.md)"
+    return InputError(f"{what} {name}: no such folder or training, and the hub did not give it ({cause(error)}){hint}")
+
+
+def _answered(error: BaseException | None) -> bool:
+    """Return whether the hub answered, though with an error."""
+    while error is not None:
+        if getattr(error, "response", None) is not None:
+            return True
+        error = error.__cause__
+    return False
 
 
 def _is_gguf(path: Path) -> bool:

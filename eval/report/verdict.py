@@ -22,6 +22,11 @@ def percent(share: float) -> int:
     return math.floor(round(100 * share, 6) + 0.5)
 
 
+def _digits(value: float) -> str:
+    """Return a value with three significant digits."""
+    return f"{value:#.3g}".removesuffix(".")
+
+
 @dataclass(frozen=True)
 class Cost:
     """What else differs between the best system and the baseline."""
@@ -31,7 +36,7 @@ class Cost:
     baseline: float
 
     def __str__(self) -> str:
-        return f"{self.metric} {self.value:#.3g} against {self.baseline:#.3g} {COSTS[self.metric]}"
+        return f"{self.metric} {_digits(self.value)} against {_digits(self.baseline)} {COSTS[self.metric]}"
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ class Verdict:
         return "".join(parts)
 
     def _shown(self, value: float) -> str:
-        return f"{percent(value)}%" if self.metric.endswith("win rate") else f"{value:#.3g}"
+        return f"{percent(value)}%" if self.metric.endswith("win rate") else _digits(value)
 
     def _signed(self, value: float) -> str:
         return f"{percent(value):+d}" if self.metric.endswith("win rate") else f"{value:+.2g}"

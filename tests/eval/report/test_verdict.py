@@ -20,7 +20,7 @@ def row(system: str, difference: float, p: float, **changes: Any) -> dict[str, A
 
 METRIC_ROWS = [
     figure("mle", "-", "target NLL", 4.0), figure("cpo", "-", "target NLL", 4.25),
-    figure("mle", "greedy", "length", 50), figure("cpo", "greedy", "length", 41),
+    figure("mle", "greedy", "length", 150), figure("cpo", "greedy", "length", 41),
     figure("cpo", "greedy", "gpt win rate", 0.6),
     figure("mix", "greedy", "gpt win rate", 0.55), figure("cpo", "top-k", "length", 7),
     figure("cpo", "greedy", "chrF", 20.0), figure("mle", "greedy", "chrF", 18.5),
@@ -40,7 +40,7 @@ def test_a_decided_gain() -> None:
     assert found.sentence == (
         "cpo is better than mle: gpt win rate of cpo under greedy 60% against 50%, +10 [+4, +16], p = 0.020 "
         "adjusted for 2 systems; "
-        "target NLL 4.25 against 4.00 nats per token, length 41.0 against 50.0 tokens."
+        "target NLL 4.25 against 4.00 nats per token, length 41.0 against 150 tokens."
     )
 
 
@@ -74,7 +74,7 @@ def test_what_makes_the_answer_doubtful_is_said() -> None:
     found = verdict(metrics, compared, "mle", "gpt win rate", "greedy", {"gpt win rate"})
     assert found is not None
     assert found.sentence.endswith(
-        "against 50.0 tokens. At equal length 52% [45, 60]. The embedding model of this metric also ranked the "
+        "against 150 tokens. At equal length 52% [45, 60]. The embedding model of this metric also ranked the "
         "negatives, which favors what was trained on that ranking: look at the other metrics, too."
     )
 

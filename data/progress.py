@@ -19,6 +19,8 @@ console = Console(stderr=True)
 LOG_SECONDS = 15.0
 WIDE = 100
 """Columns of a terminal that has room for a long bar."""
+BURST_SECONDS = 0.05
+"""Units that follow each other faster were made together."""
 OBSERVED_SECONDS = 2.0
 """How often an observer is told at most."""
 
@@ -130,7 +132,10 @@ class Meter:
         self._shown = shown
         self.label, self.total, self.unit, self.done = f"{_display.stage}{label}", total, unit, done
         self._before = done
-        self._start = self._logged = self._observed = time.monotonic()
+        self._start = self._logged = self._observed = self._advanced = time.monotonic()
+        self._rate = 0.0
+        """Before the units that come at once now: a batch of them is announced with its first, which says nothing of
+        the others."""
         self._bar = bar
         self._task = bar.add_task(self.label, total=total, completed=done, note="", meter=self) if bar else None
 
@@ -146,16 +151,19 @@ class Meter:
 
     def advance(self, units: int = 1, note: str = "") -> None:
         """Count `units` more as done; `note` is shown beside them."""
-        self.done += units
         now = time.monotonic()
+        if now - self._advanced > BURST_SECONDS:
+            self._rate = self.new / (self._advanced - self._start) if self.new else 0.0
+        self._advanced = now
+        self.done += units
+        step = Step(self.label, self.done, self.total, self.unit, self._rate, note)
         if _display.observe is not None and self._shown and now - self._observed >= OBSERVED_SECONDS:
             self._observed = now
-            _display.observe(self.step(note))
+            _display.observe(step)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, advance=units, note=note)
         elif self._shown and now - self._logged >= LOG_SECONDS:
             self._logged = now
-            step = self.step(note)
             log.info("%s", step, extra={"progress": asdict(step) | {"seconds_left": step.seconds_left}})
 
 

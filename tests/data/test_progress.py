@@ -1,6 +1,7 @@
 """Bars on terminals of several widths, lines elsewhere, and the figures in both."""
 
 import io
+import logging
 import re
 import time
 from collections.abc import Callable
@@ -95,6 +96,33 @@ def test_what_was_done_earlier_counts_but_not_in_the_rate(clock: Callable[[float
         assert str(meter.step()) == "stage 2/3 train cpo: 60/100 steps, 2 steps/s, 20 s left"
         meter.advance(40)
     assert finished == [("train cpo", "steps", 60, 10.0)]
+
+
+def test_a_line_in_the_log_is_not_misled_by_the_first_unit_of_a_batch(
+    caplog: pytest.LogCaptureFixture, clock: Callable[[float], None]
+) -> None:
+    """It is written when the first of a batch is counted, in the time of all of them."""
+    with caplog.at_level(logging.INFO), track("outputs", 300, "samples") as meter:
+        for _ in range(3):
+            clock(50)
+            for _ in range(100):
+                meter.advance()
+    assert [record.getMessage() for record in caplog.records] == [
+        "outputs: 1/300 samples",
+        "outputs: 101/300 samples, 2 samples/s, 1 min 40 s left",
+        "outputs: 201/300 samples, 2 samples/s, 50 s left",
+    ]
+
+
+def test_a_line_in_the_log_of_single_units(caplog: pytest.LogCaptureFixture, clock: Callable[[float], None]) -> None:
+    with caplog.at_level(logging.INFO), track("train cpo", 4, "steps") as meter:
+        for _ in range(3):
+            clock(20)
+            meter.advance(note="loss 1")
+    assert [record.getMessage() for record in caplog.records][1:] == [
+        "train cpo: 2/4 steps, 0.05 steps/s, 40 s left; loss 1",
+        "train cpo: 3/4 steps, 0.05 steps/s, 20 s left; loss 1",
+    ]
 
 
 def test_a_step_is_one_line() -> None:

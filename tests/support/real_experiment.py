@@ -104,7 +104,7 @@ def recipe(
     sampled = {"model": "reference", "count": 3, "max_new_tokens": task.max_new_tokens, "engine": "transformers"}
     sources = {
         "autoregressive": {**sampled, "top_k": 50},
-        "whole": {"strategy": "autoregressive", **sampled},
+        "whole": {"strategy": "autoregressive", **sampled, "top_k": 0},
         "batch": {"count": 3},
         "meanfield": {"model": "reference", "count": 1},
         "truncation": {"count": 1},

@@ -35,17 +35,17 @@ class Step:
     unit: str
     """What is counted, such as `groups`."""
     rate: float
-    """Units per second so far; 0 as long as nothing is done."""
+    """Units per second so far; 0 as long as it is not known."""
     note: str = ""
 
     @property
     def seconds_left(self) -> float | None:
-        """The time left at this rate; None as long as nothing is done."""
+        """The time left at this rate; None as long as the rate is not known."""
         return (self.total - self.done) / self.rate if self.rate else None
 
     @property
     def speed(self) -> str:
-        """The rate and the time left, as text; empty as long as nothing is done."""
+        """The rate and the time left, as text; empty as long as they are not known."""
         if self.seconds_left is None:
             return ""
         rate = f"{self.rate:,.0f}" if self.rate >= 100 else f"{self.rate:.3g}"

@@ -158,4 +158,6 @@ def test_a_message_is_news_again_after_a_while(capsys: pytest.CaptureFixture[str
         record = logging.LogRecord("cpo_pipe.api", logging.WARNING, "", 0, "no answer", None, None)
         record.created = 60.0 * minute
         handler.handle(record)
-    assert [line[14:16] for line in capsys.readouterr().err.splitlines()] == ["00", "11", "30"]
+    assert [line[14:16] for line in capsys.readouterr().err.splitlines()] == [
+        time.strftime("%M", time.localtime(60.0 * minute)) for minute in (0, 11, 30)
+    ]

@@ -115,8 +115,8 @@ def _devices() -> None:
     cores = len(os.sched_getaffinity(0))
     _row("CPU", f"{cores} cores, {torch.get_num_threads()} threads in PyTorch; {arithmetic}")
     load = psutil.getloadavg()[0]
-    busy = "; PyTorch's threads wait for each other where cores are busy: export OMP_NUM_THREADS=1" * (load > cores / 2)
-    _row("load", f"{load:.1f} of {cores} cores{busy}")
+    advice = "; PyTorch's threads wait for each other where cores are busy: export OMP_NUM_THREADS=1"
+    _row("load", f"{load:.1f} of {cores} cores{advice if load > cores / 2 else ''}")
     memory = psutil.virtual_memory()
     _row("memory", f"{memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} GiB available")
     for number in range(torch.cuda.device_count()):

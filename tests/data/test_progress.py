@@ -32,6 +32,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 def screen(width: int, monkeypatch: pytest.MonkeyPatch) -> Console:
     console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
     monkeypatch.setattr(progress, "console", console)
+    monkeypatch.setattr(
+        progress, "_display", progress._Display()
+    )  # a command that ran here before may have hidden bars
     monkeypatch.setattr(console, "get_time", lambda: time.monotonic())
     return console
 
@@ -102,7 +105,7 @@ def test_a_line_in_the_log_is_not_misled_by_the_first_unit_of_a_batch(
     caplog: pytest.LogCaptureFixture, clock: Callable[[float], None]
 ) -> None:
     """It is written when the first of a batch is counted, in the time of all of them."""
-    with caplog.at_level(logging.INFO), track("outputs", 300, "samples") as meter:
+    with caplog.at_level(logging.INFO, "cpo_pipe"), track("outputs", 300, "samples") as meter:
         for _ in range(3):
             clock(50)
             for _ in range(100):
@@ -115,7 +118,7 @@ def test_a_line_in_the_log_is_not_misled_by_the_first_unit_of_a_batch(
 
 
 def test_a_line_in_the_log_of_single_units(caplog: pytest.LogCaptureFixture, clock: Callable[[float], None]) -> None:
-    with caplog.at_level(logging.INFO), track("train cpo", 4, "steps") as meter:
+    with caplog.at_level(logging.INFO, "cpo_pipe"), track("train cpo", 4, "steps") as meter:
         for _ in range(3):
             clock(20)
             meter.advance(note="loss 1")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cpo_pipe.data.text import fenced, markdown, one_line, say, visible
+from cpo_pipe.data.text import fenced, markdown, one_line, say, say_prose, visible
 from tests.support.hostile import HOSTILE, RAW, SHOWN
 
 PACKAGES = [Path(__file__).parents[2] / name for name in ("data", "pipeline", "trainer", "eval")]
@@ -72,3 +72,17 @@ def test_nothing_else_prints() -> None:
              or ast.unparse(node.func).startswith(("sys.stdout.write", "sys.stderr.write")))
     ]  # fmt: skip
     assert printing == ["data/text.py"]
+
+
+def test_sentences_break_between_words_on_a_terminal_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sentence = "systems trained on that ranking [0.1, 0.2] have an advantage \x1b[2J"
+    say_prose(sentence)
+    assert capsys.readouterr().out == visible(sentence) + "\n"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "20")
+    say_prose(sentence)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 20
+    assert " ".join(line.rstrip() for line in lines) == visible(sentence)

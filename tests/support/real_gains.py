@@ -1,7 +1,7 @@
 """What seeds decide: by how much each method is better than MLE continued, paired by seed and by prompt."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -85,7 +85,7 @@ def gains(task: Task, seeds: Sequence[Seed], methods: Sequence[str]) -> list[Gai
                 found.append(gain)
                 ps.append(p)
     adjusted = holm(ps)
-    return [Gain(**{**vars(gain), "p": p}) for gain, p in zip(found, adjusted, strict=True)]
+    return [replace(gain, p=p) for gain, p in zip(found, adjusted, strict=True)]
 
 
 def _gain(seeds: Sequence[Seed], method: str, measure: str, decoding: str) -> tuple[Gain, float]:

@@ -28,7 +28,9 @@ from cpo_pipe.eval.metrics.figures import VALUES
 from cpo_pipe.eval.statistics.paired import Key
 from cpo_pipe.eval.statistics.significance import SIGNIFICANCE
 from cpo_pipe.runs import LATEST, RunFolder
+from cpo_pipe.terminal import DEFAULT_STORE
 from tests.support.real_experiment import (
+    ALPHAS,
     BATCH,
     GREEDY,
     GRIDS,
@@ -37,21 +39,23 @@ from tests.support.real_experiment import (
     STEPS,
     TUNING_SEED,
     VARIANTS,
+    VARIED,
     WITHOUT_CORRECT,
     Task,
     clean,
     recipe,
     tasks,
 )
-from tests.support.real_gains import BASELINE, Seed, answer
+from tests.support.real_gains import BASELINE, LABELS, Seed, answer
 from tests.support.results_page import write_part
 
 ROOT = Path(__file__).parents[2]
+MERGED = "merged"
 Figures = dict[Key, float]
 
 
-def run(work: Path, content: Mapping[str, Any]) -> Seed:
-    """Run a recipe, and return what it measured; what it wrote to its log stands beside it."""
+def run(work: Path, content: Mapping[str, Any]) -> RunFolder:
+    """Run a recipe; what it wrote to its log stands beside it."""
     path = work / f"{content['name']}.yaml"
     path.write_text(yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
     with path.with_suffix(".log").open("a") as log:
@@ -59,7 +63,12 @@ def run(work: Path, content: Mapping[str, Any]) -> Seed:
         done = subprocess.run(command, cwd=work, stdout=log, stderr=log, env=os.environ)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with status {done.returncode}; see {log.name}")
-    folder = RunFolder((work / "runs" / content["name"] / LATEST).resolve())
+    return RunFolder((work / "runs" / content["name"] / LATEST).resolve())
+
+
+def measure(work: Path, content: Mapping[str, Any]) -> Seed:
+    """Run a recipe, and return what it measured."""
+    folder = run(work, content)
     values: dict[Key, dict[str, float]] = {}
     for row in (folder.values() or VALUES.empty_table()).to_pylist():
         values.setdefault((row["system"], row["decoding"], row["metric"]), {})[row["example_id"]] = row["value"]
@@ -73,25 +82,46 @@ def tune(work: Path, name: str, task: Task, model: Path, methods: Sequence[str])
     for method in methods:
         trainings = {f"{method}-{at}": METHODS[method] | settings for at, settings in enumerate(GRIDS[method])}
         content = recipe(f"tune-{name}-{method}", task, model, trainings, TUNING_SEED, "validation")
-        found = run(work, content).figures
+        found = measure(work, content).figures
         figures |= found
         metric, decoding = task.chosen_by
         chosen[method] = max(range(len(GRIDS[method])), key=lambda at: found[f"{method}-{at}", decoding, metric])
     return chosen, figures
 
 
-def vary(work: Path, name: str, task: Task, model: Path, best: Mapping[str, float]) -> Figures:
+def vary(work: Path, name: str, task: Task, model: Path) -> Figures:
     """Measure the variants of AN on validation."""
     names = {f"variant-{number}": label for number, label in enumerate(VARIANTS)}
-    an = METHODS["an"] | dict(best)
-    trainings = {key: an | VARIANTS[label] for key, label in names.items()}
-    found = dict(run(work, recipe(f"vary-{name}", task, model, trainings, TUNING_SEED, "validation")).figures)
+    trainings = {key: VARIED | VARIANTS[label] for key, label in names.items()}
+    found = dict(measure(work, recipe(f"vary-{name}", task, model, trainings, TUNING_SEED, "validation")).figures)
     if "exact" in task.judges:
         dropped = {"by": "exact", **task.judges["exact"]}
         names["wrong"] = WITHOUT_CORRECT
-        content = recipe(f"drop-{name}", task, model, {"wrong": an}, TUNING_SEED, "validation", drop_correct=dropped)
-        found |= run(work, content).figures
+        content = recipe(
+            f"drop-{name}", task, model, {"wrong": VARIED}, TUNING_SEED, "validation", drop_correct=dropped
+        )
+        found |= measure(work, content).figures
     return {(names.get(system, system), decoding, metric): of for (system, decoding, metric), of in found.items()}
+
+
+def merge(work: Path, name: str, task: Task, model: Path, trainings: Mapping[str, Mapping[str, Any]]) -> Figures:
+    """Measure MLE continued merged with another training by weight, on validation."""
+    content = recipe(f"merge-{name}", task, model, trainings, TUNING_SEED, "validation")
+    content["evaluate"]["ensembles"] = {MERGED: {"of": [*trainings], "alphas": ALPHAS}}
+    return dict(measure(work, content).figures)
+
+
+def compare(work: Path, name: str, task: Task, model: Path, trainings: Mapping[str, Any], seed: int) -> Seed:
+    """Train all methods with a seed, and measure them on the test rows."""
+    content = recipe(f"compare-{name}-{seed}", task, model, trainings, seed, "test")
+    if task.test_data is not None:
+        evaluate = content.pop("evaluate")
+        made = run(work, content | {"name": f"train-{name}-{seed}"}).artifacts()
+        evaluate["systems"] = {
+            key: {"model": str(Path(DEFAULT_STORE, made[f"train {key}"]))} for key in evaluate["systems"]
+        }
+        content = {"name": content["name"], "data": dict(task.test_data), "evaluate": evaluate}
+    return measure(work, content)
 
 
 def interval(values: Sequence[float]) -> str:
@@ -114,7 +144,7 @@ def judge_worth(work: Path, name: str, task: Task, model: Path) -> list[str]:
         "another prompt's target": [*rows[1:], rows[0]],
         "the target's first half": [{**row, "target": row["target"][: len(row["target"]) // 2]} for row in rows],
     }
-    content = recipe(f"judge-{name}", task, model, {}, 0, "test")
+    content = recipe(f"judge-{name}", task, model, {}, 0, "test") | {"data": dict(task.test_data or task.data)}
     systems = {}
     for number, others in enumerate(texts.values()):
         file = work / f"judge-{name}-{number}.jsonl"
@@ -128,7 +158,7 @@ def judge_worth(work: Path, name: str, task: Task, model: Path) -> list[str]:
         "mauve_model": None, "headline": None,
     }  # fmt: skip
     del content["train"]["reference"]
-    found = run(work, content)
+    found = measure(work, content)
     lines = [f"What the model is worth as a judge, on {len(rows)} prompts (a perfect one: 0%):\n"]
     for number, label in enumerate(texts):
         for judge in ("local", "likelihood"):
@@ -148,7 +178,7 @@ def prepared_by(work: Path, pattern: str) -> list[dict[str, Any]]:
 def page(name: str, task: Task, seeds: Sequence[Seed], chosen: Mapping[str, int], tuned: Figures) -> Iterator[str]:
     """Yield the lines of a task's section."""
     metric, decoding = task.chosen_by
-    yield f"## {name}: {len(seeds)} seeds, {task.data['test']} test rows\n"
+    yield f"## {name}: {len(seeds)} seeds, {task.test_rows} test rows\n"
     for shown, measures in task.measures.items():
         yield f"### {shown}\n"
         yield f"| | {' | '.join(of for of, _ in measures)} | target NLL |"
@@ -170,17 +200,19 @@ def page(name: str, task: Task, seeds: Sequence[Seed], chosen: Mapping[str, int]
                 ]
                 yield f"| {system} | {' | '.join(map(interval, differences))} |"
         yield ""
-    best, variants = f"an-{chosen['an']}" if "an" in chosen else "", Seed(tuned, {})
     varied = [system for system in dict.fromkeys(key for key, *_ in tuned) if system.startswith("an, ")]
     if varied:
-        yield "Variants of AN with its chosen β, on validation:\n"
-        shown_measures = [(shown, *measure) for shown, measures in task.measures.items() for measure in measures]
-        yield f"| | {' | '.join(f'{of}, {shown}' for shown, of, _ in shown_measures)} |"
-        yield f"| --- |{' ---: |' * len(shown_measures)}"
-        for system in [best, *varied]:
-            cells = [f"{variants.value(system, shown, of):.{digits}f}" for shown, of, digits in shown_measures]
-            yield f"| {'AN' if system == best else system} | {' | '.join(cells)} |"
-        yield ""
+        yield f"Variants of AN with β {VARIED['beta']}, on validation:\n"
+        plain = f"an-{[settings['beta'] for settings in GRIDS['an']].index(VARIED['beta'])}"
+        yield from validation_table(task, tuned, {"AN": plain} | {system: system for system in varied})
+    if any(system.startswith(MERGED) for system, *_ in tuned):
+        best = best_method(task, chosen, tuned)
+        yield f"θ = α θ(MLE continued) + (1 − α) θ({LABELS[best]}), on validation:\n"
+        merged = {f"α = {alpha:g}": f"{MERGED}@{alpha:g}" for alpha in ALPHAS}
+        own, mle = f"{best}-{chosen[best]}", f"{BASELINE}-{chosen[BASELINE]}"
+        yield from validation_table(
+            task, tuned, {f"{LABELS[best]}, α = 0": own} | merged | {"MLE continued, α = 1": mle}
+        )
     yield f"Settings, chosen by {metric} under {decoding} on validation:\n"
     for method, number in chosen.items():
         tried = [f"{settings}: {tuned[f'{method}-{at}', decoding, metric]:.2f}"
@@ -189,11 +221,31 @@ def page(name: str, task: Task, seeds: Sequence[Seed], chosen: Mapping[str, int]
     yield ""
 
 
+def validation_table(task: Task, figures: Figures, systems: Mapping[str, str]) -> Iterator[str]:
+    """Yield a table of systems, by label, with all measures."""
+    found = Seed(figures, {})
+    columns = [(shown, *measure) for shown, measures in task.measures.items() for measure in measures]
+    yield f"| | {' | '.join(f'{of}, {shown}' for shown, of, _ in columns)} |"
+    yield f"| --- |{' ---: |' * len(columns)}"
+    for label, system in systems.items():
+        cells = [f"{found.value(system, shown, of):.{digits}f}" for shown, of, digits in columns]
+        yield f"| {label} | {' | '.join(cells)} |"
+    yield ""
+
+
+def best_method(task: Task, chosen: Mapping[str, int], tuned: Figures) -> str:
+    """Return the contrastive method that is best on validation, with its chosen settings."""
+    metric, decoding = task.chosen_by
+    contrastive = [method for method in chosen if method != BASELINE]
+    return max(contrastive, key=lambda method: tuned[f"{method}-{chosen[method]}", decoding, metric])
+
+
 def main() -> None:
     """Run what is missing and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="SmolLM2-135M-Instruct, converted")
-    parser.add_argument("--text", type=Path, required=True, help="WikiText-2, validation or test")
+    parser.add_argument("--text", type=Path, required=True, help="WikiText-2's validation split, to train on")
+    parser.add_argument("--test-text", type=Path, required=True, help="WikiText-2's test split")
     parser.add_argument("--questions", type=Path, required=True, help="GSM8K's train split, JSONL")
     parser.add_argument("--test-questions", type=Path, required=True, help="GSM8K's test split, JSONL")
     parser.add_argument("--work", type=Path, default=Path("results-real"), help="store and runs")
@@ -201,32 +253,33 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["text", "questions"])
     parser.add_argument("--methods", nargs="+", default=[*METHODS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--no-vary", dest="vary", action="store_false", help="leave out the variants of AN")
+    parser.add_argument("--no-vary", dest="vary", action="store_false", help="leave out variants of AN and merges")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    text = (given.work / "articles.txt").resolve()
-    text.write_text(clean(given.text.read_text(encoding="utf-8")), encoding="utf-8")
+    articles = {"articles.txt": given.text, "test-articles.txt": given.test_text}
+    for file, source in articles.items():
+        (given.work / file).write_text(clean(source.read_text(encoding="utf-8")), encoding="utf-8")
     model = given.model.resolve()
-    known = tasks(model, text, given.questions.resolve(), given.test_questions.resolve())
+    texts = [(given.work / file).resolve() for file in articles]
+    known = tasks(model, *texts, given.questions.resolve(), given.test_questions.resolve())
     lines: list[str] = []
     answers: list[str] = []
     for name in given.tasks:
         task = known[name]
         chosen, tuned = tune(given.work, name, task, model, given.methods)
         trainings = {method: METHODS[method] | GRIDS[method][number] for method, number in chosen.items()}
-        seeds = [
-            run(given.work, recipe(f"compare-{name}-{seed}", task, model, trainings, seed, "test"))
-            for seed in given.seeds
-        ]
+        seeds = [compare(given.work, name, task, model, trainings, seed) for seed in given.seeds]
         if "an" in chosen and given.vary:
-            tuned |= vary(given.work, name, task, model, GRIDS["an"][chosen["an"]])
+            best = best_method(task, chosen, tuned)
+            tuned |= vary(given.work, name, task, model)
+            tuned |= merge(given.work, name, task, model, {key: trainings[key] for key in (BASELINE, best)})
         answers += [answer(name, task, seeds, [*chosen]), ""]
         lines += page(name, task, seeds, chosen, tuned)
         lines += judge_worth(given.work, name, task, model)
     versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}}
-    text = "\n".join([TITLE, *answers, MEASURED.format(**versions, steps=STEPS, batch=BATCH), *lines])
-    write_part(given.out, "real model", text)
-    print(text)
+    page_text = "\n".join([TITLE, *answers, MEASURED.format(**versions, steps=STEPS, batch=BATCH), *lines])
+    write_part(given.out, "real model", page_text)
+    print(page_text)
 
 
 TITLE = "# Results on a real model\n"
@@ -238,8 +291,8 @@ Made by `just results-real`; nothing below is written by hand. Python {python}, 
 
 SmolLM2-135M-Instruct is first trained on the data by MLE: the reference. From it each method goes on for {steps} steps
 of {batch} prompts, each once. Each method's settings (three tried for each) are chosen on validation rows with a seed
-of their own, the test rows are read once. A seed changes negatives, order and samples. No measure uses the embedding
-model that ranks the negatives.
+of their own. The test rows are of another split of the data. A seed changes negatives, order and samples. No measure
+uses the embedding model that ranks the negatives.
 
 A comparison is decided where its test says so at 5% after Holm's adjustment for all comparisons of the task, and every
 seed has the same sign. chrF, rep-4 and exact match are paired by prompt: each prompt's difference, averaged over seeds

@@ -17,7 +17,7 @@ METHODS = ["mle", "an", "mixnr"]
 
 @pytest.fixture
 def task() -> Task:
-    return tasks(Path("m"), Path("t"), Path("q"), Path("q"))["text"]
+    return tasks(Path("m"), Path("t"), Path("u"), Path("q"), Path("q"))["text"]
 
 
 def seed(number: int, method: Callable[[str], dict[str, float]], spread: float = 5.0) -> Seed:

@@ -19,6 +19,9 @@ PROMPTS = STEPS * BATCH
 START = {"init": "reference", "max_steps": STEPS, "batch_size": BATCH, "learning_rate": 3e-5, "warmup_steps": 3}
 CONTRAST = {**START, "reference": "reference", "mle_weight": 1.0, "beta": 0.1}
 MIXTURE = {"batch": 1, "meanfield": 1, "truncation": 1}
+ALPHAS = [0.25, 0.5, 0.75]
+"""The part of MLE continued in a merge with the best contrastive method."""
+
 METHODS: dict[str, dict[str, Any]] = {
     "mle": {**START, "objective": "mle"},
     "an": {**CONTRAST, "objective": "cpo", "negatives": {"autoregressive": 3}},
@@ -34,12 +37,13 @@ GRIDS: dict[str, list[dict[str, float]]] = {
     "mle": [{"learning_rate": rate} for rate in (1e-5, 3e-5, 1e-4)],
     "slic": [{"mle_weight": weight} for weight in (1.0, 10.0, 100.0)],
 }
+VARIED = METHODS["an"] | {"beta": 0.01}
 VARIANTS: dict[str, dict[str, Any]] = {
     "an, no MLE loss": {"mle_weight": 0.0},
     "an, β 5, mean log-probs": {"beta": 5.0, "length_normalize": True},
     "an, whole distribution": {"negatives": {"whole": 3}},
 }
-"""What else is varied, on validation with the tuning seed; where answers can be compared also WITHOUT_CORRECT."""
+"""On validation with the tuning seed; where answers can be compared also WITHOUT_CORRECT."""
 WITHOUT_CORRECT = "an, correct ones dropped"
 
 
@@ -54,17 +58,25 @@ class Task:
     measures: Mapping[str, Sequence[tuple[str, int]]]
     """Metrics reported by decoding, with their digits."""
     judges: Mapping[str, Any]
+    test_data: Mapping[str, Any] | None = None
+    """Where the test rows are, if not in `data`."""
+
+    @property
+    def test_rows(self) -> int:
+        """Their number."""
+        return int((self.test_data or self.data)["test"])
 
 
-def tasks(model: Path, text: Path, questions: Path, test_questions: Path) -> dict[str, Task]:
+def tasks(model: Path, text: Path, test_text: Path, questions: Path, test_questions: Path) -> dict[str, Task]:
     """The two tasks on given files."""
     sizes = {"tokenizer": str(model), "validation": 150, "test": 200}
+    pieces = {"preset": "text", "chunk_tokens": 48, "prompt_fraction": 0.333, **sizes}
     return {
         "text": Task(
-            {"preset": "text", "source": str(text), "chunk_tokens": 48, "prompt_fraction": 0.333, **sizes},
-            32, ("chrF", SAMPLED),
+            {**pieces, "source": str(text)}, 32, ("chrF", GREEDY),
             {GREEDY: [("rep-4", 3), ("chrF", 1), ("length", 1)],
              SAMPLED: [("distinct-2", 3), ("chrF", 1), ("MAUVE", 3), ("length", 1)]}, {},
+            {**pieces, "source": str(test_text), "validation": 0, "test": 400},
         ),
         "questions": Task(
             {"source": str(questions), "test_source": str(test_questions), "template": "chat",

@@ -131,7 +131,7 @@ def answer(name: str, task: Task, seeds: Sequence[Seed], methods: Sequence[str])
         each = [seed.value(method, ANY_DECODING, "target NLL") - seed.value(BASELINE, ANY_DECODING, "target NLL")
                 for seed in seeds]  # fmt: skip
         costs.append(f"{LABELS[method]} {np.mean(each):+.3f}")
-    number = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {task.data['test']} test prompts"
+    number = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {task.test_rows} test prompts"
     return " ".join([
         f"**{name}** ({number}, {STEPS} steps of {BATCH} prompts from the same reference).",
         f"Contrastive training beats MLE continued at equal steps in: {_listed(better)}." if better else

@@ -155,6 +155,18 @@ def test_a_plan_reports_all_mistakes(project: Project) -> None:
     assert len([line for line in result.err.splitlines() if line.startswith("error: ")]) == 2
 
 
+def test_samples_that_trainings_share_are_counted_once(project: Project) -> None:
+    """cpo takes three of a source, two takes five of the same: two more."""
+    training = "{init: start, objective: dpo, reference: start, max_steps: 2, batch_size: 4, negatives: {%s: %d}}"
+    options = ["--no-probe", "--set", "negatives.sources.autoregressive.count=5"]
+    for name, count in {"three": 3, "five": 5, "one": 1}.items():
+        options += ["--set", f"train.{name}={training % ('autoregressive', count)}"]
+    stages = planned(project, *options, "--set", "train.cpo.negatives={autoregressive: 3}")
+    made = {name: stage["amount"] for name, stage in stages.items() if name.startswith("generate-negatives")}
+    assert sorted(made.values()) == [0, 0, 16 * 2, 16 * 3]
+    assert sum(stage["why"] == "an earlier stage makes them" for stage in stages.values()) == 2
+
+
 def test_negatives_from_an_api_are_counted(project: Project) -> None:
     pytest.importorskip("openai")
     with serve(lambda seen: written(seen, "A")) as server:

@@ -41,8 +41,12 @@ class Plan:
 
     def missing(self) -> int:
         """Return how many negatives are still to be made."""
+        return sum(self.missing_by_source().values())
+
+    def missing_by_source(self) -> dict[str, int]:
+        """Return how many negatives of each source are still to be made."""
         ids = self.selection["example_id"]
-        return sum(int(source.request.missing(ids).sum()) for source in self.sources)
+        return {source.label: int(source.request.missing(ids).sum()) for source in self.sources}
 
     def check_inputs(self) -> None:
         """Check the inputs of the sources whose negatives are missing.

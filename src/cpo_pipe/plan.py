@@ -46,7 +46,8 @@ def plan(run: Run, probe: bool) -> list[StagePlan]:
     prepare(run.recipe.data, run.store)
     check_stages(run.resolver)
     needs = training_needs(run.resolver)
-    stages = [_planned(run, name, needs) for name in run.stages()]
+    shared: _Shared = {}
+    stages = [_planned(run, name, needs, shared) for name in run.stages()]
     if probe and any(stage.state == MAKE for stage in stages):
         if asked := asked_apis(run.recipe):
             log.warning("no probe, since it would ask APIs (%s): time and memory are not known", ", ".join(asked))
@@ -55,13 +56,13 @@ def plan(run: Run, probe: bool) -> list[StagePlan]:
     return stages
 
 
-def _planned(run: Run, name: str, needs: Mapping[str, Need]) -> StagePlan:
+def _planned(run: Run, name: str, needs: Mapping[str, Need], shared: "_Shared") -> StagePlan:
     if name == "prepare":
         examples = run.resolver.examples().artifact.manifest["examples"]
         return StagePlan(name, EXISTS, "", sum(examples.values()), "examples")
     kind, _, owner = name.partition(" of ")
     if kind == "generate-negatives":
-        return _planned_negatives(run, name, owner or None)
+        return _planned_negatives(run, name, owner or None, shared)
     if kind == "rank":
         return _planned_groups(run, name, owner or None)
     if kind == "evaluate":
@@ -69,28 +70,42 @@ def _planned(run: Run, name: str, needs: Mapping[str, Need]) -> StagePlan:
     return _planned_training(run, name, name.removeprefix("train "), needs)
 
 
-def _planned_negatives(run: Run, name: str, owner: str | None) -> StagePlan:
+_Shared = dict[tuple[str, ...], int]
+"""Samples that earlier stages of the plan make, by source and its models; trainings share them."""
+
+
+def _planned_negatives(run: Run, name: str, owner: str | None, shared: _Shared) -> StagePlan:
     resolver = run.resolver
     section = resolver.negatives_section(owner)
-    total = prompts_with_negatives(run, owner) * sum(source.count for source in section.sources.values())
-    length = mean_length(run, "target_ids")
-    planned = StagePlan(name, MAKE, amount=total, unit="samples")
+    prompts = prompts_with_negatives(run, owner)
+    amounts = {label: prompts * source.count for label, source in section.sources.items()}
+    total = sum(amounts.values())
+    planned = StagePlan(name, MAKE, unit="samples")
     try:
         found = resolver.negatives(owner)
-        planned.amount = found.missing()
-        if not planned.amount:
+        amounts = found.missing_by_source()
+        missing = sum(amounts.values())
+        if not missing:
             return StagePlan(name, EXISTS, "", total, "samples")
-        elif planned.amount < total:
-            planned.why = f"{total - planned.amount:,} of {total:,} exist"
+        elif missing < total:
+            planned.why = f"{total - missing:,} of {total:,} exist"
         else:
             planned.why = _why(resolver.store, "negatives", found.sources[0].rows.spec)
-    except MissingInput as missing:
-        planned.why = _waits(missing)
+    except MissingInput as waits:
+        planned.why = _waits(waits)
+    for label, source in section.sources.items():
+        key = (label, *source.models())
+        before, shared[key] = shared.get(key, 0), max(shared.get(key, 0), amounts[label])
+        amounts[label] = max(amounts[label] - before, 0)
+    planned.amount = sum(amounts.values())
+    if not planned.amount:
+        planned.why = "an earlier stage makes them"
+    length = mean_length(run, "target_ids")
     planned.tokens = round(planned.amount * length)
     prompt, prices = mean_length(run, "prompt_ids"), []
-    for source in section.sources.values():
+    for label, source in section.sources.items():
         for api in (resolver.apis[model] for model in source.models() if model in resolver.apis):
-            calls = round(planned.amount * source.count / sum(one.count for one in section.sources.values()))
+            calls = amounts[label]
             planned.calls += calls
             prices.append(api.price(Tokens(round(calls * prompt), round(calls * length))))
     planned.usd = None if None in prices or not prices else sum(price for price in prices if price is not None)

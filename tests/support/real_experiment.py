@@ -76,7 +76,7 @@ def tasks(model: Path, text: Path, test_text: Path, questions: Path, test_questi
             {**pieces, "source": str(text)}, 32, ("chrF", GREEDY),
             {GREEDY: [("rep-4", 3), ("chrF", 1), ("length", 1)],
              SAMPLED: [("distinct-2", 3), ("chrF", 1), ("MAUVE", 3), ("length", 1)]}, {},
-            {**pieces, "source": str(test_text), "validation": 0, "test": 400},
+            {**pieces, "source": str(test_text), "validation": 0, "test": 300},
         ),
         "questions": Task(
             {"source": str(questions), "test_source": str(test_questions), "template": "chat",

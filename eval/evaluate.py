@@ -5,8 +5,8 @@ Outputs and verdicts are rows and are reused. The metrics are one artifact:
     metrics.parquet       the METRICS schema, a row per system × decoding × metric
     comparisons.parquet   the COMPARISONS schema, a row per judge × decoding × two systems
     agreement.parquet     the AGREEMENT schema, a row per two judges, or a judge and the human annotations
-    outputs.parquet       every output, so that a report needs no model
-    values.parquet        the values per example that the metrics average
+    outputs.parquet       the OUTPUTS schema, every output, so that a report needs no model
+    values.parquet        the VALUES schema, the values per example that the metrics average
     verdicts.parquet      the VERDICTS schema, how each output was judged, in each order
     manifest.json         what a reader of the metrics should know (`notes`)
 """
@@ -72,29 +72,9 @@ class Evaluation:
     score_metrics: Sequence[ScoreMetric]
     """The metrics of the judges' scores."""
 
-    def metrics(self) -> pa.Table:
-        """Return the metrics (METRICS schema)."""
-        return pq.read_table(self.artifact.path / "metrics.parquet")
-
-    def comparisons(self) -> pa.Table:
-        """Return the differences between systems (COMPARISONS schema)."""
-        return pq.read_table(self.artifact.path / "comparisons.parquet")
-
-    def values(self) -> pa.Table:
-        """Return the values per example that the metrics average (VALUES schema)."""
-        return pq.read_table(self.artifact.path / "values.parquet")
-
-    def agreements(self) -> pa.Table:
-        """Return the agreement of judges and human annotations (AGREEMENT schema)."""
-        return pq.read_table(self.artifact.path / "agreement.parquet")
-
-    def verdicts(self) -> pa.Table:
-        """Return how each output was judged (VERDICTS schema of eval/judging.py)."""
-        return pq.read_table(self.artifact.path / "verdicts.parquet")
-
-    def outputs(self) -> pa.Table:
-        """Return all outputs (OUTPUTS schema)."""
-        return pq.read_table(self.artifact.path / "outputs.parquet")
+    def table(self, name: str) -> pa.Table:
+        """Return a table of the artifact, such as `metrics`; the module's docstring lists them."""
+        return pq.read_table(self.artifact.path / f"{name}.parquet")
 
     @property
     def notes(self) -> list[str]:

@@ -67,17 +67,17 @@ def write_run_report(
         baseline=config.baseline,
         verdict=answer,
         leaderboards=boards,
-        metrics=evaluation.metrics(),
-        comparisons=evaluation.comparisons(),
-        agreements=evaluation.agreements(),
+        metrics=evaluation.table("metrics"),
+        comparisons=evaluation.table("comparisons"),
+        agreements=evaluation.table("agreement"),
         published=recipe.published,
         shared_metrics=evaluation.shared_metrics,
         score_metrics=evaluation.score_metrics,
         notes=[*([recipe.note] if recipe.note else []), *evaluation.notes, *notes],
         examples=evaluation.examples,
-        outputs=evaluation.outputs(),
+        outputs=evaluation.table("outputs"),
         scores=_scores(evaluation, config),
-        verdicts=evaluation.verdicts(),
+        verdicts=evaluation.table("verdicts"),
         ensembles={
             name: [(alpha, ensemble_system(name, alpha)) for alpha in sorted(ensemble.alphas)]
             for name, ensemble in config.ensembles.items()
@@ -102,7 +102,7 @@ def write_run_report(
 def rankings(evaluation: Evaluation) -> tuple[list[Leaderboard], Verdict | None]:
     """Return the ranked table of each decoding, and how the best system compares with the baseline."""
     metrics, comparisons, baseline, ranked_by = (
-        evaluation.metrics(), evaluation.comparisons(), evaluation.baseline, evaluation.ranked_by
+        evaluation.table("metrics"), evaluation.table("comparisons"), evaluation.baseline, evaluation.ranked_by
     )  # fmt: skip
     boards = leaderboards(
         metrics, comparisons, baseline, ranked_by, evaluation.shared_metrics, evaluation.score_metrics
@@ -126,7 +126,7 @@ def _scores(evaluation: Evaluation, config: Evaluate) -> pa.Table:
         metric = score.name if score is not None else "chrF"
     elif metric in DIVERSITY:  # of all outputs together
         metric = "chrF"
-    values = evaluation.values()
+    values = evaluation.table("values")
     return values.filter(pc.equal(values["metric"], metric))
 
 

@@ -25,7 +25,7 @@ def test_an_evaluation_has_all_figures(bench: Bench) -> None:
     result = bench.run(decodings=DECODINGS)
     found = figures(result)
 
-    assert result.metrics().schema.equals(METRICS)
+    assert result.table("metrics").schema.equals(METRICS)
     text = {"rep-4", "repetition loops", "distinct-1", "distinct-2", "distinct-3", "length"}
     per_decoding = {*text, "chrF", "exact match"}
     wins = {"exact win", "exact tie", "exact loss", "exact win rate"}
@@ -48,7 +48,7 @@ def test_outputs_are_those_of_the_model(bench: Bench) -> None:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     result = bench.run()
-    rows = result.outputs().to_pylist()
+    rows = result.table("outputs").to_pylist()
     assert [row["example_id"] for row in rows[:12]] == result.examples["example_id"].to_pylist()
     tokenizer = bench.examples.tokenizer.load()
     model = AutoModelForCausalLM.from_pretrained(bench.models["two"].path)
@@ -64,20 +64,20 @@ def test_a_second_run_makes_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(samples, "choose_engine", no_engine)
     again = bench.run(decodings=DECODINGS, nll=no_engine)
     assert again.artifact.path == first.artifact.path
-    assert again.metrics().equals(first.metrics())
+    assert again.table("metrics").equals(first.table("metrics"))
 
 
 def test_other_figures_reuse_the_outputs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     first = bench.run()
     monkeypatch.setattr(samples, "choose_engine", no_engine)
     assert bench.run(bootstrap=300).artifact.path != first.artifact.path
-    assert bench.run(examples=5).metrics()["n"].unique().to_pylist() == [5]
+    assert bench.run(examples=5).table("metrics")["n"].unique().to_pylist() == [5]
     assert bench.run(baseline="two").artifact.path != first.artifact.path
 
 
 def test_the_seed_changes_samples_but_not_greedy_outputs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = bench.run(decodings=DECODINGS).outputs().to_pylist()
-    two = bench.run(decodings=DECODINGS, seed=1).outputs().to_pylist()
+    one = bench.run(decodings=DECODINGS).table("outputs").to_pylist()
+    two = bench.run(decodings=DECODINGS, seed=1).table("outputs").to_pylist()
     sampled = [a["text"] == b["text"] for a, b in zip(one, two, strict=True) if a["decoding"] == "top-k"]
     assert not all(sampled)
     monkeypatch.setattr(samples, "choose_engine", no_engine)
@@ -130,7 +130,8 @@ def test_texts_are_compared_in_one_unicode_form(
         assert found[name, "greedy", "chrF"]["value"] == pytest.approx(100)
     assert found["one", "greedy", "longer characters"]["value"] == found["two", "greedy", "longer characters"]["value"]
     assert found["one", "greedy", "longer tie"]["value"] == 1
-    assert all(verdict["orders"] == [] for verdict in result.verdicts().to_pylist())  # equal outputs are not judged
+    verdicts = result.table("verdicts").to_pylist()
+    assert all(verdict["orders"] == [] for verdict in verdicts)  # equal outputs are not judged
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(tmp_path: Path, new_model: Callable[..., Path]) -> None:
@@ -184,7 +185,7 @@ examples = Examples(artifact, tokenizer, {{"template": "plain"}})
 config = Evaluate.model_validate(json.loads({config!r}))
 nothing = dict(ranker=None, models={{}}, apis={{}}, executor=None)
 result = evaluate(config, store, examples, {{"one": model}}, max_new_tokens=6, **nothing)
-print(result.metrics().num_rows, [name for name in {heavy} if name in sys.modules])
+print(result.table("metrics").num_rows, [name for name in {heavy} if name in sys.modules])
 """
 
 
@@ -194,7 +195,7 @@ HEAVY = ("torch", "transformers", "sentence_transformers", "sklearn", "scipy")
 def test_a_warm_run_imports_nothing_heavy(tmp_path: Path, models: dict[str, Path]) -> None:
     settings = {"systems": {"one": {"model": "one"}}, "baseline": "one", "bootstrap": 200, "engine": "transformers",
                 "judges": ["similarity", "exact"]}  # fmt: skip
-    rows = Bench(tmp_path, {"one": models["one"]}, 12).run(**{**settings, "mauve_seeds": 3}).metrics().num_rows
+    rows = Bench(tmp_path, {"one": models["one"]}, 12).run(**{**settings, "mauve_seeds": 3}).table("metrics").num_rows
     code = WARM.format(
         root=str(tmp_path),
         model=str(models["one"]),
@@ -208,10 +209,10 @@ def test_a_warm_run_imports_nothing_heavy(tmp_path: Path, models: dict[str, Path
 
 def test_judges_are_compared_with_each_other_and_with_annotations(bench: Bench, tmp_path: Path) -> None:
     first = bench.run(judges=["exact", "longer"])
-    (judges,) = first.agreements().to_pylist()
+    (judges,) = first.table("agreement").to_pylist()
     assert (judges["judge_a"], judges["judge_b"]) == ("exact", "longer")
-    won = {(row["example_id"], row["judge"]): row["winner"] for row in first.verdicts().to_pylist()}
-    written = {(row["system"], row["example_id"]): row["text"] for row in first.outputs().to_pylist()}
+    won = {(row["example_id"], row["judge"]): row["winner"] for row in first.table("verdicts").to_pylist()}
+    written = {(row["system"], row["example_id"]): row["text"] for row in first.table("outputs").to_pylist()}
     examples = first.examples.select(["example_id", "prompt"]).to_pylist()
     unequal = [
         example
@@ -232,7 +233,7 @@ def test_judges_are_compared_with_each_other_and_with_annotations(bench: Bench, 
     path = tmp_path / "labels.jsonl"
     path.write_text("".join(json.dumps(label) + "\n" for label in labels))
     second = bench.run(judges=["exact", "longer"], annotations=str(path))
-    rows = {(row["judge_a"], row["judge_b"]): row for row in second.agreements().to_pylist()}
+    rows = {(row["judge_a"], row["judge_b"]): row for row in second.table("agreement").to_pylist()}
     assert [*rows] == [("exact", "longer"), ("exact", "human annotations"), ("longer", "human annotations")]
     assert rows["exact", "longer"] == judges
     assert (rows["longer", "human annotations"]["agreement"], rows["longer", "human annotations"]["n"]) == (1, 5)
@@ -250,7 +251,7 @@ def test_the_diversity_of_several_samples_is_measured(bench: Bench) -> None:
 
     one = bench.run(decodings=DECODINGS)
     several = bench.run(decodings={**DECODINGS, "top-k": {"top_k": 5, "samples": 3}})
-    assert several.outputs().equals(one.outputs()), "figures of outputs are those of the first sample"
+    assert several.table("outputs").equals(one.table("outputs")), "figures of outputs are those of the first sample"
     found, before = figures(several), figures(one)
     extra = {of for of in found if of not in before}
     names = ("self-BLEU", "distinct-2 of samples")

@@ -35,7 +35,7 @@ def test_similarity_wins_follow_from_the_cosines(bench: Bench) -> None:
     ids = result.examples["example_id"].to_pylist()
     wins = sum(cosines["two", i] > cosines["one", i] + 1e-6 for i in ids)
     assert figures(result)["two", "greedy", "similarity win"]["value"] == pytest.approx(wins / len(ids))
-    (against,) = result.comparisons().to_pylist()
+    (against,) = result.table("comparisons").to_pylist()
     assert (against["system_a"], against["system_b"], against["n"]) == ("two", "one", len(ids))
     rate = figures(result)["two", "greedy", "similarity win rate"]
     assert against["difference"] == pytest.approx(rate["value"] - 0.5)
@@ -80,7 +80,7 @@ def test_all_texts_are_embedded_once_with_one_progress_bar(bench: Bench, monkeyp
         Embedder, "embed", lambda embedder, texts: [batches.append(list(texts)), embed(embedder, texts)][1]
     )
     result = bench.run(judges=["similarity", "exact"], decodings=DECODINGS)
-    written = {*result.outputs()["text"].to_pylist(), *result.examples["target"].to_pylist()}
+    written = {*result.table("outputs")["text"].to_pylist(), *result.examples["target"].to_pylist()}
     assert labels == ["embed outputs"]
     assert len(batches) == 1
     assert sorted(batches[0]) == sorted(written)
@@ -102,7 +102,7 @@ def test_mauve_with_the_features_of_a_causal_model(tmp_path: Path, models: dict[
     result = bench.run(mauve_seeds=2, mauve_model="two", judge_models=bench.models)
     encoder = CausalEncoder(scorer, locate_tokenizer(str(scorer.path), bench.store))
     targets = encoder.encode(result.examples["target"].to_pylist())
-    outputs = {(row["system"], row["example_id"]): row["text"] for row in result.outputs().to_pylist()}
+    outputs = {(row["system"], row["example_id"]): row["text"] for row in result.table("outputs").to_pylist()}
     written = [outputs["one", example_id] for example_id in result.examples["example_id"].to_pylist()]
     expected = mauve(targets, encoder.encode(written), range(2))
     found = figures(result)

@@ -40,14 +40,14 @@ def test_what_is_not_measured_is_refused(headline: dict[str, str], said: str) ->
 
 def test_a_metric_with_values_per_example_is_compared_by_these(bench: Bench) -> None:
     result = bench.run(headline={"metric": "chrF", "decoding": "top-k"}, judges=["similarity"], decodings=DECODINGS)
-    values = result.values().to_pylist()
+    values = result.table("values").to_pylist()
     of = {
         system: [row["value"] for row in values if (row["system"], row["decoding"], row["metric"]) == key]
         for system, key in ((name, (name, "top-k", "chrF")) for name in bench.models)
     }
     baseline = result.baseline
     (other,) = (name for name in of if name != baseline)
-    (row,) = (row for row in result.comparisons().to_pylist() if row["metric"] == "chrF")
+    (row,) = (row for row in result.table("comparisons").to_pylist() if row["metric"] == "chrF")
     differences = np.subtract(of[other], of[baseline])
     assert (row["system_a"], row["system_b"], row["decoding"]) == (other, baseline, "top-k")
     assert row["difference"] == pytest.approx(differences.mean())

@@ -15,7 +15,7 @@ from tests.support.project import Project
 
 def texts(result: Evaluation, system: str, decoding: str) -> list[str]:
     key = (system, decoding)
-    return [row["text"] for row in result.outputs().to_pylist() if (row["system"], row["decoding"]) == key]
+    return [row["text"] for row in result.table("outputs").to_pylist() if (row["system"], row["decoding"]) == key]
 
 
 def run(bench: Bench, path: Path, columns: dict[str, str] | None = None, **settings: Any) -> Evaluation:

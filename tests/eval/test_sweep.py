@@ -21,7 +21,7 @@ SWEEP: dict[str, dict[str, Any]] = {
 
 def texts(result: Evaluation) -> dict[tuple[str, str], list[str]]:
     found: dict[tuple[str, str], list[str]] = {}
-    for row in result.outputs().to_pylist():
+    for row in result.table("outputs").to_pylist():
         found.setdefault((row["system"], row["decoding"]), []).append(row["text"])
     return found
 

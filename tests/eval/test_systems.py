@@ -18,7 +18,7 @@ def texts(result: Evaluation, system: str) -> list[str]:
     """Outputs of a system, or the targets, in the order of the examples."""
     if system == GROUND_TRUTH:
         return result.examples["target"].to_pylist()
-    return [row["text"] for row in result.outputs().to_pylist() if row["system"] == system]
+    return [row["text"] for row in result.table("outputs").to_pylist() if row["system"] == system]
 
 
 def longer(ours: Sequence[str], theirs: Sequence[str]) -> float:
@@ -37,7 +37,7 @@ def test_all_are_compared_with_the_ground_truth(bench: Bench) -> None:
         expected = longer(texts(result, system), texts(result, GROUND_TRUTH))
         assert found[system, "greedy", "longer win rate"]["value"] == pytest.approx(expected)
     assert not [key for key in found if key[0] == GROUND_TRUTH and ("win" in key[2] or key[2] == "target NLL")]
-    assert set(result.outputs()["system"].to_pylist()) == {"one", "two"}
+    assert set(result.table("outputs")["system"].to_pylist()) == {"one", "two"}
     assert result.notes == []
 
 

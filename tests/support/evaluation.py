@@ -83,7 +83,7 @@ class Bench:
 
 
 def figures(result: Evaluation) -> dict[tuple[str, str, str], dict[str, Any]]:
-    return {(row["system"], row["decoding"], row["metric"]): row for row in result.metrics().to_pylist()}
+    return {(row["system"], row["decoding"], row["metric"]): row for row in result.table("metrics").to_pylist()}
 
 
 def no_engine(*_: object) -> Any:

@@ -27,25 +27,7 @@ from cpo_pipe.pipeline.rank.rank import check_scorers, plan_groups
 from cpo_pipe.resolve import Resolver
 from cpo_pipe.trainer.packages import check_installed
 
-
-def check(resolver: Resolver, force: bool = False) -> None:
-    """Check a recipe as far as it can be checked now: its settings, and its stages if the examples are prepared.
-
-    What needs a training is checked when its stage begins.
-
-    Args:
-        resolver: of the recipe.
-        force: do not check whether trainings fit into memory and on the disk.
-
-    Raises:
-        InputError: something is wrong; all of it is in the message.
-    """
-    findings = Findings()
-    _check_settings(resolver, findings, force)
-    with findings.collect():
-        resolver.examples()
-        _check_stages(resolver, findings)
-    findings.report()
+# ── before there are examples ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def check_settings(resolver: Resolver, force: bool = False) -> None:
@@ -55,25 +37,6 @@ def check_settings(resolver: Resolver, force: bool = False) -> None:
         InputError: something is wrong; all of it is in the message.
     """
     findings = Findings()
-    _check_settings(resolver, findings, force)
-    findings.report()
-
-
-def check_stages(resolver: Resolver) -> None:
-    """Check the stages after `prepare` as far as their inputs exist; make nothing and load no model.
-
-    Raises:
-        InputError: a model, a file or a setting of a stage is wrong; all of it is in the message.
-    """
-    findings = Findings()
-    _check_stages(resolver, findings)
-    findings.report()
-
-
-# ── before there are examples ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _check_settings(resolver: Resolver, findings: Findings, force: bool) -> None:
     with findings.collect():
         check_data(resolver.recipe.data, resolver.store)
     for name, training in resolver.recipe.train.items():
@@ -98,6 +61,7 @@ def _check_settings(resolver: Resolver, findings: Findings, force: bool) -> None
         for api in _named_apis(resolver):
             with findings.collect():
                 api.check_server()
+    findings.report()
 
 
 def _prepared(resolver: Resolver) -> bool:
@@ -193,7 +157,15 @@ def _named_apis(resolver: Resolver) -> list[ApiModel]:
 # ── with examples ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _check_stages(resolver: Resolver, findings: Findings) -> None:
+def check_stages(resolver: Resolver) -> None:
+    """Check the stages after `prepare` as far as their inputs exist; make nothing and load no model.
+
+    What needs a training is checked when its stage begins.
+
+    Raises:
+        InputError: a model, a file or a setting of a stage is wrong; all of it is in the message.
+    """
+    findings = Findings()
     with findings.collect():
         _check_negatives(resolver, findings)
     longest = _longest_example(resolver)
@@ -207,6 +179,7 @@ def _check_stages(resolver: Resolver, findings: Findings) -> None:
     if resolver.recipe.evaluate is not None:
         with findings.collect():
             _check_evaluation(resolver, findings)
+    findings.report()
 
 
 def _longest_example(resolver: Resolver) -> int:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from cpo_pipe.checks import check, check_settings, check_stages
-from cpo_pipe.data.errors import MissingInput
+from cpo_pipe.checks import check_settings, check_stages
+from cpo_pipe.data.errors import Findings, MissingInput
 from cpo_pipe.data.execution.base import Executor, LocalExecutor
 from cpo_pipe.data.store import Store, atomic
 from cpo_pipe.data.text import one_line, say, say_prose
@@ -85,12 +85,21 @@ class Run:
         return steps
 
     def check(self, force: bool = False) -> None:
-        """Find all that is wrong with the recipe, and make nothing.
+        """Find all that is wrong with the recipe, and make nothing; check the stages only if the examples are prepared.
+
+        Args:
+            force: do not check whether trainings fit into memory and on the disk.
 
         Raises:
             InputError: something is wrong; all of it is in the message.
         """
-        check(self.resolver.offline(), force)
+        resolver, findings = self.resolver.offline(), Findings()
+        with findings.collect():
+            check_settings(resolver, force)
+        with findings.collect():
+            resolver.examples()
+            check_stages(resolver)
+        findings.report()
 
     def stages(self) -> list[str]:
         """Return the names of all stages in order, as they are in the log."""

@@ -137,6 +137,7 @@ def test_all_combinations_in_order() -> None:
     assert combinations({"a.b": [1, "x: y"], "c": [[1], None]}) == [
         ["a.b=1", "c=[1]"], ["a.b=1", "c=null"], ["a.b='x: y'", "c=[1]"], ["a.b='x: y'", "c=null"],
     ]  # fmt: skip
+    assert combinations({"note": ["two\nlines"]}) == [[r'note="two\nlines"']], "a command line shows it"
     (small,) = combinations({"train.cpo.learning_rate": [1e-05]})
     (setting,) = (one.replace("cpo", "cpo-ranked") for one in small)
     assert load_recipe("demo", [setting]).train["cpo-ranked"].learning_rate == 1e-5

@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from cpo_pipe.data.errors import Findings, InputError
 from cpo_pipe.data.text import one_line, say, say_prose
 from cpo_pipe.eval.report.verdict import SIGNIFICANCE, Verdict
 from cpo_pipe.eval.statistics.significance import holm
 from cpo_pipe.recipe.recipe import Recipe
+from cpo_pipe.recipe.render import inline
 from cpo_pipe.run import Run
 from cpo_pipe.screen import print_table
 
@@ -23,14 +22,8 @@ ON_VALIDATION = "evaluate.split=validation"
 
 def combinations(sweep: Mapping[str, Sequence[Any]]) -> list[list[str]]:
     """Return the overrides of each combination of the listed values; the last key varies fastest."""
-    listed = [[f"{key}={_yaml(value)}" for value in values] for key, values in sweep.items()]
+    listed = [[f"{key}={inline(value)}" for value in values] for key, values in sweep.items()]
     return [list(chosen) for chosen in itertools.product(*listed)]
-
-
-def _yaml(value: Any) -> str:
-    """Return a value as YAML on one line; JSON's 1e-05 would be read back as text."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"), sort_keys=False)
-    return str(text).removesuffix("...\n").strip()
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def _short_section(section: Section, depth: int) -> Iterator[str]:
 def _short_entry(name: str, value: Any, depth: int, comment: str = "") -> Iterator[str]:
     """Yield a key with its value: on one line where it fits, unless it is a top-level section."""
     pad = "  " * depth
-    line = f"{pad}{name}: {_inline(value)}"
+    line = f"{pad}{name}: {inline(value)}"
     if len(line) <= WIDTH and not (depth == 0 and isinstance(value, Section | dict) and _plain(value)):
         yield line + comment if len(line + comment) <= WIDTH else line
     elif isinstance(value, str):
@@ -71,9 +71,9 @@ def _short_entry(name: str, value: Any, depth: int, comment: str = "") -> Iterat
             yield from _short_section(value, depth + 1)
         elif isinstance(value, dict):
             for key, item in value.items():
-                yield from _short_entry(_inline(key), item, depth + 1)
+                yield from _short_entry(inline(key), item, depth + 1)
         else:
-            yield from (f"{pad}  - {_inline(item)}" for item in value)
+            yield from (f"{pad}  - {inline(item)}" for item in value)
 
 
 def _section(section: Section, depth: int, with_defaults: bool = True) -> Iterator[str]:
@@ -90,7 +90,7 @@ def _section(section: Section, depth: int, with_defaults: bool = True) -> Iterat
         if given:
             yield from _entry(name, value, depth, with_defaults)
         else:
-            yield f"{pad}# {name}: {_inline(value)}"
+            yield f"{pad}# {name}: {inline(value)}"
 
 
 def _entry(name: str, value: Any, depth: int, with_defaults: bool) -> Iterator[str]:
@@ -103,17 +103,17 @@ def _entry(name: str, value: Any, depth: int, with_defaults: bool) -> Iterator[s
         described: set[type] = set()
         for key, item in value.items():
             # The settings left at their default are listed once for each class of sections.
-            yield from _entry(_inline(key), item, depth + 1, with_defaults and type(item) not in described)
+            yield from _entry(inline(key), item, depth + 1, with_defaults and type(item) not in described)
             described.add(type(item))
-    elif isinstance(value, dict) and len(f"{pad}{name}: {_inline(value)}") > WIDTH:
+    elif isinstance(value, dict) and len(f"{pad}{name}: {inline(value)}") > WIDTH:
         yield f"{pad}{name}:"
         for key, item in value.items():
-            yield from _entry(_inline(key), item, depth + 1, with_defaults=False)
+            yield from _entry(inline(key), item, depth + 1, with_defaults=False)
     elif isinstance(value, str) and len(value) > WIDTH and _is_prose(value):
         yield f"{pad}{name}: >-"
         yield from textwrap.wrap(value, WIDTH, initial_indent=f"{pad}  ", subsequent_indent=f"{pad}  ", **_WHOLE_WORDS)
     else:
-        yield f"{pad}{name}: {_inline(value)}"
+        yield f"{pad}{name}: {inline(value)}"
 
 
 def _choices(section: Section, key: str) -> Iterator[str]:
@@ -133,7 +133,8 @@ def _comment(field: FieldInfo) -> str:
     return f"{field.description}{' (required)' if required else ''}"
 
 
-def _inline(value: Any) -> str:
+def inline(value: Any) -> str:
+    """Return a value as YAML on one line, without line breaks in texts; JSON's 1e-05 would be read back as text."""
     value = _plain(value)
     dumped = yaml.dump(value, None, _Dumper, default_flow_style=True, width=10_000, allow_unicode=True, sort_keys=False)
     return dumped.removesuffix("\n").removesuffix("\n...")

@@ -17,7 +17,6 @@ from cpo_pipe.data.store import Rows
 from cpo_pipe.eval.config import DIVERSITY, Evaluate, ensemble_system
 from cpo_pipe.eval.evaluate import Evaluation
 from cpo_pipe.eval.generate import SystemModel
-from cpo_pipe.eval.output_file import OutputFile
 from cpo_pipe.eval.report.data import ReportData
 from cpo_pipe.eval.report.exports import write_exports
 from cpo_pipe.eval.report.leaderboard import Leaderboard, leaderboards
@@ -45,7 +44,7 @@ def write_run_report(
     recipe, run_dir = resolver.recipe, run_log.run_dir
     plan, groups, notes = _shown_groups(resolver)
     trained = resolver.finished_trainings()
-    artifacts = _artifacts(resolver, evaluation, systems, plan, groups, trained)
+    artifacts = _artifacts(resolver, evaluation, systems, trained)
     path, reference = run_dir / "report.html", resolver.reference_logprobs()
     text = recipe_text(recipe)
     identity = digest([artifacts, text, versions(), notes, reference.num_rows() if reference else 0])
@@ -142,27 +141,16 @@ def _shown_groups(resolver: Resolver) -> tuple[Plan, Rows | None, list[str]]:
 
 
 def _artifacts(
-    resolver: Resolver,
-    evaluation: Evaluation,
-    systems: Mapping[str, SystemModel],
-    plan: Plan,
-    groups: Rows | None,
-    trained: Mapping[str, Model],
+    resolver: Resolver, evaluation: Evaluation, systems: Mapping[str, SystemModel], trained: Mapping[str, Model]
 ) -> dict[str, str]:
     """Return where each artifact that the report is about lies in the store, by what it is."""
     artifacts = {"examples": resolver.examples().artifact.name}
-    if groups is not None:
-        shared = of(resolver.negatives_owners()[0])
-        artifacts |= {
-            f"negatives{shared}": ", ".join(source.rows.name for source in plan.sources),
-            f"groups{shared}": groups.name,
-        }
-    for training in resolver.negatives_owners()[1:] if resolver.recipe.negatives is not None else ():
+    for owner in resolver.negatives_owners() if resolver.recipe.negatives is not None else ():
         with suppress(MissingInput):
-            own, own_groups = resolver.groups(training)
+            plan, groups = resolver.groups(owner)
             artifacts |= {
-                f"negatives{of(training)}": ", ".join(source.rows.name for source in own.sources),
-                f"groups{of(training)}": own_groups.name,
+                f"negatives{of(owner)}": ", ".join(source.rows.name for source in plan.sources),
+                f"groups{of(owner)}": groups.name,
             }
     artifacts |= {f"training {name}": _origin(resolver, model) for name, model in trained.items()}
     artifacts |= {f"system {name}": _origin(resolver, model) for name, model in systems.items()}
@@ -173,8 +161,6 @@ def _origin(resolver: Resolver, model: SystemModel) -> str:
     """Return where a model is in the store; of one from elsewhere its name and fingerprint."""
     if isinstance(model, ApiModel):
         return f"{model.config.model} at {model.config.url}"
-    if isinstance(model, OutputFile):
-        return f"{model.name} ({model.fingerprint})"
-    if model.path.is_relative_to(resolver.store.local):
+    if isinstance(model, Model) and model.path.is_relative_to(resolver.store.local):
         return str(model.path.relative_to(resolver.store.local))
     return f"{model.name} ({model.fingerprint})"

@@ -34,7 +34,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_run_in_progress(run_dir: Path, cli: Callable[..., Result]) -> None:
     status = Status(run_dir)
     with status.stage("rank", "3/8", last=True):
-        status.warn("too few")
+        logging.getLogger("cpo_pipe").warning("too few")
         status.progress(STEP)
         first, step, warning = cli("status", "my").out.splitlines()
         assert re.fullmatch(

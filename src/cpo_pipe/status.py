@@ -25,10 +25,11 @@ CLOCK_SECONDS = 60.0
 KILLED = "killed, its process is gone"
 
 
-class Status:
-    """Writes the status of a run into its folder."""
+class Status(logging.Handler):
+    """Writes the status of a run into its folder; as a handler of the log, it keeps the last warning."""
 
     def __init__(self, run_dir: Path):
+        super().__init__(logging.WARNING)
         self._path = run_dir / FILE
         self._content: Record = {"pid": os.getpid(), "host": socket.gethostname(), "born": _born(os.getpid())}
 
@@ -37,15 +38,14 @@ class Status:
         """Record that a stage is in progress, and how it ends; until the last one the run goes on."""
         self._content |= {"stage": name, "number": number, "step": None}
         self._write(RUNNING)
-        handler = _Warnings(self)
-        logging.getLogger("cpo_pipe").addHandler(handler)
+        logging.getLogger("cpo_pipe").addHandler(self)
         try:
             yield
         except BaseException as error:
             self.fail(error)
             raise
         finally:
-            logging.getLogger("cpo_pipe").removeHandler(handler)
+            logging.getLogger("cpo_pipe").removeHandler(self)
         self._write(DONE if last else RUNNING)
 
     def fail(self, error: BaseException) -> None:
@@ -59,25 +59,14 @@ class Status:
         self._content["step"] = asdict(step)
         self._write(RUNNING)
 
-    def warn(self, text: str) -> None:
-        """Record a warning."""
-        self._content["warning"] = {"at": time.time(), "text": text}
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a warning; it is written with the progress that follows."""
+        self._content["warning"] = {"at": time.time(), "text": one_line(record.getMessage(), 500)}
 
     def _write(self, state: str) -> None:
         self._content |= {"state": state, "updated": time.time()}
         with suppress(OSError):  # a full disk must not end a training
             atomic.write_bytes(self._path, json.dumps(self._content).encode())
-
-
-class _Warnings(logging.Handler):
-    """Keeps the last warning of the log."""
-
-    def __init__(self, status: Status):
-        super().__init__(logging.WARNING)
-        self._status = status
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._status.warn(one_line(record.getMessage(), 500))
 
 
 def print_status(name: str | None, root: Path = RUNS) -> None:

@@ -73,19 +73,9 @@ def _prepared(resolver: Resolver) -> bool:
 
 def _named_models(resolver: Resolver) -> dict[str, str]:
     """Return the folders and hub names of causal models in the recipe, with the first key that names each."""
-    recipe = resolver.recipe
-    places = recipe.local_models()
-    if recipe.negatives is not None:
-        places |= {f"negatives.sources.{name}": source.models() for name, source in recipe.negatives.sources.items()}
-    if recipe.evaluate is not None:
-        places |= {
-            f"evaluate.systems.{name}": [system.model]
-            for name, system in recipe.evaluate.systems.items()
-            if system.model is not None
-        }
-    known = {*resolver.trainings, *recipe.apis}
+    known = {*resolver.trainings, *resolver.recipe.apis}
     named: dict[str, str] = {}
-    for place, models in places.items():
+    for place, models in resolver.recipe.named_models().items():
         for model in models:
             if model not in known:
                 named.setdefault(model, place)
@@ -143,11 +133,7 @@ def _check_evaluation_settings(resolver: Resolver, config: Evaluate, findings: F
 def _named_apis(resolver: Resolver) -> list[ApiModel]:
     """Return the APIs that a section uses."""
     recipe = resolver.recipe
-    named = list(recipe.rank.apis())
-    if recipe.negatives is not None:
-        named += recipe.negatives.models()
-        if recipe.negatives.drop_correct is not None:
-            named += recipe.negatives.drop_correct.scorer().apis()
+    named = recipe.apis_of_negatives()
     if recipe.evaluate is not None:
         named += [system.model for system in recipe.evaluate.systems.values() if system.model is not None]
         named += [api for judge in recipe.evaluate.judges.values() for api in judge.apis()]

@@ -22,7 +22,7 @@ from cpo_pipe.needs import Need, training_needs
 from cpo_pipe.pipeline.api.model import Tokens
 from cpo_pipe.pipeline.prepare.prepare import prepare
 from cpo_pipe.pipeline.rank.rank import plan_groups
-from cpo_pipe.probe import asked_apis, measure
+from cpo_pipe.probe import measure
 from cpo_pipe.run import Run
 from cpo_pipe.screen import print_table, size_text
 from cpo_pipe.trainer.objectives.preference import PreferenceTraining
@@ -49,7 +49,7 @@ def plan(run: Run, probe: bool) -> list[StagePlan]:
     shared: _Shared = {}
     stages = [_planned(run, name, needs, shared) for name in run.stages()]
     if probe and any(stage.state == MAKE for stage in stages):
-        if asked := asked_apis(run.recipe):
+        if asked := run.recipe.apis_of_negatives():
             log.warning("no probe, since it would ask APIs (%s): time and memory are not known", ", ".join(asked))
         else:
             measure(run, stages)

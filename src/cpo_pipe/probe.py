@@ -33,16 +33,6 @@ NEEDED = ("examples", "tokenizers", "chat-dates")
 SCRATCH = ".plan-"
 
 
-def asked_apis(recipe: Recipe) -> list[str]:
-    """Return the APIs that negatives and ranks are from."""
-    named = list(recipe.rank.apis())
-    if recipe.negatives is not None:
-        named += recipe.negatives.models()
-        if recipe.negatives.drop_correct is not None:
-            named += recipe.negatives.drop_correct.scorer().apis()
-    return [name for name in dict.fromkeys(named) if name in recipe.apis]
-
-
 def small(run: Run) -> Recipe:
     """Return the recipe with few steps, groups and outputs; batches stay as large as a forward pass needs them."""
     recipe = run.recipe

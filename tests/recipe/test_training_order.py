@@ -113,7 +113,7 @@ def test_iterations_run_in_order_and_other_trainings_may_start_from_any() -> Non
         ({"iterations": 2, **evaluation(ensembles={"mix": {"of": ["base@2", "cpo"], "alphas": [0.5]}})},
          "evaluate.ensembles.mix names base@2, but iterations is 2; choose from base, or"),
         ({"iterations": 2, "negatives": {"sources": {"autoregressive": {"model": "cpo@1"}}}},
-         "negatives.sources.autoregressive.model names cpo@1, but iterations is 2"),
+         "negatives.sources.autoregressive names cpo@1, but iterations is 2"),
         # The negatives of the first iteration would come from the second.
         ({"iterations": 2, "negatives": {"sources": {"autoregressive": {"model": "cpo@2"}}}}, "train has a cycle: "),
     ],

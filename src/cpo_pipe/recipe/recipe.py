@@ -123,16 +123,8 @@ class Recipe(Section):
             isinstance(training, PreferenceTraining) for training in self.train.values()
         ):
             raise ValueError(f"iterations is {self.iterations}, but no training learns from negatives; remove it")
-        named = self.local_models()
-        if self.negatives is not None:
-            named |= {
-                f"negatives.sources.{name}.model": source.models() for name, source in self.negatives.sources.items()
-            }
-        if self.evaluate is not None:
-            named |= {f"evaluate.systems.{name}": [system.model]
-                      for name, system in self.evaluate.systems.items() if system.model is not None}  # fmt: skip
         trainings = self.trainings()
-        for place, model in ((place, model) for place, models in named.items() for model in models):
+        for place, model in ((place, model) for place, models in self.named_models().items() for model in models):
             base, separator, number = model.rpartition("@")
             if separator and number.isdecimal() and base in self.train and model not in trainings:
                 existing = [name for name in trainings if name.partition("@")[0] == base]
@@ -201,6 +193,25 @@ class Recipe(Section):
             needed |= {f"evaluate.judges.{name}": judge.models() for name, judge in self.evaluate.judges.items()}
             needed["evaluate.mauve_model"] = [self.evaluate.mauve_model] if self.evaluate.mauve_model else []
         return needed
+
+    def named_models(self) -> dict[str, list[str]]:
+        """Return `local_models` with those of sources and systems, which may be APIs, by the key that names them."""
+        named = self.local_models()
+        if self.negatives is not None:
+            named |= {f"negatives.sources.{name}": source.models() for name, source in self.negatives.sources.items()}
+        if self.evaluate is not None:
+            named |= {f"evaluate.systems.{name}": [system.model]
+                      for name, system in self.evaluate.systems.items() if system.model is not None}  # fmt: skip
+        return named
+
+    def apis_of_negatives(self) -> list[str]:
+        """Return the names of the APIs that make, filter or rank negatives."""
+        named = list(self.rank.apis())
+        if self.negatives is not None:
+            named += self.negatives.models()
+            if self.negatives.drop_correct is not None:
+                named += self.negatives.drop_correct.scorer().apis()
+        return [name for name in dict.fromkeys(named) if name in self.apis]
 
     def _check_apis(self, negatives: Negatives) -> None:
         for name, source in negatives.sources.items():

@@ -103,16 +103,8 @@ class Recipe(Section):
                 self._check_api("negatives.drop_correct.api", api)
         self._check_local()
         for name, training in self.train.items():
-            self._check_sources(name, training)
-            if not isinstance(training, PreferenceTraining):
-                continue
-            if self.negatives is None:
-                raise ValueError(f"negatives is missing: train.{name} has the objective {training.objective}")
-            if training.sees_ranks and not self.rank.ranks:
-                raise ValueError(
-                    f"rank.by is {self.rank.by}, but the objective {training.objective} of train.{name} needs ranks; "
-                    "use another objective, or remove rank.by"
-                )
+            if isinstance(training, PreferenceTraining):
+                self._check_preferences(name, training)
         self.training_order()
         self._check_iterations()
         return self
@@ -133,18 +125,30 @@ class Recipe(Section):
                     "raise iterations"
                 )
 
-    def _check_sources(self, name: str, training: Training) -> None:
-        """Refuse negatives and pairs of unknown sources, and a curriculum by a measure that is not available."""
-        if not isinstance(training, PreferenceTraining):
-            return
-        if self.negatives is not None:
-            self._check_own_negatives(name, training, self.negatives)
-        if training.pairs and self.negatives is not None:
-            known = (self.negatives_of(name) or self.negatives).labels()
-            for label in (label for pair in training.pairs for label in pair):
-                if label not in known:
-                    hint = nearest(label, known) or f"choose from {listed(known)}"
-                    raise ValueError(f"train.{name}.pairs: unknown label {label!r}; {hint}")
+    def _check_preferences(self, name: str, training: PreferenceTraining) -> None:
+        """Refuse missing negatives, unknown sources and pairs, and an order by a measure that is not available."""
+        if self.negatives is None:
+            raise ValueError(f"negatives is missing: train.{name} has the objective {training.objective}")
+        sources = self.negatives.sources
+        for source, count in (training.negatives or {}).items():
+            if source not in sources:
+                hint = nearest(source, sources) or f"choose from {listed(sources)}"
+                raise ValueError(f"train.{name}.negatives: unknown source {source!r}; {hint}")
+            try:
+                sources[source].with_count(count)
+            except ValidationError as error:
+                message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"train.{name}.negatives.{source}: {message}") from error
+        known = (self.negatives_of(name) or self.negatives).labels()
+        for label in (label for pair in training.pairs or () for label in pair):
+            if label not in known:
+                hint = nearest(label, known) or f"choose from {listed(known)}"
+                raise ValueError(f"train.{name}.pairs: unknown label {label!r}; {hint}")
+        if training.sees_ranks and not self.rank.ranks:
+            raise ValueError(
+                f"rank.by is {self.rank.by}, but the objective {training.objective} of train.{name} needs ranks; "
+                "use another objective, or remove rank.by"
+            )
         by = training.curriculum.by if training.curriculum is not None else None
         if by == "similarity" and not self.rank.ranks:
             raise ValueError(
@@ -154,25 +158,10 @@ class Recipe(Section):
         if by == "strength":
             strengths = self.strengths_of(name)
             if unknown := [label for label in self._compared(name) if label not in strengths]:
+                key = f"sources.{unknown[0]}.strength" if unknown[0] != TARGET else "target_strength"
                 raise ValueError(
-                    f"train.{name}.curriculum.by is strength, but {unknown[0]} has none; set "
-                    + (
-                        "negatives.target_strength"
-                        if unknown[0] == TARGET
-                        else f"negatives.sources.{unknown[0]}.strength"
-                    )
+                    f"train.{name}.curriculum.by is strength, but {unknown[0]} has none; set negatives.{key}"
                 )
-
-    def _check_own_negatives(self, name: str, training: PreferenceTraining, negatives: Negatives) -> None:
-        for source, count in (training.negatives or {}).items():
-            if source not in negatives.sources:
-                hint = nearest(source, negatives.sources) or f"choose from {listed(negatives.sources)}"
-                raise ValueError(f"train.{name}.negatives: unknown source {source!r}; {hint}")
-            try:
-                negatives.sources[source].with_count(count)
-            except ValidationError as error:
-                message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-                raise ValueError(f"train.{name}.negatives.{source}: {message}") from error
 
     def _check_local(self) -> None:
         """Refuse APIs where weights are needed."""

@@ -21,6 +21,9 @@ from cpo_pipe.pipeline.api.model import ApiModel, Tokens
 TOKEN_BYTES = 4
 """Bytes of UTF-8 that count as a token: the average of English text with the tokenizers of large models."""
 
+Draft = tuple[Case, str | None, str | None]
+"""A case and its two outputs; None for one that is not generated yet."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -29,15 +32,6 @@ class Cost:
     calls: int
     tokens: Tokens
     """Estimated tokens of the prompts, and the maximum of generated tokens."""
-
-
-@dataclass(frozen=True)
-class DraftPair:
-    """A pair of outputs that may not be generated yet (None)."""
-
-    case: Case
-    output_a: str | None
-    output_b: str | None
 
 
 def evaluation_costs(
@@ -106,11 +100,11 @@ def evaluation_costs(
             cost = outputs_cost(api, plan.selection, missing_EN.sum(axis=1).tolist(), max_new_tokens)
             add(f"system {system}, {decoding}", api, generation.rows, cost)
     drafts = [
-        DraftPair(*fields)
+        draft
         for system in systems
         for opponent in plan.opponents(system)
         for decoding in config.decodings
-        for fields in zip(cases, texts[system, decoding], texts[opponent, decoding], strict=True)
+        for draft in zip(cases, texts[system, decoding], texts[opponent, decoding], strict=True)
     ]
     for judge in plan.judges:
         if isinstance(judge, ApiJudge):
@@ -165,13 +159,13 @@ def outputs_cost(api: ApiModel, examples: pa.Table, missing: Sequence[int], max_
     return Cost(sum(calls), Tokens(read, sum(missing) * max_new_tokens))
 
 
-def judge_cost(judge: ApiJudge, drafts: Sequence[DraftPair], max_new_tokens: int, rows: Rows) -> Cost:
+def judge_cost(judge: ApiJudge, drafts: Sequence[Draft], max_new_tokens: int, rows: Rows) -> Cost:
     """Return the cost of the missing verdicts; a missing output counts as `max_new_tokens` tokens."""
     system_prompt = judge.api.config.system or ""
     tokens, pairs = [], []
-    for draft in drafts:
-        missing = [draft.output_a, draft.output_b].count(None)
-        pair = Pair(draft.case, draft.output_a or "", draft.output_b or "")
+    for case, output_a, output_b in drafts:
+        missing = [output_a, output_b].count(None)
+        pair = Pair(case, output_a or "", output_b or "")
         if missing:
             length = count_tokens(system_prompt + judge.query(pair)) + missing * max_new_tokens
             tokens += [length] * len(judge.orders)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cpo_pipe.data.errors import InputError, RunError
-from cpo_pipe.eval.costs import DraftPair, judge_cost
+from cpo_pipe.eval.costs import Draft, judge_cost
 from cpo_pipe.eval.judges.base import Case, Pair
 from cpo_pipe.eval.judges.openai import OpenAiJudge
 from cpo_pipe.eval.judges.query import Query
@@ -293,8 +293,8 @@ def test_cost(tmp_path: Path) -> None:
         bench(pairs(2))
         asked = len(server.seen)
         case = Case("e", "some prompt", "", "")
-        drafts = [DraftPair(pair.case, pair.output_a, pair.output_b) for pair in pairs(3)]
-        drafts += [DraftPair(case, "same", "same"), DraftPair(case, "there", None), DraftPair(case, None, None)]
+        drafts: list[Draft] = [(pair.case, pair.output_a, pair.output_b) for pair in pairs(3)]
+        drafts += [(case, "same", "same"), (case, "there", None), (case, None, None)]
         found = judge_cost(bench.judge, drafts, 50, bench.rows)
         assert found.calls == 2 + 4, "the third pair, and two of which outputs are missing; in both orders"
         query = Query("dolly")

@@ -1,5 +1,6 @@
 """Read a recipe from a file or a built-in name."""
 
+import json
 import os
 from collections.abc import Sequence
 from importlib.resources import files
@@ -52,7 +53,7 @@ def load_recipe(source: str, overrides: list[str] | None = None, scale: str | No
             f"recipe {source}: is {shown(content)}: must be a mapping with the sections "
             f"{', '.join(Recipe.model_fields)}"
         )
-    content = _copied(content)
+    content = json.loads(json.dumps(content))  # deepcopy would keep shared what a YAML anchor puts in several places
     content.setdefault("name", path.stem)
     if scale is not None:
         _scale(content, scale, source)
@@ -133,13 +134,6 @@ def _values(value: Any) -> int:
     return 1 + sum(map(_values, value)) if isinstance(value, list) else 1
 
 
-def _copied(value: Any) -> Any:
-    """A copy in which nothing is shared: what a YAML anchor or a * puts in several places is changed in one."""
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
-
-
 def _put(content: dict[str, Any], path: Sequence[str], value: Any, where: str) -> None:
     """Set a key to a copy of a value; `where` is who asks for it, for messages."""
     *parents, last = path
@@ -152,7 +146,7 @@ def _put(content: dict[str, Any], path: Sequence[str], value: Any, where: str) -
         node = node.setdefault(key, {}) if isinstance(node, dict) else None
     if not isinstance(node, dict):
         raise InputError(f"{where}: {dotted(parents)} is not a section")
-    node[last] = _copied(value)
+    node[last] = json.loads(json.dumps(value))  # a * puts it in several places, which later keys change one by one
 
 
 def _names_are_free(path: Sequence[str], content: dict[str, Any]) -> bool:

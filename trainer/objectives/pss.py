@@ -21,7 +21,6 @@ from cpo_pipe.trainer.objectives.mle import MLE
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from cpo_pipe.trainer.groups import Group
@@ -53,51 +52,22 @@ class PSS(MLE):
             return packed
         import torch
 
-        draws = Draws(self.seed, step, self.sequences, self.replace)
+        # Uniform numbers decide which token is drawn, and whether it is used: (2, L, M) for each target. They depend on
+        # step and example alone, so that a resumed training repeats them.
+        states, uniform = _states(groups, packed), []
+        uniform_SM = torch.zeros(len(packed.source_S), self.sequences, dtype=torch.float64)
+        for group, rows in zip(groups, states, strict=True):
+            random = np.random.default_rng(int(digest([self.seed, step, group.example_id], 32), 16))
+            uniform.append(random.random((2, len(group.candidates[0]), self.sequences)))
+            uniform_SM[rows] = torch.from_numpy(uniform[-1][0])
         with torch.no_grad():
-            drawn_SM = draw(packed, draws.uniform(groups, packed))
-        mixed = draws.mixed(groups, packed, drawn_SM)
-        texts = [(group.prompt_ids, inputs) for group, inputs in zip(groups, mixed, strict=True)]
+            drawn_SM = draw(packed, uniform_SM.to(packed.ids.device)).cpu()
+        texts = []
+        for group, rows, (_, chance_LM) in zip(groups, states, uniform, strict=True):
+            target_L1 = np.array(group.candidates[0])[:, None]
+            mixed_LM = np.where(chance_LM < self.replace, drawn_SM[rows].numpy(), target_L1)
+            texts.append((group.prompt_ids, mixed_LM.T.tolist()))
         return pack(texts, [group.candidates[:1] * self.sequences for group in groups])
-
-
-class Draws:
-    """The random numbers of one step, which a resumed training repeats: they depend on step and example alone.
-
-    Args:
-        seed: of the training.
-        step: the optimizer step.
-        sequences: M.
-        replace: the probability that a token is a drawn one.
-    """
-
-    def __init__(self, seed: int, step: int, sequences: int, replace: float):
-        self._identity = [seed, step]
-        self._sequences, self._replace = sequences, replace
-
-    def _uniform(self, group: Group) -> NDArray[np.float64]:
-        """Return what decides which token is drawn, and whether it is used: (2, L, M)."""
-        random = np.random.default_rng(int(digest([*self._identity, group.example_id], 32), 16))
-        return random.random((2, len(group.candidates[0]), self._sequences))
-
-    def uniform(self, groups: Sequence[Group], packed: Packed) -> Tensor:
-        """Return what decides the token drawn after each hidden state of `packed`, the groups' targets: (S, M)."""
-        import torch
-
-        uniform_SM = torch.zeros(len(packed.source_S), self._sequences, dtype=torch.float64)
-        for group, states in zip(groups, _states(groups, packed), strict=True):
-            uniform_SM[states] = torch.from_numpy(self._uniform(group)[0])
-        return uniform_SM.to(packed.ids.device)
-
-    def mixed(self, groups: Sequence[Group], packed: Packed, drawn_SM: Tensor) -> list[list[list[int]]]:
-        """Return for each group M sequences of true and drawn tokens."""
-        found = []
-        for group, states in zip(groups, _states(groups, packed), strict=True):
-            drawn_LM = drawn_SM.cpu()[states].numpy()
-            gold_LM = np.broadcast_to(np.array(group.candidates[0])[:, None], drawn_LM.shape)
-            taken_LM = self._uniform(group)[1] < self._replace
-            found.append(np.where(taken_LM, drawn_LM, gold_LM).T.tolist())
-        return found
 
 
 def _states(groups: Sequence[Group], packed: Packed) -> list[Tensor]:

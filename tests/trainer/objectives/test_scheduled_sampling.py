@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from cpo_pipe.data.fingerprint import digest
 from cpo_pipe.trainer.groups import Group
-from cpo_pipe.trainer.objectives.pss import Draws
+from cpo_pipe.trainer.objectives.pss import PSS
 from cpo_pipe.trainer.scoring.attention import AttentionBackend
+from cpo_pipe.trainer.scoring.group_table import TokenGroup
 from cpo_pipe.trainer.scoring.head import Head, draw
+from cpo_pipe.trainer.scoring.prefix_tree import Labels, Packed
 from cpo_pipe.trainer.scoring.scorer import Scorer
 from tests.support.architectures import make
 from tests.support.training import CANDIDATES, Bench, measured, metrics, naive_decay, naive_logprob, weights
@@ -55,10 +57,14 @@ def test_what_is_drawn_depends_on_the_step_and_the_example_alone(attention: Atte
     scorer.set_attention(attention)
 
     def mixed(step: int, groups: list[Group], replace: float = 0.5) -> dict[str, list[list[int]]]:
-        draws, packed = Draws(3, step, 2, replace), scorer.pack([(g.prompt_ids, g.candidates) for g in groups])
-        drawn = scorer(packed, draws.uniform(groups, packed))
-        found = draws.mixed(groups, packed, drawn)
-        return {group.example_id: inputs for group, inputs in zip(groups, found, strict=True)}
+        texts: list[TokenGroup] = []
+
+        def pack(groups: Sequence[TokenGroup], labels: Labels | None = None) -> Packed:
+            texts[:] = groups
+            return scorer.pack(groups, labels)
+
+        PSS(init="m", objective="pss", seed=3, sequences=2, replace=replace).inputs(groups, step, pack, scorer)
+        return {group.example_id: inputs for group, (_, inputs) in zip(groups, texts, strict=True)}
 
     one = mixed(4, GROUPS)
     assert mixed(4, GROUPS[::-1]) == one

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -222,7 +222,9 @@ class Loop:
         passes = self._passes(batch)
         for number, micro in enumerate(passes):
             self._leave_if_asked(stop, metrics, between_steps=number == 0)
-            with self._synchronized(number == len(passes) - 1):
+            # Processes exchange gradients in the last pass only.
+            last = number == len(passes) - 1
+            with nullcontext() if last else self._accelerator.no_sync(self._module):
                 found, share = self._figures(batch, micro, normalizers, step)
                 # DDP and FSDP average gradients over processes; a loss is a sum over them.
                 self._accelerator.backward(share * self._accelerator.num_processes)
@@ -235,7 +237,7 @@ class Loop:
             check_start(self.name, float(sums.start_G) / normalizers.groups_with_negatives, self.facts["noise"])
         norm = self._clip()
         if not math.isfinite(norm):
-            self._keep_last_good(metrics)
+            self._save_last_whole_step(metrics)
             raise RunError(
                 f"train.{self.name}: the gradient's norm is {norm} at step {step}, the loss {row['loss']}; its batch "
                 f"is {_ids(batch)}; lower train.{self.name}.learning_rate"
@@ -269,22 +271,13 @@ class Loop:
     def _sums(self, figures: Sequence[tuple[list[int], GroupFigures]]) -> GroupFigures:
         """Return the sum of each figure over all groups of a batch and all processes."""
         sums = torch.stack([torch.cat(fields).double().sum() for fields in zip(*(f for _, f in figures), strict=True)])
-        if self._accelerator.num_processes > 1:
-            sums = self._accelerator.reduce(sums, "sum")
-        return GroupFigures(*sums.unbind())
+        return GroupFigures(*self._accelerator.reduce(sums, "sum").unbind())
 
     def _clip(self) -> float:
         """Clip the gradient to the recipe's norm; return its norm before that."""
         limit = self.config.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.scorer.parameters(), limit)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-    def _synchronized(self, last: bool) -> AbstractContextManager[Any]:
-        """Exchange gradients in the last of a step's passes only."""
-        if last:
-            return nullcontext()
-        manager: AbstractContextManager[Any] = self._accelerator.no_sync(self._module)
-        return manager
 
     # ── what may end it early ────────────────────────────────────────────────────────────────────────────────────
 
@@ -297,8 +290,7 @@ class Loop:
             flags = torch.tensor(number, device=self._accelerator.device)
             number = int(self._accelerator.gather(flags.unsqueeze(0)).max())
         if number:
-            self._optimizer.zero_grad(set_to_none=True)
-            self._resume.save(metrics, self.facts)
+            self._save_last_whole_step(metrics)
             raise Stopped(self.name, len(metrics), number)
 
     def _check_finite(
@@ -312,14 +304,14 @@ class Loop:
         if math.isfinite(row["loss"]):
             return
         broken = _broken(batch, figures)
-        self._keep_last_good(metrics)
+        self._save_last_whole_step(metrics)
         raise RunError(
             f"train.{self.name}: the loss is {row['loss']} at step {step}, because of {_ids(broken or batch)}; look at "
             f"these groups, or lower train.{self.name}.learning_rate"
         )
 
-    def _keep_last_good(self, metrics: Metrics) -> None:
-        """Save the state before the step that went wrong, if it is valid itself."""
+    def _save_last_whole_step(self, metrics: Metrics) -> None:
+        """Save the state after the last whole step, if it is valid, and drop the gradients of the step in progress."""
         self._optimizer.zero_grad(set_to_none=True)
         self._resume.save(metrics, self.facts)
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpo_pipe.data.errors import InputError, MissingInput, cause
-from cpo_pipe.data.models import remote_code
+from cpo_pipe.data.models.remote_code import check_code
 
 _FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 _SAFETENSORS = ("*.safetensors",)
@@ -29,7 +29,7 @@ def fetch_folder(
     if what == "model" and _is_gguf(Path(name)):
         raise InputError(f"model {name}: is in GGUF; run `cpo-pipe convert {name} --out FOLDER` and give that folder")
     if Path(name).is_dir():
-        _check_code(name, what, Path(name))
+        check_code(name, what, Path(name))
         return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -46,7 +46,7 @@ def fetch_folder(
         return Path(found)
 
     try:
-        _check_code(name, what, download([]))
+        check_code(name, what, download([]))
         return download(weights)
     except InputError:
         raise
@@ -97,12 +97,3 @@ def _is_gguf(path: Path) -> bool:
     """Return whether this is a GGUF file or a folder that contains one in place of a model."""
     folder_of_gguf = path.is_dir() and any(path.glob("*.gguf")) and not (path / "config.json").is_file()
     return folder_of_gguf or (path.suffix == ".gguf" and path.is_file())
-
-
-def _check_code(name: str, what: str, folder: Path) -> None:
-    if what == "model":
-        remote_code.check_causal_model(name, folder)
-    elif what == "reward model":
-        remote_code.check_reward_model(name, folder)
-    elif what == "embedding model":
-        remote_code.check_embedder(name, folder)

@@ -14,6 +14,11 @@ from cpo_pipe.data.fingerprint import read_json
 
 _KERNEL_KEYS = ("_implementation", "_implementation_internal")
 """How the config keys end that choose the attention or experts implementation."""
+_ARCHITECTURES = {
+    "model": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "reward model": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+}
+"""Where transformers lists the architectures that it has itself."""
 
 
 def code_error(what: str, file: str) -> InputError:
@@ -24,35 +29,26 @@ def code_error(what: str, file: str) -> InputError:
     )
 
 
-def check_causal_model(name: str, folder: Path) -> None:
-    """Check that a causal language model runs without code of its own.
+def check_code(name: str, what: str, folder: Path) -> None:
+    """Check that a model runs without code of its own; a tokenizer is checked where it is loaded.
+
+    Args:
+        name: as the recipe calls it.
+        what: `model`, `reward model`, `embedding model` or `tokenizer`.
+        folder: where its files are.
 
     Raises:
-        InputError: its config.json needs Python code of the model, or names a kernel to download.
+        InputError: a JSON file needs Python code of the model, or names a kernel to download; or one of an embedding
+            model names a class outside of sentence-transformers and torch.
     """
-    if (folder / "config.json").is_file():
-        _check_config(f"model {name}", folder / "config.json", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+    if what == "embedding model":
+        _check_embedder(f"{what} {name}", folder)
+    elif what in _ARCHITECTURES and (folder / "config.json").is_file():
+        _check_config(f"{what} {name}", folder / "config.json", _ARCHITECTURES[what])
 
 
-def check_reward_model(name: str, folder: Path) -> None:
-    """Check that a sequence classifier runs without code of its own.
-
-    Raises:
-        InputError: its config.json needs Python code of the model, or names a kernel to download.
-    """
-    if (folder / "config.json").is_file():
-        architectures = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
-        _check_config(f"reward model {name}", folder / "config.json", architectures)
-
-
-def check_embedder(name: str, folder: Path) -> None:
-    """Check that a sentence-transformers model runs without code of its own.
-
-    Raises:
-        InputError: a JSON file needs Python code of the model, names a class outside of sentence-transformers and
-            torch, or names a kernel to download.
-    """
-    what = f"embedding model {name}"
+def _check_embedder(what: str, folder: Path) -> None:
+    """Check all modules of a sentence-transformers model."""
     if (folder / "modules.json").is_file():
         try:
             modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from cpo_pipe.data.fingerprint import tokenizer_fingerprint
 from cpo_pipe.data.models.chat import ChatTemplate, Conversation
-from cpo_pipe.data.models.chat_date import KIND, chat_date
+from cpo_pipe.data.models.chat_date import FILE, KIND, chat_date
 from cpo_pipe.data.models.templates import encode_prompts_again
 from cpo_pipe.data.models.tokenizer import TokenizerFiles
 from cpo_pipe.data.store import Store
@@ -65,11 +65,27 @@ def test_the_day_of_the_first_use_stays(tmp_path: Path, day: SetDay) -> None:
     assert chat_date(moved, store) == "2026-11-29"
 
 
-@pytest.mark.parametrize("template", [None, TURNS, ELSEWHERE])
+@pytest.mark.parametrize("template", [None, TURNS])
 def test_what_prints_no_date_has_none(tmp_path: Path, template: str | None) -> None:
     store = Store(tmp_path / "store")
     assert chat_date(tokenizer(tmp_path / "t", template), store) is None
-    assert (store.local / KIND).exists() == (template == ELSEWHERE), "what is not asked is not recorded"
+    assert not (store.local / KIND).exists(), "what is not asked is not recorded"
+
+
+def test_a_date_that_is_printed_with_tools_only_stays_too(tmp_path: Path, day: SetDay) -> None:
+    files, store = tokenizer(tmp_path / "t", ELSEWHERE), Store(tmp_path / "store")
+    day("2026-11-29")
+    assert chat_date(files, store) == "2026-11-29"
+    day("2027-01-01")
+    chat = ChatTemplate(files.load(), chat_date(files, store))
+    assert chat.prompt(Conversation.of_text("hi")) == " hi:"
+    assert chat.prompt(Conversation([{"role": "user", "content": "hi"}], [{"type": "function"}])) == "2026 hi:"
+
+
+def test_a_store_that_recorded_no_date_keeps_none(tmp_path: Path) -> None:
+    files, store = tokenizer(tmp_path / "t", ELSEWHERE), Store(tmp_path / "store")
+    store.artifact(KIND, {"tokenizer": files.fingerprint}).make(lambda writer: (writer.path / FILE).write_text(""))
+    assert chat_date(files, store) is None
 
 
 def test_a_template_that_prints_only_the_time_has_a_date(tmp_path: Path) -> None:
@@ -116,9 +132,12 @@ def test_examples_of_a_later_day_have_the_date_of_the_first(tmp_path: Path, day:
     assert elsewhere.rendering["chat_date"] == "2027-01-01"
 
 
-def test_without_a_date_the_spec_has_none(tmp_path: Path) -> None:
-    folder = tokenizer(tmp_path / "t", ELSEWHERE).path
+@pytest.mark.parametrize(
+    ("chat_template", "template", "dated"),
+    [(TURNS, "chat", False), (ELSEWHERE, "plain", False), (ELSEWHERE, "chat", True)],
+)
+def test_without_a_date_the_spec_has_none(tmp_path: Path, chat_template: str, template: str, dated: bool) -> None:
+    folder = tokenizer(tmp_path / "t", chat_template).path
     source = str(write_jsonl(tmp_path / "a.jsonl", pairs(3)))
-    for template in ("chat", "plain"):
-        config = Pairs(source=source, tokenizer=str(folder), template=template, train=3)
-        assert "chat_date" not in prepare(config, Store(tmp_path / "store")).rendering
+    config = Pairs(source=source, tokenizer=str(folder), template=template, train=3)
+    assert ("chat_date" in prepare(config, Store(tmp_path / "store")).rendering) == dated

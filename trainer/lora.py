@@ -67,9 +67,3 @@ def add_adapters(name: str, model: "PreTrainedModel", lora: Lora, seed: int) -> 
 def _embeddings(model: "PreTrainedModel") -> list[Any]:
     """Return the input and the output embedding."""
     return [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[no-untyped-call]
-
-
-def merged(adapted: "PeftModel") -> "PreTrainedModel":
-    """Return the model with its adapters added to its weights."""
-    model: PreTrainedModel = adapted.merge_and_unload()
-    return model

@@ -169,9 +169,8 @@ def _make(
     from cpo_pipe.trainer.groups import Data, Groups
     from cpo_pipe.trainer.initial_model import check_fits, initial_model
     from cpo_pipe.trainer.loop import Loop
-    from cpo_pipe.trainer.lora import add_adapters, merged
+    from cpo_pipe.trainer.lora import add_adapters
     from cpo_pipe.trainer.mapped_groups import DIFFICULTY
-    from cpo_pipe.trainer.packages import check_installed
     from cpo_pipe.trainer.scoring.group_table import Extremes
     from cpo_pipe.trainer.scoring.logprobs import cached_logprobs, read_logprobs
     from cpo_pipe.trainer.scoring.probes import select_probes
@@ -187,7 +186,6 @@ def _make(
         if isinstance(needed, Model):
             check_fits(name, extremes, needed.name, needed.context(), needed.vocabulary())
     pairs = config.pairs if isinstance(config, PreferenceTraining) else None
-    check_installed(name, config)
     if pairs:
         check_pairs(name, table, pairs, inputs.selection.num_rows)
     trained, validation = split_validation(name, config, table)
@@ -232,7 +230,7 @@ def _make(
             adapted = add_adapters(name, model, config.lora, config.seed) if config.lora is not None else None
             model.load_state_dict(state)
         if adapted is not None:
-            model = merged(adapted)
+            model = adapted.merge_and_unload()
         if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
             raise RunError(
                 f"train.{name}: weights are not finite after the last step; lower train.{name}.learning_rate"

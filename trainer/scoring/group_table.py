@@ -120,12 +120,6 @@ def targets(examples: pa.Table, identified: bool = False) -> pa.Table:
     return examples.select(["example_id", "prompt_ids"]).append_column("candidates", column)
 
 
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many leading tokens two sequences share."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
 def one_array(column: pa.ChunkedArray) -> pa.Array:
     """Return a column as a single array; copies only if it has several chunks."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

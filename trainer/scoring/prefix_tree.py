@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpo_pipe.trainer.scoring.group_table import TokenGroup, common_prefix
+from cpo_pipe.data.models.chat import common_length
+from cpo_pipe.trainer.scoring.group_table import TokenGroup
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def pack_trees(groups: Sequence[TokenGroup], labels: Labels | None = None) -> Pa
         # In lexicographic order, a path shares with the whole tree what it shares with the previous path.
         for index in sorted(range(len(candidates)), key=lambda j: list(candidates[j][:-1])):
             path = candidates[index][:-1]
-            shared = common_prefix(before, path)
+            shared = common_length(before, path)
             if shared < len(before):
                 _close(nodes[shared:], ends, len(ids))
                 paths.append([node - trunk for node in nodes])

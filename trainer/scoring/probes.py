@@ -7,7 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
-from cpo_pipe.trainer.scoring.group_table import Flags, Lengths, TokenGroup, common_prefix, restricted
+from cpo_pipe.data.models.chat import common_length
+from cpo_pipe.trainer.scoring.group_table import Flags, Lengths, TokenGroup, restricted
 
 TREES = 64
 """Groups with the most tokens that are searched for the largest tree."""
@@ -64,5 +65,5 @@ def tree_tokens(group: TokenGroup) -> int:
     """Return the input tokens of a group's prefix tree (prefix_tree.py), without building it."""
     prompt, candidates = group
     paths = sorted(list(candidate[:-1]) for candidate in candidates)
-    shared = sum(common_prefix(*neighbours) for neighbours in pairwise(paths))
+    shared = sum(common_length(*neighbours) for neighbours in pairwise(paths))
     return len(prompt) + sum(map(len, paths)) - shared

@@ -178,7 +178,7 @@ class _Part:
         """`stack` closes the files."""
         from safetensors import safe_open
 
-        self.system, self.model, self.folder = system, model.name, model.path
+        self.system, self.model = system, model.name
         if "quantization_config" in read_json(model.path / "config.json"):
             raise InputError(f"system {system}: {model.name} is quantized; name the model that it was made from")
         model.check_weights()

@@ -245,6 +245,20 @@ def test_names_of_a_body_without_its_head_and_old_buffers_are_known(tmp_path: Pa
     assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
 
 
+def test_tensors_that_transformers_renames_when_it_loads_them_are_merged(tmp_path: Path, new_model: NewModel) -> None:
+    """Files have each expert of a mixture on its own, the architecture has them stacked."""
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "num_local_experts": 2}  # fmt: skip
+    one, two = (new_model(architecture="mixtral", seed=seed, **sizes) for seed in (1, 2))
+    names = AutoModelForCausalLM.from_pretrained(one).state_dict().keys()
+    assert tensors(one).keys() - names, "else this tests nothing"
+    ours, theirs = merged(tmp_path / "a", one, two), naive(tmp_path / "b", one, two)
+    expected = tensors(theirs)
+    assert tensors(ours).keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors(ours).items())
+    assert torch.equal(logits(ours), logits(theirs))
+
+
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────
 
 

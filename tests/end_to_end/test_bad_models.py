@@ -28,6 +28,11 @@ def cut_weights(folder: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-1000])
 
 
+def unknown_dtype(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes().replace(b'"F32"', b'"F99"'))
+
+
 def no_weights_at_all(folder: Path) -> None:
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
 
@@ -91,6 +96,7 @@ MODELS: dict[Callable[[Path], None], str] = {
     pickled_weights: "model mine: no *.safetensors there; weights are read from safetensors only",
     in_gguf: "model mine: is in GGUF; run `cpo-pipe convert mine --out FOLDER` and give that folder",
     cut_weights: "model mine: model.safetensors is damaged",
+    unknown_dtype: "model mine: model.safetensors is damaged",
     no_weights_at_all: "model mine: model.safetensors is damaged",
     a_shard_is_absent: "model mine: model-00002-of-00002.safetensors is missing, but model.safetensors.index.json",
     a_tensor_is_absent: "model mine: its weights lack 1 tensors of its architecture, such as model.norm.weight",

@@ -129,11 +129,6 @@ class OutputFileWork(Work):
     rendering: Spec
     """Of the examples."""
 
-    @property
-    def outputs(self) -> list[Rows]:
-        """The outputs."""
-        return [self.rows]
-
     def open(self) -> Make:
         """Read the file and load the tokenizer."""
         self.file.source.check(self.file.identity)

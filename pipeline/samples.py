@@ -132,11 +132,6 @@ class EngineWork(Work):
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Columns with the same value in all rows."""
 
-    @property
-    def outputs(self) -> list[Rows]:
-        """The samples."""
-        return [self.rows]
-
     def open(self) -> Make:
         """Load the engine and the tokenizer."""
         engine, tokenizer = self.engine(self.sampling), self.tokenizer.load()

@@ -39,10 +39,16 @@ class Work(ABC):
     unit: ClassVar[str] = "samples"
     """What is counted, for progress bars."""
 
+    rows: Rows
+
     @property
-    @abstractmethod
     def outputs(self) -> Sequence[Rows]:
-        """Return where the rows go. Rows of an earlier output are recorded before those of a later one."""
+        """Return where the rows go. Rows of an earlier output are recorded before those of a later one.
+
+        By default these are `rows`, and before them `refused`, where the work has this field.
+        """
+        refused: Rows | None = getattr(self, "refused", None)
+        return [self.rows] if refused is None else [refused, self.rows]
 
     @abstractmethod
     def open(self) -> Make:

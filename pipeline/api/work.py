@@ -56,11 +56,6 @@ class ApiWork(Work):
     """Columns with the same value in all rows."""
     flush_each: ClassVar[bool] = True
 
-    @property
-    def outputs(self) -> list[Rows]:
-        """Refused samples with their reasons, and the samples."""
-        return [self.refused, self.rows]
-
     def open(self) -> Make:
         """Check the client and the key, and load the tokenizer.
 

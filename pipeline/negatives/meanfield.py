@@ -128,11 +128,6 @@ class MeanFieldWork(Work):
     probes: Probes
     """Probes of all targets, so that every process chooses the same attention backend."""
 
-    @property
-    def outputs(self) -> list[Rows]:
-        """The negatives."""
-        return [self.rows]
-
     def open(self) -> Make:
         """Load the model and the tokenizer."""
         from cpo_pipe.trainer.scoring.logprobs import load_scorer

@@ -182,11 +182,6 @@ class PoolFileWork(Work):
     """Of the examples."""
     max_tokens: int
 
-    @property
-    def outputs(self) -> list[Rows]:
-        """Refused samples with their reasons, and the negatives."""
-        return [self.refused, self.rows]
-
     def open(self) -> Make:
         """Read the file and load the tokenizer.
 
@@ -281,11 +276,6 @@ class PoolModelWork(Work):
     """Columns with the same value in all rows."""
     chat_date: str | None = None
     """The date that the model's chat template inserts."""
-
-    @property
-    def outputs(self) -> list[Rows]:
-        """Refused samples with their reasons, and the negatives."""
-        return [self.refused, self.rows]
 
     def open(self) -> Make:
         """Load the engine and both tokenizers.

@@ -55,11 +55,6 @@ class RejectedWork(Work):
     refused: Rows
     """Answers that the data does not have (REJECTED schema)."""
 
-    @property
-    def outputs(self) -> list[Rows]:
-        """Refused answers with their reasons, and the negatives."""
-        return [self.refused, self.rows]
-
     def open(self) -> Make:
         """Return the function that makes rows; nothing is loaded."""
         return self._make

@@ -171,11 +171,6 @@ class ExampleWork(Work):
     load: Callable[[], NegativesOf]
     """Load what is needed and return what makes an example's negatives. It is pickled for other processes."""
 
-    @property
-    def outputs(self) -> list[Rows]:
-        """The negatives."""
-        return [self.rows]
-
     def open(self) -> Make:
         """Load what is needed."""
         negatives_of = self.load()

@@ -157,11 +157,6 @@ class LogprobWork(Work):
     """Probes of all that is missing, so that every process chooses the same backend."""
     logits_mb: int = 1024
 
-    @property
-    def outputs(self) -> Sequence[Rows]:
-        """The log-probs."""
-        return [self.rows]
-
     def open(self) -> Make:
         """Load the model and choose its attention backend."""
         scorer = load_scorer(

@@ -21,7 +21,14 @@ from cpo_pipe.pipeline.negatives.strategy import Inputs, Job, Strategy
 from cpo_pipe.pipeline.samples import WINDOW, EngineWork, LazyEngine
 
 
-def sampled_spec(rendering: Spec, generator: str | Spec, sampling: Sampling, seed: int) -> Spec:
+def sampled_spec(
+    rendering: Spec,
+    generator: str | Spec,
+    sampling: Sampling,
+    seed: int,
+    strategy: str = "autoregressive",
+    **more: Any,
+) -> Spec:
     """Return the identity of samples: distribution and seed, but not how many there are.
 
     Args:
@@ -29,13 +36,16 @@ def sampled_spec(rendering: Spec, generator: str | Spec, sampling: Sampling, see
         generator: a model's fingerprint, or an API's spec.
         sampling: the distribution.
         seed: of all samples.
+        strategy: the strategy's kind; samples of equal distributions are shared by strategies that leave the default.
+        more: what else decides the samples.
     """
     return {
-        "strategy": "autoregressive",
+        "strategy": strategy,
         "generator": generator,
         "prompt": rendering,
         "sampling": sampling.spec(),
         "seed": seed,
+        **more,
     }
 
 

@@ -62,7 +62,8 @@ class MeanField(Strategy):
                 "text data.chunk_tokens), or name a model with a longer context"
             )
         ends = end_tokens(model.path, tokenizer, inputs.examples.end_tokens)
-        spec = meanfield_spec(inputs.examples.rendering, model.fingerprint, self.corruption_rate, ends, inputs.seed)
+        spec: Spec = {"strategy": self.kind, "prompt": inputs.examples.rendering, "generator": model.fingerprint,
+                      "share": self.corruption_rate, "stop_ids": sorted(ends), "seed": inputs.seed}  # fmt: skip
         rows = inputs.rows(spec)
         probes = select_probes(groups)
         work = MeanFieldWork(rows, model, tokenizer, ends, self.corruption_rate, inputs.seed, probes)
@@ -85,12 +86,6 @@ class MeanField(Strategy):
     def with_generator(self, model: str) -> Self:
         """Return the strategy with another model."""
         return self.model_copy(update={"model": model})
-
-
-def meanfield_spec(rendering: Spec, generator: str, share: float, stop_ids: Sequence[int], seed: int) -> Spec:
-    """Return the identity of the draws: model, tokens that it may not draw, share of tokens drawn, and seed."""
-    return {"strategy": MeanField.kind, "prompt": rendering, "generator": generator, "share": share,
-            "stop_ids": sorted(stop_ids), "seed": seed}  # fmt: skip
 
 
 def redraw(target: Sequence[int], logits_LV: "Tensor", share: float, stop_ids: Sequence[int], seed: int) -> list[int]:

@@ -28,7 +28,7 @@ from cpo_pipe.data.sources.locate import locate_source
 from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.pipeline.api.model import ApiModel
 from cpo_pipe.pipeline.engines.base import Sampling
-from cpo_pipe.pipeline.negatives.autoregressive import EngineSampler
+from cpo_pipe.pipeline.negatives.autoregressive import EngineSampler, sampled_spec
 from cpo_pipe.pipeline.negatives.pool_file import Columns, Continuations, PoolFile, shown
 from cpo_pipe.pipeline.negatives.strategy import Inputs, Job, negative
 from cpo_pipe.pipeline.samples import SAMPLE_INDICES, EngineWork, LazyEngine, refused_source
@@ -83,7 +83,9 @@ class Pool(EngineSampler):
         examples, sampling = inputs.examples, self.sampling(inputs, end_tokens(model.path, own))
         template = examples.rendering["template"]
         day = chat_date(own, inputs.store) if template == templates.CHAT else None
-        spec = pool_model_spec(examples.rendering, model.fingerprint, own.fingerprint, sampling, inputs.seed, day)
+        spec = sampled_spec(examples.rendering, model.fingerprint, sampling, inputs.seed, self.kind,
+                            tokenizer=own.fingerprint, encoding=ENCODING,
+                            **({"chat_date": day} if day else {}))  # fmt: skip
         rows, refused = inputs.rows(spec), inputs.refused(spec)
         columns = {"strategy": self.kind, "generator": model.fingerprint}
         engine = LazyEngine(self.engine, model, None, self.dtype)
@@ -115,15 +117,6 @@ def pool_file_spec(rendering: Spec, identity: Spec, columns: Columns, max_tokens
     """Return the identity of a file's rows: its content, but neither its path nor the source's name or strength."""
     return {"strategy": Pool.kind, "file": digest(identity), "columns": columns.model_dump(), "prompt": rendering,
             "max_tokens": max_tokens, "encoding": ENCODING}  # fmt: skip
-
-
-def pool_model_spec(
-    rendering: Spec, generator: str, tokenizer: str, sampling: Sampling, seed: int, chat_date: str | None = None
-) -> Spec:
-    """Return the identity of samples: the model's distribution over texts, and how these are encoded."""
-    return {"strategy": Pool.kind, "generator": generator, "tokenizer": tokenizer, "prompt": rendering,
-            "sampling": sampling.spec(), "seed": seed, "encoding": ENCODING,
-            **({"chat_date": chat_date} if chat_date else {})}  # fmt: skip
 
 
 def other_tokenizer(model: Model, tokenizer: TokenizerFiles, store: Store) -> TokenizerFiles | None:

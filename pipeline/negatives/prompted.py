@@ -6,13 +6,11 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from cpo_pipe.data.fingerprint import Spec
 from cpo_pipe.data.models.templates import fill
 from cpo_pipe.data.text import listed, nearest, one_line
 from cpo_pipe.pipeline.api.config import Api
 from cpo_pipe.pipeline.api.model import ApiModel
-from cpo_pipe.pipeline.engines.base import Sampling
-from cpo_pipe.pipeline.negatives.autoregressive import Sampler
+from cpo_pipe.pipeline.negatives.autoregressive import Sampler, sampled_spec
 from cpo_pipe.pipeline.negatives.strategy import Inputs, Job
 
 TEMPLATES = {
@@ -55,7 +53,11 @@ class Prompted(Sampler):
         """Plan the API's answers to the template's message about each example."""
         api, message = inputs.find(self.model), Message(self.template)
         assert isinstance(api, ApiModel)
-        spec = prompted_spec(inputs.examples.rendering, api, message, self.sampling(inputs), inputs.seed)
+        sampling = api.obeyed(self.sampling(inputs))
+        # The template's text, not its name, so that a changed wording invalidates the negatives.
+        spec = sampled_spec(
+            inputs.examples.rendering, api.spec(), sampling, inputs.seed, self.kind, template=message.text
+        )
         return self.plan_api(inputs, api, message, spec)
 
     @property
@@ -91,18 +93,3 @@ class Message:
     def __call__(self, example: Mapping[str, Any]) -> str:
         """Return the message for an example (EXAMPLES schema), with its prompt as in the source."""
         return fill(self.text, prompt=example["prompt"], target=example["target"])
-
-
-def prompted_spec(rendering: Spec, api: ApiModel, message: Message, sampling: Sampling, seed: int) -> Spec:
-    """Return the identity of the answers: API, message and sampling.
-
-    It contains the template's text, not its name, so that a changed wording invalidates the negatives.
-    """
-    return {
-        "strategy": Prompted.kind,
-        "generator": api.spec(),
-        "prompt": rendering,
-        "template": message.text,
-        "sampling": api.obeyed(sampling).spec(),
-        "seed": seed,
-    }

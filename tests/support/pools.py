@@ -17,12 +17,13 @@ from cpo_pipe.data.models.locate import locate_model
 from cpo_pipe.data.sources.locate import locate_source
 from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline.engines.base import Sampling
+from cpo_pipe.pipeline.negatives.autoregressive import sampled_spec
 from cpo_pipe.pipeline.negatives.pool import (
+    ENCODING,
     PoolFileWork,
     PoolModelWork,
     other_tokenizer,
     pool_file_spec,
-    pool_model_spec,
 )
 from cpo_pipe.pipeline.negatives.pool_file import Columns, PoolFile
 from cpo_pipe.pipeline.prepare.pairs import Pairs
@@ -73,7 +74,15 @@ class Bench:
         model = locate_model(str(folder), self.store)
         own = other_tokenizer(model, self.examples.tokenizer, self.store)
         assert own is not None
-        self.spec = pool_model_spec(self.examples.rendering, model.fingerprint, own.fingerprint, sampling, seed)
+        self.spec = sampled_spec(
+            self.examples.rendering,
+            model.fingerprint,
+            sampling,
+            seed,
+            "pool",
+            tokenizer=own.fingerprint,
+            encoding=ENCODING,
+        )
         self.rows, self.refused = (
             self.store.rows("negatives", self.spec),
             self.store.rows("rejected", {"of": self.spec}),

@@ -2,20 +2,21 @@
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from cpo_pipe.data.fingerprint import content_hash
 from cpo_pipe.data.models.tokenizer import TokenizerFiles
+from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline.api.config import Api
 from cpo_pipe.pipeline.api.model import ApiModel
-from cpo_pipe.pipeline.engines.base import Sampling
-from cpo_pipe.pipeline.negatives.prompted import TEMPLATES, Message, prompted_spec
+from cpo_pipe.pipeline.negatives.prompted import TEMPLATES, Message, Prompted
+from cpo_pipe.pipeline.negatives.strategy import Inputs
 from tests.support.api_run import Run, examples
 from tests.support.api_server import serve, written
 from tests.support.models import make_tokenizer
-
-SAMPLING = Sampling(temperature=1.0, top_k=50, max_new_tokens=60, stop_ids=())
 
 
 def test_the_papers_template_to_the_letter() -> None:
@@ -36,13 +37,14 @@ def test_braces_in_texts_are_text(template: str) -> None:
     assert message.count(prompt) == message.count(target) == 1
 
 
-def test_what_makes_them_anew() -> None:
-    api = ApiModel("gpt", Api(url="http://x/v1", model="m"))
+def test_what_makes_them_anew(tmp_path: Path) -> None:
+    given: Any = SimpleNamespace(rendering={"template": "plain"}, tokenizer=TokenizerFiles(tmp_path, "t"))
 
     def where(template: str = "unhelpful", seed: int = 0, top_k: int = 50, url: str = "http://x/v1") -> str:
-        sampling = Sampling(temperature=1.0, top_k=top_k, max_new_tokens=60, stop_ids=())
-        model = ApiModel("other", api.config.model_copy(update={"url": url}))
-        return content_hash(prompted_spec({"template": "plain"}, model, Message(template), sampling, seed))
+        api = ApiModel("other", Api(url=url, model="m"))
+        inputs = Inputs("worse", Store(tmp_path), given, examples(1), lambda *_, **__: api, seed, max_tokens=60)
+        job = Prompted(model="gpt", template=template, top_k=top_k).plan(inputs)
+        return content_hash(job.source.rows.spec)
 
     others = [where("minimal-edit"), where(seed=1), where(url="http://y/v1"), where("Be bad: {prompt} {target}")]
     assert len({where(), *others}) == 5

@@ -10,13 +10,14 @@ from pydantic import Field
 from cpo_pipe.data.config import Section
 from cpo_pipe.data.execution.base import Make, NewRows, Work
 from cpo_pipe.data.fingerprint import Spec, digest
+from cpo_pipe.data.models.answers import AnswerEncoder
 from cpo_pipe.data.models.tokenizer import TokenizerFiles
 from cpo_pipe.data.sources.locate import locate_source
 from cpo_pipe.data.sources.rows import Refusal, text_fault
 from cpo_pipe.data.sources.source import Source
 from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.data.text import abridged, listed
-from cpo_pipe.pipeline.negatives.pool import ENCODED_FOR, ContinuationEncoder
+from cpo_pipe.pipeline.negatives.pool import ENCODED_FOR
 
 PROMPTS = ("prompt", "instruction", "question")
 OUTPUTS = ("output", "text", "completion", "response", "answer")
@@ -133,7 +134,7 @@ class OutputFileWork(Work):
         """Read the file and load the tokenizer."""
         self.file.source.check(self.file.identity)
         texts = dict(zip(self.selection["example_id"].to_pylist(), self.file.outputs(self.selection), strict=True))
-        encoder = ContinuationEncoder(self.tokenizer.load(), self.rendering)
+        encoder = AnswerEncoder(self.tokenizer.load(), self.rendering, continuations=True)
 
         def make(batch: pa.Table) -> Iterator[NewRows]:
             examples = batch.select(ENCODED_FOR).to_pylist()

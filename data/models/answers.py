@@ -36,12 +36,15 @@ class AnswerEncoder:
     Args:
         tokenizer: of the examples.
         rendering: of the examples (`Examples.rendering`).
+        continuations: the texts continue the prompts: where the tokenizer adds a space before a text, a leading space
+            of the text is removed.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", rendering: Spec):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", rendering: Spec, *, continuations: bool = False):
         self._tokenizer = tokenizer
         self._eos = templates.eos_token_id(tokenizer)
         self._chat = ChatTemplate.of(tokenizer, rendering) if rendering["template"] == templates.CHAT else None
+        self._doubles_space = continuations and _doubles_space(tokenizer)
 
     def encode(
         self,
@@ -58,6 +61,8 @@ class AnswerEncoder:
             max_tokens: length limit with the end token; longer answers are cut to it and do not end.
             ends: whether each answer is complete (default: all are).
         """
+        if self._doubles_space:
+            answers = [answer.removeprefix(" ") if isinstance(answer, str) else answer for answer in answers]
         found = self._encode_texts(answers) if self._chat is None else self._encode_messages(examples, answers)
         whole = [True] * len(answers) if ends is None else ends
         return [
@@ -99,3 +104,24 @@ class AnswerEncoder:
 def end_token(example: Mapping[str, Any], default: int) -> int:
     """Return the token that ends the target of an example (EXAMPLES schema); `default` where its target is cut."""
     return int(example["target_ids"][-1]) if example["ends"] else default
+
+
+def text_behind(prompt_ids: Sequence[int], token_ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return the text that tokens add to a prompt.
+
+    Both are decoded together, since SentencePiece-like tokenizers remove a leading space from what they decode.
+    """
+    before, both = (
+        str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        for ids in (list(prompt_ids), [*prompt_ids, *token_ids])
+    )
+    return both[len(before) :]
+
+
+def _doubles_space(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Return whether encoding adds a space before a text, also before one that begins with a space (Llama).
+
+    For such a tokenizer, the space that it adds is the one between prompt and continuation.
+    """
+    text, spaced = templates.encode_texts(["a", " a"], tokenizer)
+    return text != spaced and text_behind(text, text, tokenizer) == " a"

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cpo_pipe.data.models.answers import text_behind
 from cpo_pipe.data.models.chat import Conversation
-from cpo_pipe.pipeline.negatives.pool import text_behind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,7 +17,7 @@ from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.execution.base import Make, NewRows, Work
 from cpo_pipe.data.fingerprint import TOKENIZER_FILES, Spec, digest
 from cpo_pipe.data.models import templates
-from cpo_pipe.data.models.answers import Answer, AnswerEncoder
+from cpo_pipe.data.models.answers import AnswerEncoder, text_behind
 from cpo_pipe.data.models.chat import Conversation
 from cpo_pipe.data.models.chat_date import chat_date
 from cpo_pipe.data.models.control_tokens import finder, special_tokens
@@ -26,10 +26,11 @@ from cpo_pipe.data.models.model import Model
 from cpo_pipe.data.models.tokenizer import TokenizerFiles, tokenizer_in
 from cpo_pipe.data.sources.locate import locate_source
 from cpo_pipe.data.store import Rows, Store
+from cpo_pipe.data.text import abridged
 from cpo_pipe.pipeline.api.model import ApiModel
 from cpo_pipe.pipeline.engines.base import Sampling
 from cpo_pipe.pipeline.negatives.autoregressive import EngineSampler, sampled_spec
-from cpo_pipe.pipeline.negatives.pool_file import Columns, Continuations, PoolFile, shown
+from cpo_pipe.pipeline.negatives.pool_file import Columns, Continuations, PoolFile
 from cpo_pipe.pipeline.negatives.strategy import Inputs, Job, negative
 from cpo_pipe.pipeline.samples import SAMPLE_INDICES, EngineWork, LazyEngine, refused_source
 
@@ -106,7 +107,7 @@ class Pool(EngineSampler):
     @property
     def origin(self) -> str:
         """The file or the model."""
-        return f"the file {self.file}" if self.file is not None else f"sampled from {self.model}"
+        return f"The file {self.file}" if self.file is not None else f"Sampled from {self.model}"
 
     def models(self) -> list[str]:
         """Return the model, if it is not a file."""
@@ -125,27 +126,6 @@ def other_tokenizer(model: Model, tokenizer: TokenizerFiles, store: Store) -> To
         return None
     own = tokenizer_in(model.path, store)
     return None if own.fingerprint == tokenizer.fingerprint else own
-
-
-class ContinuationEncoder:
-    """Encodes continuations of any origin like targets.
-
-    Args:
-        tokenizer: the trained model's. Where it adds a space before a text, a leading space of the text is removed.
-        rendering: of the examples.
-    """
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", rendering: Spec):
-        self._answers = AnswerEncoder(tokenizer, rendering)
-        self._doubles_space = _doubles_space(tokenizer)
-
-    def encode(
-        self, examples: Sequence[Mapping[str, Any]], texts: Sequence[str], max_tokens: int, ends: Sequence[bool]
-    ) -> list[Answer]:
-        """Encode a continuation for each example; see `AnswerEncoder.encode`."""
-        if self._doubles_space:
-            texts = [text.removeprefix(" ") for text in texts]
-        return self._answers.encode(examples, texts, max_tokens, ends)
 
 
 def _refusal(example_id: str, sample_index: int, reason: str, detail: str) -> dict[str, Any]:
@@ -187,7 +167,8 @@ class PoolFileWork(Work):
         log.info("%s %s: reading it", source.key, source.name)
         keys = (value.as_py() for value in self.selection[key])
         tokenizer = self.tokenizer.load()
-        is_control, encoder = finder(special_tokens(tokenizer)), ContinuationEncoder(tokenizer, self.rendering)
+        is_control = finder(special_tokens(tokenizer))
+        encoder = AnswerEncoder(tokenizer, self.rendering, continuations=True)
         found = Continuations(keys, self.count, self.file.continuations(key), is_control)
         self._report(key, found)
         if found.control_tokens:
@@ -235,8 +216,8 @@ class PoolFileWork(Work):
         if not there:
             hint = f"; without its column {key} it is matched by prompt" if key == "example_id" else ""
             raise source.request({}).error(
-                f"has none of the examples' {len(counts):,} {what}; there is {shown(found.unmatched)}, "
-                f"the first example has {shown(self.selection[key][0].as_py())}{hint}"
+                f"has none of the examples' {len(counts):,} {what}; there is {abridged(repr(found.unmatched), 60)}, "
+                f"the first example has {abridged(repr(self.selection[key][0].as_py()), 60)}{hint}"
             )
         if whole < len(counts):
             log.warning(
@@ -276,7 +257,8 @@ class PoolModelWork(Work):
         Raises:
             InputError: data.template is chat, but the model's tokenizer has no chat template.
         """
-        own, encoder = self.own_tokenizer.load(), ContinuationEncoder(self.tokenizer.load(), self.rendering)
+        own = self.own_tokenizer.load()
+        encoder = AnswerEncoder(self.tokenizer.load(), self.rendering, continuations=True)
         chat = self.rendering["template"] == templates.CHAT
         if chat and not own.chat_template:
             raise InputError(
@@ -338,24 +320,3 @@ class PoolModelWork(Work):
         asked = [Conversation.of_example(example) for example in batch.select(ENCODED_FOR).to_pylist()]
         template = str(self.rendering["template"])
         return templates.encode_prompts_again(template, asked, rendered, own, self.chat_date)
-
-
-def text_behind(prompt_ids: Sequence[int], token_ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Return the text that tokens add to a prompt.
-
-    Both are decoded together, since SentencePiece-like tokenizers remove a leading space from what they decode.
-    """
-    before, both = (
-        str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        for ids in (list(prompt_ids), [*prompt_ids, *token_ids])
-    )
-    return both[len(before) :]
-
-
-def _doubles_space(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Return whether encoding adds a space before a text, also before one that begins with a space (Llama).
-
-    For such a tokenizer, the space that it adds is the one between prompt and continuation.
-    """
-    text, spaced = templates.encode_texts(["a", " a"], tokenizer)
-    return text != spaced and text_behind(text, text, tokenizer) == " a"

@@ -1,7 +1,6 @@
 """Continuations in files, such as another model's outputs, and the texts that they have for each prompt."""
 
 import hashlib
-import reprlib
 import tempfile
 import weakref
 from array import array
@@ -17,6 +16,7 @@ from cpo_pipe.data.config import Section
 from cpo_pipe.data.models import templates
 from cpo_pipe.data.sources.rows import Refusal, Row, text_fault
 from cpo_pipe.data.sources.source import Source
+from cpo_pipe.data.text import abridged
 from cpo_pipe.pipeline.prepare.rejected import listed_counts, places
 
 _ROLES = {"prompt": "user", "text": "assistant"}
@@ -112,7 +112,7 @@ class PoolFile:
             return value
         if len(value) > 1 or value[0].get("role") != _ROLES[field]:
             roles = ", ".join(str(message.get("role")) for message in value)
-            detail = f"{self._named(field)} is a conversation of {shown(roles)}"
+            detail = f"{self._named(field)} is a conversation of {abridged(repr(roles), 60)}"
             return Refusal(row.source, f"not one message of the {_ROLES[field]}", detail)
         return value[0].get("content")
 
@@ -208,12 +208,6 @@ class Continuations:
 def _is_conversation(value: object) -> bool:
     """Return whether a value is a list of messages, as chat templates take them."""
     return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
-
-
-def shown(value: object) -> str:
-    """Return a value as a message shows it."""
-    text = repr(value) if isinstance(value, str) else reprlib.repr(value)  # reprlib reads no more than it shows
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _short(key: str) -> bytes:

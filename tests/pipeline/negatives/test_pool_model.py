@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from cpo_pipe.data.errors import InputError
+from cpo_pipe.data.models.answers import AnswerEncoder, text_behind
 from cpo_pipe.data.models.chat_date import chat_date
 from cpo_pipe.data.models.end_tokens import end_tokens
 from cpo_pipe.data.models.locate import locate_model
@@ -17,12 +18,7 @@ from cpo_pipe.data.store import Store
 from cpo_pipe.pipeline.engines.base import Sampling
 from cpo_pipe.pipeline.negatives.config import Negatives
 from cpo_pipe.pipeline.negatives.generate import plan_negatives
-from cpo_pipe.pipeline.negatives.pool import (
-    ContinuationEncoder,
-    PoolModelWork,
-    other_tokenizer,
-    text_behind,
-)
+from cpo_pipe.pipeline.negatives.pool import PoolModelWork, other_tokenizer
 from tests.support.pools import (
     CUT_EXAMPLE,
     PAIRS,
@@ -103,7 +99,7 @@ def test_samples_depend_on_their_keys_alone(tmp_path: Path, tiny_model: Path, ot
 
 def test_an_end_is_an_end_and_half_a_character_is_none(bench: Bench) -> None:
     text = "né🦊"
-    whole, cut = ContinuationEncoder(bench.tokenizer, {"template": "plain"}).encode(
+    whole, cut = AnswerEncoder(bench.tokenizer, {"template": "plain"}, continuations=True).encode(
         [CUT_EXAMPLE] * 2, [text, text], 99, [True, False]
     )
     assert (whole.token_ids, whole.ends) == ([*bench.tokenizer.encode(text), 0], True)
@@ -229,7 +225,7 @@ def test_only_a_space_that_would_be_doubled_is_taken_off(kind: str, doubled: boo
         backend.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
         backend.decoder = decoders.Sequence([decoders.Replace(space, " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    encoder = ContinuationEncoder(tokenizer, {"template": "plain"})
+    encoder = AnswerEncoder(tokenizer, {"template": "plain"}, continuations=True)
     spaced, plain = encoder.encode([CUT_EXAMPLE] * 2, ["  b", "b"], 99, [True, True])
     assert plain.token_ids == [1, 3, 0]
     assert spaced.token_ids == [1, 1, 3, 0], "two spaces, of which one is the tokenizer's own"

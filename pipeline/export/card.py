@@ -112,7 +112,7 @@ def data_card(
 
 def _labels(negatives: Negatives, pairs: Counter[Pair]) -> str:
     """Return a table of the labels of pairs, and where the texts of each label are from."""
-    origins = {"target": "the ground truth"} | {name: source.origin for name, source in negatives.sources.items()}
+    origins = {"target": "The ground truth"} | {name: source.origin for name, source in negatives.sources.items()}
     labels = dict.fromkeys(label for pair in pairs for label in pair)
     lines = ["| chosen | rejected | pairs |", "| --- | --- | ---: |"]
     lines += [f"| {' | '.join(map(markdown, pair))} | {count:,} |" for pair, count in sorted(pairs.items())]

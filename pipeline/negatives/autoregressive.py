@@ -132,7 +132,7 @@ class Autoregressive(EngineSampler):
     @property
     def origin(self) -> str:
         """The generator."""
-        return f"sampled from {self.model}"
+        return f"Sampled from {self.model}"
 
     def models(self) -> list[str]:
         """Return the generator."""

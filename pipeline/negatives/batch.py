@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -51,14 +51,9 @@ class BatchTargets(Strategy):
         rows = inputs.rows(
             batch_spec(inputs.examples.rendering, inputs.seed, members, self.hard_negatives_from, embedder)
         )
-        draws = BatchDraws(inputs.selection, inputs.seed, self.hard_negatives_from, embedder, inputs.key)
+        load = partial(load_draws, inputs.selection, inputs.seed, self.hard_negatives_from, embedder, inputs.key)
         # One process is enough, and a copy of all targets in each would cost memory.
-        return Job(inputs.source(rows, self.count), ExampleWork(rows, draws.load), in_process=True)
-
-    @property
-    def origin(self) -> str:
-        """Another target."""
-        return "the ground truth of another prompt"
+        return Job(inputs.source(rows, self.count), ExampleWork(rows, load), in_process=True)
 
 
 def batch_spec(
@@ -125,57 +120,54 @@ class Draw:
         return found
 
 
-@dataclass(frozen=True)
-class BatchDraws:
-    """Gives each example of a selection targets of others."""
+def load_draws(
+    selection: pa.Table, seed: int, hard_negatives_from: int, embedder: Embedder | None, key: str
+) -> NegativesOf:
+    """Index the pool, embed its targets if there is an embedder, and return what gives an example targets of others.
 
-    selection: pa.Table
-    """EXAMPLES schema; the pool."""
-    seed: int
-    hard_negatives_from: int = 0
-    """Number of targets drawn; the most similar ones by embedding are taken (0: as drawn)."""
-    embedder: Embedder | None = None
-    """For `hard_negatives_from`."""
-    key: str = "negatives.sources.batch"
-    """The source's key in the recipe, for messages."""
+    Args:
+        selection: the pool (EXAMPLES schema).
+        seed: of all draws.
+        hard_negatives_from: number of targets drawn; the most similar ones by embedding are taken (0: as drawn).
+        embedder: for `hard_negatives_from`.
+        key: the source's key in the recipe, for messages.
+    """
+    ids, prompts, targets = (selection[name].to_pylist() for name in ("example_id", "rendered", "target"))
+    draw = Draw(ids, prompts, targets, seed)
+    place = {example_id: row for row, example_id in enumerate(ids)}
+    embeddings = None
+    if embedder is not None:
+        embeddings = EmbeddingCache(embedder)
+        # In one fixed order: a vector's last digits depend on its batch, and they decide the order of targets that
+        # the embedding model does not distinguish, such as those that differ only in case.
+        distinct = sorted(set(targets))
+        embeddings.add(distinct, "targets embedded")
+        if count := embeddings.truncated(distinct):
+            remedy = f"set {key}.embedder to a model that reads more"
+            cut = truncation(count, len(distinct), embedder.name, embedder.window(), remedy)
+            log.warning("hard_negatives_from: %s", cut)
 
-    def load(self) -> NegativesOf:
-        """Index the pool and embed its targets where `hard_negatives_from` asks for it."""
-        ids, prompts, targets = (self.selection[name].to_pylist() for name in ("example_id", "rendered", "target"))
-        draw = Draw(ids, prompts, targets, self.seed)
-        place = {example_id: row for row, example_id in enumerate(ids)}
-        embeddings = EmbeddingCache(self.embedder) if self.embedder is not None else None
-        if embeddings is not None:
-            # In one fixed order: a vector's last digits depend on its batch, and they decide the order of targets that
-            # the embedding model does not distinguish, such as those that differ only in case.
-            distinct = sorted(set(targets))
-            embeddings.add(distinct, "targets embedded")
-            if self.embedder is not None and (count := embeddings.truncated(distinct)):
-                remedy = f"set {self.key}.embedder to a model that reads more"
-                cut = truncation(count, len(distinct), self.embedder.name, self.embedder.window(), remedy)
-                log.warning("hard_negatives_from: %s", cut)
+    def negatives_of(example: dict[str, Any], indices: list[int]) -> list[dict[str, Any]]:
+        row = place[example["example_id"]]
+        if embeddings is None:
+            others = draw.others(row, max(indices) + 1, f"{key}.count")
+        else:
+            drawn = draw.others(row, hard_negatives_from, f"{key}.hard_negatives_from")
+            order = nearest(targets[row], [targets[other] for other in drawn], embeddings.encode)
+            others = [drawn[number] for number in order]
+        chosen = selection.take([others[k] for k in indices]).to_pylist()
+        first_seed = row_seed(seed, example["example_id"])
+        return [
+            negative(
+                example,
+                k,
+                first_seed + k,
+                strategy=BatchTargets.kind,
+                text=other["target"],
+                token_ids=other["target_ids"],
+                ends=other["ends"],
+            )
+            for k, other in zip(indices, chosen, strict=True)
+        ]
 
-        def negatives_of(example: dict[str, Any], indices: list[int]) -> list[dict[str, Any]]:
-            row = place[example["example_id"]]
-            if embeddings is None:
-                others = draw.others(row, max(indices) + 1, f"{self.key}.count")
-            else:
-                drawn = draw.others(row, self.hard_negatives_from, f"{self.key}.hard_negatives_from")
-                order = nearest(targets[row], [targets[other] for other in drawn], embeddings.encode)
-                others = [drawn[number] for number in order]
-            chosen = self.selection.take([others[k] for k in indices]).to_pylist()
-            first_seed = row_seed(self.seed, example["example_id"])
-            return [
-                negative(
-                    example,
-                    k,
-                    first_seed + k,
-                    strategy=BatchTargets.kind,
-                    text=other["target"],
-                    token_ids=other["target_ids"],
-                    ends=other["ends"],
-                )
-                for k, other in zip(indices, chosen, strict=True)
-            ]
-
-        return negatives_of
+    return negatives_of

@@ -72,7 +72,7 @@ class MeanField(Strategy):
     @property
     def origin(self) -> str:
         """The target and the model."""
-        return f"the ground truth, partly redrawn by {self.model}"
+        return f"The ground truth, partly redrawn by {self.model}"
 
     def models(self) -> list[str]:
         """Return the model."""

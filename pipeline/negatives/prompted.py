@@ -63,7 +63,7 @@ class Prompted(Sampler):
     @property
     def origin(self) -> str:
         """Model and template."""
-        return f"asked of {self.model} ({one_line(self.template, 100)})"
+        return f"Asked of {self.model} ({one_line(self.template, 100)})"
 
     def models(self) -> list[str]:
         """Return the API."""

@@ -41,11 +41,6 @@ class Rejected(Strategy):
         rows, refused = inputs.rows(spec), inputs.refused(spec)
         return Job(inputs.source(rows, self.count or most, refused), RejectedWork(rows, refused))
 
-    @property
-    def origin(self) -> str:
-        """The data."""
-        return "rejected answers of the data"
-
 
 @dataclass(frozen=True)
 class RejectedWork(Work):

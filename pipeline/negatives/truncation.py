@@ -23,11 +23,6 @@ class Truncation(Strategy):
         work = ExampleWork(rows, partial(_load, inputs.examples.tokenizer, inputs.seed))
         return Job(inputs.source(rows, self.count), work)
 
-    @property
-    def origin(self) -> str:
-        """The cut target."""
-        return "the ground truth, cut"
-
 
 def _load(files: TokenizerFiles, seed: int) -> NegativesOf:
     tokenizer = files.load()

@@ -89,7 +89,7 @@ def test_pairs_are_chosen_by_strategy(project: Project) -> None:
     }
     card = Path("out/README.md").read_text()
     assert f"| target | weak | {sum(row['chosen_strategy'] == 'target' for row in rows)} |" in card
-    assert "- `weak`: the file weak.jsonl" in card
+    assert "- `weak`: The file weak.jsonl" in card
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Batch negatives that are the nearest to the target by embedding."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from cpo_pipe.data.execution.base import LocalExecutor
 from cpo_pipe.data.fingerprint import hash_keys
 from cpo_pipe.data.models.embedder import locate_embedder
 from cpo_pipe.data.store import Store
-from cpo_pipe.pipeline.negatives.batch import BatchDraws, Draw, batch_spec
+from cpo_pipe.pipeline.negatives.batch import Draw, batch_spec, load_draws
 from cpo_pipe.pipeline.negatives.config import Negatives
 from cpo_pipe.pipeline.negatives.strategy import ExampleWork
 from cpo_pipe.pipeline.prepare.pairs import Pairs
@@ -53,8 +54,8 @@ class Bench:
         rows = self.store.rows(
             "negatives", batch_spec(self.rendering, seed, hash_keys(sorted(ids)), hard_negatives_from, embedder)
         )
-        draws = BatchDraws(self.selection, seed, hard_negatives_from, embedder)
-        work = ExampleWork(rows, draws.load)
+        key = "negatives.sources.batch"
+        work = ExampleWork(rows, partial(load_draws, self.selection, seed, hard_negatives_from, embedder, key))
         for first in sorted({skip, 0}, reverse=True):
             examples, wanted = self.selection.slice(first), SampleRequest(rows, count)
             make_missing(wanted, examples, work, LocalExecutor(), batch_size=batch_size, label="batch")

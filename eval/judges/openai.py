@@ -1,6 +1,5 @@
 """The judge `openai`: a model behind an OpenAI-compatible server is asked which output is better."""
 
-import logging
 from collections.abc import Iterator, Sequence
 
 from pydantic import Field
@@ -12,8 +11,6 @@ from cpo_pipe.eval.judges.query import BothOrders, Query, Template, verdict_of
 from cpo_pipe.pipeline.api.client import ApiClient, ask_all
 from cpo_pipe.pipeline.api.model import ApiModel
 from cpo_pipe.pipeline.api.question import ask
-
-log = logging.getLogger(__name__)
 
 
 class OpenAi(ApiJudgeConfig):
@@ -64,13 +61,9 @@ class OpenAiJudge(ApiJudge):
             InputError: the client is not installed, or the server rejects the request.
             RunError: a cap is reached, or the server stopped answering.
         """
-        self.api.check_client()
-        try:
-            for answers in ask_all(self.api, enumerate(pairs), self._ask):
-                if found := [(place, verdict) for place, verdict in answers if verdict is not None]:
-                    yield found
-        finally:
-            log.info("apis.%s: %s by this command so far", self.api.name, self.api.spent())
+        for answers in ask_all(self.api, enumerate(pairs), self._ask):
+            if found := [(place, verdict) for place, verdict in answers if verdict is not None]:
+                yield found
 
     async def _ask(self, client: ApiClient, asked: tuple[int, Pair]) -> tuple[int, Verdict | None]:
         place, pair = asked

@@ -72,11 +72,12 @@ class ApiClient:
         self._told_at = -math.inf
         self._names: dict[str, str] = {}
 
-    async def chat(self, messages: Sequence[Message], max_tokens: int, n: int = 1, **parameters: Any) -> Answer:
-        """Return the answers to a conversation.
+    async def say(self, question: Question, max_tokens: int, n: int = 1, **parameters: Any) -> Answer:
+        """Return answers to a text (a user's message, or a text to complete, by the endpoint) or to messages.
 
         Args:
-            messages: each with `role` and `content`.
+            question: the text, or messages, each with `role` and `content`; those that begin with a system message of
+                their own do not get the recipe's.
             max_tokens: length limit of an answer, in tokens.
             n: number of answers.
             parameters: other parameters of the endpoint.
@@ -87,21 +88,6 @@ class ApiClient:
             InputError: the server rejects such requests, whatever their messages.
             RunError: a cap is reached, the account has no credit, or the server stopped answering.
         """
-        most = Tokens(_most_tokens("".join(message["content"] for message in messages)), n * max_tokens)
-        body = {"messages": messages, "max_tokens": max_tokens, "n": n, **parameters}
-        return await self._ask("/chat/completions", body, most)
-
-    async def complete(self, prompt: str | Sequence[int], max_tokens: int, n: int = 1, **parameters: Any) -> Answer:
-        """Return continuations of a text, or of token ids where the server takes them; otherwise like `chat`."""
-        most = Tokens(_most_tokens(prompt) if isinstance(prompt, str) else len(prompt), n * max_tokens)
-        body = {"prompt": prompt, "max_tokens": max_tokens, "n": n, **parameters}
-        return await self._ask("/completions", body, most)
-
-    async def say(self, question: Question, max_tokens: int, n: int = 1, **parameters: Any) -> Answer:
-        """Return answers to a text (a user's message, or a text to complete, by the endpoint) or to messages.
-
-        Messages that begin with a system message of their own do not get the recipe's. Otherwise like `chat`.
-        """
         if self._config.endpoint == "completions":
             assert isinstance(question, str)
             return await self.complete(question, max_tokens, n, **parameters)
@@ -109,7 +95,15 @@ class ApiClient:
         system = self._config.system
         if system is not None and asked[0]["role"] != "system":
             asked = [{"role": "system", "content": system}, *asked]
-        return await self.chat(asked, max_tokens, n, **parameters)
+        most = Tokens(_most_tokens("".join(message["content"] for message in asked)), n * max_tokens)
+        body = {"messages": asked, "max_tokens": max_tokens, "n": n, **parameters}
+        return await self._ask("/chat/completions", body, most)
+
+    async def complete(self, prompt: str | Sequence[int], max_tokens: int, n: int = 1, **parameters: Any) -> Answer:
+        """Return continuations of a text, or of token ids where the server takes them; otherwise like `say`."""
+        most = Tokens(_most_tokens(prompt) if isinstance(prompt, str) else len(prompt), n * max_tokens)
+        body = {"prompt": prompt, "max_tokens": max_tokens, "n": n, **parameters}
+        return await self._ask("/completions", body, most)
 
     def halt(self) -> None:
         """Stop sending requests; those under way may still be answered."""
@@ -268,7 +262,12 @@ def ask_all(
 
     When an item raises, no more requests are sent; the results of those under way are yielded before the exception is
     raised. When the iterator is closed or interrupted, results that are ready are yielded and the rest are cancelled.
+    However it ends, the command's usage of the API so far is logged.
+
+    Raises:
+        InputError: as `ApiModel.check_client`.
     """
+    api.check_client()
     waiting, most = iter(items), api.config.concurrency
     under_way: set[asyncio.Task[None]] = set()
     ready: list[T] = []
@@ -312,6 +311,7 @@ def ask_all(
             for task in under_way:
                 task.cancel()
             runner.run(_end(under_way, client))
+            log.info("apis.%s: %s by this command so far", api.name, api.spent())
 
 
 async def _end(under_way: Iterable[asyncio.Task[Any]], client: ApiClient) -> None:

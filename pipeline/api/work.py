@@ -101,11 +101,8 @@ class _RowMaker:
         api = self._work.api
         try:
             for outcomes in ask_all(api, self._requests(batch), self._ask):
-                new = self._new_rows(outcomes)
-                if new.units:
-                    yield new
+                yield self._new_rows(outcomes)
         finally:
-            log.info("apis.%s: %s by this command so far", api.name, api.spent())
             if self._control:
                 log.warning("apis.%s: %d answers have special tokens in their text; they are text", api.name,
                             self._control)  # fmt: skip

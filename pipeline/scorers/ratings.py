@@ -1,7 +1,6 @@
 """Ratings of answers by a language model behind an API, each asked for once and kept in the store."""
 
 import json
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from cpo_pipe.pipeline.api.client import ApiClient, ask_all
 from cpo_pipe.pipeline.api.model import ApiModel
 from cpo_pipe.pipeline.api.question import AROUND, KEPT, Reply, ask, check_template, without_reasoning
 from cpo_pipe.pipeline.scorers.scorer import Group, Scores
-
-log = logging.getLogger(__name__)
 
 BEST = 10
 """The rating of an answer that is right."""
@@ -139,14 +136,10 @@ class Rater:
         return {key: asked[key] for key in _keys(rows.missing(keys))}
 
     def _ask(self, rows: Rows, missing: dict[tuple[str, str], str]) -> None:
-        self.api.check_client()
-        try:
-            with rows.writer() as writer:
-                for replies in ask_all(self.api, missing.items(), self._reply):
-                    writer.add([_row(key, reply) for key, reply in replies if reply is not None])
-                    writer.flush()
-        finally:
-            log.info("apis.%s: %s by this command so far", self.api.name, self.api.spent())
+        with rows.writer() as writer:
+            for replies in ask_all(self.api, missing.items(), self._reply):
+                writer.add([_row(key, reply) for key, reply in replies if reply is not None])
+                writer.flush()
 
     async def _reply(
         self, client: ApiClient, item: tuple[tuple[str, str], str]

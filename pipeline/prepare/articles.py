@@ -38,14 +38,10 @@ class Articles(Data):
     @model_validator(mode="after")
     def _check_lengths(self) -> "Articles":
         prompt = prompt_length(self.chunk_tokens, self.prompt_fraction)
+        target = self.chunk_tokens - prompt + 1
         for field, length, limit, part in (
             ("max_prompt_tokens", prompt, self.max_prompt_tokens, "prompts"),
-            (
-                "max_target_tokens",
-                self.chunk_tokens - prompt + 1,
-                self.max_target_tokens,
-                "targets (with the EOS token)",
-            ),
+            ("max_target_tokens", target, self.max_target_tokens, "targets (with the EOS token)"),
         ):
             if length > limit:
                 raise ValueError(

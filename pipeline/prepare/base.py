@@ -210,11 +210,6 @@ class Data(Section):
         """Return what decides the texts of a row."""
         return {"columns": self.columns.model_dump()}
 
-    @property
-    def format_label(self) -> str:
-        """What the rows are read as, for messages."""
-        return "articles"
-
     @abstractmethod
     def texts(self, row: Row) -> Iterator[Texts | Refusal]:
         """Yield the texts of a row, or the rule that it breaks."""

@@ -1,5 +1,6 @@
 """Divide the collected examples: near-duplicates stay on one side of the split, and leaks are counted or removed."""
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,9 @@ from cpo_pipe.pipeline.prepare.base import Data
 from cpo_pipe.pipeline.prepare.collect import ExampleCollector
 from cpo_pipe.pipeline.prepare.leakage import PARTS, find_leaks
 from cpo_pipe.pipeline.prepare.near_duplicates import near_duplicate_groups, with_keys
-from cpo_pipe.pipeline.prepare.split import SPLITS, split_ends, split_ranges, warn_of_short_splits
+from cpo_pipe.pipeline.prepare.split import SPLITS, split_ends
+
+log = logging.getLogger(__name__)
 
 LARGE_GROUP = 0.1
 """Share of the examples in one group of near-duplicates above which this group decides the split."""
@@ -73,12 +76,18 @@ def _split(collector: ExampleCollector, config: Data, official: set[str]) -> dic
         0 if "validation" in official else validation,
         0 if "test" in official else test,
     )
-    splits: dict[str, Sequence[int]] = {name: drawn[start:end] for name, start, end in split_ranges(ends)}
+    splits: dict[str, Sequence[int]] = {
+        name: drawn[start:end] for name, start, end in zip(SPLITS, (0, *ends), ends, strict=False)
+    }
     for name in official:
         splits[name] = collector.ordered(name)[: asked[name] or None]
         if not splits[name]:
             raise InputError(f"data.{name}_source: no examples are left, all of its rows were rejected; correct them")
-    warn_of_short_splits(asked, splits)
+    for name, wanted in asked.items():
+        if wanted and len(splits[name]) < wanted:  # rows were rejected, or equal prompts moved a boundary
+            log.warning(
+                "examples: data.%s is %s, but only %s are left for it", name, f"{wanted:,}", f"{len(splits[name]):,}"
+            )
     return splits
 
 

@@ -44,8 +44,6 @@ class Turn:
 class Format:
     """A format of rows."""
 
-    label: str
-    """For messages: `read 2,012 rows as …`."""
     columns: tuple[str, ...]
     """Columns by which it is recognized."""
     optional: tuple[str, ...]
@@ -329,19 +327,9 @@ def with_system(conversation: Conversation, system: str) -> Conversation:
 
 
 FORMATS = {
-    "preference": Format(
-        "preferences (chosen and rejected answers)", ("chosen", "rejected"), ("prompt", "tools", "system"), _preference
-    ),
-    "messages": Format(
-        "conversations (messages)", ("messages",), ("tools", "system"), _conversation("messages")
-    ),
-    "sharegpt": Format(
-        "ShareGPT conversations", ("conversations",), ("tools", "system"), _conversation("conversations")
-    ),
-    "prompt-completion": Format(
-        "prompts with completions", ("prompt", "completion"), ("tools", "system"), _prompt_completion
-    ),
-    "alpaca": Format(
-        "Alpaca instructions", ("instruction", "output"), ("input", "system", "history"), _alpaca
-    ),
-}  # fmt: skip
+    "preference": Format(("chosen", "rejected"), ("prompt", "tools", "system"), _preference),
+    "messages": Format(("messages",), ("tools", "system"), _conversation("messages")),
+    "sharegpt": Format(("conversations",), ("tools", "system"), _conversation("conversations")),
+    "prompt-completion": Format(("prompt", "completion"), ("tools", "system"), _prompt_completion),
+    "alpaca": Format(("instruction", "output"), ("input", "system", "history"), _alpaca),
+}

@@ -126,11 +126,6 @@ class Pairs(Data):
         required = {**{column: column for column in known.columns}, **{k: v for k, v in named.items() if v is not None}}
         return required, [column for column in known.optional if column not in required.values()]
 
-    @property
-    def format_label(self) -> str:
-        """What the rows are read as, for messages."""
-        return "pairs of prompt and target" if self.format in (None, PAIRS) else FORMATS[self.format].label
-
     def reading(self) -> Spec:
         """Return the columns, the format and which turns are taken."""
         return {**super().reading(), "format": self.format, "turns": self.turns, "system": self.system}

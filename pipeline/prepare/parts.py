@@ -68,7 +68,8 @@ def open_parts(config: Data) -> list[Part]:
     """Return the parts of a section: those of official splits first, then those whose split is drawn.
 
     Raises:
-        InputError: a source does not exist, or has not the columns of any known format.
+        InputError: a source does not exist, or has not the columns of any known format; or its column mapping or
+            format is not that of the section's preset.
     """
     parts = list(_official(config))
     parts += [
@@ -95,21 +96,12 @@ def _official(config: Data) -> Iterator[Part]:
 
 
 def _part(config: Data, settings: SplitSource, key: str, default_split: str = "train", **fields: Any) -> Part:
-    """Return the part of one source."""
+    """Return the part of one source, whose section is as if this were the only one."""
     assert settings.source is not None
     source = locate_source(
         settings.source, subset=settings.subset, split=settings.source_split, revision=settings.revision,
         key=f"{key}.source", columns_key=f"{key}.columns", default_split=default_split,
     )  # fmt: skip
-    return Part(section_of(config, settings, key), source, **fields)
-
-
-def section_of(config: Data, settings: SplitSource, key: str) -> Data:
-    """Return a section as if it had only one of its sources.
-
-    Raises:
-        InputError: the column mapping or the format is not that of the section's preset.
-    """
     columns = {**config.columns.model_dump(exclude_unset=True), **settings.columns}
     try:
         own = type(config.columns).model_validate(columns)
@@ -122,7 +114,7 @@ def section_of(config: Data, settings: SplitSource, key: str) -> Data:
         if "format" not in type(config).model_fields:
             raise InputError(f"{key}.format: not used by preset {config.preset}; remove it")
         update["format"] = settings.format
-    return config.model_copy(update=update)
+    return Part(config.model_copy(update=update), source, **fields)
 
 
 def drawn_rows(parts: Sequence[Part], seed: int) -> list[NDArray[np.bool_] | None]:

@@ -129,7 +129,8 @@ def _write(examples: Examples, writer: ArtifactWriter, config: Data, parts: list
             for encoded in part.config.encode(rows, tokenizer, examples.rendering):
                 collector.add(encoded, part)
             of = f" of {part.where}" if len(parts) > 1 else ""
-            log.info("examples: read %s rows%s as %s", f"{meter.done - before:,}", of, part.config.format_label)
+            format_name = part.config.reading().get("format") or part.config.preset
+            log.info("examples: read %s rows%s as %s", f"{meter.done - before:,}", of, format_name)
     collector.check(config.max_rejected, run_dir)
     splits = divide(collector, config, {part.split for part in parts if part.split}, writer.facts)
     collector.write(writer.path, splits)

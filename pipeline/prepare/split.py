@@ -1,11 +1,8 @@
 """The split into train, validation and test: by the hash of the prompt, so that equal prompts are in one split."""
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from cpo_pipe.data.errors import InputError
-
-log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 
@@ -40,20 +37,6 @@ def split_ends(
         if asked[name] and not size:
             raise InputError(f"{wanted}: no row of {rows:,} is left for data.{name}; ask for fewer, or give more rows")
     return train_end, validation_end, test_end
-
-
-def split_ranges(ends: Sequence[int]) -> list[tuple[str, int, int]]:
-    """Return name, start and end of each split."""
-    return list(zip(SPLITS, (0, *ends), ends, strict=False))
-
-
-def warn_of_short_splits(asked: Mapping[str, int | None], splits: Mapping[str, Sequence[int]]) -> None:
-    """Warn of splits smaller than asked for: rows were rejected, or equal prompts moved a boundary."""
-    for name, wanted in asked.items():
-        if wanted and len(splits[name]) < wanted:
-            log.warning(
-                "examples: data.%s is %s, but only %s are left for it", name, f"{wanted:,}", f"{len(splits[name]):,}"
-            )
 
 
 def _behind_equals(ordered: Sequence[str], end: int) -> int:

@@ -33,42 +33,42 @@ def call(n: int) -> dict[str, Any]:
 
 
 ROWS: dict[str, tuple[list[dict[str, Any]], str]] = {
-    "messages": ([{"messages": [user(n), said(f"It is {n}.")]} for n in range(5)], "conversations (messages)"),
+    "messages": ([{"messages": [user(n), said(f"It is {n}.")]} for n in range(5)], "messages"),
     "tools": (
-        [{"messages": [user(n), call(n)], "tools": json.dumps(TOOLS)} for n in range(5)], "conversations (messages)"
+        [{"messages": [user(n), call(n)], "tools": json.dumps(TOOLS)} for n in range(5)], "messages"
     ),
     "sharegpt": (
         [{"conversations": [{"from": "system", "value": "Count."}, {"from": "human", "value": f"Say {n}."},
                             {"from": "gpt", "value": f"{n}!"}]} for n in range(5)],
-        "ShareGPT conversations",
+        "sharegpt",
     ),
     "alpaca": (
         [{"instruction": f"Say {n}.", "input": "", "output": f"{n}!", "system": "Count."} for n in range(5)],
-        "Alpaca instructions",
+        "alpaca",
     ),
     "prompt-completion": (
-        [{"prompt": [user(n)], "completion": [said(f"{n}!")]} for n in range(5)], "prompts with completions"
+        [{"prompt": [user(n)], "completion": [said(f"{n}!")]} for n in range(5)], "prompt-completion"
     ),
     "trl": (
-        [{"prompt": [user(n)], "chosen": [said(f"{n}!")], "rejected": [said("no")]} for n in range(5)], "preferences"
+        [{"prompt": [user(n)], "chosen": [said(f"{n}!")], "rejected": [said("no")]} for n in range(5)], "preference"
     ),
     "implicit": (
-        [{"chosen": [user(n), said(f"{n}!")], "rejected": [user(n), said("no")]} for n in range(5)], "preferences"
+        [{"chosen": [user(n), said(f"{n}!")], "rejected": [user(n), said("no")]} for n in range(5)], "preference"
     ),
     "ultrafeedback": (
         [{"prompt": f"Say {n}.", "chosen": [user(n), said(f"{n}!")], "rejected": [user(n), said("no")]}
          for n in range(5)],
-        "preferences",
+        "preference",
     ),
     "hh": (
         [{"chosen": f"\n\nHuman: Say {n}.\n\nAssistant: {n}!", "rejected": f"\n\nHuman: Say {n}.\n\nAssistant: no"}
          for n in range(5)],
-        "preferences",
+        "preference",
     ),
     "plain preference": (
-        [{"prompt": f"Say {n}.", "chosen": f"{n}!", "rejected": ["no", "never"]} for n in range(5)], "preferences"
+        [{"prompt": f"Say {n}.", "chosen": f"{n}!", "rejected": ["no", "never"]} for n in range(5)], "preference"
     ),
-    "pairs": ([{"prompt": f"Say {n}.", "target": f"{n}!"} for n in range(5)], "pairs of prompt and target"),
+    "pairs": ([{"prompt": f"Say {n}.", "target": f"{n}!"} for n in range(5)], "pairs"),
 }  # fmt: skip
 
 
@@ -92,14 +92,14 @@ def recipe(model: Path, negatives: str) -> str:
 
 @pytest.mark.parametrize("name", slow_except(ROWS, "pairs", "tools", "implicit"))
 def test_from_five_rows_to_a_training(project: Project, chat_model: Path, name: str) -> None:
-    rows, label = ROWS[name]
+    rows, format_name = ROWS[name]
     project.write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    has_rejected = label == "preferences"
+    has_rejected = format_name == "preference"
     sources = "" if has_rejected else "negatives: {sources: {batch: {count: 2}}}\nrank: {by: none}\n"
     project.write("chat.yaml", recipe(chat_model, sources))
     result = project.cli("run", "chat.yaml")
     assert result.status == 0, result.err
-    assert f"examples: read 5 rows as {label}" in result.err
+    assert f"examples: read 5 rows as {format_name}" in result.err
     resolver = Run(load_recipe("chat.yaml", []), "chat.yaml", Store("cpo-store"), Path("runs/chat")).resolver
     plan, groups = resolver.groups()
     tokenizer = resolver.examples().tokenizer.load()

@@ -39,7 +39,7 @@ def test_the_last_answer_is_the_target_and_a_row_without_one_is_rejected(tmp_pat
     examples = prepare(data(source=source, tokenizer=chat_tokenizer, train=1, max_rejected=0.5), store)
     assert examples.rendering["template"] == "chat"
     assert {target for targets in by_split(examples, "target").values() for target in targets} == {"It is 2."}
-    assert "examples: read 3 rows as conversations (messages)" in caplog.text
+    assert "examples: read 3 rows as messages" in caplog.text
     assert examples.artifact.manifest["rejected"] == {"no answer": 1}
 
 

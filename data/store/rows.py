@@ -275,7 +275,7 @@ class Rows:
             keys = file.read(list(self.key)).select(list(self.key)).cast(self._key_schema())
         if manifest is None:
             log.warning("%s: the manifest of shard %s was damaged; made again", self.name, name)
-            shards.write_manifest(self.folder, name, keys, content)
+            shards.write_manifest(self.folder, name, keys.num_rows, content)
         self._sizes[name] = keys.num_rows, len(content)
         return Keys.of(keys)
 

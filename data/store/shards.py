@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cpo_pipe.data.store import atomic
@@ -41,19 +40,17 @@ def write_shard(folder: ArtifactFolder, place: str, table: pa.Table, facts: Mapp
     content = sink.getvalue().to_pybytes()
     name = f"{place}-{hashlib.sha256(content).hexdigest()[:_CHECKSUM_IN_NAME]}"
     atomic.write_bytes(folder.shard(name), content)
-    write_manifest(folder, name, table, content, facts)
+    write_manifest(folder, name, table.num_rows, content, facts)
 
 
 def write_manifest(
-    folder: ArtifactFolder, name: str, keys: pa.Table, content: bytes, facts: Mapping[str, Any] | None = None
+    folder: ArtifactFolder, name: str, rows: int, content: bytes, facts: Mapping[str, Any] | None = None
 ) -> None:
-    """Record a shard; `keys` has its column `example_id`."""
-    ids = keys["example_id"]
+    """Record a shard of `rows` rows."""
     manifest = {
-        "rows": keys.num_rows,
+        "rows": rows,
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
-        "example_ids": [pc.min(ids).as_py(), pc.max(ids).as_py()],
         **(facts or {}),
     }
     atomic.write_bytes(folder.shard_manifest(name), json.dumps(manifest).encode())
@@ -71,21 +68,11 @@ def shard_fault(folder: ArtifactFolder, name: str, content: bytes, manifest: Rec
     if manifest is None:
         if checksum[:_CHECKSUM_IN_NAME] != name.rpartition("-")[2]:
             return "its manifest is unreadable, and its checksum is not that of its name"
-    elif len(content) != manifest["bytes"]:
-        return f"it has {len(content)} bytes instead of {manifest['bytes']}"
     elif checksum != manifest["sha256"]:
         return "its checksum differs"
     with pq.ParquetFile(pa.BufferReader(content)) as file:
         owner = (file.schema_arrow.metadata or {}).get(_ARTIFACT, folder.name.encode()).decode()
-        if owner != folder.name:
-            return f"it is a shard of {owner}"
-        return None if manifest is None else row_count_fault(file, manifest["rows"])
-
-
-def row_count_fault(file: pq.ParquetFile, rows: int) -> str | None:
-    """Return what is wrong where a Parquet file has another number of rows than recorded."""
-    found = file.metadata.num_rows
-    return f"it has {found} rows instead of {rows}" if found != rows else None
+    return f"it is a shard of {owner}" if owner != folder.name else None
 
 
 def quarantine_shard(folder: ArtifactFolder, name: str, fault: str) -> None:

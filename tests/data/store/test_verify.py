@@ -1,14 +1,9 @@
 """Each kind of damage is found, and nothing is changed."""
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from cpo_pipe.data.store import Store
@@ -18,19 +13,6 @@ from cpo_pipe.data.store.verify import faults
 from tests.support.damage import rot
 from tests.support.inventory import checkpoint_of, content_of, first_manifest, found_in, rows_of, table_of, write
 from tests.support.store import flip
-
-
-def rewrite(artifact: ArtifactFolder, table: pa.Table, **manifest: Any) -> None:
-    """Replace the first shard, with a manifest that fits but for what is given."""
-    shard = artifact.path / next(iter(artifact.files))
-    pq.write_table(table, shard)
-    content = shard.read_bytes()
-    fitting = {"rows": table.num_rows, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (artifact.path / f"manifests/{shard.stem}.json").write_text(json.dumps(fitting | manifest))
-
-
-def first_shard(artifact: ArtifactFolder) -> pa.Table:
-    return pq.read_table(artifact.path / next(iter(artifact.files)))
 
 
 def test_a_valid_store_has_no_faults_and_all_of_it_is_read(root: Path) -> None:
@@ -46,18 +28,11 @@ def test_a_valid_store_has_no_faults_and_all_of_it_is_read(root: Path) -> None:
     ("damage", "fault"),
     [
         (lambda a: flip(a.path / next(iter(a.files))), "its checksum differs"),
-        (lambda a: (a.path / next(iter(a.files))).write_bytes(b"short"), "it has 5 bytes instead of"),
+        (lambda a: (a.path / next(iter(a.files))).write_bytes(b"short"), "its checksum differs"),
         (lambda a: (a.path / next(iter(a.files))).unlink(), "its file is gone"),
         (lambda a: first_manifest(a).write_text("{"), "its manifest is unreadable"),
         (lambda a: first_manifest(a).write_text("[1]"), "its manifest is unreadable"),
-        (lambda a: rewrite(a, first_shard(a), rows="7"), "its manifest is unreadable"),
-        (lambda a: rewrite(a, first_shard(a), rows=7), "it has 3 rows instead of 7"),
-        (lambda a: rewrite(a, pa.concat_tables([first_shard(a)] * 2)), "it has 3 duplicate row keys"),
-        (lambda a: rewrite(a, first_shard(a).drop(["logprob"])), "its column logprob is absent"),
-        (
-            lambda a: rewrite(a, first_shard(a).cast(first_shard(a).schema.set(3, pa.field("num_tokens", pa.int64())))),
-            "its column num_tokens is int64, but of this version int32 not null",
-        ),
+        (lambda a: change(first_manifest(a), '"rows": 3', '"rows": "7"'), "its manifest is unreadable"),
         (lambda a: (a.path / "spec.json").unlink(), "spec.json is gone or unreadable"),
         (lambda a: (a.path / "spec.json").write_text('{"model": "another"}'), "spec.json belongs to"),
     ],

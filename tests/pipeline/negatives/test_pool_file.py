@@ -246,7 +246,7 @@ BAD = {
         "must be a list of objects, or have one object per line",
         "p.json",
     ),
-    "not JSON": ("[1, ", "is not JSON in row 2 (Expecting value", "pool.json"),
+    "not JSON": ("[1, ", "is not JSON (Expecting value", "pool.json"),
     "no Parquet": (PARQUET, "not a Parquet file (Parquet magic bytes not found", "pool.parquet"),
     "a suffix": ("a,b", "suffix '.xlsx' is not supported; convert it to one of .jsonl, .json, .csv, ", "pool.xlsx"),
     "articles": ("a,b", "a .txt file holds articles, not pairs; ", "pool.txt"),

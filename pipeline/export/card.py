@@ -86,7 +86,6 @@ def data_card(
     facts = DatasetCardData(
         pretty_name=name,
         task_categories=["text-generation"],
-        size_categories=[size_category(writer.rows)],
         tags=["cpo-pipe", "trl", "dpo", "preference"],
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
         dataset_info=info._to_yaml_dict(),
@@ -117,14 +116,3 @@ def _labels(negatives: Negatives, pairs: Counter[Pair]) -> str:
     lines = ["| chosen | rejected | pairs |", "| --- | --- | ---: |"]
     lines += [f"| {' | '.join(map(markdown, pair))} | {count:,} |" for pair, count in sorted(pairs.items())]
     return "\n".join([*lines, "", *(f"- `{label}`: {markdown(origins[label])}" for label in labels)])
-
-
-def size_category(rows: int) -> str:
-    """Return the hub's name for a number of rows."""
-    bounds = [("1K", 10**3), ("10K", 10**4), ("100K", 10**5), ("1M", 10**6), ("10M", 10**7), ("100M", 10**8)]
-    below = "n"
-    for name, bound in bounds:
-        if rows < bound:
-            return f"{below}<n<{name}" if below != "n" else f"n<{name}"
-        below = name
-    return "100M<n<1B"

@@ -9,12 +9,11 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from cpo_pipe.data.errors import MissingInput
 from cpo_pipe.data.execution.base import Executor, LocalExecutor, Make, NewRows, Work
 from cpo_pipe.data.fingerprint import Spec
-from cpo_pipe.data.models.embedder import EQUAL, tied, truncation
+from cpo_pipe.data.models.embedder import tied, truncation
 from cpo_pipe.data.store import Rows
 from cpo_pipe.data.store.locks import make_missing
 from cpo_pipe.pipeline.negatives.generate import Plan
@@ -191,8 +190,6 @@ class _Counts:
     """Candidates that the scorer did not read to their end."""
     tied: int = 0
     """Negatives whose score equals that of another one of their group."""
-    all_tied: int = 0
-    """Groups of two or more negatives, all with the same score."""
 
     @property
     def candidates(self) -> int:
@@ -208,8 +205,6 @@ class _Counts:
             line += f"; {self.sizes[1]} groups have no negative left and leave the listwise loss"
         if self.tied:
             line += f"; {self.tied} negatives have the same score as another one of their group"
-        if self.all_tied:
-            line += f"; in {self.all_tied} groups all negatives have the same score, so that their order is arbitrary"
         return line
 
 
@@ -224,15 +219,4 @@ def _count(groups: Rows, example_ids: list[str]) -> _Counts:
         counts.sizes.update(pc.list_value_length(lists).to_pylist())
         counts.truncated += pc.sum(rows.field("truncated")).as_py() or 0
         counts.tied += int(tied(scores, group[negative]).sum())
-        counts.all_tied += _all_tied(scores, group[negative])
     return counts
-
-
-def _all_tied(scores: NDArray[np.float64], group: NDArray[np.int64]) -> int:
-    """Return how many groups have several negatives, all with the same score. Both arrays are (n,), by group."""
-    if not len(group):
-        return 0
-    starts = np.flatnonzero(np.diff(group, prepend=-1))
-    spread = np.maximum.reduceat(scores, starts) - np.minimum.reduceat(scores, starts)
-    several = np.diff(starts, append=len(group)) > 1
-    return int(np.count_nonzero(several & (spread <= EQUAL)))

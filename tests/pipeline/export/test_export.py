@@ -15,7 +15,6 @@ from transformers import AutoTokenizer
 from cpo_pipe.pipeline.convert.sentencepiece import write_tokenizer
 from cpo_pipe.pipeline.export import export as export_module
 from cpo_pipe.pipeline.export import writer
-from cpo_pipe.pipeline.export.card import size_category
 from cpo_pipe.pipeline.export.pairs import PairCounts, pair_rows
 from cpo_pipe.pipeline.export.trl_tokens import as_texts
 from tests.support.exports import (
@@ -229,21 +228,12 @@ def test_the_hub_and_datasets_take_it(project: Project, monkeypatch: pytest.Monk
     assert datasets.load_dataset("out", split="train").to_list() == rows
     assert datasets.load_dataset("parquet", data_files="out/data/*.parquet", split="train").to_list() == rows
     card = DatasetCard.load("out/README.md")
-    assert card.data.size_categories == ["n<1K"]
     assert card.data.license is None
     assert {"cpo-pipe", "dpo", "preference"} <= set(card.data.tags)
     (split,) = card.data.dataset_info["splits"]
     assert split["num_examples"] == len(rows)
     assert "source: pairs.jsonl" in card.text
     assert "No licence is named" in card.text
-
-
-@pytest.mark.parametrize(
-    ("rows", "size"),
-    [(999, "n<1K"), (1000, "1K<n<10K"), (99_999, "10K<n<100K"), (5_000_000, "1M<n<10M"), (10**8, "100M<n<1B")],
-)
-def test_sizes_are_called_as_the_hub_does(rows: int, size: str) -> None:
-    assert size_category(rows) == size
 
 
 BAD = [

@@ -6,7 +6,7 @@ What is in progress can also be observed, so that another command can tell (`cpo
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
@@ -171,22 +171,16 @@ class Meter:
 def track(label: str, total: int, unit: str = "rows", *, done: int = 0, shown: bool = True) -> Iterator[Meter]:
     """Show the progress of `total` units of work, `done` of them earlier; of several processes, one should."""
     start = time.monotonic()
-    with _meter(label, total, unit, done, shown) as meter:
-        yield meter
-    if _display.finish is not None:
-        _display.finish(label, unit, meter.new, time.monotonic() - start)
-
-
-@contextmanager
-def _meter(label: str, total: int, unit: str, done: int, shown: bool) -> Iterator[Meter]:
-    if not (console.is_terminal and _display.bars and shown):
-        yield Meter(label, total, unit, None, shown, done)
-        return
     columns = [
         TextColumn("{task.description}", table_column=Column(no_wrap=True)),
         BarColumn(bar_width=20 if console.width >= WIDE else 8),
         _Figures(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, ratio=1)),  # cut where there is no room
     ]
-    with Progress(*columns, console=console, expand=True) as bar:
-        yield Meter(label, total, unit, bar, done=done)
+    with_bar = console.is_terminal and _display.bars and shown
+    bar = Progress(*columns, console=console, expand=True) if with_bar else None
+    with bar or nullcontext():
+        meter = Meter(label, total, unit, bar, shown, done)
+        yield meter
+    if _display.finish is not None:
+        _display.finish(label, unit, meter.new, time.monotonic() - start)

@@ -6,8 +6,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cpo_pipe.data.errors import RunError
@@ -114,14 +114,28 @@ class Artifact:
                 self._upload(self._remote)  # its maker may have been killed before it had
             yield
 
-    def create(self) -> "ArtifactWriter":
-        """Return a context with an empty folder, which becomes the artifact on success and is removed on an error."""
-        return ArtifactWriter(self)
+    @contextmanager
+    def create(self) -> Iterator["ArtifactWriter"]:
+        """Yield a writer with an empty folder, which becomes the artifact on success and is removed on an error."""
+        writer = ArtifactWriter(atomic.temporary(self.path))
+        writer.path.mkdir(parents=True)
+        try:
+            yield writer
+            self._commit(writer)
+        finally:
+            shutil.rmtree(writer.path, ignore_errors=True)
 
-    def commit(self, folder: Path) -> None:
-        """Rename a finished folder to it, for `ArtifactWriter`."""
+    def _commit(self, writer: "ArtifactWriter") -> None:
+        """Record the files of a finished folder, and rename it to the artifact."""
+        for file in writer.path.rglob("*"):
+            if file.is_file():
+                atomic.sync(file)
+        manifest = {"artifact": self.name, "files": checksums.hash_files(writer.path), **writer.facts}
+        ArtifactFolder(writer.path, writer.path).write_spec(self.spec)
+        text = json.dumps(with_checksum(manifest), indent=2, ensure_ascii=False)
+        atomic.write_bytes(writer.path / "manifest.json", text.encode())
         if not (self.path / "manifest.json").exists():
-            atomic.rename(folder, self.path)
+            atomic.rename(writer.path, self.path)
         if self._remote is not None:
             self._upload(self._remote)
 
@@ -162,33 +176,9 @@ class Artifact:
                     remote.fs.get_file((remote / name).path, str(target))
 
 
+@dataclass(frozen=True)
 class ArtifactWriter:
-    """Context of `Artifact.create`. Write files into `path`, and facts for the manifest into `facts`."""
+    """The folder of an artifact that is being made, and the facts for its manifest; yielded by `Artifact.create`."""
 
-    def __init__(self, artifact: Artifact):
-        self._artifact = artifact
-        self.path = atomic.temporary(artifact.path)
-        self.facts: dict[str, Any] = {}
-
-    def __enter__(self) -> "ArtifactWriter":
-        self.path.mkdir(parents=True)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._commit()
-        finally:
-            shutil.rmtree(self.path, ignore_errors=True)
-
-    def _commit(self) -> None:
-        for file in self.path.rglob("*"):
-            if file.is_file():
-                atomic.sync(file)
-        manifest = {"artifact": self._artifact.name, "files": checksums.hash_files(self.path), **self.facts}
-        ArtifactFolder(self.path, self.path).write_spec(self._artifact.spec)
-        text = json.dumps(with_checksum(manifest), indent=2, ensure_ascii=False)
-        atomic.write_bytes(self.path / "manifest.json", text.encode())
-        self._artifact.commit(self.path)
+    path: Path
+    facts: dict[str, Any] = field(default_factory=dict)

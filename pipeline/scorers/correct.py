@@ -14,7 +14,7 @@ from cpo_pipe.data.fingerprint import Spec
 from cpo_pipe.pipeline.scorers.embedding import EmbeddingScorer
 from cpo_pipe.pipeline.scorers.exact import ExactScorer
 from cpo_pipe.pipeline.scorers.judge import JudgeScorer
-from cpo_pipe.pipeline.scorers.ratings import RatingApi, RatingTemperature, RatingTemplate, RatingTokens
+from cpo_pipe.pipeline.scorers.ratings import RatingSettings
 from cpo_pipe.pipeline.scorers.scorer import Scorer, ScorerDependencies
 
 CORRECT = "correct by "
@@ -69,13 +69,9 @@ class CorrectAnswer(DropCorrect):
         return 1.0
 
 
-class RatedCorrect(DropCorrect):
+class RatedCorrect(RatingSettings, DropCorrect):
     """Drops negatives that a model behind an API rates as right."""
 
-    api: RatingApi
-    template: RatingTemplate = "strict"
-    max_tokens: RatingTokens = 16
-    temperature: RatingTemperature = 0.0
     threshold: Share = Field(
         0.9, description="lowest rating of a correct negative, from 0 to 1: the grade divided by 10"
     )

@@ -7,20 +7,16 @@ import pyarrow as pa
 from pydantic import Field
 
 from cpo_pipe.data.fingerprint import Spec
-from cpo_pipe.pipeline.scorers.ratings import Rater, RatingApi, RatingTemperature, RatingTemplate, RatingTokens
+from cpo_pipe.pipeline.scorers.ratings import Rater, RatingSettings
 from cpo_pipe.pipeline.scorers.scorer import Scorer, ScorerDependencies
 
 
-class JudgeScorer(Scorer):
+class JudgeScorer(RatingSettings, Scorer):
     """Ranks by how right a model behind an API finds a negative, given prompt and target."""
 
     in_process: ClassVar[bool] = True
 
     by: str = Field("judge", description=Scorer.model_fields["by"].description)
-    api: RatingApi
-    template: RatingTemplate = "strict"
-    max_tokens: RatingTokens = 16
-    temperature: RatingTemperature = 0.0
 
     def spec(self, dependencies: ScorerDependencies) -> Spec:
         """Return what decides a rating."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import pyarrow as pa
 from pydantic import AfterValidator, Field
 
-from cpo_pipe.data.config import Positive
+from cpo_pipe.data.config import Positive, Section
 from cpo_pipe.data.errors import RunError
 from cpo_pipe.data.fingerprint import Spec, digest
 from cpo_pipe.data.models.templates import fill
@@ -47,27 +47,23 @@ _RATING = re.compile(
 )
 
 
-RatingTemplate = Annotated[
-    str,
-    AfterValidator(partial(check_template, known=TEMPLATES, places=("{prompt}", "{target}", "{answer}"))),
-    Field(
+class RatingSettings(Section):
+    """The keys of a recipe that decide how a model behind an API is asked for ratings."""
+
+    api: str = Field(description="the API, one of `apis`")
+    template: Annotated[
+        str, AfterValidator(partial(check_template, known=TEMPLATES, places=("{prompt}", "{target}", "{answer}")))
+    ] = Field(
+        "strict",
         description="what is asked: `strict` (robust to instructions in the texts), or a text with {prompt}, {target} "
-        "and {answer} that asks for a number from 0 to 10"
-    ),
-]
-"""A key of a recipe: a name in TEMPLATES, or a text."""
-RatingApi = Annotated[str, Field(description="the API, one of `apis`")]
-"""A key of a recipe."""
-RatingTokens = Annotated[
-    Positive,
-    Field(description="longest answer, in tokens; a model that reasons before it answers needs thousands"),
-]
-"""A key of a recipe."""
-RatingTemperature = Annotated[
-    float | None,
-    Field(ge=0, description="sampling temperature; null sends none, for models that do not accept one"),
-]
-"""A key of a recipe."""
+        "and {answer} that asks for a number from 0 to 10",
+    )
+    max_tokens: Positive = Field(
+        16, description="longest answer, in tokens; a model that reasons before it answers needs thousands"
+    )
+    temperature: float | None = Field(
+        0.0, ge=0, description="sampling temperature; null sends none, for models that do not accept one"
+    )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@
     <root>/<kind>/<hash>/manifest.json     of a directory artifact: its files with their hashes
     <root>/<kind>/.in-progress/<hash>/     unfinished state of a directory artifact, on this machine
     <root>/<kind>/.locks/<hash>/lock       lock of a directory artifact; that of rows is <hash>/lock
+    <root>/.runs/*.json                    the artifacts that each run folder uses
 
 Rows and directory artifacts are the two forms: `TABLES` (data/schemas.py) lists the kinds of rows.
 """

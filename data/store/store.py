@@ -1,10 +1,6 @@
 """The artifact store: row tables that only grow, and directory artifacts, named by the hash of their spec.
 
-    <root>/<kind>/<hash>/   rows or a directory artifact: see data/store/folder.py
-    <root>/.runs/*.json     the artifacts that each run folder uses
-
-The root is a folder or a URL of an object store. Killed at any instant, a writer loses at most the shard in flight; a
-reader never sees half of anything.
+Killed at any instant, a writer loses at most the shard in flight; a reader never sees half of anything.
 """
 
 import json

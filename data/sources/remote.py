@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from cpo_pipe.data.errors import InputError
 from cpo_pipe.data.fingerprint import digest
-from cpo_pipe.data.store.paths import cache_folder, reason, shown
+from cpo_pipe.data.store.paths import cache_folder, reason, reported, shown
 
 log = logging.getLogger(__name__)
 
@@ -44,45 +44,35 @@ def download(url: str, key: str) -> Path | dict[str, Path]:
     import fsspec
 
     protocol, place = url.partition("://")[0], f"{key} {shown(url)}"
-    try:
-        system, path = fsspec.core.url_to_fs(url)
-        system.invalidate_cache()
-        found, is_folder = _files(system, path, protocol)
-        if not found:
-            raise InputError(f"{place}: no file matches; correct the URL")
-        versions = {name: _version(info) for name, (_, info) in found.items()}
-        folder = cache_folder() / "sources" / digest([shown(url), versions], 16)
-        for name, (remote, _) in found.items():
-            local = folder / name
-            if local.is_file() and versions[name] is not None:
-                continue
-            log.info("%s: downloading %s", place, name)
-            local.parent.mkdir(parents=True, exist_ok=True)
-            scratch = local.with_name(f".tmp-{uuid.uuid4().hex}")
-            try:
-                system.get_file(remote, str(scratch))
-                os.replace(scratch, local)
-            finally:
-                scratch.unlink(missing_ok=True)
-        copies = {name: folder / name for name in found}
-        return folder if is_folder else copies if len(copies) > 1 else next(iter(copies.values()))
-    except InputError:
-        raise
-    except ImportError as error:
-        fix = "pip install 'cpo-pipe[s3]'" if protocol in ("s3", "s3a") else reason(error)
-        raise InputError(f"{place}: a package is missing for {protocol}://; {fix}") from error
-    except FileNotFoundError as error:
-        raise InputError(f"{place}: not found ({reason(error)}); correct the URL, or check the network") from error
-    except PermissionError as error:
-        raise InputError(
-            f"{place}: no permission ({reason(error)}); check the credentials in the environment"
-        ) from error
-    except Exception as error:  # of the libraries below fsspec; not all are OSErrors
-        if isinstance(error, ValueError) and "Protocol not known" in str(error):
+    with reported(url, key):
+        try:
+            system, path = fsspec.core.url_to_fs(url)
+            system.invalidate_cache()
+            found, is_folder = _files(system, path, protocol)
+            if not found:
+                raise InputError(f"{place}: no file matches; correct the URL")
+            versions = {name: _version(info) for name, (_, info) in found.items()}
+            folder = cache_folder() / "sources" / digest([shown(url), versions], 16)
+            for name, (remote, _) in found.items():
+                local = folder / name
+                if local.is_file() and versions[name] is not None:
+                    continue
+                log.info("%s: downloading %s", place, name)
+                local.parent.mkdir(parents=True, exist_ok=True)
+                scratch = local.with_name(f".tmp-{uuid.uuid4().hex}")
+                try:
+                    system.get_file(remote, str(scratch))
+                    os.replace(scratch, local)
+                finally:
+                    scratch.unlink(missing_ok=True)
+            copies = {name: folder / name for name in found}
+            return folder if is_folder else copies if len(copies) > 1 else next(iter(copies.values()))
+        except FileNotFoundError as error:
+            raise InputError(f"{place}: not found ({reason(error)}); correct the URL, or check the network") from error
+        except ValueError as error:
+            if "Protocol not known" not in str(error):
+                raise
             raise InputError(f"{place}: unknown protocol {protocol}; give a path or a URL that fsspec knows") from error
-        raise InputError(
-            f"{place}: cannot be reached ({reason(error)}); check the network and the credentials in the environment"
-        ) from error
 
 
 def _files(system: Any, path: str, protocol: str) -> tuple[dict[str, tuple[str, Mapping[str, Any]]], bool]:

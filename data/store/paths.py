@@ -72,17 +72,15 @@ def _open_url(url: str) -> "UPath":
     protocol, _, rest = url.partition("://")
     if not rest.strip("/"):
         raise InputError(f"--store {url}: names no bucket; give one, such as {protocol}://bucket/prefix")
-    try:
-        root = UPath(url, use_listings_cache=False)  # what other processes write must be seen
-        files = root.fs
-    except ImportError as error:
-        fix = "pip install 'cpo-pipe[s3]'" if protocol in ("s3", "s3a") else str(error)
-        raise InputError(f"--store {shown(url)}: a package is missing for {protocol}: {fix}") from error
-    except ValueError as error:
-        raise InputError(
-            f"--store {shown(url)}: no such protocol as {protocol}; give a folder or a URL that fsspec knows (s3://…)"
-        ) from error
-    with reported(root):
+    with reported(url):
+        try:
+            root = UPath(url, use_listings_cache=False)  # what other processes write must be seen
+            files = root.fs
+        except ValueError as error:
+            raise InputError(
+                f"--store {shown(url)}: no such protocol as {protocol}; give a folder or a URL that fsspec knows "
+                "(s3://…)"
+            ) from error
         try:
             files.ls(root.path)
         except FileNotFoundError:  # it is empty, or the bucket does not exist
@@ -96,19 +94,24 @@ def _open_url(url: str) -> "UPath":
 
 
 @contextmanager
-def reported(path: AnyPath) -> Iterator[None]:
-    """Turn the failures of a remote root into an `InputError` of one line."""
+def reported(url: "str | UPath", key: str = "--store") -> Iterator[None]:
+    """Turn the failures of a remote file system, but for missing files, into an `InputError` that begins with `key`."""
+    place = f"{key} {shown(url)}"
     try:
         yield
     except (FileNotFoundError, InputError):
         raise
+    except ImportError as error:
+        protocol = str(url).partition("://")[0]
+        fix = "pip install 'cpo-pipe[s3]'" if protocol in ("s3", "s3a") else reason(error)
+        raise InputError(f"{place}: a package is missing for {protocol}://; {fix}") from error
     except PermissionError as error:
         raise InputError(
-            f"--store: no permission for {shown(path)} ({reason(error)}); check the credentials in the environment"
+            f"{place}: no permission ({reason(error)}); check the credentials in the environment"
         ) from error
     except Exception as error:  # of the libraries below fsspec; not all are OSErrors
         raise InputError(
-            f"--store: {shown(path)} cannot be reached ({reason(error)}); "
+            f"{place}: cannot be reached ({reason(error)}); "
             "check the network, the endpoint (for S3 AWS_ENDPOINT_URL) and the credentials in the environment"
         ) from error
 

@@ -253,7 +253,7 @@ def test_runs_are_registered(s3: Any, tmp_path: Path) -> None:
         ("nope://bucket/store", r"--store nope://bucket/store: no such protocol as nope"),
         ("s3://", r"--store s3://: names no bucket"),
         ("s3://absent/store", r"--store s3://absent/store: no such bucket"),
-        ("gs://user:word@bucket/store", r"--store gs://bucket/store: a package is missing for gs: .*gcsfs"),
+        ("gs://user:word@bucket/store", r"--store gs://bucket/store: a package is missing for gs://; .*gcsfs"),
     ],
 )
 def test_a_root_that_cannot_be_is_one_line(root: str, message: str) -> None:

@@ -42,11 +42,16 @@ from cpo_pipe.eval.generate import (
 )
 from cpo_pipe.eval.judges.base import Judge, JudgeDependencies, Judgement, ScoreJudge, ScoreMetric
 from cpo_pipe.eval.judging import Comparison, judge_outputs, read_cases, score_outputs, verdicts_table, winners_by_rater
-from cpo_pipe.eval.metrics.differences import diversity_differences, value_differences
+from cpo_pipe.eval.metrics.differences import (
+    COMPARISONS,
+    diversity_differences,
+    value_differences,
+    win_differences,
+)
 from cpo_pipe.eval.metrics.figures import ANY_DECODING, Figures
 from cpo_pipe.eval.metrics.mauve import MIN_TEXTS, CausalEncoder, measure_mauve
 from cpo_pipe.eval.metrics.text import measure_diversity, measure_likelihood, measure_overlap, measure_text
-from cpo_pipe.eval.metrics.wins import COMPARISONS, WinRates, win_metrics
+from cpo_pipe.eval.metrics.wins import measure_order, measure_wins, win_metrics
 from cpo_pipe.eval.statistics.agreement import AGREEMENT, HUMANS, agreements
 from cpo_pipe.eval.statistics.bootstrap import Bootstrap
 from cpo_pipe.pipeline.api.model import ApiModel
@@ -277,7 +282,6 @@ def measure_outputs(plan: EvaluationPlan, store: Store, executor: Executor) -> t
         plan.mauve_features.add(texts, "MAUVE's features of outputs")
 
     figures = Figures(ids, Bootstrap(resamples=config.bootstrap, seed=config.seed))
-    wins = WinRates(figures)
     measure_text(figures, GROUND_TRUTH, ANY_DECODING, targets)
     for system, model in plan.systems.items():
         if isinstance(model, Model):  # an API and a file give no log-probabilities of targets
@@ -300,28 +304,32 @@ def measure_outputs(plan: EvaluationPlan, store: Store, executor: Executor) -> t
                 for opponent in plan.opponents(system):
                     found: list[Judgement] = judgements[judge.name][system, decoding, opponent]
                     against = opponent if opponent != config.baseline else None
-                    wins.add(judge.name, found, system, decoding, written, sides[opponent, decoding], against)
+                    other = sides[opponent, decoding]
+                    measure_wins(figures, judge.name, found, system, decoding, written, other, against)
                     if judge.sees_order and against is None:
-                        wins.add_order(judge.name, system, decoding, found)
+                        measure_order(figures, judge.name, system, decoding, found)
             meter.advance()
         fingerprints = {name: model.fingerprint for name, model in plan.systems.items()}
-        differences = wins.compare(config.baseline, fingerprints)
+        differences = [
+            row
+            for judge in plan.judges
+            for row in win_differences(figures, judge.name, config.decodings, config.baseline, fingerprints)
+        ]
         metric, decoding = config.ranked_by()
-        if metric not in differences["metric"].to_pylist():
+        if metric not in {row["metric"] for row in differences}:
             if metric in DIVERSITY:
                 written_by = {system: outputs[system, decoding].token_ids for system in plan.systems}
-                more = diversity_differences(
+                differences += diversity_differences(
                     metric, decoding, written_by, targets.token_ids, config.baseline, fingerprints, config.seed
                 )
             else:
-                more = value_differences(figures, metric, decoding, config.baseline, fingerprints)
-            differences = pa.concat_tables([differences, pa.Table.from_pylist(more, schema=COMPARISONS)])
+                differences += value_differences(figures, metric, decoding, config.baseline, fingerprints)
         meter.advance()
     winners, places = winners_by_rater(judgements, cases, sides, plan.annotations)
     agreement = pa.Table.from_pylist(agreements(winners, places, figures.bootstrap), schema=AGREEMENT)
     tables = {
         "metrics": figures.metrics(),
-        "comparisons": differences,
+        "comparisons": pa.Table.from_pylist(differences, schema=COMPARISONS),
         "agreement": agreement,
         "values": figures.values(),
         "verdicts": verdicts_table(judgements, ids),

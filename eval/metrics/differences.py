@@ -1,15 +1,41 @@
-"""Differences between systems in the metric that ranks them, where it is no win rate: of means, or of diversity."""
+"""Differences between systems in win rates, and in the metric that ranks them: of means, or of diversity.
+
+The rows of a metric are one table of the report: one for every two systems, with Holm's adjustment over all of them.
+"""
 
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from cpo_pipe.eval.metrics.figures import Figures
 from cpo_pipe.eval.metrics.text import Texts, distinct_n, jackknife, leave_one_out, n_grams
-from cpo_pipe.eval.statistics.significance import holm, permutation_p
+from cpo_pipe.eval.metrics.wins import OUTCOME, comparison_metrics
+from cpo_pipe.eval.statistics.bootstrap import Estimate
+from cpo_pipe.eval.statistics.significance import examples_needed, holm, permutation_p, sign_flip_p
+
+NOTICEABLE = 0.05
+"""`n_needed` is the number of examples that detects this difference of win rates."""
+
+COMPARISONS = pa.schema(
+    [
+        ("metric", pa.string()),
+        ("decoding", pa.string()),
+        ("system_a", pa.string()),
+        ("system_b", pa.string()),
+        ("difference", pa.float64()),  # of the means over the same examples, a minus b
+        ("ci_low", pa.float64()),  # 95% bootstrap interval, paired
+        ("ci_high", pa.float64()),
+        ("p", pa.float64()),  # two-sided, by exchanging a and b on each example
+        ("p_holm", pa.float64()),  # adjusted for all rows of the metric
+        ("n", pa.int64()),  # examples
+        ("n_needed", pa.int64()),  # examples that detect a true difference of NOTICEABLE with a power of 0.8; null for
+        # other metrics than win rates, and where nothing varied
+    ]
+)
 
 PERMUTATIONS = 999
 """Random exchanges of two systems' outputs; the smallest p is 0.001."""
@@ -25,6 +51,35 @@ def compared(systems: Collection[str], baseline: str, fingerprints: Mapping[str,
     return [*others, baseline] if baseline in systems else others
 
 
+def win_differences(
+    figures: Figures, judge: str, decodings: Iterable[str], baseline: str, fingerprints: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Return the differences between a judge's win rates against the baseline (COMPARISONS schema).
+
+    Two systems are compared by their outcomes against the baseline on the same examples; the baseline ties with itself.
+    Holm's adjustment is over all pairs and decodings.
+
+    Args:
+        figures: where the outcomes are.
+        judge: the judge's name.
+        decodings: of the outputs.
+        baseline: the system that the others were judged against; last of each pair, so that a positive difference is a
+            gain over it.
+        fingerprints: the model of each system; of systems with one model (an ensemble at α = 1 is its first model) only
+            one is compared.
+    """
+    metric, rows = comparison_metrics(judge)[-1], []
+    for decoding in decodings:
+        outcomes = figures.values_of(decoding, metric)
+        outcomes[baseline] = np.full(len(figures.example_ids), OUTCOME["tie"])
+        for a, b in itertools.combinations(compared(outcomes, baseline, fingerprints), 2):
+            differences = outcomes[a] - outcomes[b]
+            estimate = figures.bootstrap.difference(outcomes[a], outcomes[b])
+            needed = examples_needed(NOTICEABLE, float(differences.std()))
+            rows.append(_row(metric, decoding, a, b, estimate, sign_flip_p(differences), needed))
+    return _adjusted(rows)
+
+
 def value_differences(
     figures: Figures, metric: str, decoding: str, baseline: str, fingerprints: Mapping[str, str]
 ) -> list[dict[str, Any]]:
@@ -38,17 +93,12 @@ def value_differences(
         fingerprints: the model of each system; of systems with one model only one is compared.
     """
     values = figures.values_of(decoding, metric)
-    rows: list[dict[str, Any]] = []
+    rows = []
     for a, b in itertools.combinations(compared(values, baseline, fingerprints), 2):
         differences = values[a] - values[b]
-        estimate = figures.bootstrap.mean(differences)
-        rows.append({
-            "metric": metric, "decoding": decoding, "system_a": a, "system_b": b, "difference": estimate.value,
-            "ci_low": estimate.low, "ci_high": estimate.high, "p": permutation_p(differences, figures.bootstrap.seed),
-            "n": estimate.n, "n_needed": None,
-        })  # fmt: skip
-    adjusted = holm([row["p"] for row in rows])
-    return [row | {"p_holm": p} for row, p in zip(rows, adjusted, strict=True)]
+        p = permutation_p(differences, figures.bootstrap.seed)
+        rows.append(_row(metric, decoding, a, b, figures.bootstrap.mean(differences), p))
+    return _adjusted(rows)
 
 
 def diversity_differences(
@@ -71,18 +121,28 @@ def diversity_differences(
     """
     n = int(metric.removeprefix("distinct-"))
     target, targets_without = distinct_n(truth, n), leave_one_out(truth, n)
-    rows: list[dict[str, Any]] = []
+    rows = []
     for a, b in itertools.combinations(compared(outputs, baseline, fingerprints), 2):
         gain = _nearer(distinct_n(outputs[a], n), distinct_n(outputs[b], n), target)
         without = _nearer(leave_one_out(outputs[a], n), leave_one_out(outputs[b], n), targets_without)
         low, high = jackknife(float(gain), without)
-        rows.append({
-            "metric": metric, "decoding": decoding, "system_a": a, "system_b": b, "difference": float(gain),
-            "ci_low": low, "ci_high": high, "p": _permutation_p(outputs[a], outputs[b], n, target, seed),
-            "n": len(truth), "n_needed": None,
-        })  # fmt: skip
+        p = _permutation_p(outputs[a], outputs[b], n, target, seed)
+        rows.append(_row(metric, decoding, a, b, Estimate(float(gain), low, high, len(truth)), p))
+    return _adjusted(rows)
+
+
+def _row(
+    metric: str, decoding: str, a: str, b: str, difference: Estimate, p: float, n_needed: int | None = None
+) -> dict[str, Any]:
+    return {"metric": metric, "decoding": decoding, "system_a": a, "system_b": b, "difference": difference.value,
+            "ci_low": difference.low, "ci_high": difference.high, "p": p, "n": difference.n,
+            "n_needed": n_needed}  # fmt: skip
+
+
+def _adjusted(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows with Holm's adjustment of their p for all of them."""
     adjusted = holm([row["p"] for row in rows])
-    return [row | {"p_holm": p} for row, p in zip(rows, adjusted, strict=True)]
+    return [{**row, "p_holm": p} for row, p in zip(rows, adjusted, strict=True)]
 
 
 def _nearer(a: Any, b: Any, truth: Any) -> Any:

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from cpo_pipe.data.store import atomic
 from cpo_pipe.data.text import visible
-from cpo_pipe.eval.metrics.wins import NOTICEABLE
+from cpo_pipe.eval.metrics.differences import NOTICEABLE
 from cpo_pipe.eval.report.charts import Bar, Chart, Point, alpha_curves, quality_charts, training_curves, win_rates
 from cpo_pipe.eval.report.data import ReportData
 from cpo_pipe.eval.report.examples import pack

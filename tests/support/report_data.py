@@ -7,7 +7,7 @@ import pyarrow as pa
 from cpo_pipe.data.schemas import EXAMPLES, GROUPS, METRICS
 from cpo_pipe.eval.config import GROUND_TRUTH
 from cpo_pipe.eval.judging import VERDICTS
-from cpo_pipe.eval.metrics.wins import COMPARISONS
+from cpo_pipe.eval.metrics.differences import COMPARISONS
 from cpo_pipe.eval.report.data import ReportData
 from cpo_pipe.eval.report.leaderboard import leaderboards
 from cpo_pipe.eval.statistics.agreement import AGREEMENT

@@ -6,8 +6,9 @@ import pytest
 
 from cpo_pipe.eval.generate import Outputs
 from cpo_pipe.eval.judges.base import AB, Judgement, Verdict, Winner
+from cpo_pipe.eval.metrics.differences import COMPARISONS, win_differences
 from cpo_pipe.eval.metrics.figures import Figures
-from cpo_pipe.eval.metrics.wins import COMPARISONS, WinRates
+from cpo_pipe.eval.metrics.wins import measure_wins
 from cpo_pipe.eval.statistics.bootstrap import Bootstrap
 from cpo_pipe.eval.statistics.significance import holm, sign_flip_p
 
@@ -29,15 +30,15 @@ def measure(
     All are `longer` than it on average. `same`: the fingerprint of systems that share one.
     """
     figures = Figures([f"e{n}" for n in range(N)], Bootstrap(resamples=500, seed=0))
-    wins = WinRates(figures)
     lengths = 100 + longer + np.random.default_rng(0).integers(-40, 41, N)
     outputs = Outputs(["x" * length for length in lengths.tolist()], [[1]] * N)
     for (system, decoding), won in contests.items():
         found = [Judgement({AB: Verdict(winner, None, {})}) for winner in won]
-        wins.add("judge", found, system, decoding, outputs, BASELINE)
+        measure_wins(figures, "judge", found, system, decoding, outputs, BASELINE)
     own = {system: system for system in ["base", *(system for system, _ in contests)]}
-    comparisons = wins.compare("base", own | (same or {}))
-    return figures.metrics(), comparisons
+    decodings = dict.fromkeys(decoding for _, decoding in contests)
+    rows = win_differences(figures, "judge", decodings, "base", own | (same or {}))
+    return figures.metrics(), pa.Table.from_pylist(rows, schema=COMPARISONS)
 
 
 GOOD, FAIR = winners(1, (0.6, 0.2, 0.2)), winners(2, (0.4, 0.2, 0.4))

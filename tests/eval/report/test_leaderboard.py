@@ -4,7 +4,7 @@ import pyarrow as pa
 
 from cpo_pipe.data.schemas import METRICS
 from cpo_pipe.eval.config import GROUND_TRUTH
-from cpo_pipe.eval.metrics.wins import COMPARISONS
+from cpo_pipe.eval.metrics.differences import COMPARISONS
 from cpo_pipe.eval.report.leaderboard import Cell, Leaderboard, leaderboards
 from tests.support.report_data import figure
 

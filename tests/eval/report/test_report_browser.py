@@ -13,8 +13,8 @@ import pytest
 
 from cpo_pipe.data.schemas import EXAMPLES, METRICS
 from cpo_pipe.eval.judging import VERDICTS
+from cpo_pipe.eval.metrics.differences import COMPARISONS
 from cpo_pipe.eval.metrics.figures import VALUES
-from cpo_pipe.eval.metrics.wins import COMPARISONS
 from cpo_pipe.eval.report.data import ReportData, StageRecord
 from cpo_pipe.eval.report.leaderboard import leaderboards
 from cpo_pipe.eval.report.report import write_report

@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from cpo_pipe.eval.config import Published
-from cpo_pipe.eval.metrics.wins import COMPARISONS
+from cpo_pipe.eval.metrics.differences import COMPARISONS
 from cpo_pipe.eval.report.data import StageRecord
 from cpo_pipe.eval.report.exports import write_exports
 from cpo_pipe.eval.statistics.agreement import AGREEMENT

@@ -7,7 +7,7 @@ import pytest
 
 from cpo_pipe.data.schemas import METRICS
 from cpo_pipe.eval.config import GROUND_TRUTH
-from cpo_pipe.eval.metrics.wins import COMPARISONS
+from cpo_pipe.eval.metrics.differences import COMPARISONS
 from cpo_pipe.eval.report.verdict import Verdict, percent, verdict
 from tests.support.report_data import figure
 

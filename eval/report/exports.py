@@ -1,7 +1,7 @@
 """The files beside a report: the metrics as Markdown, and the outputs in the format of AlpacaEval."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,15 +9,7 @@ from cpo_pipe.data.store import atomic
 from cpo_pipe.data.text import markdown
 from cpo_pipe.eval.config import GROUND_TRUTH
 from cpo_pipe.eval.report.data import ReportData
-from cpo_pipe.eval.report.tables import (
-    AGREEMENT_COLUMNS,
-    PUBLISHED_NOTE,
-    SHARED_NOTE,
-    Row,
-    agreement_rows,
-    marked_grids,
-    published_tables,
-)
+from cpo_pipe.eval.report.tables import PUBLISHED_NOTE, SHARED_NOTE, TextTable, agreement_table, grids, published_tables
 
 _TARGETS = (GROUND_TRUTH, "targets")
 """Folder and file of the targets; no system can have this name."""
@@ -76,26 +68,24 @@ def _markdown(data: ReportData) -> Iterator[str]:
     if data.verdict is not None:
         yield f"{markdown(data.verdict.sentence)}\n"
     yield f"{data.examples.num_rows} held-out prompts; baseline: {data.baseline}; brackets are 95% intervals."
-    for grid in marked_grids(data):
-        yield f"\nDecoding: {grid.decoding}\n"
-        yield from _table(["metric", *grid.systems], grid.rows)
-    for table in published_tables(data):
-        yield f"\n{markdown(table.title)}\n"
-        yield from _table(["system", "published", "this run"], table.rows)
+    for grid in grids(data):
+        yield from _table("metric", grid)
+    for published in published_tables(data):
+        yield from _table("system", published)
     if data.published:
         yield f"\n{PUBLISHED_NOTE}"
-    if agreements := agreement_rows(data):
-        yield "\nAgreement of judges\n"
-        yield from _table(["judges", *AGREEMENT_COLUMNS], agreements)
+    if (agreements := agreement_table(data)).rows:
+        yield from _table("judges", agreements)
     shared = [] if data.shared_metrics.isdisjoint(data.metrics["metric"].to_pylist()) else [SHARED_NOTE]
     yield from (f"\n{markdown(note)}" for note in [*data.notes, *shared])
     yield ""
 
 
-def _table(head: Sequence[str], rows: Sequence[Row]) -> Iterator[str]:
-    """Yield the lines of a table; numbers are aligned right."""
-    lines = [head, *([name, *cells] for name, cells in rows)]
-    text = [f"| {' | '.join(map(markdown, line))} |" for line in lines]
-    yield text[0]
-    yield f"| --- |{' ---: |' * (len(head) - 1)}"
-    yield from text[1:]
+def _table(first: str, table: TextTable) -> Iterator[str]:
+    """Yield the lines of a table, `first` heading its first column; numbers are aligned right."""
+    yield f"\n{markdown(table.title)}\n"
+    lines = [(first, *table.columns), *((name, *cells) for name, cells in table.rows)]
+    head, *rows = (f"| {' | '.join(map(markdown, line))} |" for line in lines)
+    yield head
+    yield f"| --- |{' ---: |' * len(table.columns)}"
+    yield from rows

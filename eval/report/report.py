@@ -22,16 +22,14 @@ from cpo_pipe.eval.report.data import ReportData
 from cpo_pipe.eval.report.examples import pack
 from cpo_pipe.eval.report.leaderboard import Cell, Column, Leaderboard
 from cpo_pipe.eval.report.tables import (
-    AGREEMENT_COLUMNS,
-    LEAKAGE_COLUMNS,
     PUBLISHED_NOTE,
     SHARED_NOTE,
-    agreement_rows,
+    agreement_table,
     descriptions,
     difference_tables,
-    leakage_rows,
+    grids,
+    leakage_table,
     marked,
-    marked_grids,
     published_tables,
     quality_table,
 )
@@ -66,28 +64,28 @@ def write_report(path: Path, data: ReportData) -> None:
     source, style, script = (
         folder.joinpath(name).read_text(encoding="utf-8") for name in ("report.html.j2", "report.css", "report.js")
     )
+    quality, quality_meanings = quality_table(data.quality) if data.quality is not None else (None, {})
     html = environment.from_string(source).render(
         data=data,
         leaderboards=[_drawn(table) for table in data.leaderboards],
-        grids=marked_grids(data),
+        grids=grids(data),
         meanings=descriptions(data),
         shared_note="" if data.shared_metrics.isdisjoint(data.metrics["metric"].to_pylist()) else SHARED_NOTE,
         charts=[*_win_charts(data), *_alpha_charts(data)],
         differences=difference_tables(data),
-        agreements=agreement_rows(data),
+        agreements=agreement_table(data),
         published=published_tables(data),
         published_note=PUBLISHED_NOTE,
         noticeable=NOTICEABLE,
         training_chart=training_curves(data.trainings),
-        leakage=leakage_rows(data.leakage),
-        leakage_columns=LEAKAGE_COLUMNS,
-        agreement_columns=AGREEMENT_COLUMNS,
+        leakage=leakage_table(data.leakage),
         stages=[
             (stage.name, [_duration(stage.seconds), _duration(stage.total_seconds), stage.spent or "–"])
             for stage in data.stages
         ],
         leakage_notes=list(leakage_warnings(data.leakage)),
-        quality=quality_table(data.quality) if data.quality is not None else None,
+        quality=quality,
+        quality_meanings=quality_meanings,
         quality_charts=quality_charts(data.quality) if data.quality is not None else [],
         packed=pack(data.examples, data.outputs, data.verdicts, data.scores),
         grouped=group_cards(data),

@@ -57,47 +57,27 @@ QUALITY_FORMATS = {
 }
 
 
-LEAKAGE_COLUMNS = ("examples", "equal", "near-duplicates", "n words in a row", "n", "fewer than n words")
-"""Of the overlap with training examples."""
-
-
-AGREEMENT_COLUMNS = ("agreement", "of decided pairs", "ties", "kappa", "pairs")
-"""Of two judges."""
-
-
 @dataclass(frozen=True)
-class Grid:
-    """The metrics under one decoding: a row per metric, a column per system."""
-
-    decoding: str
-    systems: list[str]
-    rows: list[Row]
-
-
-@dataclass(frozen=True)
-class TitledTable:
-    """A table with a title."""
+class TextTable:
+    """A table whose cells are text; the rows have heads."""
 
     title: str
+    columns: Sequence[str]
+    """Without the column of the heads."""
     rows: list[Row]
 
 
-@dataclass(frozen=True)
-class QualityTable:
-    """The quality of the negatives: a row per measure, a column per strategy."""
+def grids(data: ReportData) -> list[TextTable]:
+    """Return the metrics, a table per decoding with a column per system; those that have no decoding are in each.
 
-    strategies: list[str]
-    rows: list[Row]
-    meanings: dict[str, str]
-
-
-def grids(metrics: pa.Table) -> list[Grid]:
-    """Return the metrics by decoding; metrics that do not depend on the decoding are in each."""
-    rows = metrics.to_pylist()
+    The baseline and the metrics of the ranker's embedding model are marked.
+    """
+    rows = data.metrics.to_pylist()
     systems = list(dict.fromkeys(row["system"] for row in rows))
     names = [name for name in dict.fromkeys(row["metric"] for row in rows) if name != "MAUVE sd"]
     decodings = [name for name in dict.fromkeys(row["decoding"] for row in rows) if name != ANY_DECODING]
     found = {(row["system"], row["decoding"], row["metric"]): row for row in rows}
+    columns = [f"{system} (baseline)" if system == data.baseline else system for system in systems]
 
     def cell(system: str, decoding: str, metric: str) -> str:
         row = found.get((system, decoding, metric)) or found.get((system, ANY_DECODING, metric))
@@ -105,7 +85,11 @@ def grids(metrics: pa.Table) -> list[Grid]:
         return _cell(row, spread) if row else "–"
 
     return [
-        Grid(decoding, systems, [(metric, [cell(system, decoding, metric) for system in systems]) for metric in names])
+        TextTable(
+            f"Decoding: {decoding}",
+            columns,
+            [(marked(metric, data), [cell(system, decoding, metric) for system in systems]) for metric in names],
+        )
         for decoding in decodings
     ]
 
@@ -118,18 +102,6 @@ def _cell(row: Mapping[str, Any], spread: Mapping[str, Any] | None) -> str:
     if row["ci_low"] is not None:
         text += f" [{row['ci_low']:.{digits}f}, {row['ci_high']:.{digits}f}]"
     return text
-
-
-def marked_grids(data: ReportData) -> list[Grid]:
-    """Return the grids with the baseline and the metrics of the ranker's embedding model marked."""
-    return [
-        Grid(
-            grid.decoding,
-            [f"{system} (baseline)" if system == data.baseline else system for system in grid.systems],
-            [(marked(metric, data), cells) for metric, cells in grid.rows],
-        )
-        for grid in grids(data.metrics)
-    ]
 
 
 def marked(metric: str, data: ReportData) -> str:
@@ -150,19 +122,20 @@ def descriptions(data: ReportData) -> dict[str, str]:
     return found
 
 
-def difference_tables(data: ReportData) -> list[TitledTable]:
-    """Return the differences between every two systems, a table per metric: difference, p, adjusted p, examples."""
+def difference_tables(data: ReportData) -> list[TextTable]:
+    """Return the differences between every two systems, a table per metric."""
+    columns = ("difference", "p", "p adjusted", "prompts needed")
     tables: dict[str, list[Row]] = {}
     for row in data.comparisons.to_pylist():
         interval = "" if row["ci_low"] is None else f" [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
         cells = [f"{row['difference']:+.3f}{interval}", _p(row["p"]), _p(row["p_holm"]), _count(row["n_needed"])]
         head = f"{row['system_a']} against {row['system_b']}, {row['decoding']}"
         tables.setdefault(row["metric"], []).append((head, cells))
-    return [TitledTable(marked(metric, data), rows) for metric, rows in tables.items()]
+    return [TextTable(f"Differences in {marked(metric, data)}", columns, rows) for metric, rows in tables.items()]
 
 
-def agreement_rows(data: ReportData) -> list[Row]:
-    """Return the AGREEMENT_COLUMNS of every two judges, or a judge and the human annotations."""
+def agreement_table(data: ReportData) -> TextTable:
+    """Return the agreement of every two judges, or of a judge and the human annotations; without rows if none."""
     rows = []
     for row in data.agreements.to_pylist():
         decided = "–" if row["decided"] is None else f"{row['decided']:.3f} ({row['n_decided']:,})"
@@ -170,10 +143,10 @@ def agreement_rows(data: ReportData) -> list[Row]:
                  f"{row['ties_a']:.1%}, {row['ties_b']:.1%}",
                  _share(row["kappa"], row["kappa_low"], row["kappa_high"]), f"{row['n']:,}"]  # fmt: skip
         rows.append((f"{row['judge_a']} and {row['judge_b']}", cells))
-    return rows
+    return TextTable("Agreement of judges", ("agreement", "of decided pairs", "ties", "kappa", "pairs"), rows)
 
 
-def published_tables(data: ReportData) -> list[TitledTable]:
+def published_tables(data: ReportData) -> list[TextTable]:
     """Return the published results beside the run's own: a row per system."""
     found = {(row["metric"], row["decoding"], row["system"]): row for row in data.metrics.to_pylist()}
     tables = []
@@ -183,7 +156,8 @@ def published_tables(data: ReportData) -> list[TitledTable]:
             metric, decoding = published.metric, published.decoding
             row = found.get((metric, decoding, system), found.get((metric, ANY_DECODING, system)))
             rows.append((system, [f"{value:.3f}", _cell(row, None) if row else "–"]))
-        tables.append(TitledTable(f"{published.source}: {published.metric}, {published.decoding}", rows))
+        title = f"{published.source}: {published.metric}, {published.decoding}"
+        tables.append(TextTable(title, ("published", "this run"), rows))
     return tables
 
 
@@ -197,20 +171,24 @@ def unmeasured(data: ReportData) -> list[str]:
     ]
 
 
-def quality_table(table: pa.Table) -> QualityTable:
-    """Return the measures that have values; all strategies together have a column if there are several."""
+def quality_table(table: pa.Table) -> tuple[TextTable, dict[str, str]]:
+    """Return the quality of the negatives, a column per strategy, and what its measures mean.
+
+    Only measures that have values are shown; all strategies together have a column if there are several.
+    """
     *strategies, together, target = ({**row, "strategy": visible(row["strategy"])} for row in table.to_pylist())
     columns = [*strategies, *([together] if len(strategies) > 1 else []), {**target, "strategy": "targets"}]
     rows = [(name, [_first_format(formats, row) for row in columns]) for name, formats in QUALITY_FORMATS.items()]
     rows = [(name, cells) for name, cells in rows if set(cells) != {"–"}]
     docs = {name: (table.schema.field(name).metadata or {}).get(b"doc", b"").decode() for name in table.column_names}
     meanings = {name: "; ".join(docs[column] for column in _columns(QUALITY_FORMATS[name][0])) for name, _ in rows}
-    return QualityTable([row["strategy"] for row in columns], rows, meanings)
+    return TextTable("Quality of the negatives", [row["strategy"] for row in columns], rows), meanings
 
 
-def leakage_rows(figures: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Return the overlap with training examples (rows of LEAKAGE), a row per split and part, in LEAKAGE_COLUMNS."""
-    return [
+def leakage_table(figures: Sequence[Mapping[str, Any]]) -> TextTable:
+    """Return the overlap of held-out with training examples (rows of LEAKAGE), a row per split and part."""
+    columns = ("examples", "equal", "near-duplicates", "n words in a row", "n", "fewer than n words")
+    rows = [
         (
             f"{row['split']} {row['part']}s",
             [
@@ -225,6 +203,7 @@ def leakage_rows(figures: Sequence[Mapping[str, Any]]) -> list[Row]:
         )
         for row in figures
     ]
+    return TextTable("Overlap with training examples", columns, rows)
 
 
 def _first_format(formats: Sequence[str], row: Mapping[str, Any]) -> str:

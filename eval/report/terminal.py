@@ -12,7 +12,7 @@ from rich.table import Table
 
 from cpo_pipe.data.text import say_prose
 from cpo_pipe.eval.report.leaderboard import DAGGER, Cell, Leaderboard
-from cpo_pipe.eval.report.tables import LEAKAGE_COLUMNS, SHARED_NOTE, leakage_rows, quality_table
+from cpo_pipe.eval.report.tables import SHARED_NOTE, leakage_table, quality_table
 
 NARROW = 80
 """Columns of a screen that every table fits; metrics that do not are left to the report."""
@@ -54,10 +54,10 @@ def _cell(cell: Cell, with_interval: bool) -> str:
 def print_quality(table: pa.Table, notes: Sequence[str] = ()) -> None:
     """Print the quality of the negatives, a column per strategy."""
     console = Console(markup=False, highlight=False)
-    shown = quality_table(table)
-    grid = Table(title="Quality of the negatives", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    shown, _ = quality_table(table)
+    grid = Table(title=shown.title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     grid.add_column("", no_wrap=True, min_width=_widest_line([figure for figure, _ in shown.rows]))
-    for column, name in enumerate(shown.strategies):
+    for column, name in enumerate(shown.columns):
         cells = [cells[column] for _, cells in shown.rows]
         grid.add_column(name, justify="right", overflow="fold", min_width=_widest_line([*cells, name[:15]]))
     for figure, cells in shown.rows:
@@ -71,14 +71,13 @@ def print_leakage(figures: Sequence[Mapping[str, Any]]) -> None:
     """Print the overlap of held-out examples with training examples (rows of LEAKAGE), a line per split and part."""
     if not figures:
         return
-    title = "Overlap with training examples"
-    grid = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    rows = leakage_rows(figures)
-    grid.add_column("", no_wrap=True, min_width=_widest_line([name for name, _ in rows]))
-    for column, heading in enumerate(LEAKAGE_COLUMNS):
-        width = _widest_line([heading, *(cells[column] for _, cells in rows)])
+    shown = leakage_table(figures)
+    grid = Table(title=shown.title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    grid.add_column("", no_wrap=True, min_width=_widest_line([name for name, _ in shown.rows]))
+    for column, heading in enumerate(shown.columns):
+        width = _widest_line([heading, *(cells[column] for _, cells in shown.rows)])
         grid.add_column(heading, justify="right", no_wrap=True, min_width=width)
-    for name, cells in rows:
+    for name, cells in shown.rows:
         grid.add_row(name, *cells)
     _print(Console(markup=False, highlight=False), grid)
 

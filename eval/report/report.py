@@ -6,13 +6,11 @@ The template engine escapes all text of models and data; the page's content secu
 import base64
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import pyarrow as pa
 
 from cpo_pipe.data.store import atomic
 from cpo_pipe.data.text import visible
@@ -20,7 +18,7 @@ from cpo_pipe.eval.metrics.differences import NOTICEABLE
 from cpo_pipe.eval.report.charts import Bar, Chart, Point, alpha_curves, quality_charts, training_curves, win_rates
 from cpo_pipe.eval.report.data import ReportData
 from cpo_pipe.eval.report.examples import pack
-from cpo_pipe.eval.report.leaderboard import Cell, Column, Leaderboard
+from cpo_pipe.eval.report.leaderboard import Cell
 from cpo_pipe.eval.report.tables import (
     PUBLISHED_NOTE,
     SHARED_NOTE,
@@ -36,25 +34,6 @@ from cpo_pipe.eval.report.tables import (
 from cpo_pipe.pipeline.prepare.leakage import leakage_warnings
 
 
-@dataclass(frozen=True)
-class Negative:
-    """A ranked negative."""
-
-    rank: int | None
-    similarity: float | None
-    strategy: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Card:
-    """A training prompt with its negatives."""
-
-    prompt: str
-    target: str
-    negatives: list[Negative]
-
-
 def write_report(path: Path, data: ReportData) -> None:
     """Write the report as one HTML file, complete or absent."""
     environment = jinja2.Environment(
@@ -67,7 +46,7 @@ def write_report(path: Path, data: ReportData) -> None:
     quality, quality_meanings = quality_table(data.quality) if data.quality is not None else (None, {})
     html = environment.from_string(source).render(
         data=data,
-        leaderboards=[_drawn(table) for table in data.leaderboards],
+        leaderboards=[(board, [_bars(column.cells) for column in board.columns]) for board in data.leaderboards],
         grids=grids(data),
         meanings=descriptions(data),
         shared_note="" if data.shared_metrics.isdisjoint(data.metrics["metric"].to_pylist()) else SHARED_NOTE,
@@ -96,45 +75,23 @@ def write_report(path: Path, data: ReportData) -> None:
     atomic.write_bytes(path, html.encode())
 
 
-@dataclass(frozen=True)
-class DrawnCell:
-    """A cell with its value and interval in percent of the column's width."""
+def _bars(cells: Sequence[Cell]) -> list[tuple[float, ...] | None]:
+    """Return each cell's value and the ends of its interval, in percent of the column's width; None without a value.
 
-    cell: Cell
-    x: float | None
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class DrawnTable:
-    """A ranked table: a row per system."""
-
-    decoding: str
-    columns: list[Column]
-    rows: list[tuple[str, list[DrawnCell]]]
-
-
-def _drawn(table: Leaderboard) -> DrawnTable:
-    """Return a ranked table by rows, with the intervals of each column on one scale."""
-    columns = [[*_scaled(column.cells)] for column in table.columns]
-    rows = [(system, [column[row] for column in columns]) for row, system in enumerate(table.systems)]
-    return DrawnTable(table.decoding, table.columns, rows)
-
-
-def _scaled(cells: Sequence[Cell]) -> Iterator[DrawnCell]:
+    Without an interval both ends are the value.
+    """
     ends = [end for cell in cells for end in (cell.value, cell.low, cell.high) if end is not None]
     start, width = (min(ends), max(ends) - min(ends)) if ends else (0.0, 0.0)
 
     def place(value: float) -> float:
         return 100 * (value - start) / width if width else 50.0
 
-    for cell in cells:
-        if cell.value is None:
-            yield DrawnCell(cell, None, 0, 0)
-        else:
-            low, high = (cell.value if end is None else end for end in (cell.low, cell.high))
-            yield DrawnCell(cell, place(cell.value), place(low), place(high))
+    return [
+        None
+        if cell.value is None
+        else tuple(place(cell.value if end is None else end) for end in (cell.value, cell.low, cell.high))
+        for cell in cells
+    ]
 
 
 def _visible(value: Any) -> Any:
@@ -195,26 +152,15 @@ def _points(
             yield alpha, row["value"], low, high
 
 
-def group_cards(data: ReportData) -> list[Card]:
-    """Return training prompts with their ranked negatives."""
-    if data.group_examples is None:
+def group_cards(data: ReportData) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Return training prompts (EXAMPLES schema) with their negatives (candidates of the GROUPS schema) by rank."""
+    if data.group_examples is None or data.groups is None:
         return []
-    negatives = _negatives(data.groups)
-    return [
-        Card(example["rendered"], example["target"], negatives[example["example_id"]])
-        for example in data.group_examples.select(["example_id", "rendered", "target"]).to_pylist()
-        if example["example_id"] in negatives
-    ]
-
-
-def _negatives(groups: pa.Table | None) -> dict[str, list[Negative]]:
-    """Return each group's negatives by rank."""
-    found = {}
-    for group in groups.to_pylist() if groups is not None else []:
-        negatives = [
-            Negative(candidate["rank"], candidate["similarity"], candidate["strategy"], candidate["text"])
-            for candidate in group["candidates"]
-            if candidate["strategy"] != "target"
-        ]
-        found[group["example_id"]] = sorted(negatives, key=lambda negative: negative.rank or 0)
-    return found
+    columns = data.group_examples.select(["example_id", "rendered", "target"])
+    examples = {row["example_id"]: row for row in columns.to_pylist()}
+    cards = []
+    for group in data.groups.to_pylist():
+        negatives = [candidate for candidate in group["candidates"] if candidate["strategy"] != "target"]
+        negatives.sort(key=lambda negative: negative["rank"] or 0)
+        cards.append((examples[group["example_id"]], negatives))
+    return cards

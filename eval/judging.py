@@ -1,8 +1,7 @@
 """Verdicts: stored by example, outputs and order, so that no judge is asked the same question twice."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -22,7 +21,6 @@ from cpo_pipe.eval.judges.base import (
     Judge,
     Judgement,
     Pair,
-    ScoreError,
     ScoreJudge,
     Verdict,
     Winner,
@@ -87,8 +85,7 @@ def judge_outputs(
     }
     rows = {judge.name: store.rows("verdicts", judge.spec()) for judge in judges}
     for judge in judges:
-        with _naming_system(judge, cases, outputs):
-            make_verdicts(judge, list(chain.from_iterable(pairs.values())), rows[judge.name])
+        make_verdicts(judge, list(chain.from_iterable(pairs.values())), rows[judge.name])
     for judge in judges:
         if isinstance(judge, ApiJudge):
             judge.api.check_answered()
@@ -107,22 +104,8 @@ def score_outputs(
         RunError: a score is not finite.
     """
     texts, n = [text for written in outputs.values() for text in written.texts], len(cases)
-    with _naming_system(judge, cases, outputs):
-        scores = judge.checked_scores([*cases] * len(outputs), texts)
+    scores = judge.checked_scores([*cases] * len(outputs), texts)
     return {key: scores[place * n : (place + 1) * n] for place, key in enumerate(outputs)}
-
-
-@contextmanager
-def _naming_system(judge: Judge, cases: Sequence[Case], outputs: Mapping[tuple[str, str], Outputs]) -> Iterator[None]:
-    """Name the system and decoding in the error about a score that is not finite."""
-    try:
-        yield
-    except ScoreError as error:
-        for (system, decoding), written in outputs.items():
-            if (error.example_id, error.output) in zip((case.example_id for case in cases), written.texts, strict=True):
-                writer = f"system {system}, {decoding},"
-                raise ScoreError(judge.name, error.example_id, error.output, error.score, writer) from error
-        raise
 
 
 def verdicts_table(judgements: Mapping[str, Mapping[Comparison, Sequence[Judgement]]], ids: Sequence[str]) -> pa.Table:

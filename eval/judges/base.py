@@ -183,18 +183,6 @@ class ScoreMetric:
     """Whether the table on the terminal shows it, not only the report."""
 
 
-class ScoreError(RunError):
-    """A score that cannot be compared: not a number, or infinite."""
-
-    def __init__(self, judge: str, example_id: str, output: str, score: float, writer: str = "an output"):
-        """`writer` names the system whose output has the score."""
-        super().__init__(
-            f"judge {judge}: the score of {writer} for example {example_id} is {score}; scores must be finite numbers, "
-            "so correct the judge"
-        )
-        self.example_id, self.output, self.score = example_id, output, score
-
-
 class ScoreJudge(Judge):
     """The output with the higher score wins; equal scores are a tie.
 
@@ -218,8 +206,7 @@ class ScoreJudge(Judge):
         """Return the score of each output.
 
         Raises:
-            ScoreError: a score is not finite.
-            RunError: the number of scores is not that of the outputs.
+            RunError: the number of scores is not that of the outputs, or a score is not finite.
         """
         scores = self.scores(cases, outputs)
         if len(scores) != len(outputs):
@@ -227,9 +214,12 @@ class ScoreJudge(Judge):
                 f"judge {self.name}: {len(scores)} scores for {len(outputs)} outputs; return one for each, so correct "
                 "the judge"
             )
-        for case, output, score in zip(cases, outputs, scores, strict=True):
+        for case, score in zip(cases, scores, strict=True):
             if not math.isfinite(score):
-                raise ScoreError(self.name, case.example_id, output, score)
+                raise RunError(
+                    f"judge {self.name}: the score of an output for example {case.example_id} is {score}; scores must "
+                    "be finite numbers, so correct the judge"
+                )
         return scores
 
     def judge(self, pairs: Sequence[Pair]) -> Iterator[list[tuple[int, Verdict]]]:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from cpo_pipe.data.store import atomic
@@ -19,28 +18,7 @@ def write_exports(folder: Path, data: ReportData) -> list[Path]:
     """Write `metrics.md` and `model_outputs/SYSTEM/DECODING.json`, each complete or absent; return the files."""
     figures = folder / "metrics.md"
     atomic.write_bytes(figures, "\n".join(_markdown(data)).encode())
-    outputs = folder / "model_outputs"
-    written = set(_write_outputs(outputs, data))
-    for path in set(outputs.glob("*/*.json")) - written:  # of systems and decodings that are no longer in the run
-        if _is_ours(path):
-            path.unlink()
-            with suppress(OSError):  # the user may keep files there
-                path.parent.rmdir()
-    return [figures, *sorted(written)]
-
-
-def _is_ours(path: Path) -> bool:
-    """Return whether a file holds outputs written here, not a file of the user."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except ValueError:
-        return False
-    name = f"{path.parent.name}/{path.stem}"
-    return (
-        isinstance(rows, list)
-        and bool(rows)
-        and all(isinstance(row, dict) and row.get("generator") == name for row in rows)
-    )
+    return [figures, *sorted(_write_outputs(folder / "model_outputs", data))]
 
 
 def _write_outputs(folder: Path, data: ReportData) -> Iterator[Path]:

@@ -54,39 +54,19 @@ def test_outputs_are_exported_in_the_format_of_alpaca_eval(tmp_path: Path) -> No
     assert (target["output"], target["generator"]) == ("target 0 ", "ground-truth")
 
 
-def test_exports_that_a_run_no_longer_has_are_removed(tmp_path: Path) -> None:
-    def outputs(*columns: tuple[str, str]) -> pa.Table:
-        return pa.Table.from_pylist([
-            {"example_id": name, "system": system, "decoding": decoding, "text": f"{system} {decoding}"}
-            for system, decoding in columns for name in ("e0", "e1")
-        ])  # fmt: skip
-
+def test_a_system_may_have_the_name_of_a_folder_or_file_of_the_targets(tmp_path: Path) -> None:
     examples = pa.Table.from_pylist([example(0), example(1)], schema=EXAMPLES)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "note.json").write_text("mine")
-    write_exports(
-        tmp_path, make_data(examples=examples, outputs=outputs(("old", "greedy"), ("cpo", "a"), ("cpo", "b")))
-    )
-    # Files of the user, and those that AlpacaEval writes beside its input, are kept.
-    own = {"old/annotations.json": '[{"generator_1": "old/greedy"}]', "gpt4/outputs.json": '[{"generator": "gpt4"}]',
-           "gpt4/empty.json": "[]", "gpt4/labels.json": "not an export"}  # fmt: skip
-    for name, content in own.items():
-        (tmp_path / "model_outputs" / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "model_outputs" / name).write_text(content)
-    # A system may have the name of a file or folder of the targets.
-    new = outputs(("cpo", "b"), ("ground-truth.json", "greedy"), ("targets.json", "greedy"))
-    write_exports(tmp_path, make_data(examples=examples, outputs=new))
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == [
+    systems = ("cpo", "ground-truth.json", "targets.json")
+    outputs = [{"example_id": name, "system": system, "decoding": "greedy", "text": f"{system} {name}"}
+               for system in systems for name in ("e0", "e1")]  # fmt: skip
+    written = write_exports(tmp_path, make_data(examples=examples, outputs=pa.Table.from_pylist(outputs)))
+    files = sorted(str(path.relative_to(tmp_path)) for path in written)
+    assert files == [
         "metrics.md",
-        "mine/note.json",
-        "model_outputs/cpo/b.json",
-        "model_outputs/gpt4/empty.json",
-        "model_outputs/gpt4/labels.json",
-        "model_outputs/gpt4/outputs.json",
+        "model_outputs/cpo/greedy.json",
         "model_outputs/ground-truth.json/greedy.json",
         "model_outputs/ground-truth/targets.json",
-        "model_outputs/old/annotations.json",
         "model_outputs/targets.json/greedy.json",
     ]
-    assert not [*tmp_path.glob(".tmp-*")]
-    assert json.loads((tmp_path / "model_outputs/cpo/b.json").read_text())[0]["output"] == "cpo b"
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == files
+    assert json.loads((tmp_path / files[1]).read_text())[0]["output"] == "cpo e0"

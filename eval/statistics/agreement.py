@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cpo_pipe.eval.judges.base import Winner
-from cpo_pipe.eval.statistics.bootstrap import Bootstrap, Estimate, share
+from cpo_pipe.eval.statistics.bootstrap import Bootstrap, share
 
 HUMANS = "human annotations"
 """The name of the human annotations among the judges; a judge's name cannot contain a space."""
@@ -39,30 +39,14 @@ AGREEMENT = pa.schema(
 _VERDICTS: tuple[Winner, ...] = ("a", "tie", "b")
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """Agreement of two judges."""
-
-    raw: Estimate
-    """Share of pairs with the same verdict."""
-    kappa: Estimate | None
-    """Cohen's kappa: agreement beyond chance, at most 1; 0 for independent judges.
-
-    None if all verdicts of both are the same: then all agreement may be chance.
-    """
-    pairs: int
-    decided: int
-    """Pairs on which neither says tie."""
-    same_decided: int
-    """Those of them with the same verdict."""
-    ties: tuple[float, float]
-    """Share of the pairs on which each says tie."""
-
-
 def agreement(
     one: Sequence[Winner | None], other: Sequence[Winner | None], examples: Sequence[int], bootstrap: Bootstrap
-) -> Agreement | None:
+) -> dict[str, Any] | None:
     """Return the agreement of two judges on the same pairs, in the same order; None if no pair has both verdicts.
+
+    It is a row of the AGREEMENT schema without the names of the judges. Cohen's kappa is agreement beyond chance, at
+    most 1, and 0 for independent judges. It is None if all verdicts of both are the same: then all agreement may be
+    chance.
 
     Args:
         one: the first judge's verdicts, None for a pair that it did not judge.
@@ -92,9 +76,15 @@ def agreement(
         kappa = replace(kappa, low=None, high=None)
     table = counts.sum(axis=1).reshape(3, 3)
     tie = _VERDICTS.index("tie")
-    ties = float(table[tie].sum() / len(both)), float(table[:, tie].sum() / len(both))
     clear = np.delete(np.delete(table, tie, axis=0), tie, axis=1)
-    return Agreement(raw, kappa, len(both), int(clear.sum()), int(np.trace(clear)), ties)
+    decided, same_decided = int(clear.sum()), int(np.trace(clear))
+    return {
+        "agreement": raw.value, "ci_low": raw.low, "ci_high": raw.high,
+        "decided": same_decided / decided if decided else None, "n_decided": decided,
+        "ties_a": float(table[tie].sum() / len(both)), "ties_b": float(table[:, tie].sum() / len(both)),
+        "kappa": kappa and kappa.value, "kappa_low": kappa and kappa.low, "kappa_high": kappa and kappa.high,
+        "n": len(both),
+    }  # fmt: skip
 
 
 def agreements(
@@ -110,15 +100,7 @@ def agreements(
     rows = []
     for (a, of_a), (b, of_b) in itertools.combinations(verdicts.items(), 2):
         if found := agreement(of_a, of_b, examples, bootstrap):
-            kappa = found.kappa
-            rows.append({
-                "judge_a": a, "judge_b": b,
-                "decided": found.same_decided / found.decided if found.decided else None,
-                "n_decided": found.decided, "ties_a": found.ties[0], "ties_b": found.ties[1],
-                "agreement": found.raw.value, "ci_low": found.raw.low, "ci_high": found.raw.high,
-                "kappa": kappa and kappa.value, "kappa_low": kappa and kappa.low, "kappa_high": kappa and kappa.high,
-                "n": found.pairs,
-            })  # fmt: skip
+            rows.append({"judge_a": a, "judge_b": b, **found})
     return rows
 
 

@@ -3,13 +3,13 @@
 import re
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
 from cpo_pipe.data.fingerprint import digest
 from cpo_pipe.data.models.templates import fill
-from cpo_pipe.eval.judges.base import Pair, Verdict, unparseable
+from cpo_pipe.eval.judges.base import Pair, Verdict, Winner, unparseable
 from cpo_pipe.pipeline.api.question import AROUND, KEPT, check_template, without_reasoning
 
 TEMPLATES = {
@@ -46,6 +46,7 @@ _VERDICT = re.compile(
     rf"(?:{AROUND} is (?:better|more helpful))?{AROUND}",
     re.IGNORECASE,
 )
+_WINNERS: dict[str, Winner] = {"A": "a", "B": "b", "TIE": "tie"}
 
 
 Template = Annotated[
@@ -84,7 +85,7 @@ class Query:
         return fill(self.text, **texts)
 
 
-def read_answer(answer: str) -> Literal["A", "B", "TIE"] | None:
+def read_answer(answer: str) -> Winner | None:
     """Return the verdict of an answer whose first line is A, B or TIE and whose later lines name no other; else None.
 
     Words of the templates may precede the name (`Response A`, `More helpful: B`), and quotes, asterisks and the like
@@ -92,10 +93,10 @@ def read_answer(answer: str) -> Literal["A", "B", "TIE"] | None:
     """
     lines = [line for line in answer.strip().splitlines() if line.strip()]
     matches = [_VERDICT.fullmatch(line) if len(line) <= KEPT else None for line in lines]
-    named = [match[1].upper() if match else None for match in matches]
-    if not named or set(named) - {None, named[0]}:
+    named = [match[1].upper() if match else "" for match in matches]
+    if not named or set(named) - {"", named[0]}:
         return None
-    return named[0]  # type: ignore[return-value]  # the pattern has no other
+    return _WINNERS.get(named[0])
 
 
 def verdict_of(answer: str, **details: str) -> Verdict:
@@ -104,11 +105,5 @@ def verdict_of(answer: str, **details: str) -> Verdict:
     if verdict is None:
         return unparseable("no verdict", answer=answer[-KEPT:], **details)
     raw = {"answer": verdict[:KEPT], **details}
-    match read_answer(verdict):
-        case "A":
-            return Verdict("a", None, raw)
-        case "B":
-            return Verdict("b", None, raw)
-        case "TIE":
-            return Verdict("tie", None, raw)
-    return unparseable("no verdict", **raw)
+    winner = read_answer(verdict)
+    return Verdict(winner, None, raw) if winner is not None else unparseable("no verdict", **raw)

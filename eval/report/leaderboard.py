@@ -10,7 +10,8 @@ import pyarrow as pa
 from cpo_pipe.eval.config import DIVERSITY, GROUND_TRUTH
 from cpo_pipe.eval.judges.base import ScoreMetric
 from cpo_pipe.eval.metrics.figures import ANY_DECODING
-from cpo_pipe.eval.report.verdict import SIGNIFICANCE, percent
+from cpo_pipe.eval.report.verdict import percent
+from cpo_pipe.eval.statistics.significance import SIGNIFICANCE
 
 DAGGER = " †"
 """Marks metrics of the embedding model that also ranked the negatives."""

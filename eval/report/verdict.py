@@ -1,7 +1,6 @@
 """The answer of an evaluation: the best system against the baseline, whether that is decided, and what it costs."""
 
 import math
-from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
@@ -10,9 +9,8 @@ import pyarrow as pa
 from cpo_pipe.eval.config import DIVERSITY, GROUND_TRUTH
 from cpo_pipe.eval.metrics.figures import ANY_DECODING
 from cpo_pipe.eval.metrics.wins import length_controlled_metric
-from cpo_pipe.eval.statistics.significance import holm
+from cpo_pipe.eval.statistics.significance import SIGNIFICANCE, holm
 
-SIGNIFICANCE = 0.05
 COSTS = {"target NLL": "nats per token", "length": "tokens"}
 """Metrics that a gain may cost, with their units."""
 
@@ -149,8 +147,15 @@ def verdict(
         return None
     adjusted = holm([row["p"] for row in rows])
     number = max(range(len(rows)), key=lambda one: rows[one]["difference"])
-    best, values = rows[number], _values(metrics, decoding)
+    best = rows[number]
     system, is_rate = best["system_a"], metric.endswith("win rate")
+    found = {
+        (row["system"], row["metric"]): row
+        for row in metrics.to_pylist()
+        if row["decoding"] in (decoding, ANY_DECODING)
+    }
+    values = {key: row["value"] for key, row in found.items()}
+    controlled = found.get((system, length_controlled_metric(metric.removesuffix(" win rate"))))
     costs = tuple(
         Cost(cost, values[system, cost], values[baseline, cost])
         for cost in COSTS
@@ -160,24 +165,7 @@ def verdict(
         metric, decoding, system, baseline, values[system, metric],
         0.5 if is_rate else values[baseline, metric], values[GROUND_TRUTH, metric] if metric in DIVERSITY else None,
         best["difference"], best["ci_low"], best["ci_high"], adjusted[number], len(rows),
-        () if baseline == GROUND_TRUTH else costs, _controlled(metrics, system, decoding, metric),
+        () if baseline == GROUND_TRUTH else costs,
+        (controlled["value"], controlled["ci_low"], controlled["ci_high"]) if controlled else None,
         metric in shared_metrics,
     )  # fmt: skip
-
-
-def _controlled(metrics: pa.Table, system: str, decoding: str, metric: str) -> tuple[float, float, float] | None:
-    """Return the length-controlled win rate of the same judge."""
-    name = length_controlled_metric(metric.removesuffix(" win rate"))
-    for row in metrics.to_pylist():
-        if (row["system"], row["decoding"], row["metric"]) == (system, decoding, name) and row["ci_low"] is not None:
-            return row["value"], row["ci_low"], row["ci_high"]
-    return None
-
-
-def _values(metrics: pa.Table, decoding: str) -> Mapping[tuple[str, str], float]:
-    """Return the values under a decoding, by system and metric."""
-    return {
-        (row["system"], row["metric"]): row["value"]
-        for row in metrics.to_pylist()
-        if row["decoding"] in (decoding, ANY_DECODING)
-    }

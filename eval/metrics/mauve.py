@@ -10,7 +10,6 @@ Legend: N texts, D features, T tokens, k clusters.
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,15 +48,6 @@ BATCH_TOKENS = 1 << 12
 Histogram = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class MauveScore:
-    """MAUVE over several k-means seeds. Differences smaller than `sd` are noise of the quantization."""
-
-    mean: float
-    sd: float | None
-    """Standard deviation over the seeds; None for a single one."""
-
-
 def measure_mauve(
     figures: Figures,
     system: str,
@@ -69,18 +59,20 @@ def measure_mauve(
 ) -> None:
     """Add MAUVE of the outputs against the targets, and its standard deviation; needs MIN_TEXTS examples."""
     assert len(targets.texts) >= MIN_TEXTS
-    score = mauve(encode(targets.texts), encode(outputs.texts), seeds)
-    figures.add_value(system, decoding, "MAUVE", score.mean)
-    if score.sd is not None:
-        figures.add_value(system, decoding, "MAUVE sd", score.sd)
+    scores = mauve(encode(targets.texts), encode(outputs.texts), seeds)
+    figures.add_value(system, decoding, "MAUVE", statistics.fmean(scores))
+    if len(scores) > 1:
+        figures.add_value(system, decoding, "MAUVE sd", statistics.stdev(scores))
 
 
-def mauve(p_ND: NDArray[np.float32], q_ND: NDArray[np.float32], seeds: Sequence[int]) -> MauveScore:
-    """Return MAUVE between the features of two sets of texts."""
+def mauve(p_ND: NDArray[np.float32], q_ND: NDArray[np.float32], seeds: Sequence[int]) -> list[float]:
+    """Return MAUVE between the features of two sets of texts, by k-means seed.
+
+    Differences smaller than the standard deviation over the seeds are noise of the quantization.
+    """
     clusters = max(2, round(min(len(p_ND), len(q_ND)) / 10))
     reduced = _reduce(np.concatenate([p_ND, q_ND]))
-    scores = [_score(reduced, len(p_ND), clusters, seed) for seed in seeds]
-    return MauveScore(statistics.fmean(scores), statistics.stdev(scores) if len(scores) > 1 else None)
+    return [_score(reduced, len(p_ND), clusters, seed) for seed in seeds]
 
 
 def causal_features(network: "PreTrainedModel", token_ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:

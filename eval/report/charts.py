@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from cpo_pipe.data.text import visible
+from cpo_pipe.eval.report.verdict import percent
 
 WIDTH = 7.0
 """Inches; the page scales it."""
@@ -239,7 +240,12 @@ def _draw_curve(axes: Axes, name: str, number: int, step: np.ndarray, value: np.
 
 
 def _with_interval(bar: Bar) -> str:
-    return f"{bar.value:.2f}" + (f" ({bar.low:.2f} to {bar.high:.2f})" if bar.low is not None else "")
+    interval = "" if bar.low is None or bar.high is None else f" ({_rounded(bar.low)} to {_rounded(bar.high)})"
+    return _rounded(bar.value) + interval
+
+
+def _rounded(value: float) -> str:
+    return f"{percent(value) / 100:.2f}"  # halves up, as in the tables
 
 
 def _svg(figure: Figure, title: str) -> str:

@@ -9,7 +9,6 @@ import json
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -23,17 +22,8 @@ _GZIP = 16 + zlib.MAX_WBITS
 _COMPARISON = ("judge", "system", "decoding", "opponent")
 
 
-@dataclass(frozen=True)
-class Packed:
-    """Examples as a page contains them."""
-
-    base64: str
-    count: int
-    """The number of examples that fit."""
-
-
-def pack(examples: pa.Table, outputs: pa.Table, verdicts: pa.Table, scores: pa.Table | None = None) -> Packed:
-    """Return the examples with their outputs and verdicts, as many as fit.
+def pack(examples: pa.Table, outputs: pa.Table, verdicts: pa.Table, scores: pa.Table | None = None) -> tuple[str, int]:
+    """Return the examples with their outputs and verdicts, as many as fit, in base64; and the number of these examples.
 
     Args:
         examples: the selection, in order (EXAMPLES schema).
@@ -49,7 +39,7 @@ def pack(examples: pa.Table, outputs: pa.Table, verdicts: pa.Table, scores: pa.T
         if size > MAX_PACKED:
             break
     chunks.append(gzip.flush())
-    return Packed(base64.b64encode(b"".join(chunks)).decode(), count)
+    return base64.b64encode(b"".join(chunks)).decode(), count
 
 
 def _lines(

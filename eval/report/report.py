@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 
+from cpo_pipe.data.progress import duration_text
 from cpo_pipe.data.store import atomic
 from cpo_pipe.data.text import visible
 from cpo_pipe.eval.metrics.differences import NOTICEABLE
@@ -44,6 +45,7 @@ def write_report(path: Path, data: ReportData) -> None:
         folder.joinpath(name).read_text(encoding="utf-8") for name in ("report.html.j2", "report.css", "report.js")
     )
     quality, quality_meanings = quality_table(data.quality) if data.quality is not None else (None, {})
+    packed, packed_count = pack(data.examples, data.outputs, data.verdicts, data.scores)
     html = environment.from_string(source).render(
         data=data,
         leaderboards=[(board, [_bars(column.cells) for column in board.columns]) for board in data.leaderboards],
@@ -59,14 +61,15 @@ def write_report(path: Path, data: ReportData) -> None:
         training_chart=training_curves(data.trainings),
         leakage=leakage_table(data.leakage),
         stages=[
-            (stage.name, [_duration(stage.seconds), _duration(stage.total_seconds), stage.spent or "–"])
+            (stage.name, [duration_text(stage.seconds), duration_text(stage.total_seconds), stage.spent or "–"])
             for stage in data.stages
         ],
         leakage_notes=list(leakage_warnings(data.leakage)),
         quality=quality,
         quality_meanings=quality_meanings,
         quality_charts=quality_charts(data.quality) if data.quality is not None else [],
-        packed=pack(data.examples, data.outputs, data.verdicts, data.scores),
+        packed=packed,
+        packed_count=packed_count,
         grouped=group_cards(data),
         style=style,
         script=script,
@@ -97,13 +100,6 @@ def _bars(cells: Sequence[Cell]) -> list[tuple[float, ...] | None]:
 def _visible(value: Any) -> Any:
     """Return a value as the page shows it: text without control characters; our own markup does not change."""
     return visible(value) if type(value) is str else value
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    if hours:
-        return f"{hours} h {rest // 60} min"
-    return f"{rest // 60} min {rest % 60} s" if rest >= 60 else f"{seconds:.1f} s"
 
 
 def _win_charts(data: ReportData) -> Iterator[Chart]:

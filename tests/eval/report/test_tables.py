@@ -114,5 +114,5 @@ def test_time_and_cost_of_the_stages_are_shown(tmp_path: Path) -> None:
         StageRecord(name="train cpo", seconds=61, total_seconds=7380, spent="mini: 12 prompt tokens"),
     ]
     _, page = render(tmp_path, make_data(stages=stages))
-    assert row_of(page, "prepare") == "0.2 s59.4 s–"
+    assert row_of(page, "prepare") == "0 s59 s–"
     assert row_of(page, "train cpo") == "1 min 1 s2 h 3 minmini: 12 prompt tokens"

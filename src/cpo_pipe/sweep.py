@@ -8,8 +8,8 @@ from typing import Any
 
 from cpo_pipe.data.errors import Findings, InputError
 from cpo_pipe.data.text import one_line, say, say_prose
-from cpo_pipe.eval.report.verdict import SIGNIFICANCE, Verdict
-from cpo_pipe.eval.statistics.significance import holm
+from cpo_pipe.eval.report.verdict import Verdict
+from cpo_pipe.eval.statistics.significance import SIGNIFICANCE, holm
 from cpo_pipe.recipe.recipe import Recipe
 from cpo_pipe.recipe.render import inline
 from cpo_pipe.run import Run

@@ -16,6 +16,7 @@ from cpo_pipe.data.fingerprint import Spec
 from cpo_pipe.data.models.embedder import Embedder, EmbeddingCache
 from cpo_pipe.data.models.model import Model
 from cpo_pipe.data.store import Store
+from cpo_pipe.data.text import abridged
 from cpo_pipe.pipeline.api.model import ApiModel
 
 Winner = Literal["a", "b", "tie"]
@@ -214,11 +215,11 @@ class ScoreJudge(Judge):
                 f"judge {self.name}: {len(scores)} scores for {len(outputs)} outputs; return one for each, so correct "
                 "the judge"
             )
-        for case, score in zip(cases, scores, strict=True):
+        for case, output, score in zip(cases, outputs, scores, strict=True):
             if not math.isfinite(score):
                 raise RunError(
-                    f"judge {self.name}: the score of an output for example {case.example_id} is {score}; scores must "
-                    "be finite numbers, so correct the judge"
+                    f"judge {self.name}: the score of {abridged(repr(output))} for example {case.example_id} is "
+                    f"{score}; scores must be finite numbers, so correct the judge"
                 )
         return scores
 

@@ -216,10 +216,10 @@ class BrokenJudge(ScoreJudge):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("value: nan", r"the score of an output for example \w+ is nan; scores must be finite numbers"),
-        ("value: inf", r"the score of an output for example \w+ is inf; "),
-        ("value: '-inf'", r"the score of an output for example \w+ is -inf; "),
-        ("value: nan, targets: true", r"the score of an output for example \w+ is nan; "),
+        ("value: nan", r"the score of '.*' for example \w+ is nan; scores must be finite numbers"),
+        ("value: inf", r"the score of '.*' for example \w+ is inf; "),
+        ("value: '-inf'", r"the score of '.*' for example \w+ is -inf; "),
+        ("value: nan, targets: true", r"the score of '.*' for example \w+ is nan; "),
         ("few: true", r"7 scores for 8 outputs; return one for each, so correct the judge"),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import yaml
 from scipy import stats
 
 from cpo_pipe.compare import compare
@@ -241,3 +242,19 @@ def test_a_folder_in_the_place_of_latest_is_named(project: Project) -> None:
     (project.root / "runs/tiny/latest").mkdir(parents=True)
     assert "runs/tiny/latest: is no link" in project.cli("prepare", "tiny.yaml").error()
     assert "is a folder; name a file" in project.cli("compare", "a", "b", "--html", ".").error()
+
+
+def test_a_recipe_without_trainings_compares_models(made: Project) -> None:
+    """The section `train` can be left out where all models are folders."""
+    content = yaml.safe_load((made.root / "tiny.yaml").read_text())
+    cpo = json.loads((made.run_dir / "run.json").read_text())["stages"]["train cpo"]["artifact"]
+    models = {"start": {"model": str(made.model)}, "cpo": {"model": f"cpo-store/{cpo}"}}
+    only = {"name": "only", "data": content["data"], "evaluate": content["evaluate"] | {"systems": models}}
+    made.write("only.yaml", yaml.safe_dump(only))
+    result = made.cli("run", "only.yaml")
+    assert result.status == 0, result.err
+    stages = json.loads((made.root / "runs/only/latest/run.json").read_text())["stages"]
+    assert list(stages) == ["prepare", "evaluate"]
+    result = made.cli("train", "only.yaml")
+    assert result.status == 2
+    assert "train: the recipe has no such section, so there is nothing to train; add it" in result.error()

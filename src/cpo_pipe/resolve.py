@@ -99,8 +99,10 @@ class Resolver:
         """Refuse names of trainings that are not in the recipe.
 
         Raises:
-            InputError: one is not.
+            InputError: one is not, or there are none.
         """
+        if not self.trainings:
+            raise InputError("train: the recipe has no such section, so there is nothing to train; add it")
         for name in names:
             if name not in self.trainings:
                 hint = nearest(name, self.trainings) or f"choose from {', '.join(self.trainings)}"

@@ -120,7 +120,7 @@ def compare(work: Path, name: str, task: Task, model: Path, trainings: Mapping[s
         evaluate["systems"] = {
             key: {"model": str(Path(DEFAULT_STORE, made[f"train {key}"]))} for key in evaluate["systems"]
         }
-        content = {"name": content["name"], "data": dict(task.test_data), "train": {}, "evaluate": evaluate}
+        content = {"name": content["name"], "data": dict(task.test_data), "evaluate": evaluate}
     return measure(work, content)
 
 

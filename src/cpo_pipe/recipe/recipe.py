@@ -57,7 +57,7 @@ class Recipe(Section):
     note: str | None = Field(None, description="remarks, which the report shows")
     data: Annotated[Data, PRESETS] = Field(description="ground-truth pairs")
     apis: dict[Name, Api] = Field(default_factory=dict, description="models behind OpenAI-compatible servers, by name")
-    train: dict[Name, Annotated[Training, OBJECTIVES]] = Field(description="named trainings")
+    train: dict[Name, Annotated[Training, OBJECTIVES]] = Field(default_factory=dict, description="named trainings")
     negatives: Negatives | None = Field(
         default_factory=_default_negatives,
         description="negatives (default: the rejected answers of preference data)",

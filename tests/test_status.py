@@ -92,7 +92,7 @@ def test_a_killed_run_says_where_it_was(project: Project) -> None:
     command = [sys.executable, "-m", "cpo_pipe", "run", "tiny.yaml", "--set", "train.start.max_steps=100000"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while "steps" not in (before := project.cli("status", "tiny").out) and time.monotonic() < deadline:
+    while "steps/s" not in (before := project.cli("status", "tiny").out) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert re.search(rf"running \(pid {process.pid} on .+\), stage 2/6 train start", before), before
     process.send_signal(signal.SIGKILL)

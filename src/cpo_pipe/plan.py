@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 MOST_REASONS = 3
 """Differences to the nearest artifact that are named."""
 
+_Shared = dict[tuple[str, ...], int]
+"""Samples that earlier stages of the plan make, by source and its models; trainings share them."""
+
 
 def plan(run: Run, probe: bool) -> list[StagePlan]:
     """Return what each stage would make; examples that are missing are prepared first, as all depends on them.
@@ -56,7 +59,7 @@ def plan(run: Run, probe: bool) -> list[StagePlan]:
     return stages
 
 
-def _planned(run: Run, name: str, needs: Mapping[str, Need], shared: "_Shared") -> StagePlan:
+def _planned(run: Run, name: str, needs: Mapping[str, Need], shared: _Shared) -> StagePlan:
     if name == "prepare":
         examples = run.resolver.examples().artifact.manifest["examples"]
         return StagePlan(name, EXISTS, "", sum(examples.values()), "examples")
@@ -68,10 +71,6 @@ def _planned(run: Run, name: str, needs: Mapping[str, Need], shared: "_Shared") 
     if kind == "evaluate":
         return _planned_evaluation(run, name)
     return _planned_training(run, name, name.removeprefix("train "), needs)
-
-
-_Shared = dict[tuple[str, ...], int]
-"""Samples that earlier stages of the plan make, by source and its models; trainings share them."""
 
 
 def _planned_negatives(run: Run, name: str, owner: str | None, shared: _Shared) -> StagePlan:

@@ -277,7 +277,8 @@ def main() -> None:
         lines += page(name, task, seeds, chosen, tuned)
         lines += judge_worth(given.work, name, task, model)
     versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}}
-    page_text = "\n".join([TITLE, *answers, MEASURED.format(**versions, steps=STEPS, batch=BATCH), *lines])
+    chose = {"tasks": ", ".join(given.tasks), "methods": ", ".join(given.methods)}
+    page_text = "\n".join([TITLE, *answers, MEASURED.format(**versions, **chose, steps=STEPS, batch=BATCH), *lines])
     write_part(given.out, "real model", page_text)
     print(page_text)
 
@@ -286,8 +287,9 @@ TITLE = "# Results on a real model\n"
 MEASURED = """\
 ## How it was measured
 
-Made by `just results-real`; nothing below is written by hand. Python {python}, torch {torch}, transformers
-{transformers}, on CPUs. The papers' comparisons on a tiny model are the second part of this page.
+Made by `just results-real` (tasks: {tasks}; methods: {methods}); nothing below is written by hand. Python {python},
+torch {torch}, transformers {transformers}, on CPUs. The papers' comparisons on a tiny model
+are the second part of this page.
 
 SmolLM2-135M-Instruct is first trained on the data by MLE: the reference. From it each method goes on for {steps} steps
 of {batch} prompts, each once. Each method's settings (three tried for each) are chosen on validation rows with a seed

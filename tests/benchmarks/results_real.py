@@ -262,8 +262,7 @@ def main() -> None:
     model = given.model.resolve()
     texts = [(given.work / file).resolve() for file in articles]
     known = tasks(model, *texts, given.questions.resolve(), given.test_questions.resolve())
-    lines: list[str] = []
-    answers: list[str] = []
+    versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}}
     for name in given.tasks:
         task = known[name]
         chosen, tuned = tune(given.work, name, task, model, given.methods)
@@ -273,23 +272,24 @@ def main() -> None:
             best = best_method(task, chosen, tuned)
             tuned |= vary(given.work, name, task, model)
             tuned |= merge(given.work, name, task, model, {key: trainings[key] for key in (BASELINE, best)})
-        answers += [answer(name, task, seeds, [*chosen]), ""]
-        lines += page(name, task, seeds, chosen, tuned)
-        lines += judge_worth(given.work, name, task, model)
-    versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}}
-    chose = {"tasks": ", ".join(given.tasks), "methods": ", ".join(given.methods)}
-    page_text = "\n".join([TITLE, *answers, MEASURED.format(**versions, **chose, steps=STEPS, batch=BATCH), *lines])
-    write_part(given.out, "real model", page_text)
-    print(page_text)
+        measured = MEASURED.format(
+            **versions, task=name, methods=" ".join(given.methods), engine=ENGINES[task.engine], dtype=task.dtype,
+            steps=STEPS, batch=BATCH,
+        )  # fmt: skip
+        part = [f"# Results on a real model: {TITLES[name]}\n", answer(name, task, seeds, [*chosen]), "", measured]
+        part += page(name, task, seeds, chosen, tuned)
+        part += judge_worth(given.work, name, task, model)
+        write_part(given.out, f"real model: {name}", "\n".join(part))
+        print("\n".join(part))
 
 
-TITLE = "# Results on a real model\n"
+TITLES = {"text": "continuing Wikipedia", "questions": "answering GSM8K"}
+ENGINES = {"transformers": "transformers", "vllm": "vLLM"}
 MEASURED = """\
 ## How it was measured
 
-Made by `just results-real` (tasks: {tasks}; methods: {methods}); nothing below is written by hand. Python {python},
-torch {torch}, transformers {transformers}, on CPUs. The papers' comparisons on a tiny model
-are the second part of this page.
+Made by `just results-real --tasks {task} --methods {methods}`; nothing below is written by hand. Python {python},
+torch {torch}, transformers {transformers}, sampling with {engine}, {dtype}, on CPUs.
 
 SmolLM2-135M-Instruct is first trained on the data by MLE: the reference. From it each method goes on for {steps} steps
 of {batch} prompts, each once. Each method's settings (three tried for each) are chosen on validation rows with a seed

@@ -39,6 +39,15 @@ from tests.support.trl_side import make_trl, peak_bytes
 
 PAIRS = 7
 VOCABULARY, HIDDEN, LAYERS = 32_000, 384, 7
+SHAPE = {
+    "hidden_size": HIDDEN, "intermediate_size": 1024, "num_hidden_layers": LAYERS, "num_attention_heads": 6,
+    "num_key_value_heads": 6, "vocab_size": VOCABULARY, "max_position_embeddings": 2048, "use_cache": False,
+}  # fmt: skip
+SMOLLM2 = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "vocab_size": 49_152, "tie_word_embeddings": True,
+}  # fmt: skip
+"""The shape of SmolLM2-135M."""
 CONFIG = OBJECTIVES.parse({"init": "m", "objective": "cpo", "reference": "m", "beta": 0.1})
 Texts = tuple[list[int], list[list[int]]]
 Step = Callable[[int], Any]
@@ -79,11 +88,8 @@ def cases() -> Iterator[tuple[str, list[Texts]]]:
             )
 
 
-def new_model() -> PreTrainedModel:
-    config = AutoConfig.for_model(
-        "llama", hidden_size=HIDDEN, intermediate_size=1024, num_hidden_layers=LAYERS, num_attention_heads=6,
-        num_key_value_heads=6, vocab_size=VOCABULARY, max_position_embeddings=2048, use_cache=False,
-    )  # fmt: skip
+def new_model(**changed: Any) -> PreTrainedModel:
+    config = AutoConfig.for_model("llama", **SHAPE | changed)
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model.train(False)
@@ -102,6 +108,10 @@ def make_ours(groups: Sequence[Texts], checkpointing: bool, accumulate: bool = F
     scorer = Scorer(new_model(), logits_mb=logits_mb)
     scorer.set_checkpointing(checkpointing)
     scorer.set_attention("cascade")
+    return our_step(scorer, groups, accumulate)
+
+
+def our_step(scorer: Scorer, groups: Sequence[Texts], accumulate: bool) -> Step:
     typed = [
         Group(str(number), list(prompt), [list(ids) for ids in candidates], None, logprobs)
         for number, ((prompt, candidates), logprobs) in enumerate(zip(groups, reference(groups), strict=True))
@@ -130,9 +140,9 @@ def seconds(step: Step, count: int) -> float:
     return time.process_time() - start
 
 
-def peak_flops() -> float:
+def peak_flops(dtype: torch.dtype = torch.float32) -> float:
     """Of a large matrix product in this process."""
-    one, other = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    one, other = torch.randn(2, 2048, 2048, dtype=dtype)
     torch.mm(one, other)
     times = []
     for _ in range(9):
@@ -208,6 +218,35 @@ def memory() -> None:
                 print(f"| {'on' if checkpointing else 'off'} | {name} | {theirs / 2**20:.0f} |", flush=True)
 
 
+def precision() -> None:
+    """Print the speed of a step in float32 and bfloat16, on a model of SmolLM2-135M's shape.
+
+    The peak is that of a matrix product in the same dtype. `ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16` measures a processor
+    with AMX as one without.
+    """
+    rng = random.Random(0)
+    prompt, candidates = [rng.randrange(49_152) for _ in range(12)], 5
+    texts = prompt, [[rng.randrange(49_152) for _ in range(68)] for _ in range(candidates)]
+    steps = {}
+    for dtype in ("float32", "bfloat16"):
+        for attention in ("cascade", "padded"):
+            scorer = Scorer(new_model(**SMOLLM2), dtype)
+            scorer.set_attention(attention)  # type: ignore[arg-type]
+            steps[dtype, attention] = our_step(scorer, [texts], accumulate=True)
+    body = sum(of.numel() for name, of in scorer.model.named_parameters() if of.dim() == 2 and "embed" not in name)
+    tokens = {key: step(0) for key, step in steps.items()}
+    taken: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
+    for _ in range(PAIRS):
+        for key, step in steps.items():
+            taken[key].append(seconds(step, 1))
+    scored = sum(map(len, texts[1])) - candidates + 1
+    for (dtype, attention), times in taken.items():
+        needed = 6.0 * (body * tokens[dtype, attention] + 49_152 * 576 * scored)
+        peak, median = peak_flops(getattr(torch, dtype)), statistics.median(times)
+        print(f"| {dtype} | {attention} | {median:.2f} s | {tokens[dtype, attention] / median:.0f} "
+              f"| {peak / 1e9:.0f} GFLOP/s | {needed / median / peak:.0%} |", flush=True)  # fmt: skip
+
+
 def loop() -> None:
     """Print what the loop as a whole takes beside the bare step on the same groups."""
     rng = random.Random(0)
@@ -257,7 +296,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}; one thread; "
           f"matrix products reach {peak_flops() / 1e9:.0f} GFLOP/s\n")  # fmt: skip
-    asked = sys.argv[1:] or ["time", "memory", "loop"]
+    asked = sys.argv[1:] or ["time", "memory", "precision", "loop"]
     if "time" in asked:
         print("| groups | checkpointing | TRL's batch | ours, a group | of the peak | tokens computed | TRL as ships "
               "| with a restricted head |\n| --- | --- | --- | --- | --- | --- | --- | --- |")  # fmt: skip
@@ -269,6 +308,9 @@ def main() -> None:
     if "memory" in asked:
         print("\n| checkpointing | one step of | peak MiB |\n| --- | --- | --- |")
         memory()
+    if "precision" in asked:
+        print("\n| dtype | attention | a group | tokens/s | matrix products | of the peak |\n" + "| --- " * 6 + "|")
+        precision()
     if "loop" in asked:
         loop()
 

@@ -58,6 +58,10 @@ class Task:
     measures: Mapping[str, Sequence[tuple[str, int]]]
     """Metrics reported by decoding, with their digits."""
     judges: Mapping[str, Any]
+    engine: str
+    """Samples."""
+    dtype: str
+    """Of training and sampling."""
     test_data: Mapping[str, Any] | None = None
     """Where the test rows are, if not in `data`."""
 
@@ -75,16 +79,17 @@ def tasks(model: Path, text: Path, test_text: Path, questions: Path, test_questi
         "text": Task(
             {**pieces, "source": str(text)}, 32, ("chrF", GREEDY),
             {GREEDY: [("rep-4", 3), ("chrF", 1), ("length", 1)],
-             SAMPLED: [("distinct-2", 3), ("chrF", 1), ("MAUVE", 3), ("length", 1)]}, {},
+             SAMPLED: [("distinct-2", 3), ("chrF", 1), ("MAUVE", 3), ("length", 1)]}, {}, "transformers", "float32",
             {**pieces, "source": str(test_text), "validation": 0, "test": 300},
         ),
         "questions": Task(
             {"source": str(questions), "test_source": str(test_questions), "template": "chat",
              "columns": {"prompt": "question", "target": "answer"}, "train": 1500, "max_target_tokens": 120,
-             "max_rejected": 1.0, **sizes},
+             "max_rejected": 1.0, **sizes, "validation": 100},
             120, ("chrF", GREEDY),
             {GREEDY: [("exact match", 3), ("chrF", 1), ("rep-4", 3), ("length", 1)],
-             SAMPLED: [("exact match", 3), ("chrF", 1), ("length", 1)]}, {"exact": {"pattern": "gsm8k"}},
+             SAMPLED: [("exact match", 3), ("chrF", 1), ("distinct-2", 3), ("length", 1)]},
+            {"exact": {"pattern": "gsm8k"}}, "vllm", "bfloat16",
         ),
     }  # fmt: skip
 
@@ -113,7 +118,8 @@ def recipe(
     drop_correct: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """A run that compares trainings from one reference. The seed decides all but the reference and the split."""
-    sampled = {"model": "reference", "count": 3, "max_new_tokens": task.max_new_tokens, "engine": "transformers"}
+    sampling = {"max_new_tokens": task.max_new_tokens, "engine": task.engine, "dtype": task.dtype}
+    sampled = {"model": "reference", "count": 3, **sampling}
     sources = {
         "autoregressive": {**sampled, "top_k": 50},
         "whole": {"strategy": "autoregressive", **sampled, "top_k": 0},
@@ -123,15 +129,19 @@ def recipe(
     }
     used = {source for training in trainings.values() for source in training.get("negatives", {})}
     reference = {"init": str(model), "objective": "mle", "max_steps": 60, "batch_size": BATCH,
-                 "learning_rate": 3e-5, "warmup_steps": 6}  # fmt: skip
+                 "learning_rate": 3e-5, "warmup_steps": 6, "dtype": task.dtype}  # fmt: skip
     negatives = {"seed": seed, "max_examples": PROMPTS, "sources": {name: sources[name] for name in sorted(used)}}
     if drop_correct is not None:
         negatives["drop_correct"] = dict(drop_correct)
     metric, decoding = task.chosen_by
+    has_mauve = any(measure == "MAUVE" for measures in task.measures.values() for measure, _ in measures)
     return {
         "name": name,
         "data": dict(task.data),
-        "train": {"reference": reference, **{key: {**of, "seed": seed} for key, of in trainings.items()}},
+        "train": {
+            "reference": reference,
+            **{key: {**of, "seed": seed, "dtype": task.dtype} for key, of in trainings.items()},
+        },
         **({"negatives": negatives} if used else {}),
         "evaluate": {
             "systems": {key: {"model": key} for key in ("reference", *trainings)},
@@ -140,9 +150,8 @@ def recipe(
             "split": split,
             "decodings": {GREEDY: {"temperature": 0}, SAMPLED: {"top_k": 50}},
             "judges": task.judges or {"similarity": {}},
-            "mauve_model": str(model),
-            "max_new_tokens": task.max_new_tokens,
+            **({"mauve_model": str(model)} if has_mauve else {"mauve_model": None, "mauve_seeds": 0}),
             "seed": seed,
-            "engine": "transformers",
+            **sampling,
         },
     }

@@ -1,14 +1,14 @@
-"""docs/results.md: two commands write a part of it each."""
+"""docs/results.md: commands write a part of it each."""
 
 import re
 from pathlib import Path
 
-PARTS = ("real model", "tiny model")
+PARTS = ("real model: text", "real model: questions", "tiny model")
 """In the order in which the page shows them."""
 
 
 def write_part(page: Path, part: str, text: str) -> None:
-    """Write a part of the page, and leave the other as it is."""
+    """Write a part of the page, and leave the others as they are."""
     written = page.read_text() if page.exists() else ""
     parts = dict(re.findall(r"<!-- part: (.+?) -->\n(.*?)\n*(?=<!-- part: |\Z)", written, re.DOTALL))
     parts[part] = text.strip()

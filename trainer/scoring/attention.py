@@ -56,9 +56,13 @@ def _over_tree(attend: Attend) -> Callable[..., tuple[Tensor, None]]:
         **rest: Any,
     ) -> tuple[Tensor, None]:
         tree = _checked(module, key, cpo_tree, attention_mask, dropout, rest)
-        query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings leave autocast in float32
-        key, value = (_for_all_heads(tensor, query) for tensor in (key, value))
-        return attend(tree, query, key, value, scaling, sliding_window).transpose(1, 2).contiguous(), None
+        # Rotary embeddings leave autocast in float32, and on CPUs the kernel's backward pass is faster in it.
+        dtype = torch.float32 if value.device.type == "cpu" else value.dtype
+        query, keys, values = query.to(dtype), key.to(dtype), value.to(dtype)
+        keys, values = (_for_all_heads(tensor, query) for tensor in (keys, values))
+        with torch.autocast(value.device.type, enabled=False):
+            out = attend(tree, query, keys, values, scaling, sliding_window)
+        return out.transpose(1, 2).to(value.dtype).contiguous(), None
 
     return attention
 

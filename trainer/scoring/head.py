@@ -128,7 +128,8 @@ class _TokenLogprobs(torch.autograd.Function):
                 lse_S[rows] = values.logsumexp(-1)
                 row = row_E[pairs]
                 logprob_E[pairs] = values[row - rows.start, label_E[pairs]] - lse_S[row]
-        ctx.save_for_backward(hidden_SH, weight_VH, bias_V, row_E, label_E, lse_S)
+        ctx.save_for_backward(hidden_SH, weight, bias_V, row_E, label_E, lse_S)
+        ctx.weight_dtype = weight_VH.dtype
         ctx.kept_SV = logits if keep else None
         ctx.keep, ctx.cap, ctx.rows_in_memory, ctx.first_S = keep, cap, rows_in_memory, first_S
         return logprob_E
@@ -137,13 +138,12 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad_E,) = gradients
-        hidden_SH, weight_VH, bias_V, row_E, label_E, lse_S = ctx.saved_tensors
+        hidden_SH, weight, bias_V, row_E, label_E, lse_S = ctx.saved_tensors
         kept_SV, ctx.kept_SV = ctx.kept_SV, None
         if ctx.keep and kept_SV is None:
             raise RuntimeError(
                 "the first backward pass wrote the gradient over the logits; a second one is not possible"
             )
-        weight = weight_VH.to(hidden_SH.dtype)
         grad_S = torch.zeros_like(lse_S).index_add_(0, row_E, grad_E)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden_SH) if wants_hidden else None
@@ -166,7 +166,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 torch.mm(logits, weight, out=grad_hidden[block])
             if wants_weight:
                 if grad_weight is None:
-                    grad_weight = torch.mm(logits.t(), hidden_SH[block]).to(weight_VH.dtype)
+                    grad_weight = torch.mm(logits.t(), hidden_SH[block]).to(ctx.weight_dtype)
                 elif grad_weight.dtype == logits.dtype:
                     grad_weight.addmm_(logits.t(), hidden_SH[block])  # no second matrix of this size
                 else:

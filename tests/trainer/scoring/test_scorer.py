@@ -99,18 +99,28 @@ def test_targets_alone_are_packed_without_a_trace_of_each_other_or_not_at_all(na
 def test_bfloat16_differs_by_rounding_only(name: str) -> None:
     model = make(name)
     expected = naive(model, GROUPS[0])
+    wanted = flat(gradients(model, expected))
     with torch.autocast("cpu", torch.bfloat16):
         rough = naive(model, GROUPS[0])
     usual = float((torch.cat(rough).float() - torch.cat(expected)).detach().abs().mean())
+    usual_gradient = (flat(gradients(model, rough)) - wanted).norm()
     scorer = Scorer(model, "bfloat16")
     choice = choose_backend("m", scorer, PROBES)
     assert choice.logprob_error < 1e-5, "the self-check is in float32"
     for attention in (choice.attention, "padded"):
         scorer.set_attention(attention)  # type: ignore[arg-type]
-        found = torch.cat(ours(scorer, GROUPS[0]))
+        values = ours(scorer, GROUPS[0])
+        found = torch.cat(values)
         assert found.dtype == torch.float32
         mean = float((found - torch.cat(expected)).detach().abs().mean())
         assert 0 < mean < 1.5 * usual, "no worse than transformers' own arithmetic in bfloat16"
+        wrong = (flat(gradients(model, values)) - wanted).norm()
+        assert 0 < wrong < 1.5 * usual_gradient, attention
+
+
+def flat(gradients: dict[str, Tensor]) -> Tensor:
+    """All gradients as one vector, float32."""
+    return torch.cat([gradient.float().flatten() for gradient in gradients.values()])
 
 
 @pytest.mark.parametrize("attention", ["cascade", "split", "dense", "padded"])

@@ -27,7 +27,7 @@ from cpo_pipe.trainer.objectives.base import GroupFigures, Normalizers, Training
 from cpo_pipe.trainer.optimizer import lr_factor, parameter_groups
 from cpo_pipe.trainer.resume import Metrics, ResumeCheckpoint, best_step
 from cpo_pipe.trainer.samples import greedy_samples
-from cpo_pipe.trainer.scoring.batching import micro_batches
+from cpo_pipe.trainer.scoring.batching import micro_batches, pass_tokens
 from cpo_pipe.trainer.scoring.scorer import Scorer
 from cpo_pipe.trainer.scoring.self_check import choose_backend
 from cpo_pipe.trainer.signals import Stopped, StopRequests
@@ -202,7 +202,7 @@ class Loop:
         self.facts = {
             "threads": torch.get_num_threads(),
             "logits_mb": self.config.logits_mb,
-            "micro_batch_tokens": self.config.micro_batch_tokens,
+            "micro_batch_tokens": pass_tokens(self.config.micro_batch_tokens, now["device"]),
             **self.facts, **now,
         }  # fmt: skip
         budget = self.facts["micro_batch_tokens"]

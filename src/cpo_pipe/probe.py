@@ -22,6 +22,7 @@ from cpo_pipe.data.store import Store
 from cpo_pipe.recipe.recipe import Recipe
 from cpo_pipe.run import Run
 from cpo_pipe.trainer.checkpoint import METRICS_FILE
+from cpo_pipe.trainer.scoring.batching import pass_tokens
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def small(run: Run) -> Recipe:
     tokens = mean_length(run, "prompt_ids") + 2 * mean_length(run, "target_ids")
     trainings = {}
     for name, training in recipe.train.items():
-        batch = min(training.batch_size, max(4, math.ceil(training.micro_batch_tokens / tokens)))
+        batch = min(training.batch_size, max(4, math.ceil(pass_tokens(training.micro_batch_tokens, "cuda") / tokens)))
         changes: dict[str, Any] = {
             "max_steps": PROBE_STEPS, "batch_size": batch, "curriculum": None, "validation": 0, "keep": "last",
             "stop_on": [], "report_to": [],

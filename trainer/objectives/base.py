@@ -127,8 +127,10 @@ class Training(Section):
         description="attention backend, which computes a group's shared tokens once (mle: packs sequences); `auto` "
         "takes the first that a self-check finds numerically equivalent; does not change the result",
     )
-    micro_batch_tokens: Positive = Field(
-        8192, description="tokens per forward pass where several groups fit into one; does not change the result"
+    micro_batch_tokens: Positive | Literal["auto"] = Field(
+        "auto",
+        description="tokens per forward pass where several groups fit into one (`auto`: 8192 on a GPU, 2048 on a CPU); "
+        "does not change the result",
     )
     logits_mb: Positive = Field(
         1024,

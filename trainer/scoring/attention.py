@@ -1,18 +1,18 @@
-"""Attention over a tree of tokens, hooked into transformers by name.
+"""Attention over trees of tokens, hooked into transformers by name.
 
 `cascade`: attention to the prompt and to the own branch separately, merged by their log-sum-exps (CPU).
 `split`: each branch attends to the prompt and itself; branches are computed in parallel (any device; sliding windows).
 `dense`: a mask over all tokens, with the model's own attention (any device).
 `flex`: FlexAttention with a block mask over the tokens of several groups (CUDA).
 `sequences`: each sequence of a row attends to itself, for rows without forks (any device; sliding windows).
+All but `dense` take several groups in one row.
 
-Shapes: N tokens of the tree, P of them the prompt, B = N − P; R branches of at most D tokens; A heads of
-W channels.
+Shapes: N tokens of all groups; of one group, P tokens of the prompt, B behind it, R paths of at most D of these; A
+heads of W channels.
 """
 
 from collections.abc import Callable
 from functools import cache
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
-from cpo_pipe.trainer.scoring.prefix_tree import Tree
+from cpo_pipe.trainer.scoring.prefix_tree import Branches, Tree
 
 AttentionBackend = Literal["cascade", "split", "flex", "dense", "packed", "padded", "plain"]
 """How candidates are computed. `cascade`, `split`, `flex` and `dense` compute a prefix tree; `packed` puts candidates
@@ -36,12 +36,13 @@ class Unsupported(Exception):
     """The backend cannot compute this model; the text says why."""
 
 
-Attend = Callable[[Tree, Tensor, Tensor, Tensor, float | None, int | None], Tensor]
-"""Attention over a tree: from query, key and value of all heads, (1, A, N, W) each, a scale and a sliding window."""
+Attend = Callable[[Branches, Tensor, Tensor, Tensor, float | None, int | None], Tensor]
+"""Attention over one group: from query, key and value of all heads, (1, A, P + B, W) each, a scale and a sliding
+window."""
 
 
-def _over_tree(attend: Attend) -> Callable[..., tuple[Tensor, None]]:
-    """Return an attention function for transformers: it checks the layer, and calls `attend` with the tree."""
+def _over_groups(attend: Attend) -> Callable[..., tuple[Tensor, None]]:
+    """Return an attention function for transformers: it checks the layer, and calls `attend` for each group."""
 
     def attention(
         module: nn.Module,
@@ -60,20 +61,27 @@ def _over_tree(attend: Attend) -> Callable[..., tuple[Tensor, None]]:
         dtype = torch.float32 if value.device.type == "cpu" else value.dtype
         query, keys, values = query.to(dtype), key.to(dtype), value.to(dtype)
         keys, values = (_for_all_heads(tensor, query) for tensor in (keys, values))
+        # `split`, because the gradient of each slice would be a tensor of the whole row.
+        of_groups = [torch.split(tensor, list(tree.lengths), dim=2) for tensor in (query, keys, values)]
         with torch.autocast(value.device.type, enabled=False):
-            out = attend(tree, query, keys, values, scaling, sliding_window)
-        return out.transpose(1, 2).to(value.dtype).contiguous(), None
+            found = [
+                attend(branches, q, k, v, scaling, sliding_window)
+                for branches, q, k, v in zip(tree.branches, *of_groups, strict=True)
+            ]
+        return torch.cat(found, dim=2).transpose(1, 2).to(value.dtype).contiguous(), None
 
     return attention
 
 
-def _cascade(tree: Tree, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
-    if window is not None and window < tree.depth():
+def _cascade(
+    branches: Branches, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+) -> Tensor:
+    if window is not None and window < branches.depth():
         raise Unsupported(f"its window of {window} is shorter than a prompt with its candidate")
     if key.shape[-1] != value.shape[-1]:
         raise Unsupported("its keys and values are of different sizes")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out: Tensor = _Cascade.apply(query, key, value, tree, scale)  # type: ignore[no-untyped-call]
+    out: Tensor = _Cascade.apply(query, key, value, branches, scale)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -81,36 +89,36 @@ class _Cascade(torch.autograd.Function):
     """Three calls of the flash kernel: the prompt, the branches to the prompt, the branches to themselves."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, branches: Branches, scale: float) -> Tensor:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        trunk, branch = slice(0, tree.prompt), slice(tree.prompt, None)
+        trunk, branch = slice(0, branches.prompt), slice(branches.prompt, None)
         key_P, value_P = key[:, :, trunk], value[:, :, trunk]
         out = torch.empty_like(query)
         out_P, lse_P = flash(query[:, :, trunk], key_P, value_P, 0.0, True, scale=scale)
         out[:, :, trunk] = out_P
         saved = [query, key, value, lse_P]
-        if tree.path_RD.numel():
+        if branches.path_RD.numel():
             to_prompt, lse_prompt = flash(query[:, :, branch], key_P, value_P, 0.0, False, scale=scale)
-            query_R, key_R, value_R = (_paths(tensor[:, :, branch], tree) for tensor in (query, key, value))
+            query_R, key_R, value_R = (_paths(tensor[:, :, branch], branches) for tensor in (query, key, value))
             to_own_R, lse_own_R = flash(query_R, key_R, value_R, 0.0, True, scale=scale)
-            to_own, lse_own = _owned(to_own_R, tree), _owned(lse_own_R.unsqueeze(-1), tree).squeeze(-1)
+            to_own, lse_own = _owned(to_own_R, branches), _owned(lse_own_R.unsqueeze(-1), branches).squeeze(-1)
             lse = torch.logaddexp(lse_prompt, lse_own)
             out[:, :, branch] = to_prompt * (lse_prompt - lse).exp().unsqueeze(-1) + to_own * (
                 lse_own - lse
             ).exp().unsqueeze(-1)
             saved += [lse]
         ctx.save_for_backward(*saved, out)
-        ctx.tree, ctx.scale = tree, scale
+        ctx.branches, ctx.scale = branches, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        tree, scale = ctx.tree, ctx.scale
+        branches, scale = ctx.branches, ctx.scale
         query, key, value, lse_P, *merged, out = ctx.saved_tensors
         (grad,) = gradients
-        trunk, branch = slice(0, tree.prompt), slice(tree.prompt, None)
+        trunk, branch = slice(0, branches.prompt), slice(branches.prompt, None)
         key_P, value_P = key[:, :, trunk], value[:, :, trunk]
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         query_P, out_P = query[:, :, trunk], out[:, :, trunk]
@@ -125,50 +133,46 @@ class _Cascade(torch.autograd.Function):
             )
             grad_key[:, :, trunk] += part_key
             grad_value[:, :, trunk] += part_value
-            query_R, key_R, value_R, out_R = (_paths(t[:, :, branch], tree) for t in (query, key, value, out))
+            query_R, key_R, value_R, out_R = (_paths(t[:, :, branch], branches) for t in (query, key, value, out))
             # Each token's query counts in one of its rows; in the others, and in padding, it must contribute nothing.
-            grad_R = _spread(grad_B, tree, 0.0)
-            lse_R = _spread(lse.unsqueeze(-1), tree, torch.inf).squeeze(-1)
+            grad_R = _spread(grad_B, branches, 0.0)
+            lse_R = _spread(lse.unsqueeze(-1), branches, torch.inf).squeeze(-1)
             own_query, own_key, own_value = flash(grad_R, query_R, key_R, value_R, out_R, lse_R, 0.0, True, scale=scale)
-            grad_query[:, :, branch] = part_query + _owned(own_query, tree)
-            grad_key[:, :, branch] = _collected(own_key, tree, query_B.shape[2])
-            grad_value[:, :, branch] = _collected(own_value, tree, query_B.shape[2])
+            grad_query[:, :, branch] = part_query + _owned(own_query, branches)
+            grad_key[:, :, branch] = _collected(own_key, branches, query_B.shape[2])
+            grad_value[:, :, branch] = _collected(own_value, branches, query_B.shape[2])
         return grad_query, grad_key, grad_value, None, None
 
 
-def _split(tree: Tree, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
+def _split(
+    branches: Branches, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+) -> Tensor:
     attend = functional.scaled_dot_product_attention
-    trunk, branch = slice(0, tree.prompt), slice(tree.prompt, None)
+    trunk, branch = slice(0, branches.prompt), slice(branches.prompt, None)
     query_P, key_P, value_P = (tensor[:, :, trunk] for tensor in (query, key, value))
-    window = window if window is not None and window < tree.depth() else None
-    mask_PP = _visible(0, tree.prompt, tree.prompt, window, query.device) if window else None
+    window = window if window is not None and window < branches.depth() else None
+    mask_PP = _visible(0, branches.prompt, branches.prompt, window, query.device) if window else None
     out = attend(query_P, key_P, value_P, attn_mask=mask_PP, is_causal=window is None, scale=scale)
-    if tree.path_RD.numel():
-        rows, depth = tree.path_RD.shape
-        query_R, key_R, value_R = (_paths(tensor[:, :, branch], tree) for tensor in (query, key, value))
+    if branches.path_RD.numel():
+        rows, depth = branches.path_RD.shape
+        query_R, key_R, value_R = (_paths(tensor[:, :, branch], branches) for tensor in (query, key, value))
         key_R = torch.cat([key_P.expand(rows, -1, -1, -1), key_R], dim=2)
         value_R = torch.cat([value_P.expand(rows, -1, -1, -1), value_R], dim=2)
-        mask = _visible(tree.prompt, depth, tree.prompt + depth, window, query.device)
+        mask = _visible(branches.prompt, depth, branches.prompt + depth, window, query.device)
         out_R = attend(query_R, key_R, value_R, attn_mask=mask, scale=scale)
-        out = torch.cat([out, _owned(out_R, tree)], dim=2)
+        out = torch.cat([out, _owned(out_R, branches)], dim=2)
     return out
 
 
-def _sequences(
-    tree: Tree, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+def _sequence(
+    branches: Branches, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
 ) -> Tensor:
-    out = []
-    # `split`, because the gradient of each slice would be a tensor of the whole row.
-    lengths = [end - start for start, end in pairwise(tree.start_G)]
-    for query_T, key_T, value_T in zip(
-        *(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True
-    ):
-        length = query_T.shape[2]
-        shorter = window if window is not None and window < length else None
-        mask = _visible(0, length, length, shorter, query.device) if shorter else None
-        attend = functional.scaled_dot_product_attention
-        out.append(attend(query_T, key_T, value_T, attn_mask=mask, is_causal=shorter is None, scale=scale))
-    return torch.cat(out, dim=2)
+    length = query.shape[2]
+    window = window if window is not None and window < length else None
+    mask = _visible(0, length, length, window, query.device) if window else None
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=window is None, scale=scale
+    )
 
 
 def _visible(first: int, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -212,28 +216,28 @@ def _for_all_heads(tensor: Tensor, query: Tensor) -> Tensor:
     return tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1)
 
 
-def _paths(branch: Tensor, tree: Tree) -> Tensor:
+def _paths(branch: Tensor, branches: Branches) -> Tensor:
     """Map (1, A, B, W) to (R, A, D, W): the tokens of each path."""
-    return branch[0][:, tree.path_RD].transpose(0, 1)
+    return branch[0][:, branches.path_RD].transpose(0, 1)
 
 
-def _owned(rows: Tensor, tree: Tree) -> Tensor:
+def _owned(rows: Tensor, branches: Branches) -> Tensor:
     """Map (R, A, D, W) to (1, A, B, W): each token's value from the first path it is on."""
-    return rows.transpose(1, 2).flatten(0, 1)[tree.own_B].transpose(0, 1).unsqueeze(0)
+    return rows.transpose(1, 2).flatten(0, 1)[branches.own_B].transpose(0, 1).unsqueeze(0)
 
 
-def _spread(branch: Tensor, tree: Tree, elsewhere: float) -> Tensor:
+def _spread(branch: Tensor, branches: Branches, elsewhere: float) -> Tensor:
     """Map (1, A, B, W) to (R, A, D, W): each token's value on the first path it is on, `elsewhere` everywhere else."""
-    rows, depth = tree.path_RD.shape
+    rows, depth = branches.path_RD.shape
     flat = branch.new_full((rows * depth, branch.shape[1], branch.shape[3]), elsewhere)
-    flat[tree.own_B] = branch[0].transpose(0, 1)
+    flat[branches.own_B] = branch[0].transpose(0, 1)
     return flat.view(rows, depth, *flat.shape[1:]).transpose(1, 2)
 
 
-def _collected(rows: Tensor, tree: Tree, tokens: int) -> Tensor:
+def _collected(rows: Tensor, branches: Branches, tokens: int) -> Tensor:
     """Map (R, A, D, W) to (1, A, B, W): the sum over all paths that a token is on. Padding must be 0."""
     flat = rows.transpose(1, 2).flatten(0, 1)
-    total = flat.new_zeros(tokens, *flat.shape[1:]).index_add_(0, tree.path_RD.flatten(), flat)
+    total = flat.new_zeros(tokens, *flat.shape[1:]).index_add_(0, branches.path_RD.flatten(), flat)
     return total.transpose(0, 1).unsqueeze(0)
 
 
@@ -276,8 +280,8 @@ def _flex_kernel(compiled: bool) -> Any:
     return torch.compile(flex_attention) if compiled else flex_attention
 
 
-for _name, _attend in ((CASCADE, _cascade), (SPLIT, _split), (SEQUENCES, _sequences)):
-    AttentionInterface.register(_name, _over_tree(_attend))
+for _name, _attend in ((CASCADE, _cascade), (SPLIT, _split), (SEQUENCES, _sequence)):
+    AttentionInterface.register(_name, _over_groups(_attend))
 AttentionInterface.register(FLEX, _flex)
 
 

@@ -19,7 +19,7 @@ from cpo_pipe.data.models.model import Model, logprob_rows
 from cpo_pipe.data.store import Rows, Store
 from cpo_pipe.trainer.distributed import join, make_missing, share
 from cpo_pipe.trainer.scoring.attention import AttentionBackend
-from cpo_pipe.trainer.scoring.batching import micro_batches
+from cpo_pipe.trainer.scoring.batching import PassTokens, micro_batches, pass_tokens
 from cpo_pipe.trainer.scoring.dropout import remove_dropout
 from cpo_pipe.trainer.scoring.group_table import Flags, Ints, Lengths, candidate_keys, restricted, targets
 from cpo_pipe.trainer.scoring.probes import Probes, select_probes
@@ -56,7 +56,7 @@ def cached_logprobs(
     groups: pa.Table,
     executor: Executor,
     attention: AttentionBackend | Literal["auto"] = "auto",
-    micro_batch_tokens: int = 8192,
+    micro_batch_tokens: PassTokens = "auto",
     logits_mb: int = 1024,
 ) -> Rows:
     """Compute the log-probs of candidates that are missing, and return the artifact; `read_logprobs` reads from it.
@@ -118,7 +118,7 @@ def load_scorer(
     dtype: str,
     probes: Probes,
     attention: AttentionBackend | Literal["auto"] | Sequence[AttentionBackend] = "auto",
-    micro_batch_tokens: int = 8192,
+    micro_batch_tokens: PassTokens = "auto",
     logits_mb: int = 1024,
 ) -> Scorer:
     """Load a frozen model without dropout, on a GPU if there is one, and choose its attention backend.
@@ -152,7 +152,7 @@ class LogprobWork(Work):
     model: Model
     dtype: str
     attention: AttentionBackend | Literal["auto"]
-    micro_batch_tokens: int
+    micro_batch_tokens: PassTokens
     probes: Probes
     """Probes of all that is missing, so that every process chooses the same backend."""
     logits_mb: int = 1024
@@ -167,7 +167,8 @@ class LogprobWork(Work):
     def _make(self, scorer: Scorer, batch: pa.Table) -> Iterator[NewRows]:
         groups = batch.to_pylist()
         texts = [(group["prompt_ids"], [one["token_ids"] for one in group["candidates"]]) for group in groups]
-        (plan,) = micro_batches(texts, scorer.attention, self.micro_batch_tokens)
+        budget = pass_tokens(self.micro_batch_tokens, scorer.model.device.type)
+        (plan,) = micro_batches(texts, scorer.attention, budget)
         for micro in plan:
             packed = scorer.pack([texts[index] for index in micro])
             with torch.no_grad():

@@ -1,11 +1,11 @@
-"""A group as a prefix tree of tokens: the prompt is the trunk, and a prefix that candidates share is computed once.
+"""Groups as prefix trees of tokens: the prompt is the trunk, and a prefix that candidates share is computed once.
 
 A candidate's last token is never an input, only a label. So a candidate that cuts another one short and ends with an
 EOS adds no input token. Shared prefixes are found by token ids, never by how a candidate was made.
 
-Shapes: P tokens of the prompt, N input tokens of the tree (the P first), R paths from the prompt's end to a leaf, D
-tokens of the longest of these, E distinct (prefix, next token) pairs, S distinct prefixes among them, K candidates, L
-tokens of the longest.
+Shapes: N input tokens of all groups of a row; of one group, P tokens of the prompt, B behind it, R paths from the
+prompt's end to a leaf, D tokens of the longest of these; E distinct (prefix, next token) pairs, S distinct prefixes
+among them, K candidates, L tokens of the longest.
 """
 
 from bisect import bisect_left
@@ -21,27 +21,37 @@ from cpo_pipe.trainer.scoring.group_table import TokenGroup
 
 
 @dataclass(frozen=True)
-class Tree:
-    """Structure of a tree, as tree attention needs it. Input tokens are in depth-first order: a subtree is a range."""
+class Branches:
+    """What follows the prompt of one group: B tokens."""
 
     prompt: int
     """Tokens of the prompt (P)."""
-    start_G: tuple[int, ...]
-    """The first token of each group, and N at the end."""
-    end_N: Tensor
-    """One past the last token of each token's subtree: i attends to j where j ≤ i < end[j]."""
     path_RD: Tensor
-    """The branches: each path from the prompt's end to a leaf, as indices into the N − P tokens behind the prompt."""
+    """Each path from the prompt's end to a leaf, as indices into the B tokens; 0 after its end."""
     own_B: Tensor
-    """Place in the flattened paths where each of the N − P tokens behind the prompt occurs first, in their order."""
-
-    position_N: Tensor
-    """Distance from the prompt's beginning."""
-    _blocks: dict[int | None, Any] = field(default_factory=dict)
+    """Place in the flattened paths where each of the B tokens occurs first, in their order."""
 
     def depth(self) -> int:
         """Return the tokens of the longest path, prompt included."""
         return self.prompt + self.path_RD.shape[1]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Structure of the groups of a row, as tree attention needs it.
+
+    The groups follow each other. The input tokens of each are in depth-first order: a subtree is a range.
+    """
+
+    lengths: tuple[int, ...]
+    """Input tokens of each group."""
+    branches: tuple[Branches, ...]
+    """Of each group."""
+    end_N: Tensor
+    """One past the last token of each token's subtree: i attends to j where j ≤ i < end[j]."""
+    position_N: Tensor
+    """Distance from the prompt's beginning."""
+    _blocks: dict[int | None, Any] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> Tensor:
         """Return which tokens each token attends to, at a distance of less than `window` positions: (N, N)."""
@@ -102,7 +112,10 @@ class Packed:
 
     def to(self, device: torch.device) -> "Packed":
         """Return the same on a device."""
-        tree = None if self.tree is None else replace(self.tree, _blocks={}, **_tensors(self.tree, device))
+        tree = self.tree
+        if tree is not None:
+            branches = tuple(replace(one, **_tensors(one, device)) for one in tree.branches)
+            tree = replace(tree, branches=branches, _blocks={}, **_tensors(tree, device))
         return replace(self, tree=tree, **_tensors(self, device))
 
     def tokens(self) -> int:
@@ -156,16 +169,16 @@ class _Pairs:
 
 
 def pack_trees(groups: Sequence[TokenGroup], labels: Labels | None = None) -> Packed:
-    """Return groups one after the other in one row, each a tree; only `start_G` and `end_N` cover more than one."""
+    """Return groups one after the other in one row, each a tree."""
     ids: list[int] = []
     positions: list[int] = []
     ends: list[int] = []
-    paths: list[list[int]] = []
-    own: list[tuple[int, int]] = []
-    starts: list[int] = []
+    lengths: list[int] = []
+    branches: list[Branches] = []
     pairs = _Pairs()
     for prompt, candidates, predicted in _labelled(groups, labels):
-        starts.append(len(ids))
+        paths: list[list[int]] = []
+        own: list[tuple[int, int]] = []
         first, trunk = len(ids), len(ids) + len(prompt)
         ids += prompt
         positions += range(len(prompt))
@@ -197,21 +210,23 @@ def pack_trees(groups: Sequence[TokenGroup], labels: Labels | None = None) -> Pa
         for index, candidate in enumerate(candidates):
             assert len(predicted[index]) == len(candidate)
             pairs.add([trunk - 1, *nodes_of[index]], predicted[index])
-    depth = max(map(len, paths), default=0)
-    path_RD = [path + [0] * (depth - len(path)) for path in paths]
-    tree = Tree(
-        prompt=len(groups[0][0]),
-        start_G=(*starts, len(ids)),
-        end_N=torch.tensor(ends),
-        path_RD=torch.tensor(path_RD, dtype=torch.long).view(len(paths), depth),
-        own_B=torch.tensor([row * depth + column for row, column in own], dtype=torch.long),
-        position_N=torch.tensor(positions),
-    )
+        lengths.append(len(ids) - first)
+        branches.append(_branches(len(prompt), paths, own))
     return Packed(
         ids=torch.tensor([ids]),
         sizes=tuple(len(candidates) for _, candidates in groups),
-        tree=tree,
+        tree=Tree(tuple(lengths), tuple(branches), torch.tensor(ends), torch.tensor(positions)),
         **pairs.tensors(),
+    )
+
+
+def _branches(prompt: int, paths: Sequence[list[int]], own: Sequence[tuple[int, int]]) -> Branches:
+    depth = max(map(len, paths), default=0)
+    path_RD = [path + [0] * (depth - len(path)) for path in paths]
+    return Branches(
+        prompt,
+        torch.tensor(path_RD, dtype=torch.long).view(len(paths), depth),
+        torch.tensor([row * depth + column for row, column in own], dtype=torch.long),
     )
 
 

@@ -61,7 +61,7 @@ class Scorer(nn.Module):
     def pack(self, groups: Sequence[TokenGroup], labels: Labels | None = None) -> Packed:
         """Return groups as the input of one forward pass, on the model's device.
 
-        The backends `cascade`, `split` and `dense` take one group. With `labels`, a candidate predicts these tokens
+        The backend `dense` takes one group. With `labels`, a candidate predicts these tokens
         instead of its own.
         """
         if self.attention == "packed":

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from cpo_pipe.data.errors import InputError, RunError, cause
 from cpo_pipe.trainer.scoring.attention import AttentionBackend, Unsupported
-from cpo_pipe.trainer.scoring.batching import micro_batches
+from cpo_pipe.trainer.scoring.batching import PassTokens, micro_batches, pass_tokens
 from cpo_pipe.trainer.scoring.group_table import TokenGroup
 from cpo_pipe.trainer.scoring.probes import Probes
 from cpo_pipe.trainer.scoring.scorer import Scorer
@@ -73,7 +73,7 @@ def choose_backend(
     scorer: Scorer,
     probes: Probes,
     requested: AttentionBackend | Literal["auto"] | Sequence[AttentionBackend] = "auto",
-    micro_batch_tokens: int = 8192,
+    micro_batch_tokens: PassTokens = "auto",
     *,
     module: nn.Module | None = None,
     gradients: bool = True,
@@ -100,7 +100,7 @@ def choose_backend(
     precision, scorer.dtype = scorer.dtype, "float32"
     try:
         _check_chosen_positions(scorer, module or scorer, probes.groups[0])
-        check = _SelfCheck(scorer, module or scorer, probes, micro_batch_tokens, gradients)
+        check = _SelfCheck(scorer, module or scorer, probes, pass_tokens(micro_batch_tokens, device), gradients)
         if not all(bool(values.isfinite().all()) for values in check.truth):
             raise RunError(f"{name}: the model's log-probs are not finite; check whether its weights are damaged")
         if not check.is_deterministic():
@@ -182,7 +182,7 @@ def _counts_row_tokens(model: PreTrainedModel, attention: AttentionBackend, prob
     step = settings.floor_scale if getattr(settings, "attn_temperature_tuning", False) else None
     if step is None or attention in ("padded", "plain"):
         return None
-    if attention in ("packed", "flex") or probes.tokens >= step:  # rows of several groups have any length
+    if attention != "dense" or probes.tokens >= step:  # rows of several groups have any length
         return f"its attention changes with every {step} tokens of a row, whatever their positions"
     return None
 

@@ -39,7 +39,8 @@ def test_each_distinct_prefix_is_there_once_and_sees_what_it_follows(seed: int) 
     pairs = {(*candidate[: end + 1],) for candidate in texts[1] for end in range(len(candidate))}
     assert len(packed.label_E) == len(pairs), "each distinct (prefix, next token) is scored once"
     assert len(packed.source_S) == len({pair[:-1] for pair in pairs})
-    owned = tree.path_RD.flatten()[tree.own_B]
+    (branches,) = tree.branches
+    owned = branches.path_RD.flatten()[branches.own_B]
     assert owned.tolist() == list(range(packed.tokens() - len(prompt)))
 
 

@@ -72,7 +72,7 @@ def test_a_model_that_counts_the_tokens_of_a_row_gets_none_longer_than_it_counts
     torch.manual_seed(0)
     scorer = Scorer(AutoModelForCausalLM.from_config(config).eval())
     small, large = group(10, 5, 6), group(10, 5, 20)
-    assert choose_backend("m", scorer, select_probes(table([small]))).attention == "cascade"
+    assert choose_backend("m", scorer, select_probes(table([small]))).attention == "dense", "one group in a row"
     choice = choose_backend("m", scorer, select_probes(table([small, large])))
     assert choice.attention == "padded"
     assert choice.refused["cascade"] == "its attention changes with every 40 tokens of a row, whatever their positions"

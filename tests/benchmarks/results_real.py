@@ -272,10 +272,12 @@ def main() -> None:
             best = best_method(task, chosen, tuned)
             tuned |= vary(given.work, name, task, model)
             tuned |= merge(given.work, name, task, model, {key: trainings[key] for key in (BASELINE, best)})
+        command = (
+            f"just results-real --tasks {name} --methods {' '.join(given.methods)}{'' if given.vary else ' --no-vary'}"
+        )
         measured = MEASURED.format(
-            **versions, task=name, methods=" ".join(given.methods), engine=ENGINES[task.engine], dtype=task.dtype,
-            steps=STEPS, batch=BATCH,
-        )  # fmt: skip
+            **versions, command=command, engine=ENGINES[task.engine], dtype=task.dtype, steps=STEPS, batch=BATCH
+        )
         part = [f"# Results on a real model: {TITLES[name]}\n", answer(name, task, seeds, [*chosen]), "", measured]
         part += page(name, task, seeds, chosen, tuned)
         part += judge_worth(given.work, name, task, model)
@@ -288,7 +290,7 @@ ENGINES = {"transformers": "transformers", "vllm": "vLLM"}
 MEASURED = """\
 ## How it was measured
 
-Made by `just results-real --tasks {task} --methods {methods}`; nothing below is written by hand. Python {python},
+Made by `{command}`; nothing below is written by hand. Python {python},
 torch {torch}, transformers {transformers}, sampling with {engine}, {dtype}, on CPUs.
 
 SmolLM2-135M-Instruct is first trained on the data by MLE: the reference. From it each method goes on for {steps} steps

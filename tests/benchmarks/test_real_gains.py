@@ -66,7 +66,9 @@ def test_a_gain_over_prompts_and_seeds(task: Task) -> None:
     assert max(plain) <= 1
     assert not by_name(found)["mixnr", "rep-4", "greedy"].decided
     text = answer("text", task, seeds, METHODS)
-    assert "beats MLE continued at equal steps in: rep-4 of AN under greedy, 0.15 → 0.08, text 0.004 (+0.07 [" in text
+    assert (
+        "beats MLE continued at equal steps in: rep-4 of AN under greedy, 0.15 → 0.08, targets 0.004 (+0.07 [" in text
+    )
     assert "It is worse in none that is decided." in text
     assert "AN +0.020, MixNR +0.000" in text
 

@@ -94,7 +94,7 @@ def _gain(seeds: Sequence[Seed], method: str, measure: str, decoding: str) -> tu
         for system in (method, BASELINE, GROUND_TRUTH)
     )
     each = np.abs(mle - truth) - np.abs(own - truth) if measure in NEAR else own - mle
-    shown = f"{mle.mean():.3g} → {own.mean():.3g}" + (f", text {truth.mean():.3g}" if measure in NEAR else "")
+    shown = f"{mle.mean():.3g} → {own.mean():.3g}" + (f", targets {truth.mean():.3g}" if measure in NEAR else "")
     sides = {*np.sign(own - truth), *np.sign(mle - truth)} if measure in NEAR else {-1.0}
     if len(sides) == 1 and (prompts := _by_prompt(seeds, method, measure, decoding)) is not None:
         prompts = prompts * -sides.pop()

@@ -96,6 +96,28 @@ def test_targets_alone_are_packed_without_a_trace_of_each_other_or_not_at_all(na
         assert wrong < 1e-4 * wanted[parameter].norm() + 1e-6 * norm, (choice.attention, parameter)
 
 
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        ("Llama, untied", "cascade"),
+        ("Llama, untied", "split"),
+        ("Mistral, window 16", "split"),
+        ("GPT-2 (learned positions, tied)", "cascade"),
+    ],
+)
+def test_several_groups_in_a_pass_do_not_see_each_other(name: str, attention: AttentionBackend) -> None:
+    model = make(name)
+    expected = [values for texts in GROUPS for values in naive(model, texts)]
+    wanted = flat(gradients(model, expected))
+    scorer = Scorer(model)
+    scorer.set_attention(attention)
+    packed = scorer.pack(GROUPS)
+    rows = packed.per_token(scorer(packed))
+    found = [row[: len(values)] for row, values in zip(rows, expected, strict=True)]
+    assert_equal(found, expected, 1e-5)
+    assert (flat(gradients(model, found)) - wanted).norm() < 1e-4 * wanted.norm()
+
+
 @pytest.mark.parametrize("name", ["Llama, untied", "GPT-2 (learned positions, tied)", "Gemma 2, window 16"])
 def test_bfloat16_differs_by_rounding_only(name: str) -> None:
     model = make(name)

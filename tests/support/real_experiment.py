@@ -59,7 +59,7 @@ class Task:
     """Metrics reported by decoding, with their digits."""
     judges: Mapping[str, Any]
     engine: str
-    """Samples."""
+    """Of negatives and outputs."""
     dtype: str
     """Of training and sampling."""
     test_data: Mapping[str, Any] | None = None

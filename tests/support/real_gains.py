@@ -132,7 +132,7 @@ def answer(name: str, task: Task, seeds: Sequence[Seed], methods: Sequence[str])
                 for seed in seeds]  # fmt: skip
         costs.append(f"{LABELS[method]} {np.mean(each):+.3f}")
     number = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {task.test_rows} test prompts"
-    return " ".join([
+    return " ".join(filter(None, [
         f"**{name}** ({number}, {STEPS} steps of {BATCH} prompts from the same reference).",
         f"Contrastive training beats MLE continued at equal steps in: {_listed(better)}." if better else
         "Contrastive training does not beat MLE continued at equal steps in any measure.",
@@ -140,7 +140,7 @@ def answer(name: str, task: Task, seeds: Sequence[Seed], methods: Sequence[str])
         f"Significant over prompts, but not of the same sign with every seed: {_listed(split)}." if split else "",
         f"Not decided: {len(undecided)} of {len(found)} comparisons ({_grouped(undecided)})." if undecided else "",
         f"Nats per token of the targets, against MLE continued: {', '.join(costs)}.",
-    ])  # fmt: skip
+    ]))  # fmt: skip
 
 
 def _listed(found: Sequence[Gain]) -> str:

@@ -15,7 +15,7 @@ PassTokens = int | Literal["auto"]
 """Tokens per forward pass; `auto` depends on the device."""
 
 AUTO_TOKENS = {"cpu": 2048, "cuda": 8192}
-"""What `auto` means: with more a CPU is hardly faster (docs/benchmarks.md), but needs more memory."""
+"""What `auto` means: with more a CPU is hardly faster (docs/log.md), but needs more memory."""
 
 
 def pass_tokens(asked: PassTokens, device: str) -> int:

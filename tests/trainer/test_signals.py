@@ -133,8 +133,8 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "best": {"objective": "cpo-ranked", "validation": 4, "keep": "best", "eval_steps": 1, "learning_rate": 0.05,
              "beta": 0.3, "warmup_steps": 8},
     "lora": {"objective": "cpo-ranked", "lora": {"r": 4}, "gradient_checkpointing": True},
-    "mle": {"objective": "mle", "validation": 2, "micro_batch_tokens": 1, "max_grad_norm": 0.5},
-    "pss": {"objective": "pss", "micro_batch_tokens": 1},
+    "mle": {"objective": "mle", "validation": 2, "max_grad_norm": 0.5},
+    "pss": {"objective": "pss"},
     "curriculum": {"objective": "dpo", "curriculum": {"by": "margin", "order": "continuous"}},
 }  # fmt: skip
 
@@ -144,7 +144,9 @@ def project(commands: Commands, tmp_path_factory: pytest.TempPathFactory, tiny_m
     """A recipe, and a store in which everything is made but the trainings of TRAININGS."""
     root = tmp_path_factory.mktemp("project")
     write_jsonl(root / "rows.jsonl", pairs(13))
-    shared = {"init": str(tiny_model), "max_steps": 8, "batch_size": 4, "learning_rate": 1e-3, "eval_steps": 3}
+    # One group a pass: so a step has several, between which a signal can stop it.
+    shared = {"init": str(tiny_model), "max_steps": 8, "batch_size": 4, "learning_rate": 1e-3, "eval_steps": 3,
+              "micro_batch_tokens": 1}  # fmt: skip
     listwise = {"reference": str(tiny_model), "beta": 0.1}
     content = {
         "data": {"source": str(root / "rows.jsonl"), "tokenizer": str(tiny_model), "test": 1},

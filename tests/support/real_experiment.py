@@ -10,6 +10,8 @@ TUNING_SEED = 101
 GREEDY, SAMPLED = "greedy", "top-k"
 
 STEPS, BATCH = 24, 8
+ENGINE, DTYPE = "vllm", "bfloat16"
+"""Of all negatives and outputs; of all training and sampling."""
 JUDGED = 60
 """Prompts on which the worth of the model as a judge is measured."""
 
@@ -58,10 +60,6 @@ class Task:
     measures: Mapping[str, Sequence[tuple[str, int]]]
     """Metrics reported by decoding, with their digits."""
     judges: Mapping[str, Any]
-    engine: str
-    """Of negatives and outputs."""
-    dtype: str
-    """Of training and sampling."""
     test_data: Mapping[str, Any] | None = None
     """Where the test rows are, if not in `data`."""
 
@@ -79,7 +77,7 @@ def tasks(model: Path, text: Path, test_text: Path, questions: Path, test_questi
         "text": Task(
             {**pieces, "source": str(text)}, 32, ("chrF", GREEDY),
             {GREEDY: [("rep-4", 3), ("chrF", 1), ("length", 1)],
-             SAMPLED: [("distinct-2", 3), ("chrF", 1), ("MAUVE", 3), ("length", 1)]}, {}, "transformers", "float32",
+             SAMPLED: [("distinct-2", 3), ("chrF", 1), ("MAUVE", 3), ("length", 1)]}, {},
             {**pieces, "source": str(test_text), "validation": 0, "test": 300},
         ),
         "questions": Task(
@@ -89,7 +87,7 @@ def tasks(model: Path, text: Path, test_text: Path, questions: Path, test_questi
             120, ("chrF", GREEDY),
             {GREEDY: [("exact match", 3), ("chrF", 1), ("rep-4", 3), ("length", 1)],
              SAMPLED: [("exact match", 3), ("chrF", 1), ("distinct-2", 3), ("length", 1)]},
-            {"exact": {"pattern": "gsm8k"}}, "vllm", "bfloat16",
+            {"exact": {"pattern": "gsm8k"}},
         ),
     }  # fmt: skip
 
@@ -118,7 +116,7 @@ def recipe(
     drop_correct: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """A run that compares trainings from one reference. The seed decides all but the reference and the split."""
-    sampling = {"max_new_tokens": task.max_new_tokens, "engine": task.engine, "dtype": task.dtype}
+    sampling = {"max_new_tokens": task.max_new_tokens, "engine": ENGINE, "dtype": DTYPE}
     sampled = {"model": "reference", "count": 3, **sampling}
     sources = {
         "autoregressive": {**sampled, "top_k": 50},
@@ -129,7 +127,7 @@ def recipe(
     }
     used = {source for training in trainings.values() for source in training.get("negatives", {})}
     reference = {"init": str(model), "objective": "mle", "max_steps": 60, "batch_size": BATCH,
-                 "learning_rate": 3e-5, "warmup_steps": 6, "dtype": task.dtype}  # fmt: skip
+                 "learning_rate": 3e-5, "warmup_steps": 6, "dtype": DTYPE}  # fmt: skip
     negatives = {"seed": seed, "max_examples": PROMPTS, "sources": {name: sources[name] for name in sorted(used)}}
     if drop_correct is not None:
         negatives["drop_correct"] = dict(drop_correct)
@@ -140,7 +138,7 @@ def recipe(
         "data": dict(task.data),
         "train": {
             "reference": reference,
-            **{key: {**of, "seed": seed, "dtype": task.dtype} for key, of in trainings.items()},
+            **{key: {**of, "seed": seed, "dtype": DTYPE} for key, of in trainings.items()},
         },
         **({"negatives": negatives} if used else {}),
         "evaluate": {

@@ -1,6 +1,6 @@
 """What seeds decide: by how much each method is better than MLE continued, paired by seed and by prompt."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,7 +9,7 @@ from scipy import stats
 from cpo_pipe.eval.config import GROUND_TRUTH
 from cpo_pipe.eval.metrics.figures import ANY_DECODING
 from cpo_pipe.eval.statistics.bootstrap import Values
-from cpo_pipe.eval.statistics.paired import BOOTSTRAP, Key
+from cpo_pipe.eval.statistics.paired import Key
 from cpo_pipe.eval.statistics.significance import SIGNIFICANCE, holm
 from tests.support.real_experiment import BATCH, STEPS, Task
 
@@ -25,7 +25,7 @@ LABELS = {
 }
 NEAR = ("distinct-2", "rep-4")
 """Measures in which the system is better that is nearer to the ground truth."""
-BETTER = ("chrF", "MAUVE", "exact match")
+MORE = ("chrF", "MAUVE", "exact match")
 """Measures in which more is better."""
 
 
@@ -50,6 +50,8 @@ class Gain:
     method: str
     measure: str
     decoding: str
+    means: Mapping[str, float]
+    """Of the measure, over seeds: of the method, of MLE continued and of the ground truth."""
     each: list[float]
     """By seed."""
     low: float
@@ -57,8 +59,6 @@ class Gain:
     high: float
     p: float
     """Two-sided, adjusted (Holm) for all comparisons."""
-    shown: str = ""
-    """The baseline's mean, the method's, and of measures that should be near to it the ground truth's."""
 
     @property
     def mean(self) -> float:
@@ -67,19 +67,20 @@ class Gain:
 
     @property
     def decided(self) -> bool:
-        """Whether it is significant and has the same sign with every seed."""
-        return self.p < SIGNIFICANCE and len({np.sign(one) for one in self.each}) == 1
+        """Whether it is significant."""
+        return self.p < SIGNIFICANCE
 
 
 def gains(task: Task, seeds: Sequence[Seed], methods: Sequence[str]) -> list[Gain]:
     """Compare each method with MLE continued in each measure that has a better side.
 
-    Metrics that are means over prompts are paired by prompt, each prompt's difference averaged over seeds (bootstrap
-    interval, Student's t-test); the others are paired by seed (both from Student's t).
+    The variance of a mean adds that over seeds and, of metrics that are means over prompts, that over prompts: the
+    conservative form of the two-way clustered variance (Cameron, Gelbach and Miller 2011), which would subtract what
+    both contain. Student's t with the degrees of freedom of Welch and Satterthwaite; one seed decides nothing.
     """
     found, ps = [], []
     for decoding, measures in task.measures.items():
-        for measure in (name for name, _ in measures if name in NEAR + BETTER):
+        for measure in (name for name, _ in measures if name in NEAR + MORE):
             for method in (one for one in methods if one != BASELINE):
                 gain, p = _gain(seeds, method, measure, decoding)
                 found.append(gain)
@@ -93,19 +94,21 @@ def _gain(seeds: Sequence[Seed], method: str, measure: str, decoding: str) -> tu
         np.array([seed.value(system, decoding, measure) for seed in seeds])
         for system in (method, BASELINE, GROUND_TRUTH)
     )
+    means = {method: float(own.mean()), BASELINE: float(mle.mean()), GROUND_TRUTH: float(truth.mean())}
     each = np.abs(mle - truth) - np.abs(own - truth) if measure in NEAR else own - mle
-    shown = f"{mle.mean():.3g} → {own.mean():.3g}" + (f", targets {truth.mean():.3g}" if measure in NEAR else "")
-    sides = {*np.sign(own - truth), *np.sign(mle - truth)} if measure in NEAR else {-1.0}
-    if len(sides) == 1 and (prompts := _by_prompt(seeds, method, measure, decoding)) is not None:
-        prompts = prompts * -sides.pop()
-        estimate = BOOTSTRAP.mean(prompts)
-        low, high, p = estimate.low, estimate.high, stats.ttest_1samp(prompts, 0).pvalue if prompts.any() else 1.0
-    elif len(seeds) > 1 and np.ptp(each) > 0:
-        test = stats.ttest_1samp(each, 0)
-        (low, high), p = test.confidence_interval(0.95), test.pvalue
-    else:
-        low, high, p = np.nan, np.nan, 1.0
-    return Gain(method, measure, decoding, [*map(float, each)], float(low), float(high), 1.0, shown), float(p)
+    gain = Gain(method, measure, decoding, means, [*map(float, each)], np.nan, np.nan, 1.0)
+    if len(seeds) < 2:
+        return gain, 1.0
+    samples = [each]
+    if (prompts := _by_prompt(seeds, method, measure, decoding)) is not None:
+        samples.append(prompts)
+    variances = [np.var(sample, ddof=1) / len(sample) for sample in samples]
+    if not (total := sum(variances)):
+        return gain, 1.0
+    freedom = total**2 / sum(of**2 / (len(sample) - 1) for of, sample in zip(variances, samples, strict=True))
+    margin = stats.t.ppf(0.975, freedom) * np.sqrt(total)
+    p = 2 * stats.t.sf(abs(each.mean()) / np.sqrt(total), freedom)
+    return replace(gain, low=float(each.mean() - margin), high=float(each.mean() + margin)), float(p)
 
 
 def _by_prompt(seeds: Sequence[Seed], method: str, measure: str, decoding: str) -> Values | None:
@@ -119,41 +122,51 @@ def _by_prompt(seeds: Sequence[Seed], method: str, measure: str, decoding: str) 
     return np.mean(differences, axis=0)
 
 
-def answer(name: str, task: Task, seeds: Sequence[Seed], methods: Sequence[str]) -> str:
-    """Return what the seeds decide, in a paragraph: where a method is better than MLE continued, and where worse."""
+def answer(task: Task, seeds: Sequence[Seed], methods: Sequence[str]) -> Iterator[str]:
+    """Yield what the seeds decide: where methods beat MLE continued and where not, in a paragraph and in a table."""
     found = gains(task, seeds, methods)
-    better = [gain for gain in found if gain.decided and gain.mean > 0]
-    worse = [gain for gain in found if gain.decided and gain.mean < 0]
-    split = [gain for gain in found if not gain.decided and gain.p < SIGNIFICANCE]
-    undecided = [gain for gain in found if gain.p >= SIGNIFICANCE]
-    costs = []
-    for method in (one for one in methods if one != BASELINE):
-        each = [seed.value(method, ANY_DECODING, "target NLL") - seed.value(BASELINE, ANY_DECODING, "target NLL")
-                for seed in seeds]  # fmt: skip
-        costs.append(f"{LABELS[method]} {np.mean(each):+.3f}")
-    number = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {task.test_rows} test prompts"
-    return " ".join(filter(None, [
-        f"**{name}** ({number}, {STEPS} steps of {BATCH} prompts from the same reference).",
-        f"Contrastive training beats MLE continued at equal steps in: {_listed(better)}." if better else
-        "Contrastive training does not beat MLE continued at equal steps in any measure.",
-        f"It is worse in: {_listed(worse)}." if worse else "It is worse in none that is decided.",
-        f"Significant over prompts, but not of the same sign with every seed: {_listed(split)}." if split else "",
-        f"Not decided: {len(undecided)} of {len(found)} comparisons ({_grouped(undecided)})." if undecided else "",
-        f"Nats per token of the targets, against MLE continued: {', '.join(costs)}.",
-    ]))  # fmt: skip
+    digits = {(measure, shown): of for shown, measures in task.measures.items() for measure, of in measures}
+    columns = [*dict.fromkeys((gain.measure, gain.decoding) for gain in found)]
+    trained = [method for method in methods if method != BASELINE]
+    costs = {method: np.mean([seed.value(method, ANY_DECODING, "target NLL")
+                              - seed.value(BASELINE, ANY_DECODING, "target NLL") for seed in seeds])
+             for method in trained}  # fmt: skip
+    better, worse = ([gain for gain in found if gain.decided and gain.mean * sign > 0] for sign in (1, -1))
+    yield (
+        f"At equal steps ({STEPS} of {BATCH} prompts; {len(seeds)} seed{'s' * (len(seeds) > 1)}, {task.test_rows} test "
+        f"prompts) contrastive training is better than MLE continued {_told(better, digits, len(found))}, and worse "
+        f"{_told(worse, digits, len(found))}. {len(found) - len(better) - len(worse)} are undecided. It changes "
+        f"the targets' NLL by {min(costs.values()):+.3f} to {max(costs.values()):+.3f} nats per token.\n"
+    )
+    yield "Better than MLE continued by how much, with 95% intervals; **decided**:\n"
+    yield f"| | {' | '.join(f'{measure}, {decoding}' for measure, decoding in columns)} | target NLL |"
+    yield f"| --- |{' ---: |' * (len(columns) + 1)}"
+    by_key = {(gain.method, gain.measure, gain.decoding): gain for gain in found}
+    for method in trained:
+        cells = [_cell(by_key[method, *column], digits[column]) for column in columns]
+        yield f"| {LABELS[method]} | {' | '.join(cells)} | {costs[method]:+.3f} |"
+    yield ""
 
 
-def _listed(found: Sequence[Gain]) -> str:
+def _cell(gain: Gain, digits: int) -> str:
+    value = f"{gain.mean:+.{digits}f}"
+    if np.isnan(gain.low):
+        return value
+    interval = f"[{gain.low:+.{digits}f}, {gain.high:+.{digits}f}]"
+    return f"**{value}** {interval}" if gain.decided else f"{value} {interval}"
+
+
+def _told(found: Sequence[Gain], digits: Mapping[tuple[str, str], int], of: int) -> str:
+    """As in: in 2 of 9 comparisons (chrF under greedy, 17.0 → 18.4 with AN, 17.9 with DPO)."""
+    if not found:
+        return "in none"
+    groups: dict[tuple[str, str], list[Gain]] = {}
+    for gain in found:
+        groups.setdefault((gain.measure, gain.decoding), []).append(gain)
     parts = []
-    for gain in found:
-        each = ", ".join(f"{one:+.2g}" for one in gain.each)
-        interval = f"{gain.mean:+.2g} [{gain.low:+.2g}, {gain.high:+.2g}], each seed {each}"
-        parts.append(f"{gain.measure} of {LABELS[gain.method]} under {gain.decoding}, {gain.shown} ({interval})")
-    return "; ".join(parts)
-
-
-def _grouped(found: Sequence[Gain]) -> str:
-    groups: dict[str, list[str]] = {}
-    for gain in found:
-        groups.setdefault(f"{gain.measure} under {gain.decoding}", []).append(LABELS[gain.method])
-    return "; ".join(f"{what}: {', '.join(methods)}" for what, methods in groups.items())
+    for (measure, decoding), group in groups.items():
+        shown = f".{digits[measure, decoding]}f"
+        means = ", ".join(f"{gain.means[gain.method]:{shown}} with {LABELS[gain.method]}" for gain in group)
+        truth = f"; ground truth {group[0].means[GROUND_TRUTH]:{shown}}" if measure in NEAR else ""
+        parts.append(f"{measure} under {decoding}, {group[0].means[BASELINE]:{shown}} → {means}{truth}")
+    return f"in {len(found)} of {of} comparisons ({'; '.join(parts)})"

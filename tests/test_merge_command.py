@@ -35,7 +35,7 @@ def test_merge_writes_a_model_that_transformers_loads(made) -> None:
 
     result = made.cli("merge", "tiny.yaml", "mix@0.5", "--out", "out/mix", *ENSEMBLES)
     assert result.status == 0, result.err
-    assert result.out == "system mix@0.5: written to out/mix\n"
+    assert result.out == "mix@0.5: written to out/mix\n"
     hashes = trainings(made)
     start, cpo, mix = (
         AutoModelForCausalLM.from_pretrained(folder).state_dict()
@@ -61,15 +61,26 @@ def test_merge_writes_any_system_but_overwrites_nothing(made) -> None:
     assert (made.root / "file").read_text() == "mine"
 
 
+def test_merge_writes_a_training_that_is_not_evaluated(made) -> None:
+    result = made.cli("merge", "tiny.yaml", "cpo", "--out", "out/cpo", "--set", "evaluate=null")
+    assert result.status == 0, result.err
+    weights = [(folder / "model.safetensors").read_bytes()
+               for folder in (made.root / "out/cpo", made.store / trainings(made)["cpo"])]  # fmt: skip
+    assert weights[0] == weights[1]
+    result = made.cli("merge", "tiny.yaml", "cpp", "--out", "out/other", "--set", "evaluate=null")
+    assert result.status == 2
+    assert "error: cpp: the recipe has no such system or training; did you mean cpo" in result.error()
+
+
 def test_merge_refuses_what_is_not_a_model(made) -> None:
     before = made.made()
     result = made.cli("merge", "tiny.yaml", "mix@0.4", "--out", "out", *ENSEMBLES)
     assert result.status == 2
-    assert "error: system mix@0.4: not in evaluate; did you mean mix@0" in result.error()
+    assert "error: mix@0.4: the recipe has no such system or training; did you mean mix@0" in result.error()
     api = ("--set", "apis.mini={url: 'http://127.0.0.1:9/v1', model: m}", "--set", "evaluate.systems.gpt={model: mini}")
     result = made.cli("merge", "tiny.yaml", "gpt", "--out", "out", *api)
     assert result.status == 2
-    assert "system gpt: is an API, which has no weights to merge" in result.error()
+    assert "error: gpt: is an API, which has no weights to merge" in result.error()
     result = made.cli("merge", "tiny.yaml", "start", "--out", "tiny.yaml/out")
     assert result.status == 2
     assert made.made() == before

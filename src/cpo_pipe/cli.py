@@ -285,11 +285,13 @@ def evaluate(
 
 def merge(
     run: Run,
-    system: Annotated[str, typer.Argument(help="A system of `evaluate`; the ensemble `mix` at α = 0.5 is mix@0.5.")],
+    name: Annotated[
+        str, typer.Argument(help="A training, or a system of `evaluate`; the ensemble `mix` at α = 0.5 is mix@0.5.")
+    ],
     out: OutOption,
 ) -> None:
-    """Write the model of a system, such as a weight-space ensemble, to a folder that transformers and vLLM load."""
-    export_model(run, system, out)
+    """Write a trained model or a weight-space ensemble to a folder that transformers and vLLM load."""
+    export_model(run, name, out)
 
 
 def export(

@@ -15,15 +15,15 @@ from cpo_pipe.run import Run
 
 
 def export_model(run: Run, name: str, out: Path) -> None:
-    """Write the model of a system to a folder of its own, with the tokenizer of the examples.
+    """Write the model of a system or a training to a folder of its own, with the tokenizer of the examples.
 
     Raises:
-        InputError: the system is not in the recipe or has no weights, or the folder is not empty.
+        InputError: the name is not in the recipe, the system has no weights, or the folder is not empty.
     """
     check_new(out)
     run.store.register_run(run.run_dir)
     copy_model(run.resolver.merged(name), run.resolver.examples().tokenizer, out)
-    say(one_line(f"system {name}: written to {out}"))
+    say(one_line(f"{name}: written to {out}"))
 
 
 def export_groups(

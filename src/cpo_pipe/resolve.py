@@ -266,19 +266,23 @@ class Resolver:
         return checkpoint_model(name, merge(name, self.store, parts, self.examples().tokenizer))
 
     def merged(self, name: str) -> Model:
-        """Return the model of a system by its name.
+        """Return the model of a system or a training by its name.
 
         Raises:
-            InputError: the system is not in the recipe, or has no weights.
+            InputError: the recipe has neither, or the system has no weights.
+            MissingInput: the training is not done.
         """
-        systems = self.evaluate_section().all_systems()
+        systems = self.recipe.evaluate.all_systems() if self.recipe.evaluate is not None else {}
         if name not in systems:
-            hint = nearest(name, systems) or f"choose from {', '.join(systems)}"
-            raise InputError(f"system {name}: not in evaluate; {hint}")
+            if name in self.trainings:
+                return self.model(name)
+            known = {**systems, **self.trainings}
+            hint = nearest(name, known) or f"choose from {', '.join(known)}"
+            raise InputError(f"{name}: the recipe has no such system or training; {hint}")
         model = self.system(name, systems[name])
         if not isinstance(model, Model):
             what = "an API" if isinstance(model, ApiModel) else "a file of outputs"
-            raise InputError(f"system {name}: is {what}, which has no weights to merge; name another system")
+            raise InputError(f"{name}: is {what}, which has no weights to merge; name another system")
         return model
 
     def systems(self) -> dict[str, SystemModel]:

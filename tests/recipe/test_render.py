@@ -7,6 +7,7 @@ import pytest
 
 from cpo_pipe.recipe.load import builtin_recipes, load_recipe, parse_recipe
 from cpo_pipe.recipe.render import WIDTH, recipe_text
+from cpo_pipe.trainer.lora import Lora
 from tests.support.recipes import DATA, MLE, content
 
 
@@ -25,6 +26,21 @@ def test_the_short_form_has_the_keys_that_are_set_and_fits_a_screen() -> None:
     assert "  max_prompt_tokens: 512  # longest prompt, in tokens" in lines
     assert "  mle: {init: reference, objective: mle, max_steps: 1000}" in lines
     assert not any("learning_rate" in line for line in lines), "a default"
+
+
+def test_the_full_form_shows_the_keys_of_sections_that_are_not_set(tmp_path: Path) -> None:
+    """Uncommented, they are a section with the defaults."""
+    text = recipe_text(load_recipe("pairs"), named=False)
+    assert "    # lora: null  # or a section:\n    #   # rank of the adapters\n    #   r: 16\n" in text
+    assert "\n#   NAME:\n#     # base URL of the server" in text, "apis"
+    assert "\n    #   # easy groups first" not in text
+    lines = text.replace("# lora: null  # or a section:", "lora:", 1).splitlines()
+    first = lines.index("    lora:") + 1
+    for at in range(first, first + 6):
+        lines[at] = lines[at].replace("#   ", "  ", 1)
+    assert "lora_alpha: 32" in " ".join(lines[first : first + 6])
+    (tmp_path / "mine.yaml").write_text("\n".join(lines), encoding="utf-8")
+    assert load_recipe(str(tmp_path / "mine.yaml")).train["reference"].lora == Lora()
 
 
 @pytest.mark.parametrize(

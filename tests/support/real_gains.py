@@ -139,7 +139,7 @@ def answer(task: Task, seeds: Sequence[Seed], methods: Sequence[str]) -> Iterato
         f"the targets' NLL by {min(costs.values()):+.3f} to {max(costs.values()):+.3f} nats per token.\n"
     )
     yield "Better than MLE continued by how much, with 95% intervals; **decided**:\n"
-    yield f"| | {' | '.join(f'{measure}, {decoding}' for measure, decoding in columns)} | target NLL |"
+    yield f"| | {' | '.join(f'{measure}, {decoding}' for measure, decoding in columns)} | change in target NLL |"
     yield f"| --- |{' ---: |' * (len(columns) + 1)}"
     by_key = {(gain.method, gain.measure, gain.decoding): gain for gain in found}
     for method in trained:

@@ -2,7 +2,8 @@
 
 import textwrap
 from collections.abc import Iterator
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic.fields import FieldInfo
@@ -90,7 +91,25 @@ def _section(section: Section, depth: int, with_defaults: bool = True) -> Iterat
         if given:
             yield from _entry(name, value, depth, with_defaults)
         else:
-            yield f"{pad}# {name}: {inline(value)}"
+            nested = [*_unset(field.annotation)]
+            yield f"{pad}# {name}: {inline(value)}{'  # or a section:' * bool(nested)}"
+            yield from (f"{pad}# {line}" for line in nested)
+
+
+def _unset(annotation: Any) -> Iterator[str]:
+    """Yield the keys of the section that a key without a value may have, as an example that is indented by a level."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        for name, field in annotation.model_fields.items():
+            yield from textwrap.wrap(_comment(field), WIDTH, initial_indent="  # ", subsequent_indent="  # ")
+            default = field.get_default(call_default_factory=True, validated_data={})
+            yield f"  {name}:" if default is PydanticUndefined else f"  {name}: {inline(default)}"
+            yield from (f"  {line}" for line in _unset(field.annotation))
+    elif get_origin(annotation) is dict:
+        if nested := [*_unset(get_args(annotation)[1])]:
+            yield "  NAME:"
+            yield from (f"  {line}" for line in nested)
+    elif get_origin(annotation) in (Annotated, Union, UnionType):
+        yield from next(filter(None, ([*_unset(part)] for part in get_args(annotation))), [])
 
 
 def _entry(name: str, value: Any, depth: int, with_defaults: bool) -> Iterator[str]:

@@ -138,7 +138,7 @@ def schema() -> None:
 
 @app.command()
 def doctor(store: StoreOption = DEFAULT_STORE) -> None:
-    """Show packages, devices, engines, memory and disk, what is wrong with them, and the command that mends it."""
+    """Show packages, devices, engines, memory and disk, what is wrong with them, and the command that fixes it."""
     from cpo_pipe.doctor import doctor
 
     wrong = doctor(store)
@@ -247,7 +247,7 @@ def generate_negatives(run: Run) -> None:
 
 
 def rank(run: Run) -> None:
-    """Drop duplicates and order each group by similarity to its target."""
+    """Drop duplicates and order each group's negatives by the scorer `rank.by`, by default similarity to the target."""
     run.rank()
 
 
@@ -343,7 +343,7 @@ def run_(
 
 
 def demo(run: Run) -> None:
-    """Run the whole method on the documentation of your Python: no download, five minutes on two cores."""
+    """Run the whole method on the documentation of your Python: five minutes on two cores, without a download."""
     run.everything()
 
 

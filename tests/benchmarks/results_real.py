@@ -271,9 +271,14 @@ Made by `{command}`; nothing below is written by hand. Python {python},
 torch {torch}, transformers {transformers}, sampling with vLLM, {dtype}, on CPUs.
 
 SmolLM2-135M-Instruct is first trained on the data by MLE: the reference. From it each method goes on for {steps} steps
-of {batch} prompts, each once. Each method's settings (three tried for each) are chosen on validation rows with a seed
-of their own. The test rows are of another split of the data. A seed changes negatives, order and samples. No measure
-uses the embedding model that ranks the negatives.
+of {batch} prompts, each once: MLE continued (`mle`) on the targets alone; the others also on negatives, with the MLE
+loss beside their own. AN is CPO by eq. 1 with three negatives sampled from the reference (top-k 50), ANR the same by
+eq. 2, ranked. MixNR and BNR are eq. 2 with other negatives: a batch, a mean-field and a truncation negative; three
+batch negatives. DPO and SLiC have one sampled negative. The guide explains the [metrics](guide/evaluation.md#metrics).
+
+Each method's settings (three tried for each) are chosen on validation rows with a seed of their own. The test rows are
+of another split of the data. A seed changes negatives, order and samples. No measure uses the embedding model that
+ranks the negatives.
 
 In rep-4 and distinct-2 a system is better that is nearer to the ground truth; in the other measures, more is better.
 Differences are paired by prompt and seed. Their variance adds that over seeds and that over prompts (distinct-2 and

@@ -36,7 +36,7 @@ class Head:
             scale = 1.0
         if scaling is not None:  # HyperCLOVA X multiplies by what Granite divides by
             scale = scale * scaling if config.model_type.startswith("hyperclovax") else scale / scaling
-        return Head(scale, _number(config, "final_logit_softcapping", "logits_soft_cap"))
+        return Head(scale, _number(config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"))
 
     def logprobs(
         self,

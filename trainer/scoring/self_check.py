@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -108,8 +109,7 @@ def choose_backend(
                 f"{name}: the model's log-probs differ from one forward pass to the next, so it draws random numbers; "
                 "train another model"
             )
-        # A row's length may change its beginning where rotary embeddings do.
-        if not _rope_changes_between(scorer.model, probes) and not check.is_causal():
+        if not check.is_causal():
             raise InputError(
                 f"{name}: the model is not causal: a token's log-prob changes with the tokens after it; use a causal "
                 "language model"
@@ -126,6 +126,8 @@ def choose_backend(
             raise InputError(_not_equivalent(name, order[-1], refused[order[-1]]))
         scorer.dtype = precision  # whose rounding is measured
         choice = BackendChoice(attention, *errors, check.noise(), refused)
+        if not math.isfinite(choice.noise):
+            raise RunError(f"{name}: the model's log-probs are not finite in {precision}; use dtype float32")
     finally:
         scorer.dtype = precision
         (module or scorer).zero_grad(set_to_none=True)
@@ -150,10 +152,10 @@ def _order(
 ) -> Sequence[AttentionBackend]:
     """Return the backends to try, in order."""
     if not isinstance(requested, str):
-        return ("plain",) if _rope_changes_between(model, probes) else requested
+        return ("plain",) if _rope_changes_between(model, *probes.rows) else requested
     if requested not in ("auto", *BACKENDS[device], *BACKENDS_WITHOUT_SHARING[device]):
         raise InputError(f"{name}: attention {requested} does not run on {device}; use auto")
-    if _rope_changes_between(model, probes):
+    if _rope_changes_between(model, *probes.rows):
         if requested != "auto":
             reason = "its rotary embeddings change with the length of the longest row computed at once"
             raise InputError(_not_equivalent(name, requested, reason))
@@ -163,8 +165,8 @@ def _order(
     return (BACKENDS_WITHOUT_SHARING if probes.candidates == 1 else BACKENDS)[device]
 
 
-def _rope_changes_between(model: PreTrainedModel, probes: Probes) -> bool:
-    """Return whether rotary embeddings depend on the longest row computed at once, and rows on both sides occur."""
+def _rope_changes_between(model: PreTrainedModel, shortest: int, longest: int) -> bool:
+    """Return whether rotary embeddings depend on the longest row computed at once, and differ for rows so long."""
     parameters: Any = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     layers = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     limits = [
@@ -172,7 +174,6 @@ def _rope_changes_between(model: PreTrainedModel, probes: Probes) -> bool:
         for layer in layers
         if layer.get("rope_type") in ("longrope", "dynamic") and layer.get("original_max_position_embeddings")
     ]
-    shortest, longest = probes.rows
     return any(shortest <= limit < longest for limit in limits)
 
 
@@ -248,9 +249,13 @@ class _SelfCheck:
         return self._repeats_truth(self._groups[0], TOLERANCE)
 
     def is_causal(self) -> bool:
-        """Return whether log-probs stay the same where a row ends earlier."""
+        """Return whether log-probs stay the same where a row ends earlier, if that changes no rotary embeddings."""
         prompt, (candidate, *_) = self._groups[0]
-        return self._repeats_truth((prompt, [candidate[: len(candidate) // 2 + 1]]), CAUSAL_TOLERANCE)
+        cut = candidate[: len(candidate) // 2 + 1]
+        rows = len(prompt) + len(cut) - 1, len(prompt) + len(candidate) - 1
+        return _rope_changes_between(self._scorer.model, *rows) or self._repeats_truth(
+            (prompt, [cut]), CAUSAL_TOLERANCE
+        )
 
     def compare(self, attention: AttentionBackend) -> tuple[str | None, tuple[float, float]]:
         """Return why a backend is not equivalent (None if it is), and its errors of log-probs and of gradients."""
@@ -263,7 +268,7 @@ class _SelfCheck:
             for groups, numbers in self._passes():
                 found = self._logprobs(groups, self._gradients)
                 errors = [float((a.detach() - self.truth[n]).abs().max()) for a, n in zip(found, numbers, strict=True)]
-                worst = max(worst, *(error / scale for error in errors))
+                worst = _largest([worst, *(error / scale for error in errors)])
                 if not worst <= TOLERANCE:
                     return f"log-probs are off by {worst:.0e}", (worst, math.nan)
                 if self._gradients:
@@ -284,14 +289,12 @@ class _SelfCheck:
 
     def noise(self) -> float:
         """Return the rounding error of the current dtype and backend, in nats per square root of a token."""
-        worst = 0.0
+        found = []
         for groups, numbers in self._passes():
-            for found, number in zip(self._logprobs(groups, False), numbers, strict=True):
-                errors = found - self.truth[number]
-                worst = max(
-                    worst, float(errors.norm()) / len(errors) ** 0.5, abs(float(errors.sum())) / len(errors) ** 0.5
-                )
-        return worst
+            for logprobs, number in zip(self._logprobs(groups, False), numbers, strict=True):
+                errors = (logprobs - self.truth[number]) / len(logprobs) ** 0.5
+                found += [float(errors.norm()), abs(float(errors.sum()))]
+        return _largest(found)
 
     def _passes(self) -> Iterator[tuple[list[TokenGroup], list[int]]]:
         """Yield the groups of each forward pass, as training makes them, and the numbers of their candidates."""
@@ -325,7 +328,7 @@ class _SelfCheck:
         total = math.sqrt(sum(norm**2 for norm in self._norms.values()))
         found = {name: p.grad for name, p in self._module.named_parameters() if p.grad is not None}
         # Some are 0 in theory, such as those of key biases.
-        return max((_norm(found[name]) / max(norm, 1e-2 * total) for name, norm in self._norms.items()), default=0.0)
+        return _largest([_norm(found[name]) / max(norm, 1e-2 * total) for name, norm in self._norms.items()])
 
 
 def _fork(model: PreTrainedModel, group: TokenGroup) -> TokenGroup:
@@ -335,6 +338,11 @@ def _fork(model: PreTrainedModel, group: TokenGroup) -> TokenGroup:
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     fork = [(token + 1) % output.weight.shape[0] for token in longest[: len(longest) // 2 + 1]]
     return prompt, [longest, fork]
+
+
+def _largest(values: Sequence[float]) -> float:
+    """Return the largest value, 0 if there is none; NaN if one is NaN, which `max` may skip."""
+    return float(np.max(values, initial=0.0))
 
 
 def _norm(tensor: Tensor) -> float:

@@ -1,15 +1,17 @@
 """What the self-check refuses, and why."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cpo_pipe.data.errors import InputError, RunError
 from cpo_pipe.data.models.locate import locate_model
 from cpo_pipe.data.store import Store
-from cpo_pipe.trainer.scoring.attention import Unsupported
+from cpo_pipe.trainer.scoring.attention import CASCADE, Unsupported
 from cpo_pipe.trainer.scoring.head import Head
 from cpo_pipe.trainer.scoring.probes import select_probes
 from cpo_pipe.trainer.scoring.scorer import Scorer
@@ -41,16 +43,21 @@ def test_groups_without_a_fork_do_not_hide_what_is_wrong_with_forks(name: str) -
     assert choose_backend("m", Scorer(make(name)), select_probes(table(chains))).attention == "padded"
 
 
-def test_rotary_embeddings_that_change_with_the_longest_row_are_computed_row_by_row() -> None:
-    factors = {"short_factor": [1.0] * 8, "long_factor": [8.0] * 8, "original_max_position_embeddings": 24}
+def phi3(limit: int) -> PreTrainedModel:
+    """A model whose rotary embeddings change for rows longer than the limit (longrope)."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [8.0] * 8, "original_max_position_embeddings": limit}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
     config = AutoConfig.for_model(
         "phi3", vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=96, original_max_position_embeddings=24, rope_parameters=rope, initializer_range=0.3,
+        max_position_embeddings=96, original_max_position_embeddings=limit, rope_parameters=rope, initializer_range=0.3,
         pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_rotary_embeddings_that_change_with_the_longest_row_are_computed_row_by_row() -> None:
+    model = phi3(24)
     straddling = group(16, 6, 14)
     scorer, between = Scorer(model), select_probes(table([straddling]))
     assert choose_backend("m", scorer, between).attention == "plain"
@@ -60,6 +67,51 @@ def test_rotary_embeddings_that_change_with_the_longest_row_are_computed_row_by_
     assert choose_backend("m", scorer, select_probes(table([group(6, 6, 9)]))).attention == "cascade", (
         "no row is past the limit"
     )
+
+
+def test_a_causal_model_is_not_refused_because_half_a_row_has_other_rotary_embeddings() -> None:
+    model, long = phi3(40), group(10, 3, 40)
+    scorer = Scorer(model)
+    choose_backend("m", scorer, select_probes(table([long])))
+    assert_equal(ours(scorer, long), naive(model, long), 1e-5)
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, only_under_autocast: bool) -> None:
+    """Make `cascade` return NaN."""
+    real = AttentionInterface()[CASCADE]
+
+    def attend(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        output, weights = real(*args, **kwargs)
+        return output * (torch.nan if torch.is_autocast_enabled("cpu") or not only_under_autocast else 1), weights
+
+    AttentionInterface.register(CASCADE, attend)
+    monkeypatch.setattr("cpo_pipe.trainer.scoring.self_check.BACKENDS", {"cpu": ("cascade", "split")})
+
+
+@pytest.fixture
+def keeps_attention() -> Iterator[None]:
+    real = AttentionInterface()[CASCADE]
+    yield
+    AttentionInterface.register(CASCADE, real)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_backend_that_returns_nan_is_refused(
+    gradients: bool, keeps_attention: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken(monkeypatch, only_under_autocast=False)
+    choice = choose_backend("m", Scorer(make("Llama, untied")), PROBES, gradients=gradients)
+    assert choice.attention == "split"
+    assert choice.refused == {"cascade": "log-probs are off by nan"}
+
+
+def test_log_probs_that_are_finite_only_in_float32_are_an_error(
+    keeps_attention: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken(monkeypatch, only_under_autocast=True)
+    scorer = Scorer(make("Llama, untied"), "bfloat16")
+    with pytest.raises(RunError, match="m: the model's log-probs are not finite in bfloat16; use dtype float32"):
+        choose_backend("m", scorer, PROBES, gradients=False)
 
 
 def test_a_model_that_counts_the_tokens_of_a_row_gets_none_longer_than_it_counts_to() -> None:
@@ -107,6 +159,20 @@ def test_soft_capped_scores_are_not_left_out_of_a_model_that_is_loaded(tmp_path:
     found, true, wrong = (torch.cat(naive(m, GROUPS[0])) for m in (loaded, make("Gemma 2, window 16"), uncapped))
     torch.testing.assert_close(found, true)
     assert float((found - wrong).abs().max()) > 1e-2, "soft-capping shows in this model"
+
+
+def test_a_soft_cap_that_small_logits_hide_is_known() -> None:
+    config = AutoConfig.for_model(
+        "xlstm", vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_heads=4, qk_dim_factor=1.0,
+        v_dim_factor=1.0, pad_token_id=0, eos_token_id=0, bos_token_id=0, output_logit_soft_cap=5.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    scorer = Scorer(model)
+    choose_backend("m", scorer, PROBES, "padded")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(10)  # as training makes them grow
+    assert_equal(ours(scorer, GROUPS[0]), naive(model, GROUPS[0]), 1e-5)
 
 
 def test_an_error_without_words_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ def test_rotary_embeddings_that_change_with_the_longest_row_are_computed_row_by_
 
 
 def test_a_causal_model_is_not_refused_because_half_a_row_has_other_rotary_embeddings() -> None:
-    model, long = phi3(40), group(10, 3, 40)
+    model, long = phi3(40), ([*range(1, 11)], [[*range(11, 51)], [*range(20, 59)]])
     scorer = Scorer(model)
     choose_backend("m", scorer, select_probes(table([long])))
     assert_equal(ours(scorer, long), naive(model, long), 1e-5)

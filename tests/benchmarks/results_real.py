@@ -52,6 +52,7 @@ from tests.support.results_page import write_part
 
 ROOT = Path(__file__).parents[2]
 MERGED = "merged"
+SEEDS = [1, 2, 3]
 Figures = dict[Key, float]
 
 
@@ -232,7 +233,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md", help="the page")
     parser.add_argument("--tasks", nargs="+", default=["text", "questions"])
     parser.add_argument("--methods", nargs="+", default=[*METHODS])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--no-vary", dest="vary", action="store_false", help="leave out variants of AN and merges")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
@@ -252,9 +253,9 @@ def main() -> None:
             best = best_method(task, chosen, tuned)
             tuned |= vary(given.work, name, task, model)
             tuned |= merge(given.work, name, task, model, {key: trainings[key] for key in (BASELINE, best)})
-        command = (
-            f"just results-real --tasks {name} --methods {' '.join(given.methods)}{'' if given.vary else ' --no-vary'}"
-        )
+        command = f"just results-real --tasks {name} --methods {' '.join(given.methods)}"
+        command += "" if given.seeds == SEEDS else f" --seeds {' '.join(map(str, given.seeds))}"
+        command += "" if given.vary else " --no-vary"
         measured = MEASURED.format(**versions, command=command, dtype=DTYPE, steps=STEPS, batch=BATCH)
         part = [f"# Results on a real model: {TITLES[name]}\n", *answer(task, seeds, [*chosen]), measured]
         part += page(name, task, seeds, chosen, tuned)

@@ -97,12 +97,18 @@ class Model:
 
     def context(self) -> int | None:
         """Return how many positions the model can attend to, in tokens; None where its config names no limit."""
-        return _context(read_json(self.path / "config.json"))
+        return _context(self._text_config())
 
     def vocabulary(self) -> int | None:
         """Return how many token ids the model knows; None where its config does not say."""
-        size = read_json(self.path / "config.json").get("vocab_size")
+        size = self._text_config().get("vocab_size")
         return size if isinstance(size, int) else None
+
+    def _text_config(self) -> Mapping[str, Any]:
+        """Return the config of the language model, which a model that also sees images nests in its own (Gemma 3)."""
+        config: dict[str, Any] = read_json(self.path / "config.json")
+        nested = config.get("text_config")
+        return config | nested if isinstance(nested, dict) else config
 
     def load(self, dtype: "torch.dtype", auto: Any = None) -> "PreTrainedModel":
         """Return the network, on the CPU.

@@ -179,7 +179,7 @@ def page(name: str, task: Task, seeds: Sequence[Seed], chosen: Mapping[str, int]
             for of, digits in [*measures, ("target NLL", 3)]:
                 mean = sum(seed.value(system, shown, of) for seed in seeds) / len(seeds)
                 cells.append("–" if math.isnan(mean) else f"{mean:.{digits}f}")
-            yield f"| {system} | {' | '.join(cells)} |"
+            yield f"| {LABELS.get(system, system)} | {' | '.join(cells)} |"
         yield ""
     varied = [system for system in dict.fromkeys(key for key, *_ in tuned) if system.startswith("an, ")]
     if varied:
@@ -196,10 +196,15 @@ def page(name: str, task: Task, seeds: Sequence[Seed], chosen: Mapping[str, int]
         )
     yield f"Settings, chosen by {metric} under {decoding} on validation:\n"
     for method, number in chosen.items():
-        tried = [f"{settings}: {tuned[f'{method}-{at}', decoding, metric]:.2f}"
+        tried = [f"{written(settings)}: {tuned[f'{method}-{at}', decoding, metric]:.2f}"
                  for at, settings in enumerate(GRIDS[method])]  # fmt: skip
-        yield f"- {method}: {'; '.join(tried)}; chosen {GRIDS[method][number]}"
+        yield f"- {LABELS[method]}: {'; '.join(tried)}; chosen {written(GRIDS[method][number])}"
     yield ""
+
+
+def written(settings: Mapping[str, float]) -> str:
+    """As in: beta 0.1."""
+    return ", ".join(f"{key} {value:g}" for key, value in settings.items())
 
 
 def validation_table(task: Task, figures: Figures, systems: Mapping[str, str]) -> Iterator[str]:
@@ -272,7 +277,7 @@ Made by `{command}`; nothing below is written by hand. Python {python},
 torch {torch}, transformers {transformers}, sampling with vLLM, {dtype}, on CPUs.
 
 SmolLM2-135M-Instruct is first trained on the data by MLE: the reference. From it each method goes on for {steps} steps
-of {batch} prompts, each once: MLE continued (`mle`) on the targets alone; the others also on negatives, with the MLE
+of {batch} prompts, each once: MLE continued on the targets alone; the others also on negatives, with the MLE
 loss beside their own. AN is CPO by eq. 1 with three negatives sampled from the reference (top-k 50), ANR the same by
 eq. 2, ranked. MixNR and BNR are eq. 2 with other negatives: a batch, a mean-field and a truncation negative; three
 batch negatives. DPO and SLiC have one sampled negative. The guide explains the [metrics](guide/evaluation.md#metrics).

@@ -64,9 +64,15 @@ def test_a_gain_over_prompts_and_seeds(task: Task) -> None:
     text, table = told(task, seeds)
     assert (
         "is better than MLE continued in 3 of 10 comparisons (rep-4 under greedy, 0.150 → 0.080 with AN; ground truth "
-        "0.004; chrF under greedy, 18.0 → 20.0 with AN; chrF under top-k, 18.0 → 20.0 with AN), and worse in none. "
-        "7 are undecided. It changes the targets' NLL by +0.000 to +0.020 nats per token." in text
+        "0.004; chrF under greedy, 18.0 → 20.0 with AN; chrF under top-k, 18.0 → 20.0 with AN), and worse in none; "
+        "7 are undecided." in text
     )
+    assert (
+        "after Holm's adjustment for 10 comparisons. Taken alone, the 95% interval of the difference excludes 0 in "
+        "none; by chance" in text
+    )
+    assert "NLL changes by +0.000 to +0.020 nats per token." in text
+    assert "".join(table["AN"]).count("**") == 6, "three cells in bold"
     assert table["AN"][0].startswith("**+0.070** [+0.0")
     assert table["AN"][-1] == "+0.020"
     assert "**" not in table["MixNR"][0]
@@ -90,7 +96,7 @@ def test_seeds_that_disagree_decide_nothing(task: Task) -> None:
     assert an.mean == pytest.approx(3.3)
     assert an.low < 0 < an.high
     text, table = told(task, seeds)
-    assert "is better than MLE continued in none, and worse in none. 10 are undecided." in text
+    assert "is better than MLE continued in none, and worse in none; 10 are undecided." in text
     assert "**" not in table["AN"][3]
 
 

@@ -132,11 +132,15 @@ def answer(task: Task, seeds: Sequence[Seed], methods: Sequence[str]) -> Iterato
                               - seed.value(BASELINE, ANY_DECODING, "target NLL") for seed in seeds])
              for method in trained}  # fmt: skip
     better, worse = ([gain for gain in found if gain.decided and gain.mean * sign > 0] for sign in (1, -1))
+    alone = [gain for gain in found if not gain.decided and gain.low * gain.high > 0]
+    number = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {task.test_rows} test prompts"
     yield (
-        f"At equal steps ({STEPS} of {BATCH} prompts; {len(seeds)} seed{'s' * (len(seeds) > 1)}, {task.test_rows} test "
-        f"prompts) contrastive training is better than MLE continued {_told(better, digits, len(found))}, and worse "
-        f"{_told(worse, digits, len(found))}. {len(found) - len(better) - len(worse)} are undecided. It changes "
-        f"the targets' NLL by {min(costs.values()):+.3f} to {max(costs.values()):+.3f} nats per token.\n"
+        f"At equal steps ({STEPS} of {BATCH} prompts; {number}) contrastive training is better than MLE continued "
+        f"{_told(better, digits, len(found))}, and worse {_told(worse, digits, len(found))}; "
+        f"{len(found) - len(better) - len(worse)} are undecided. That is after Holm's adjustment for {len(found)} "
+        f"comparisons. Taken alone, the 95% interval of the difference excludes 0 {_told(alone, digits, len(found))}; "
+        f"by chance, one in twenty would. The targets' NLL changes by {min(costs.values()):+.3f} to "
+        f"{max(costs.values()):+.3f} nats per token.\n"
     )
     yield "Better than MLE continued by how much, with 95% intervals; **decided**:\n"
     yield f"| | {' | '.join(f'{measure}, {decoding}' for measure, decoding in columns)} | change in target NLL |"

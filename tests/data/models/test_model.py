@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from cpo_pipe.data import fingerprint
 from cpo_pipe.data.errors import InputError, RunError
@@ -17,6 +18,7 @@ from cpo_pipe.data.models.model import Model
 from cpo_pipe.data.models.tokenizer import TokenizerFiles, check_vocabulary
 from cpo_pipe.data.store import Store
 from tests.support.damage import rot
+from tests.support.models import make_tokenizer
 
 VOCABULARY = {"a": 0, "b": 1, "ab": 2}
 SPECIAL = [{"id": 3, "content": "<end>", "special": True}]
@@ -113,6 +115,7 @@ def test_a_process_hashes_weights_once_and_the_next_one_not_before_it_loads_them
 ) -> None:
     import torch
 
+    monkeypatch.setattr(fingerprint, "_CLOCK_TICK_NS", 0)  # the model may have been written a moment ago
     read, hash_file = list[str](), fingerprint.sha256_file
     monkeypatch.setattr(fingerprint, "sha256_file", lambda path: read.append(path.name) or hash_file(path))
     for expected in (1, 0), (0, 1):
@@ -144,3 +147,18 @@ def test_quantized_weights_whose_package_is_missing(method: str, package: str, n
         "model whose weights are not quantized"
     )
     assert "\n" not in said
+
+
+def test_context_and_vocabulary_of_a_nested_config(tmp_path: Path) -> None:
+    """A model that also sees images has the config of its language model in `text_config`."""
+    text = {
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 24,
+    }  # fmt: skip
+    images = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=images, mm_tokens_per_image=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer(tmp_path)
+    model = locate_model(str(tmp_path), Store(tmp_path / "store"))
+    assert (model.context(), model.vocabulary()) == (24, 300)

@@ -112,7 +112,11 @@ def _options(
 def init(
     name: Annotated[str | None, typer.Argument(help="Name of a built-in recipe.", show_default="list them")] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="Print every key with its meaning, not only those that are set.")
+        bool,
+        typer.Option(
+            "--full",
+            help="Print all keys of its parts with their meaning, not only those that are set.",
+        ),
     ] = False,
 ) -> None:
     """Print a built-in recipe to start from: `cpo-pipe init NAME > my.yaml`; without a name list them."""
@@ -126,7 +130,7 @@ def init(
             raise InputError(f"recipe {name}: not built in; {hint}")
         say(f"# yaml-language-server: $schema={SCHEMA_FILE}")
         say(f"# Editors complete and check the keys after `cpo-pipe schema > {SCHEMA_FILE}`.")
-        say(f"# {name}.yaml: run it with `cpo-pipe run FILE`; `cpo-pipe init {name} --full` prints every key.")
+        say(f"# {name}.yaml: run it with `cpo-pipe run FILE`; `cpo-pipe init {name} --full` prints all its keys.")
         say(recipe_text(load_recipe(name), named=False, full=full).removesuffix("\n"))
 
 

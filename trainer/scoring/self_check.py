@@ -341,7 +341,7 @@ def _fork(model: PreTrainedModel, group: TokenGroup) -> TokenGroup:
 
 
 def _largest(values: Sequence[float]) -> float:
-    """Return the largest value, 0 if there is none; NaN if one is NaN, which `max` may skip."""
+    """Return the largest value (0 for no values), or NaN if any value is NaN; `max` may skip NaN."""
     return float(np.max(values, initial=0.0))
 
 
